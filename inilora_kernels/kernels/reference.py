@@ -42,7 +42,7 @@ def residual_loss(W: Tensor, A: Tensor, B: Tensor) -> float:
     total = 0.0
     for start in range(0, W.shape[0], rows):
         strip = slice(start, start + rows)
-        residual = W[strip].double().addmm_(B[strip].double(), A, alpha=-1)
+        residual = torch.addmm(W[strip].double(), B[strip].double(), A, alpha=-1)
         total += float(residual.square_().sum())
     return total
 

@@ -1,0 +1,270 @@
+"""The two register-blocked products that every CPU kernel is made of, as LLVM vector code.
+
+numba's own loop vectorizer does not keep a block of accumulators in registers across a loop; these intrinsics write
+that block out. Widths follow the machine: LANES float32 in a vector, PANEL columns in a packed panel (VECTORS vectors),
+ROWS rows and GROUP ranks a register block, so that the accumulators fill the register file without spilling.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import config, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_features = config.CPU_FEATURES or llvmlite.binding.get_host_cpu_features().flatten()
+if "+avx512f" in _features.split(","):
+    LANES, VECTORS, ROWS, GROUP = 16, 3, 3, 8
+elif "+avx2" in _features.split(","):
+    LANES, VECTORS, ROWS, GROUP = 8, 3, 3, 4
+elif "+neon" in _features.split(","):
+    LANES, VECTORS, ROWS, GROUP = 4, 6, 6, 4
+else:
+    LANES, VECTORS, ROWS, GROUP = 4, 3, 3, 4
+SMALL_GROUP = 4
+PANEL = LANES * VECTORS
+
+_FLOAT = ir.FloatType()
+_INT64 = ir.IntType(64)
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    return builder.ptrtoint(context.make_array(array_type)(context, builder, value=array).data, _INT64)
+
+
+def _vector_type(lanes: int, element: Any = _FLOAT) -> Any:
+    return ir.VectorType(element, lanes) if lanes > 1 else element
+
+
+def _load(builder: Any, address: Any, index: Any, lanes: int, dtype: Any) -> Any:
+    """`lanes` neighbours at `index` as float32; uint16 holds bfloat16's bits, int16 float16's."""
+    width, element = {
+        types.float32: (4, _FLOAT),
+        types.uint16: (2, ir.IntType(16)),
+        types.int16: (2, ir.HalfType()),
+    }[dtype]
+    place = builder.add(address, builder.mul(index, _INT64(width)))
+    kind = _vector_type(lanes, element)
+    value = builder.load(builder.inttoptr(place, kind.as_pointer()), align=width)
+    if dtype == types.int16:
+        return builder.fpext(value, _vector_type(lanes))
+    if dtype == types.uint16:
+        wide = _vector_type(lanes, ir.IntType(32))
+        sixteen = ir.Constant(wide, [16] * lanes if lanes > 1 else 16)
+        return builder.bitcast(builder.shl(builder.zext(value, wide), sixteen), _vector_type(lanes))
+    return value
+
+
+def _store(builder: Any, address: Any, index: Any, value: Any) -> None:
+    place = builder.add(address, builder.mul(index, _INT64(4)))
+    builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
+
+
+def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+    return builder.shuffle_vector(a, b, mask)
+
+
+def _broadcast(builder: Any, scalar: Any, lanes: int) -> Any:
+    undefined = ir.Constant(_vector_type(lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.IntType(32)(0))
+    return _shuffle(builder, first, undefined, [0] * lanes)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = a.type
+    name = f"llvm.fma.v{kind.count}f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """The sums over the lanes of each of 2ⁿ vectors, side by side in one vector, by a tree of pairwise shuffles."""
+    lanes = vectors[0].type.count
+    count = len(vectors)
+    half = lanes // 2
+    while len(vectors) > 1:
+        near, far = [], []
+        for start in range(0, lanes, 2 * half):
+            for source in (0, lanes):
+                near += [source + start + lane for lane in range(half)]
+                far += [source + start + half + lane for lane in range(half)]
+        middle = len(vectors) // 2
+        vectors = [
+            builder.fadd(_shuffle(builder, a, b, near), _shuffle(builder, a, b, far))
+            for a, b in zip(vectors[:middle], vectors[middle:], strict=True)
+        ]
+        half //= 2
+    (total,) = vectors
+    while total.type.count > count:
+        width = total.type.count
+        even, odd = list(range(0, width, 2)), list(range(1, width, 2))
+        total = builder.fadd(_shuffle(builder, total, total, even), _shuffle(builder, total, total, odd))
+    return total
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def outer_products(
+    typing: Any,
+    out: Any,
+    out_start: Any,
+    out_stride: Any,
+    x: Any,
+    x_start: Any,
+    x_step: Any,
+    x_stride: Any,
+    W: Any,
+    W_start: Any,
+    W_step: Any,
+    count: Any,
+    rows: Any,
+    lanes: Any,
+    vectors: Any,
+) -> Any:
+    """out[p, :] += Σ_{i<count} x[i, p] · W[i, :] for p < rows and lanes·vectors columns.
+
+    Reads count·lanes·vectors elements of W (row i at W_start + i·W_step), count·rows scalars of x (at x_start +
+    i·x_step + p·x_stride); reads and writes rows·lanes·vectors of out (row p at out_start + p·out_stride). The sums stay
+    in registers over all i. rows, lanes and vectors are compile-time constants.
+    """
+    if not all(isinstance(t, types.IntegerLiteral) for t in (rows, lanes, vectors)):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        n_rows, n_lanes, n_vectors = (t.literal_value for t in (rows, lanes, vectors))
+        out_at, x_at, W_at = (
+            _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (x, 3), (W, 7))
+        )
+        out_0, out_row, x_0, x_i, x_p, W_0, W_i, n = (arguments[i] for i in (1, 2, 4, 5, 6, 8, 9, 10))
+        sums = [
+            [cgutils.alloca_once(builder, _vector_type(n_lanes)) for _ in range(n_vectors)]
+            for _ in range(n_rows)
+        ]
+
+        def place(p: int, v: int) -> Any:
+            return builder.add(builder.add(out_0, builder.mul(out_row, _INT64(p))), _INT64(v * n_lanes))
+
+        for p in range(n_rows):
+            for v in range(n_vectors):
+                builder.store(_load(builder, out_at, place(p, v), n_lanes, types.float32), sums[p][v])
+        with cgutils.for_range(builder, n) as loop:
+            row = builder.add(W_0, builder.mul(loop.index, W_i))
+            values = [
+                _load(builder, W_at, builder.add(row, _INT64(v * n_lanes)), n_lanes, W.dtype)
+                for v in range(n_vectors)
+            ]
+            scalar = builder.add(x_0, builder.mul(loop.index, x_i))
+            for p in range(n_rows):
+                at = builder.add(scalar, builder.mul(x_p, _INT64(p)))
+                factor = _broadcast(builder, _load(builder, x_at, at, 1, types.float32), n_lanes)
+                for v in range(n_vectors):
+                    builder.store(_fma(builder, factor, values[v], builder.load(sums[p][v])), sums[p][v])
+        for p in range(n_rows):
+            for v in range(n_vectors):
+                _store(builder, out_at, place(p, v), builder.load(sums[p][v]))
+        return context.get_dummy_value()
+
+    places = [types.int64] * 8
+    signature = types.void(
+        out, *places[:2], x, *places[:3], W, *places[:3], rows, lanes, vectors
+    )
+    return signature, generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def inner_products(
+    typing: Any,
+    out: Any,
+    out_start: Any,
+    out_stride: Any,
+    W: Any,
+    W_start: Any,
+    W_panel: Any,
+    A: Any,
+    A_start: Any,
+    A_panel: Any,
+    panels: Any,
+    rows: Any,
+    group: Any,
+) -> Any:
+    """out[i, p] += Σ_j W[i, j] · A[p, j] for i < rows, p < group, over `panels` panels of PANEL columns.
+
+    Within a panel the rows of W, and those of A, are PANEL elements apart; panel n begins at start + n·panel. Reads
+    rows·PANEL elements of W and group·PANEL of A a panel; reads and writes rows·group of out. rows and group are
+    compile-time constants.
+    """
+    if not all(isinstance(t, types.IntegerLiteral) for t in (rows, group)):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        n_rows, n_group = rows.literal_value, group.literal_value
+        out_at, W_at, A_at = (
+            _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (W, 3), (A, 6))
+        )
+        out_0, out_row, W_0, W_n, A_0, A_n, n = (arguments[i] for i in (1, 2, 4, 5, 7, 8, 9))
+        kind = _vector_type(LANES)
+        sums = [[cgutils.alloca_once(builder, kind) for _ in range(n_group)] for _ in range(n_rows)]
+        zero = ir.Constant(kind, [0.0] * LANES)
+        for i in range(n_rows):
+            for p in range(n_group):
+                builder.store(zero, sums[i][p])
+        with cgutils.for_range(builder, n) as loop:
+            W_here = builder.add(W_0, builder.mul(loop.index, W_n))
+            A_here = builder.add(A_0, builder.mul(loop.index, A_n))
+            for v in range(VECTORS):
+                values = [
+                    _load(builder, W_at, builder.add(W_here, _INT64(i * PANEL + v * LANES)), LANES, W.dtype)
+                    for i in range(n_rows)
+                ]
+                for p in range(n_group):
+                    at = builder.add(A_here, _INT64(p * PANEL + v * LANES))
+                    other = _load(builder, A_at, at, LANES, types.float32)
+                    for i in range(n_rows):
+                        builder.store(_fma(builder, values[i], other, builder.load(sums[i][p])), sums[i][p])
+        for i in range(n_rows):
+            total = _sum_lanes(builder, [builder.load(sums[i][p]) for p in range(n_group)])
+            at = builder.add(out_0, builder.mul(out_row, _INT64(i)))
+            before = _load(builder, out_at, at, n_group, types.float32)
+            _store(builder, out_at, at, builder.fadd(before, total))
+        return context.get_dummy_value()
+
+    place = types.int64
+    signature = types.void(out, place, place, W, place, place, A, place, place, place, rows, group)
+    return signature, generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def atomic_add(typing: Any, array: Any, index: Any, amount: Any) -> Any:
+    """Add to array[index] (int64) atomically, sequentially consistent; returns the value before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _pointer(context, builder, array, arguments[0])
+        place = builder.add(address, builder.mul(arguments[1], _INT64(8)))
+        pointer = builder.inttoptr(place, _INT64.as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[2], "seq_cst")
+
+    return types.int64(array, types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def spin_pause(typing: Any) -> Any:
+    """Tell the core that this thread only waits (x86's PAUSE); nothing elsewhere."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if "x86" in builder.module.triple:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            pause = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")
+            builder.call(pause, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+if os.name == "posix":
+    give_way = types.ExternalFunction("sched_yield", types.int32())
+else:
+    give_way = spin_pause
