@@ -1,9 +1,9 @@
 """What transformers knows of a checkpoint's modules: which are linear, which way round, and their live names.
 
 The architecture that config.json names is built on the meta device: no weights, no network, no code from the
-model's folder. Names in a file and names in the model differ in two ways: a checkpoint of a base model lacks the
-prefix that a model with a head has (`bert.`), and transformers 5 has renamed modules since the files were written
-(ViT's `attention.attention.query` is `attention.q_proj` there).
+model's folder. Names in a file and names in the model differ in two ways: a checkpoint of a base model lacks
+the prefix that a model with a head has (`bert.`), and transformers 5 has renamed modules since the files were
+written (ViT's `attention.attention.query` is `attention.q_proj` there).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Layer:
 
     name: its name in the model that transformers builds.
     type: its class's name.
-    form: "linear" stores W as (out_features, in_features), "conv1d" as (in_features, out_features); "other" is
-        no linear layer.
+    form: "linear" stores W as (out_features, in_features), "conv1d" as (in_features, out_features); "other"
+        is no linear layer.
     shape: of the weight as stored.
     is_output: the output embedding, or a head on top.
     shared_with: other modules that use the same parameter.

@@ -1,4 +1,4 @@
-"""Which matrices of a checkpoint are factorized, in PEFT's `target_modules` syntax, and how each is read as W."""
+"""Which matrices of a checkpoint are factorized, in PEFT's `target_modules` syntax, and how to read each."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str |
         a list: modules whose name is one of these, or ends in one after a dot.
         a string: a regular expression that matches the whole name.
         "all-linear": every linear layer but the output layer.
-    Names are those in the checkpoint, those that transformers gives the modules when it loads it, and both with
-    the base model's prefix (`bert.`), so what works in a `LoraConfig` works here.
+    Names are those in the checkpoint, those that transformers gives the modules when it loads it, and both
+    with the base model's prefix (`bert.`), so what works in a `LoraConfig` works here.
 
     Raises TargetError: nothing is selected, or something that is no linear layer or shares its weight, or the
     expression is invalid. WeightError: a selected weight is quantized or not floating point. CheckpointError:
@@ -286,8 +286,8 @@ def _target(module: _Module, part: str | None = None, rows: tuple[int, int] | No
     if entry is None or module.quantized or entry.dtype not in FLOAT_DTYPES:
         found = f"stored as {_dtype(entry)}" if entry else "stored without a `.weight`"
         raise WeightError(
-            f"{where} is quantized or not floating point ({found}); use the original model in float32, float16 "
-            f"or bfloat16: its factors fit the quantized one too"
+            f"{where} is quantized or not floating point ({found}); use the original model in float32, "
+            f"float16 or bfloat16: its factors fit the quantized one too"
         )
     if len(entry.shape) != 2:
         raise TargetError(
@@ -298,8 +298,8 @@ def _target(module: _Module, part: str | None = None, rows: tuple[int, int] | No
         raise TargetError(f"{where} is no linear layer ({what}); leave it out of target_modules")
     if module.layer is not None and module.layer.shared_with:
         raise TargetError(
-            f"{where} shares its weight with {', '.join(module.layer.shared_with)}, so it cannot have factors "
-            f"of its own; leave it out of target_modules"
+            f"{where} shares its weight with {', '.join(module.layer.shared_with)}, so it cannot have "
+            f"factors of its own; leave it out of target_modules"
         )
     if module.layer is not None and module.layer.shape != entry.shape:
         raise CheckpointError(
@@ -340,8 +340,8 @@ def _nothing_found(
     fused = next((module.name for module in modules if FUSED.fullmatch(_last(module.name))), None)
     if target_modules is None and fused:
         return TargetError(
-            f"{checkpoint.path}: query and value are fused in {fused}, in a layout that mixes them head by head "
-            f"or is not known, so neither can be cut out. Name the modules in target_modules, for example "
+            f"{checkpoint.path}: query and value are fused in {fused}, in a layout that mixes them head by "
+            f"head or is not known, so neither can be cut out. Name the modules in target_modules, such as "
             f'["{_last(fused)}"] for the whole fused weights'
         )
     asked = "no query and value projections found" if target_modules is None else "nothing selected"
