@@ -7,11 +7,13 @@ top). A torch .bin file is only ever loaded with `weights_only=True`: tensors, n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from .errors import CheckpointError
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
 
-_HASH_CHUNK = 1 << 24
+_HASH_CHUNK = 1 << 20
 
 # safetensors' names of the dtypes. Others (packed 4- and 6-bit floats, say) are bytes to us: nothing reads
 # them, and as integers they are refused as targets.
@@ -98,12 +100,9 @@ class Checkpoint:
             shape = (max(stop - start, 0), *shape[1:])
         tensor = torch.empty(shape, dtype=entry.dtype)
         skipped = start * math.prod(shape[1:]) * entry.dtype.itemsize
-        try:
-            with entry.file.open("rb", buffering=0) as stream:
-                stream.seek(entry.offset + skipped)
-                _fill(stream, _bytes(tensor), entry.file, name)
-        except OSError as error:
-            raise CheckpointError(f"{entry.file}: cannot read {name}: {error.strerror or error}") from error
+        with _reading(entry.file, name) as stream:
+            stream.seek(entry.offset + skipped)
+            _fill(stream, _bytes(tensor), entry.file, name)
         return tensor
 
     def sha256(self, name: str) -> str:
@@ -112,11 +111,18 @@ class Checkpoint:
         Raises CheckpointError as `read` does.
         """
         entry = self.tensors[name]
-        rows = entry.shape[0] if entry.shape else 1
-        step = max(1, _HASH_CHUNK // max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize))
+        if entry.offset is None:
+            return hashlib.sha256(_bytes(_torch_tensor(entry.file, name).contiguous())).hexdigest()
         digest = hashlib.sha256()
-        for start in range(0, rows, step):
-            digest.update(_bytes(self.read(name, slice(start, start + step))))
+        buffer = memoryview(bytearray(_HASH_CHUNK))
+        left = math.prod(entry.shape) * entry.dtype.itemsize
+        with _reading(entry.file, name) as stream:
+            stream.seek(entry.offset)
+            while left:
+                chunk = buffer[: min(left, _HASH_CHUNK)]
+                _fill(stream, chunk, entry.file, name)
+                digest.update(chunk)
+                left -= len(chunk)
         return digest.hexdigest()
 
 
@@ -283,7 +289,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _fill(stream: Any, buffer: memoryview, file: Path, name: str) -> None:
+@contextlib.contextmanager
+def _reading(file: Path, name: str) -> Iterator[io.FileIO]:
+    try:
+        with io.FileIO(file) as stream:
+            yield stream
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot read {name}: {error.strerror or error}") from error
+
+
+def _fill(stream: io.FileIO, buffer: memoryview, file: Path, name: str) -> None:
     while buffer:
         count = stream.readinto(buffer)
         if not count:
