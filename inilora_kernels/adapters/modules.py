@@ -1,0 +1,173 @@
+"""Which linear module of a model each matrix of a FactorSet belongs to, and what its factors start there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import describe
+from ..errors import OptionError, TargetError
+from ..factors import Factors, FactorSet
+
+
+@dataclass(frozen=True)
+class Start:
+    """The factors that an adapter of one module starts from, float32: A (r, in_features), B (out_features,
+    r), BA ≈ W.
+
+    names: of the matrices in the FactorSet that it comes from; several for a fused weight.
+    """
+
+    names: tuple[str, ...]
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    def scaled(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """(A/√s, B/√s), so that s·B'A' = BA. Both by the same, which keeps balanced factors balanced.
+
+        Raises OptionError if s is not positive and finite.
+        """
+        if not (scaling > 0 and math.isfinite(scaling)):
+            raise OptionError(f"scaling={scaling}: it must be a positive number; the paper's is 1")
+        root = math.sqrt(scaling)
+        return self.A / root, self.B / root
+
+
+def module_of(name: str) -> str:
+    """The module that a matrix of a FactorSet belongs to: its name without `:query` or `:value`.
+
+    >>> module_of("h.0.attn.c_attn:query")
+    'h.0.attn.c_attn'
+    """
+    return name.partition(":")[0]
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer, quantized ones and GPT-2's Conv1D too; None for other
+    modules."""
+    if is_conv1d(module):
+        in_features, out_features = module.weight.shape  # type: ignore[misc]
+        return int(out_features), int(in_features)
+    out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(out_features, int) and isinstance(in_features, int):
+        return out_features, in_features
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, which stores W as (in_features, out_features)."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+
+
+def find_starts(
+    shapes: Mapping[str, tuple[int, int]],
+    factors: FactorSet,
+    where: str,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Start]:
+    """The start of each module that has factors, by the module's name in the model, in the FactorSet's order.
+
+    shapes: (out_features, in_features) of the model's linear modules, by name.
+    where: names the model in messages.
+    config: the model's config.json, for modules that transformers calls otherwise than the checkpoint does.
+
+    Names in a checkpoint and in a model may differ by a prefix, `bert.` or `base_model.model.`, the same
+    one for all. Two parts of one fused weight start one adapter together: their A stacked, each B in its
+    own rows.
+
+    Raises TargetError: a matrix has no module, two modules fit equally, or a shape differs.
+    """
+    if not factors:
+        raise TargetError(f"{where}: the factor set is empty; make it again with `inilora approximate`")
+    wanted = list(dict.fromkeys(module_of(name) for name in factors))
+    live_names = _live_names(wanted, shapes, where, config)
+    starts = {}
+    for module in wanted:
+        live = live_names[module]
+        parts = {name: part for name, part in factors.items() if module_of(name) == module}
+        starts[live] = _combine(parts, shapes[live], f"{where}: {live}")
+    return starts
+
+
+def match_names(wanted: Sequence[str], available: Collection[str], where: str) -> dict[str, str]:
+    """The name among `available` of each wanted name: itself, or with one prefix for all added or taken away.
+
+    Raises TargetError if there is no such prefix, or more than one.
+
+    >>> match_names(["encoder.query"], {"bert.encoder.query", "classifier"}, "model")
+    {'encoder.query': 'bert.encoder.query'}
+    """
+    first = wanted[0]
+    added = sorted(name.removesuffix(first) for name in available if f".{name}".endswith(f".{first}"))
+    removed = sorted(first.removesuffix(name) for name in available if first.endswith(f".{name}"))
+    prefixes = [("", prefix) for prefix in added] + [(prefix, "") for prefix in removed]
+    mappings = []
+    for old, new in prefixes:
+        mapping = {name: new + name.removeprefix(old) for name in wanted if name.startswith(old)}
+        if len(mapping) == len(wanted) and all(name in available for name in mapping.values()):
+            if mapping == {name: name for name in wanted}:
+                return mapping
+            mappings.append(mapping)
+    if not mappings:
+        missing = next((name for name in wanted if not _has(name, available)), first)
+        raise TargetError(
+            f"{where}: no linear module {missing}, for which there are factors; there are "
+            f"{_some(available)}. Use the factors of this model"
+        )
+    if len(mappings) > 1:
+        raise TargetError(
+            f"{where}: {first} fits {' and '.join(mapping[first] for mapping in mappings[:3])}; "
+            f"give the submodel that the factors were made of"
+        )
+    return mappings[0]
+
+
+def _live_names(
+    wanted: Sequence[str], available: Collection[str], where: str, config: Mapping[str, Any] | None
+) -> dict[str, str]:
+    try:
+        return match_names(wanted, available, where)
+    except TargetError:
+        architecture = describe(config, wanted) if config else None
+        if architecture is None or not all(name in architecture.layers for name in wanted):
+            raise
+    renamed = {name: architecture.layers[name].name for name in wanted}
+    live_names = match_names(list(renamed.values()), available, where)
+    return {name: live_names[new] for name, new in renamed.items()}
+
+
+def _has(name: str, available: Collection[str]) -> bool:
+    return any(f".{other}".endswith(f".{name}") or name.endswith(f".{other}") for other in available)
+
+
+def _combine(parts: Mapping[str, Factors], shape: tuple[int, int], where: str) -> Start:
+    out_features, in_features = shape
+    blocks = []
+    for name, part in parts.items():
+        start, stop = part.rows or (0, out_features)
+        if part.A.shape[1] != in_features or part.B.shape[0] != stop - start or stop > out_features:
+            raise TargetError(
+                f"{where} is {out_features}×{in_features}, but {name} has A {tuple(part.A.shape)} and "
+                f"B {tuple(part.B.shape)}{f' for rows {start} to {stop}' if part.rows else ''}; "
+                f"use the factors of this model"
+            )
+        block = torch.zeros(out_features, part.rank)
+        block[start:stop] = part.B
+        blocks.append(block)
+    return Start(tuple(parts), torch.cat([part.A for part in parts.values()]), torch.cat(blocks, dim=1))
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    if not names:
+        return "none at all"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
