@@ -146,8 +146,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(path, _read_folder(path), _read_config(path))
     if path.suffix not in (".safetensors", ".bin"):
         raise CheckpointError(
-            f"{path}: neither a folder nor a .safetensors or .bin file; "
-            f"give the model's folder or its weight file"
+            f"{path}: neither a folder nor a .safetensors or .bin file; give the model's folder or its weight file"
         )
     return Checkpoint(path, _read_header(path), _read_config(path.parent))
 
@@ -168,9 +167,7 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
 def _read_shards(index: Path) -> dict[str, TensorEntry]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(
-            f"{index}: no `weight_map` from tensor to shard in it; download the index again"
-        )
+        raise CheckpointError(f"{index}: no `weight_map` from tensor to shard in it; download the index again")
     tensors: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         names = [name for name, file in weight_map.items() if file == shard]
@@ -213,9 +210,7 @@ def _read_safetensors_header(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{file}: truncated or corrupt safetensors file ({error}){_what_it_is(file)}"
-        ) from error
+        raise CheckpointError(f"{file}: truncated or corrupt safetensors file ({error}){_what_it_is(file)}") from error
     header.pop("__metadata__", None)
     return {
         name: TensorEntry(
@@ -261,9 +256,7 @@ def _torch_load_checked(file: Path, mmap: bool) -> Mapping[str, Tensor]:
     if not isinstance(state_dict, dict):
         raise CheckpointError(f"{file}: holds a {type(state_dict).__name__}, not a state_dict of tensors")
     strange = [
-        f"{name} ({type(value).__name__})"
-        for name, value in state_dict.items()
-        if not isinstance(value, Tensor)
+        f"{name} ({type(value).__name__})" for name, value in state_dict.items() if not isinstance(value, Tensor)
     ]
     if strange:
         raise CheckpointError(

@@ -174,11 +174,7 @@ def _modules(checkpoint: Checkpoint) -> list[_Module]:
         else:
             form = _form_by_name(name, entries[name], stored_transposed)
             # A tensor that a complete model has no place for is a leftover, such as a pretraining head.
-            inner = (
-                form != "other"
-                and not _is_output_by_name(name)
-                and not (architecture and architecture.complete)
-            )
+            inner = form != "other" and not _is_output_by_name(name) and not (architecture and architecture.complete)
         modules.append(
             _Module(
                 path=checkpoint.path,
@@ -290,9 +286,7 @@ def _target(module: _Module, part: str | None = None, rows: tuple[int, int] | No
             f"float16 or bfloat16: its factors fit the quantized one too"
         )
     if len(entry.shape) != 2:
-        raise TargetError(
-            f"{where} has a weight of shape {entry.shape}, not a matrix; leave it out of target_modules"
-        )
+        raise TargetError(f"{where} has a weight of shape {entry.shape}, not a matrix; leave it out of target_modules")
     if module.form == "other":
         what = module.layer.type if module.layer else "embedding, by its name"
         raise TargetError(f"{where} is no linear layer ({what}); leave it out of target_modules")

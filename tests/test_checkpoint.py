@@ -113,9 +113,7 @@ def test_torch_shards(tmp_path: Path) -> None:
     state_dict = bert().state_dict()
     weight_map = {name: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" for i, name in enumerate(state_dict)}
     for shard in set(weight_map.values()):
-        torch.save(
-            {name: state_dict[name] for name in state_dict if weight_map[name] == shard}, tmp_path / shard
-        )
+        torch.save({name: state_dict[name] for name in state_dict if weight_map[name] == shard}, tmp_path / shard)
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert_holds(tmp_path, state_dict)
 
