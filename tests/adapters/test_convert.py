@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factorized import factorize, inilora_alpha
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, GPT2LMHeadModel
+
+from inilora_kernels.adapters.convert import convert, merge, recompress
+from inilora_kernels.adapters.export import export_delta, export_residual
+from inilora_kernels.adapters.peft import initialize_peft, load_delta
+from inilora_kernels.errors import FactorFileError, OptionError, OutputError
+from inilora_kernels.factors import FactorSet
+
+
+def output(model: nn.Module) -> Tensor:
+    ids = torch.randint(1000, 30_000, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(ids)[0]
+
+
+def train(model: nn.Module, vocabulary: int = 30_000) -> nn.Module:
+    ids = torch.randint(0, vocabulary, (2, 12), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(ids)[0] - 1).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def live(minilm: Path, factors: FactorSet, form: str = "delta", **options: Any) -> PeftModel:
+    config = LoraConfig(**{"r": 8, "target_modules": ["query", "value"], **options})
+    return initialize_peft(get_peft_model(AutoModel.from_pretrained(minilm), config), factors, form=form)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lora_alpha": {"lora_alpha": 32},
+    "rslora": {"lora_alpha": 5, "use_rslora": True},
+    # path_initial_model_for_weight_conversion refuses rslora with patterns.
+    "rslora and patterns": {
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "rank_pattern": {"layer.0.attention.self.query": 3},
+        "alpha_pattern": {"value": 2, "layer.0.attention.self.query": 11},
+    },
+}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("form", ["delta", "residual"])
+@pytest.mark.parametrize("start", ["svd", "alpha"])
+def test_a_trained_adapter_becomes_a_plain_lora_on_the_original_base(
+    minilm: Path, tmp_path: Path, options: dict[str, Any], form: str, start: str
+) -> None:
+    """peft 1929: wrong output after reload, with rslora."""
+    making = {"start": inilora_alpha} if start == "alpha" else {}
+    modules = dict(factorize(minilm, **making))
+    if "rank_pattern" in options:
+        modules.update(factorize(minilm, ("layer.0.attention.self.query",), rank=3, **making))
+    factors = FactorSet(modules, {})
+    model = train(live(minilm, factors, form, **options))
+    trained = output(model)
+    original = AutoModel.from_pretrained(minilm)
+    assert (trained - output(original)).abs().max() > 0.1
+    model.save_pretrained(tmp_path / "trained")
+    errors = convert(tmp_path / "trained", factors, tmp_path / "lora")
+    assert set(errors.values()) == {0.0}
+    assert len(errors) == 12
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (16, 16, False)
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert config["base_model_name_or_path"] == str(minilm)
+    reloaded = PeftModel.from_pretrained(original, tmp_path / "lora")
+    # The residual form of α's factors rounds entries 35 times as large as W's.
+    atol = 1e-3 if (form, start) == ("residual", "alpha") else 1e-4
+    assert torch.allclose(output(reloaded), trained, rtol=0, atol=atol)
+    assert torch.allclose(output(reloaded.merge_and_unload()), trained, rtol=0, atol=atol)
+    merge(tmp_path / "trained", factors, tmp_path / "merged")
+    assert torch.allclose(output(AutoModel.from_pretrained(tmp_path / "merged")), trained, rtol=0, atol=atol)
+
+
+def test_both_forms_on_disk_convert(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
+    export_residual(minilm, minilm_factors, tmp_path / "residual", lora_alpha=16)
+    base = AutoModel.from_pretrained(tmp_path / "residual/base")
+    residual = PeftModel.from_pretrained(base, tmp_path / "residual/adapter", is_trainable=True)
+    export_delta(minilm, minilm_factors, tmp_path / "delta", lora_alpha=16)
+    delta = load_delta(AutoModel.from_pretrained(minilm), tmp_path / "delta")
+    for name, model in (("residual", residual), ("delta", delta)):
+        trained = output(train(model))
+        model.save_pretrained(tmp_path / name / "trained")
+        convert(tmp_path / name / "trained", minilm_factors, tmp_path / name / "lora")
+        reloaded = PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), tmp_path / name / "lora")
+        assert torch.allclose(output(reloaded), trained, rtol=0, atol=1e-4)
+        merge(tmp_path / name / "trained", minilm_factors, tmp_path / name / "merged")
+        merged = AutoModel.from_pretrained(tmp_path / name / "merged")
+        assert torch.allclose(output(merged), trained, rtol=0, atol=1e-4)
+        kept = {file.name for file in minilm.iterdir() if not file.name.startswith(".")}
+        assert {file.name for file in (tmp_path / name / "merged").iterdir()} == kept
+
+
+def test_an_untrained_adapter_converts_to_nothing_at_all(minilm: Path, minilm_alpha: FactorSet, tmp_path: Path) -> None:
+    live(minilm, minilm_alpha, lora_alpha=4).save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", minilm_alpha, tmp_path / "lora")
+    original = AutoModel.from_pretrained(minilm)
+    expected = output(original)
+    assert torch.equal(output(PeftModel.from_pretrained(original, tmp_path / "lora")), expected)
+    merge(tmp_path / "trained", minilm_alpha, tmp_path / "merged")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (minilm / name).read_bytes()
+
+
+def test_key_names_are_those_that_servers_accept(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
+    """vLLM and SGLang: base_model.model.{module}.lora_A.weight (r, in), lora_B.weight (out, r), and one r."""
+    train(live(minilm, minilm_factors)).save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", minilm_factors, tmp_path / "lora")
+    tensors = load_peft_weights(str(tmp_path / "lora"))
+    key = re.compile(r"base_model\.model\.encoder\.layer\.\d\.attention\.self\.(query|value)\.lora_[AB]\.weight")
+    assert len(tensors) == 24
+    assert all(key.fullmatch(name) for name in tensors)
+    shapes = {"A": (16, 384), "B": (384, 16)}
+    assert all(tensor.shape == shapes[name[-8]] for name, tensor in tensors.items())
+    assert {file.name for file in (tmp_path / "lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_recompression_is_the_truncated_svd_and_says_its_error(
+    minilm: Path, minilm_factors: FactorSet, tmp_path: Path
+) -> None:
+    model = train(live(minilm, minilm_factors, lora_alpha=16))
+    model.save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", minilm_factors, tmp_path / "full")
+    errors = convert(tmp_path / "trained", minilm_factors, tmp_path / "small", rank=4)
+    full, small = (load_peft_weights(str(tmp_path / name)) for name in ("full", "small"))
+    for module, error in errors.items():
+        key = f"base_model.model.{module}.lora_"
+        update = full[f"{key}B.weight"].double() @ full[f"{key}A.weight"].double()
+        kept = small[f"{key}B.weight"].double() @ small[f"{key}A.weight"].double()
+        S = torch.linalg.svdvals(update)
+        assert small[f"{key}A.weight"].shape == (4, 384)
+        assert error == pytest.approx(float(S[4:].norm() / S.norm()), rel=1e-6)
+        assert float((update - kept).norm() / update.norm()) == pytest.approx(error, rel=1e-4)
+        assert 0 < error < 1
+    lossless = convert(tmp_path / "trained", minilm_factors, tmp_path / "wide", rank=20)
+    assert max(lossless.values()) == 0.0
+    reloaded = PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), tmp_path / "wide")
+    assert torch.allclose(output(reloaded), output(model), rtol=0, atol=1e-4)
+
+
+def test_recompressing_nothing_gives_nothing() -> None:
+    A, B, error = recompress(torch.zeros(2, 5), torch.zeros(4, 2), 1)
+    assert not A.any()
+    assert not B.any()
+    assert error == 0.0
+
+
+def test_gpt2s_conv1d_with_a_fused_weight(gpt2: Path, gpt2_factors: FactorSet, tmp_path: Path) -> None:
+    config = LoraConfig(r=8, lora_alpha=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = get_peft_model(GPT2LMHeadModel.from_pretrained(gpt2), config)
+    train(initialize_peft(model, gpt2_factors), vocabulary=64)
+    ids = torch.arange(20)[None]
+    trained = model(ids).logits
+    model.save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", gpt2_factors, tmp_path / "lora")
+    original = GPT2LMHeadModel.from_pretrained(gpt2).eval()
+    assert (original(ids).logits - trained).abs().max() > 1e-2
+    reloaded = PeftModel.from_pretrained(original, tmp_path / "lora").eval()
+    assert torch.allclose(reloaded(ids).logits, trained, rtol=0, atol=1e-5)
+    merge(tmp_path / "trained", gpt2_factors, tmp_path / "merged")
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(merged(ids).logits, trained, rtol=0, atol=1e-5)
+
+
+def test_modules_trained_whole_come_along(minilm: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=3).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    factors = factorize(minilm)  # its names have no `bert.`, the base's tensors have
+    config = LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = train(initialize_peft(get_peft_model(base, config), factors))
+    trained = output(model)
+    model.save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", factors, tmp_path / "lora")
+    merge(tmp_path / "trained", factors, tmp_path / "merged")
+    original = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    head = original.classifier.weight.clone()
+    reloaded = PeftModel.from_pretrained(original, tmp_path / "lora")
+    assert torch.allclose(output(reloaded), trained, rtol=0, atol=1e-4)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(output(merged), trained, rtol=0, atol=1e-4)
+    assert not torch.equal(merged.classifier.weight, head)
+    with pytest.raises(FactorFileError, match=r"no tensor classifier\.bias .*merge_and_unload"):
+        merge(tmp_path / "trained", factors, tmp_path / "headless", base=minilm)
+
+
+def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(other)
+    train(live(minilm, minilm_factors)).save_pretrained(tmp_path / "trained")
+    wrong = factorize(other)
+    for act in (convert, merge):
+        with pytest.raises(FactorFileError, match=r"query\.weight is not the weight that these factors were made of"):
+            act(tmp_path / "trained", wrong, tmp_path / "out")
+        with pytest.raises(FactorFileError, match="is not the weight"):
+            act(tmp_path / "trained", minilm_factors, tmp_path / "out", base=other)
+        with pytest.raises(FactorFileError, match=r"did not start from these factors.*no linear module"):
+            act(tmp_path / "trained", factorize(minilm, ("key", "value")), tmp_path / "out")
+        with pytest.raises(FactorFileError, match="query and 5 more of its modules have no factors"):
+            act(tmp_path / "trained", factorize(minilm, ("value",)), tmp_path / "out")
+        with pytest.raises(FactorFileError, match="has rank 8, the factors have 4"):
+            act(tmp_path / "trained", factorize(minilm, rank=4), tmp_path / "out")
+    with pytest.warns(UserWarning, match="its A is far from the factors' A"):
+        convert(tmp_path / "trained", factorize(minilm, start=inilora_alpha), tmp_path / "out")
+
+
+def test_a_residual_remembers_its_factors(
+    minilm: Path, minilm_factors: FactorSet, minilm_alpha: FactorSet, tmp_path: Path
+) -> None:
+    export_residual(minilm, minilm_factors, tmp_path / "out")
+    with pytest.raises(FactorFileError, match="residual of other factors than these"):
+        convert(tmp_path / "out/adapter", minilm_alpha, tmp_path / "lora")
+    # Naming the residual as the base means the original that it was made of.
+    convert(tmp_path / "out/adapter", minilm_factors, tmp_path / "lora", base=tmp_path / "out/base")
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(minilm)
+
+
+def test_what_is_no_trained_lora_is_refused(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
+    trained = tmp_path / "trained"
+    live(minilm, minilm_factors).save_pretrained(trained)
+    with pytest.raises(OptionError, match="rank=0"):
+        convert(trained, minilm_factors, tmp_path / "out", rank=0)
+    with pytest.raises(OutputError, match="already there"):
+        convert(trained, minilm_factors, trained)
+    with pytest.raises(FactorFileError, match=r"no such file; give the folder with adapter_config\.json"):
+        convert(minilm, minilm_factors, tmp_path / "out")
+    config_file = trained / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(OptionError, match=r"cannot find the original model .*gone"):
+        convert(trained, minilm_factors, tmp_path / "out")
+    convert(trained, minilm_factors, tmp_path / "found", base=minilm)
+    config_file.write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(FactorFileError, match="not a plain LoRA"):
+        convert(trained, minilm_factors, tmp_path / "out")
+    config_file.write_text("{")
+    with pytest.raises(FactorFileError, match="damaged adapter"):
+        convert(trained, minilm_factors, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
