@@ -135,9 +135,7 @@ class FactorSet(Mapping[str, Factors]):
             A, B = factors.checkpoints[step]
             history = tuple(sample for sample in factors.history if sample[0] <= step)
             certificate = replace(factors.certificate, loss=dict(history)[step], steps=step)
-            modules[name] = replace(
-                factors, A=A, B=B, certificate=certificate, history=history, checkpoints={}
-            )
+            modules[name] = replace(factors, A=A, B=B, certificate=certificate, history=history, checkpoints={})
         return FactorSet(modules, self.options)
 
     def to_bytes(self) -> bytes:
@@ -180,7 +178,9 @@ class FactorSet(Mapping[str, Factors]):
             with safe_open(path, framework="pt") as reader:
                 header = json.loads((reader.metadata() or {}).get(METADATA_KEY, "null"))
                 if header is None:
-                    raise FactorFileError(f"{path}: a safetensors file, but not one of factors; no {METADATA_KEY} entry")
+                    raise FactorFileError(
+                        f"{path}: a safetensors file, but not one of factors; no {METADATA_KEY} entry"
+                    )
                 if header["format_version"] != FORMAT_VERSION:
                     raise FactorFileError(
                         f"{path}: factor file format {header['format_version']}, this version reads "

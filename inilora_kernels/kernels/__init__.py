@@ -81,7 +81,9 @@ class Sample:
 class Backend(Protocol):
     """A set of kernels on a device."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in `load_backend`."""
 
     def adam(
         self,
@@ -99,7 +101,7 @@ class Backend(Protocol):
 
 
 def load_backend(name: str, device: str | torch.device | None = None) -> Backend:
-    """The backend of that name; "auto" is triton on a CUDA device and cpu otherwise. Raises BackendError, OptionError."""
+    """The backend of that name; "auto" is triton on a CUDA device, else cpu. Raises BackendError or OptionError."""
     if name not in ("auto", *BACKENDS):
         raise OptionError(f"backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
     chosen = torch.device(device) if device is not None else None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import Problem, Sample, Schedule
-from .cpu_simd import PANEL, SMALL_GROUP
+from .cpu_simd import LOADS_FLOAT16, PANEL, SMALL_GROUP
 from .cpu_step import (
     A_CHUNK_PANELS,
     B_BLOCK_ROWS,
@@ -62,7 +62,7 @@ class PackedMatrix:
 
 def pack(W: Tensor) -> PackedMatrix:
     """Pack W (d×k, float32, float16 or bfloat16; float64 is rounded to float32), a strip at a time."""
-    if W.dtype == torch.float64:
+    if W.dtype == torch.float64 or (W.dtype == torch.float16 and not LOADS_FLOAT16):
         W = W.float()
     d, k = W.shape
     n_strips = ceil(d / STRIP_ROWS)
@@ -171,9 +171,7 @@ class CpuBackend:
                 if index not in alone:
                     self._run_together(pool, index, problem, schedule, milestones, observe, advanced)
             if alone:
-                self._run_alone(
-                    pool, {i: problems[i] for i in sorted(alone)}, schedule, milestones, observe, advanced
-                )
+                self._run_alone(pool, {i: problems[i] for i in sorted(alone)}, schedule, milestones, observe, advanced)
 
     def _run_together(
         self,
@@ -190,9 +188,7 @@ class CpuBackend:
         for milestone in milestones:
             while run.step < milestone:
                 steps = min(run.steps_a_call, milestone - run.step)
-                members = [
-                    pool.submit(run.advance, steps, member, self.threads) for member in range(self.threads)
-                ]
+                members = [pool.submit(run.advance, steps, member, self.threads) for member in range(self.threads)]
                 wait(members)
                 for member in members:
                     member.result()
@@ -233,15 +229,17 @@ class CpuBackend:
         workers = [pool.submit(work, index, problem) for index, problem in problems.items()]
         for worker in workers:
             worker.add_done_callback(lambda _: news.put(0))
-        verdicts: list[Future[bool]] = []
         try:
             left = len(workers)
             while left:
                 message = news.get()
                 if isinstance(message, tuple):
                     sample, verdict = message
-                    verdicts.append(verdict)
-                    verdict.set_result(observe(sample))
+                    goes_on = False
+                    try:
+                        goes_on = observe(sample)
+                    finally:
+                        verdict.set_result(goes_on)
                 elif message:
                     advanced(message)
                 else:
@@ -258,5 +256,5 @@ class CpuBackend:
                     message = news.get(timeout=0.05)
                 except queue.Empty:
                     continue
-                if isinstance(message, tuple) and not message[1].done():
+                if isinstance(message, tuple):
                     message[1].set_result(False)

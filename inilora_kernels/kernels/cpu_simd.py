@@ -12,11 +12,11 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import config, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_features = config.CPU_FEATURES or llvmlite.binding.get_host_cpu_features().flatten()
+_features = os.environ.get("NUMBA_CPU_FEATURES") or llvmlite.binding.get_host_cpu_features().flatten()
 if "+avx512f" in _features.split(","):
     LANES, VECTORS, ROWS, GROUP = 16, 3, 3, 8
 elif "+avx2" in _features.split(","):
@@ -26,10 +26,17 @@ elif "+neon" in _features.split(","):
 else:
     LANES, VECTORS, ROWS, GROUP = 4, 3, 3, 4
 SMALL_GROUP = 4
+# Without an instruction for it, LLVM would call a library function that is not there.
+LOADS_FLOAT16 = "+f16c" in _features.split(",") or "+neon" in _features.split(",")
 PANEL = LANES * VECTORS
 
 _FLOAT = ir.FloatType()
 _INT64 = ir.IntType(64)
+
+
+def _intrinsic(function: Any) -> Any:
+    """numba's decorator; its result is called from compiled code only, without the typing context."""
+    return intrinsic(function)
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
@@ -77,7 +84,8 @@ def _broadcast(builder: Any, scalar: Any, lanes: int) -> Any:
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = a.type
-    name = f"llvm.fma.v{kind.count}f32"
+    # fmuladd, not fma: without a fused unit it is two instructions, not a call of libm an element.
+    name = f"llvm.fmuladd.v{kind.count}f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
     return builder.call(function, [a, b, c])
 
@@ -107,7 +115,7 @@ def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
     return total
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def outer_products(
     typing: Any,
     out: Any,
@@ -128,8 +136,8 @@ def outer_products(
     """out[p, :] += Σ_{i<count} x[i, p] · W[i, :] for p < rows and lanes·vectors columns.
 
     Reads count·lanes·vectors elements of W (row i at W_start + i·W_step), count·rows scalars of x (at x_start +
-    i·x_step + p·x_stride); reads and writes rows·lanes·vectors of out (row p at out_start + p·out_stride). The sums stay
-    in registers over all i. rows, lanes and vectors are compile-time constants.
+    i·x_step + p·x_stride); reads and writes rows·lanes·vectors of out (row p at out_start + p·out_stride). The sums
+    stay in registers over all i. rows, lanes and vectors are compile-time constants.
     """
     if not all(isinstance(t, types.IntegerLiteral) for t in (rows, lanes, vectors)):
         return None
@@ -140,10 +148,7 @@ def outer_products(
             _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (x, 3), (W, 7))
         )
         out_0, out_row, x_0, x_i, x_p, W_0, W_i, n = (arguments[i] for i in (1, 2, 4, 5, 6, 8, 9, 10))
-        sums = [
-            [cgutils.alloca_once(builder, _vector_type(n_lanes)) for _ in range(n_vectors)]
-            for _ in range(n_rows)
-        ]
+        sums = [[cgutils.alloca_once(builder, _vector_type(n_lanes)) for _ in range(n_vectors)] for _ in range(n_rows)]
 
         def place(p: int, v: int) -> Any:
             return builder.add(builder.add(out_0, builder.mul(out_row, _INT64(p))), _INT64(v * n_lanes))
@@ -154,8 +159,7 @@ def outer_products(
         with cgutils.for_range(builder, n) as loop:
             row = builder.add(W_0, builder.mul(loop.index, W_i))
             values = [
-                _load(builder, W_at, builder.add(row, _INT64(v * n_lanes)), n_lanes, W.dtype)
-                for v in range(n_vectors)
+                _load(builder, W_at, builder.add(row, _INT64(v * n_lanes)), n_lanes, W.dtype) for v in range(n_vectors)
             ]
             scalar = builder.add(x_0, builder.mul(loop.index, x_i))
             for p in range(n_rows):
@@ -169,13 +173,11 @@ def outer_products(
         return context.get_dummy_value()
 
     places = [types.int64] * 8
-    signature = types.void(
-        out, *places[:2], x, *places[:3], W, *places[:3], rows, lanes, vectors
-    )
+    signature = types.void(out, *places[:2], x, *places[:3], W, *places[:3], rows, lanes, vectors)
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def inner_products(
     typing: Any,
     out: Any,
@@ -237,7 +239,7 @@ def inner_products(
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def atomic_add(typing: Any, array: Any, index: Any, amount: Any) -> Any:
     """Add to array[index] (int64) atomically, sequentially consistent; returns the value before."""
 
@@ -250,7 +252,7 @@ def atomic_add(typing: Any, array: Any, index: Any, amount: Any) -> Any:
     return types.int64(array, types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def spin_pause(typing: Any) -> Any:
     """Tell the core that this thread only waits (x86's PAUSE); nothing elsewhere."""
 
@@ -264,7 +266,4 @@ def spin_pause(typing: Any) -> Any:
     return types.void(), generate
 
 
-if os.name == "posix":
-    give_way = types.ExternalFunction("sched_yield", types.int32())
-else:
-    give_way = spin_pause
+give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else spin_pause

@@ -63,7 +63,13 @@ def slot_products(W: Any, A: Any, B: Any, P: Any, Q: Any, first: int, last: int)
     """P = BᵀW over strips [first, last) and Q = WAᵀ for their rows. Reads W once from memory, once more from L2."""
     n_panels, strip_rows = W.shape[1], W.shape[2]
     rank = A.shape[1]
-    W_flat, A_flat, B_flat, P_flat, Q_flat = W.reshape(-1), A.reshape(-1), B.reshape(-1), P.reshape(-1), Q.reshape(-1)
+    W_flat, A_flat, B_flat, P_flat, Q_flat = (
+        W.reshape(-1),
+        A.reshape(-1),
+        B.reshape(-1),
+        P.reshape(-1),
+        Q.reshape(-1),
+    )
     tile = strip_rows * PANEL
     P_flat[:] = 0
     for strip in range(first, last):
@@ -104,7 +110,15 @@ def slot_products(W: Any, A: Any, B: Any, P: Any, Q: Any, first: int, last: int)
 
 @njit(cache=True, nogil=True, inline="always")
 def _adam(
-    x: Any, mean: Any, square: Any, half_gradient: Any, rate: float, root: float, eps: float, beta1: float, beta2: float
+    x: Any,
+    mean: Any,
+    square: Any,
+    half_gradient: Any,
+    rate: Any,
+    root: Any,
+    eps: Any,
+    beta1: float,
+    beta2: float,
 ) -> None:
     """x ← x − rate·m / (√v·root + eps), rate = lr/(1−β₁ⁱ), root = 1/√(1−β₂ⁱ), for the gradient 2·half_gradient."""
     keep1, take1 = np.float32(beta1), np.float32(1 - beta1)
@@ -164,9 +178,7 @@ def update_B(
             if rank - p >= GROUP:
                 outer_products(half, p, rank, B_flat, at, 1, rank, gram, p, rank, rank, B_BLOCK_ROWS, GROUP, 1)
             else:
-                outer_products(
-                    half, p, rank, B_flat, at, 1, rank, gram, p, rank, rank, B_BLOCK_ROWS, SMALL_GROUP, 1
-                )
+                outer_products(half, p, rank, B_flat, at, 1, rank, gram, p, rank, rank, B_BLOCK_ROWS, SMALL_GROUP, 1)
         end = at + size
         _adam(B_flat[at:end], mean[at:end], square[at:end], half, rate, root, eps, beta1, beta2)
 
@@ -251,7 +263,7 @@ def run_steps(
 
 
 @njit(cache=True, nogil=True)
-def strip_residual(W: Any, A: Any, B: Any) -> float:
+def strip_residual(W: Any, A: Any, B: Any) -> Any:
     """||W − BA||² of one strip in float64: W (panels, rows, PANEL) float32, A (panels, r, PANEL), B (rows, r)."""
     n_panels, rows = W.shape[0], W.shape[1]
     sums, residual = np.zeros(PANEL), np.empty(PANEL)

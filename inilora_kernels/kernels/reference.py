@@ -100,9 +100,7 @@ class ReferenceBackend:
     ) -> None:
         for index, problem in enumerate(problems):
             W = problem.load().to(self.device, self.dtype)
-            state = AdamState.start(
-                problem.A.to(self.device, self.dtype), problem.B.to(self.device, self.dtype)
-            )
+            state = AdamState.start(problem.A.to(self.device, self.dtype), problem.B.to(self.device, self.dtype))
             step = 0
             for milestone in milestones:
                 done = milestone - step

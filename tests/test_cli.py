@@ -1,0 +1,87 @@
+"""The command line, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from inilora_kernels import FactorSet
+
+
+def inilora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from inilora_kernels.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    save_file({f"layers.0.{name}_proj.weight": torch.randn(30, 20, generator=generator) * 0.05 for name in "qkv"}, path)
+    return path
+
+
+def test_approximate_then_inspect(model: Path, tmp_path: Path) -> None:
+    output, picture = tmp_path / "factors.safetensors", tmp_path / "plot.png"
+    first = inilora("approximate", model, "-o", output, "--rank", "3", "--steps", "200", "--plot", picture)
+    assert first.returncode == 0, first.stderr
+    assert "layers.0.*" in first.stdout
+    assert "q_proj" in first.stdout
+    assert "solving" in first.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    factors = FactorSet.load(output)
+    assert list(factors) == ["layers.0.q_proj", "layers.0.v_proj"]
+    second = inilora("inspect", output)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout == first.stdout
+
+
+def test_json_is_machine_readable(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "factors.safetensors"
+    result = inilora(
+        "approximate", model, "-o", output, "--rank", "2", "--steps", "100", "-t", "q_proj", "-t", "k_proj", "--json"
+    )
+    report = json.loads(result.stdout)
+    assert set(report["modules"]) == {"layers.0.q_proj", "layers.0.k_proj"}
+    one = report["modules"]["layers.0.q_proj"]
+    assert one["shape"] == [30, 20]
+    assert one["loss"] >= one["optimum"] > 0
+    assert report["options"]["rank"] == 2
+    assert json.loads(inilora("inspect", output, "--json").stdout) == report
+
+
+def test_target_modules_may_be_a_regular_expression_or_all_linear(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "factors.safetensors"
+    for given, expected in ((r".*\.[qk]_proj", 2), ("all-linear", 3), ("k_proj", 1)):
+        result = inilora("approximate", model, "-o", output, "--steps", "0", "-t", given)
+        assert result.returncode == 0, result.stderr
+        assert len(FactorSet.load(output)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["approximate", "no/such/model", "-o", "{tmp}/out"], "no/such/model"),
+        (["approximate", "{model}", "-o", "{tmp}/no/such/folder/out"], "cannot write"),
+        (["approximate", "{model}", "-o", "{tmp}"], "folder"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "--rank", "21"], "rank 21"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "--plot", "{tmp}/plot.txt"], ".png"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "-t", "nothing"], "nothing"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "--no-such-option"], "--no-such-option"),
+        (["inspect", "{model}"], "not one of factors"),
+    ],
+)
+def test_bad_input_gives_one_clear_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    before = set(tmp_path.rglob("*"))
+    result = inilora(*[argument.format(tmp=tmp_path, model=model) for argument in arguments])
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+    assert set(tmp_path.rglob("*")) == before
