@@ -1,0 +1,369 @@
+"""A cost model of the GPU kernels: bytes, FLOPs and launches a step, and the time they predict. No autotuning.
+
+It chooses what the tiles leave open: into how many parts a matrix's columns are divided, and how many matrices step
+together. Matrices whose working set fits the last-level cache go in small waves, each run to its end before the next,
+so that W comes from DRAM once and from the cache in every later step. Both choices depend on a matrix's shape, dtype, rank
+and the GPU alone, never on its neighbours, so that a result has the same bits in any batch.
+
+    products:  max( bytes / bandwidth, FLOPs / peak ) / share of the multiprocessors that have work  +  launch
+    Adam:      bytes / bandwidth  +  launch
+
+Predictions are predictions: the share of a peak that a kernel reaches (`REACHED`) is an assumption until measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rich.table import Table
+
+from ..errors import OptionError
+from .triton_tiles import Tiles, aligned, padded_rank, tiles
+
+# Shares of the peaks below that the model counts on: streaming DRAM, streaming the cache, small tensor-core tiles.
+REACHED_DRAM = 0.90
+REACHED_CACHE = 0.70
+REACHED_TENSOR = 0.60
+# Partial sums written may not exceed this share of W's bytes where the columns are divided.
+PARTIAL_SHARE = 0.15
+CONCURRENCY = 64
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A chip's numbers: bytes, bytes a second, FLOP a second (dense), seconds.
+
+    cache: the last-level cache. cache_usable: its share that one working set can keep to itself.
+    launch: from one kernel's end to the next one's start inside a CUDA (HIP) graph.
+    """
+
+    name: str
+    architecture: str
+    multiprocessors: int
+    memory: float
+    dram: float
+    cache: float
+    cache_usable: float
+    cache_bandwidth: float
+    half: float
+    float32: float
+    launch: float
+
+
+GPUS: dict[str, Gpu] = {
+    # Multiprocessors, memory, DRAM bandwidth, cache and FLOPs: NVIDIA's whitepapers and data sheets ("NVIDIA Ada GPU
+    # Architecture", appendix A; "NVIDIA A100", "NVIDIA H100 Tensor Core GPU Architecture"; data sheets of H200 and
+    # Blackwell), AMD's data sheet and CDNA 3 white paper. half: bf16 with float32 accumulation; float32: a third of
+    # tf32's peak, as tf32x3 takes three products (MI300X: its own float32 matrix peak).
+    # cache_bandwidth: Ada about 5 TB/s as measured by Chips and Cheese ("Microbenchmarking Nvidia's RTX 4090");
+    # A100 5,120 bytes a clock at 1.41 GHz (whitepaper); H100 the same a clock and about 5.6 TB/s measured by the same
+    # authors ("Nvidia's H100: Funny L2, and Tons of Bandwidth"); B200 assumed at two dies of H100's; MI300X Infinity
+    # Cache 17.2 TB/s (white paper).
+    # cache_usable: one L2 on Ada; A100, H100, H200 and B200 have two partitions that may both hold a line: half.
+    # launch: 1 µs and up between graph nodes by NVIDIA's "Constant Time Launch for Straight-Line CUDA Graphs"; we
+    # assume twice that, and 5 µs on MI300X.
+    "rtx4090": Gpu("RTX 4090", "sm_89", 128, 24e9, 1.008e12, 72e6, 0.85, 5.0e12, 165.2e12, 82.6e12 / 3, 2e-6),
+    "a100": Gpu("A100 80GB", "sm_80", 108, 80e9, 2.039e12, 40e6, 0.45, 7.2e12, 312e12, 156e12 / 3, 2e-6),
+    "h100": Gpu("H100 SXM", "sm_90", 132, 80e9, 3.35e12, 50e6, 0.45, 5.6e12, 989e12, 494e12 / 3, 2e-6),
+    "h200": Gpu("H200", "sm_90", 132, 141e9, 4.8e12, 50e6, 0.45, 5.6e12, 989e12, 494e12 / 3, 2e-6),
+    "b200": Gpu("B200", "sm_100", 148, 180e9, 8.0e12, 126e6, 0.45, 11.2e12, 2250e12, 1125e12 / 3, 2e-6),
+    "mi300x": Gpu("MI300X", "gfx942", 304, 192e9, 5.3e12, 256e6, 0.8, 17.2e12, 1307e12, 163.4e12, 5e-6),
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What the model needs of a matrix W (d×k): its shape, bytes an element (2 or 4), and the rank."""
+
+    shape: tuple[int, int]
+    itemsize: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of `matrices` equal matrices: bytes, FLOPs and predicted seconds of the two launches.
+
+    partial_bytes: P and Q shares written (they are read once more by the Adam launch).
+    bound: what the products wait for: "DRAM", "cache" or "tensor cores".
+    """
+
+    matrices: int
+    weight_bytes: int
+    partial_bytes: int
+    state_bytes: int
+    flops: float
+    products: float
+    adam: float
+    bound: str
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.adam
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal matrices of a model: how they are run, and one wave's step."""
+
+    matrix: Matrix
+    count: int
+    parts: int
+    wave: int
+    resident: bool
+    step: Step
+    seconds: float
+
+    @property
+    def waves(self) -> int:
+        return math.ceil(self.count / self.wave)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted run of a model's matrices on a GPU. memory: peak device bytes, of the largest wave."""
+
+    gpu: Gpu
+    steps: int
+    groups: tuple[Group, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(group.seconds for group in self.groups)
+
+    @property
+    def launches(self) -> int:
+        return sum(2 * self.steps * group.waves for group in self.groups)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(group.count * _weight_bytes(group.matrix) for group in self.groups)
+
+    @property
+    def memory(self) -> int:
+        return max(
+            min(group.wave, group.count)
+            * (_weight_bytes(group.matrix) + _state_bytes(group.matrix, self.gpu, group.parts))
+            for group in self.groups
+        )
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU of that name. Raises OptionError for one that the model does not know.
+
+    >>> gpu_named("rtx4090").name
+    'RTX 4090'
+    """
+    key = name.lower().replace(" ", "").replace("-", "").replace("_", "")
+    if key not in GPUS:
+        raise OptionError(f"gpu={name!r}: the cost model knows {', '.join(GPUS)}")
+    return GPUS[key]
+
+
+def gpu_like(architecture: str, name: str, multiprocessors: int, cache: int, memory: int) -> Gpu:
+    """The nearest known GPU, with the sizes that the device itself reports.
+
+    A known name wins; otherwise the architecture's; bandwidths stay those of the known chip, scaled by multiprocessors.
+    """
+    flat = name.lower().replace(" ", "")
+    known = next((gpu for key, gpu in GPUS.items() if key in flat), None)
+    if known is None:
+        by_architecture = {gpu.architecture: gpu for gpu in reversed(GPUS.values())}
+        known = by_architecture.get(architecture, GPUS["rtx4090"])
+    scale = multiprocessors / known.multiprocessors
+    # AMD reports a multiprocessor's share of L2, not the Infinity Cache behind it.
+    size = known.cache if architecture.startswith("gfx") or cache <= 0 else float(cache)
+    return replace(
+        known,
+        name=name,
+        architecture=architecture,
+        multiprocessors=multiprocessors,
+        memory=float(memory),
+        cache=size,
+        cache_bandwidth=known.cache_bandwidth * scale,
+        half=known.half * scale,
+        float32=known.float32 * scale,
+    )
+
+
+def _weight_bytes(matrix: Matrix) -> int:
+    return matrix.shape[0] * aligned(matrix.shape[1]) * matrix.itemsize
+
+
+def _tiles(matrix: Matrix, gpu: Gpu) -> Tiles:
+    return tiles(gpu.architecture, matrix.itemsize, matrix.rank)
+
+
+def _slot_bytes(matrix: Matrix, gpu: Gpu, parts: int) -> int:
+    """P slots, one a strip of rows, and Q slots, one a part of the columns, all float32."""
+    d, k = (aligned(side) for side in matrix.shape)
+    strips = math.ceil(matrix.shape[0] / _tiles(matrix, gpu).strip.rows)
+    return 4 * matrix.rank * (strips * k + parts * d)
+
+
+def _state_bytes(matrix: Matrix, gpu: Gpu, parts: int) -> int:
+    chosen = _tiles(matrix, gpu)
+    sides = sum(aligned(side) for side in matrix.shape)
+    blocks = sum(math.ceil(aligned(side) / chosen.block.width) for side in matrix.shape)
+    return 4 * 3 * matrix.rank * sides + _slot_bytes(matrix, gpu, parts) + 4 * chosen.rank**2 * (blocks + 2)
+
+
+def step_of(matrix: Matrix, gpu: Gpu, parts: int, count: int, resident: bool) -> Step:
+    """The model of one step of `count` matrices like `matrix`, columns in `parts`, W in the cache or not."""
+    d, k = matrix.shape
+    chosen = _tiles(matrix, gpu)
+    weights, partial = _weight_bytes(matrix), _slot_bytes(matrix, gpu, parts)
+    strips = math.ceil(d / chosen.strip.rows)
+    # Every strip reads A anew and every part reads B anew: from the cache, as both are small.
+    factors_read = 4 * matrix.rank * (strips * k + parts * d)
+    blocks = sum(math.ceil(aligned(side) / chosen.block.width) for side in matrix.shape)
+    gram = 4 * chosen.rank**2 * blocks
+    state = 4 * 6 * matrix.rank * (d + k) + 2 * gram + gram
+    # 16-bit: two products, high and low halves. float32: the peak already counts tf32x3's three.
+    flops = 4.0 * d * k * chosen.rank * (2 if matrix.itemsize == 2 else 1)
+    peak = gpu.half if matrix.itemsize == 2 else gpu.float32
+
+    programs = count * strips * parts
+    rounds = math.ceil(programs / gpu.multiprocessors)
+    busy = programs / (rounds * gpu.multiprocessors)
+    cache = gpu.cache_bandwidth * REACHED_CACHE
+    dram = cache if resident else gpu.dram * REACHED_DRAM
+    times = {
+        "cache": count * (weights + partial + factors_read) / cache / busy,
+        "tensor cores": count * flops / (peak * REACHED_TENSOR) / busy,
+    }
+    if not resident:
+        # A batch beyond the cache also streams its partial sums out and in.
+        times["DRAM"] = count * (weights + partial) / dram
+    bound = max(times, key=lambda name: times[name])
+    return Step(
+        matrices=count,
+        weight_bytes=count * weights,
+        partial_bytes=count * partial,
+        state_bytes=count * state,
+        flops=count * flops,
+        products=times[bound] + gpu.launch,
+        adam=count * (partial + state) / dram + gpu.launch,
+        bound=bound,
+    )
+
+
+def _parts(matrix: Matrix, gpu: Gpu, count: int, resident: bool) -> int:
+    """The division of the columns that predicts the shortest step, with partial sums under PARTIAL_SHARE."""
+    least, columns = 1, _tiles(matrix, gpu).strip.columns
+    best = step_of(matrix, gpu, 1, count, resident).seconds
+    for parts in range(2, min(64, math.ceil(matrix.shape[1] / (2 * columns))) + 1):
+        if _slot_bytes(matrix, gpu, parts) > PARTIAL_SHARE * _weight_bytes(matrix):
+            break
+        seconds = step_of(matrix, gpu, parts, count, resident).seconds
+        if seconds < 0.99 * best:
+            least, best = parts, seconds
+    return least
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How matrices of one kind run. wave: how many step together; resident: whether a wave lives in the cache."""
+
+    parts: int
+    wave: int
+    resident: bool
+
+
+def choose(matrix: Matrix, gpu: Gpu) -> Choice:
+    """Waves in the cache where a matrix and its state fit and the model predicts a gain; else all at once.
+
+    >>> choose(Matrix((768, 768), 2, 8), GPUS["rtx4090"]).resident
+    True
+    """
+    streamed_parts = _parts(matrix, gpu, 8, resident=False)
+    streamed = Choice(streamed_parts, CONCURRENCY, resident=False)
+    working = _weight_bytes(matrix) + _state_bytes(matrix, gpu, 1)
+    wave = min(CONCURRENCY, int(gpu.cache * gpu.cache_usable // working))
+    if wave == 0:
+        return streamed
+    parts = _parts(matrix, gpu, wave, resident=True)
+    in_cache = step_of(matrix, gpu, parts, wave, resident=True).seconds / wave
+    at_once = step_of(matrix, gpu, streamed_parts, CONCURRENCY, resident=False).seconds / CONCURRENCY
+    return Choice(parts, wave, resident=True) if in_cache < at_once else streamed
+
+
+def even_wave(count: int, most: int) -> int:
+    """The wave size, at most `most`, that divides `count` matrices most evenly over the fewest waves.
+
+    >>> even_wave(24, 22), even_wave(56, 64)
+    (12, 56)
+    """
+    return math.ceil(count / math.ceil(count / most))
+
+
+def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int = 20_000) -> Plan:
+    """Predict the run of these matrices. Raises OptionError for none, or a rank or dtype the kernels do not take.
+
+    >>> small = plan([Matrix((768, 768), 4, 8)] * 24, gpu_named("rtx4090"))
+    >>> small.groups[0].count, small.launches
+    (24, 40000)
+    """
+    if not matrices:
+        raise OptionError("plan: no matrix was given")
+    for matrix in matrices:
+        if matrix.itemsize not in (2, 4) or not padded_rank(matrix.rank):
+            raise OptionError(
+                f"plan: {matrix} is outside the kernels' range; weights are float32, float16 or bfloat16, rank ≤ 128"
+            )
+    groups = []
+    for matrix in dict.fromkeys(matrices):
+        count = matrices.count(matrix)
+        choice = choose(matrix, gpu)
+        wave = even_wave(count, choice.wave)
+        step = step_of(matrix, gpu, choice.parts, wave, choice.resident)
+        full, rest = divmod(count, wave)
+        seconds = full * steps * step.seconds
+        if rest:
+            seconds += steps * step_of(matrix, gpu, choice.parts, rest, choice.resident).seconds
+        groups.append(Group(matrix, count, choice.parts, wave, choice.resident, step, seconds))
+    return Plan(gpu, steps, tuple(groups))
+
+
+def plan_table(result: Plan) -> Table:
+    """The plan as `inilora plan` prints it: a row a group of equal matrices. Every number in it is predicted."""
+    table = Table(
+        title=f"Predicted on {result.gpu.name}: {result.seconds:.1f} s for {result.steps:,} steps, "
+        f"{result.launches:,} launches, {result.memory / 1e9:.2f} GB on the device",
+        caption="Predicted by the cost model, not measured. Partial sums are written once and read once a step.",
+    )
+    table.add_column("matrices")
+    for heading in (
+        "a wave",
+        "waves",
+        "strips",
+        "parts",
+        "W a step",
+        "partial",
+        "GFLOP a step",
+        "products",
+        "Adam",
+        "total",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_column("bound by")
+    for group in result.groups:
+        step, (d, k) = group.step, group.matrix.shape
+        strips = math.ceil(d / _tiles(group.matrix, result.gpu).strip.rows)
+        table.add_row(
+            f"{group.count} × {d}×{k}, {8 * group.matrix.itemsize}-bit, r={group.matrix.rank}",
+            f"{step.matrices}{' in cache' if group.resident else ''}",
+            str(group.waves),
+            str(strips),
+            str(group.parts),
+            f"{step.weight_bytes / 1e6:.1f} MB",
+            f"{100 * step.partial_bytes / step.weight_bytes:.1f} %",
+            f"{step.flops / 1e9:.2f}",
+            f"{step.products * 1e6:.1f} µs",
+            f"{step.adam * 1e6:.1f} µs",
+            f"{group.seconds:.1f} s",
+            step.bound,
+        )
+    return table
