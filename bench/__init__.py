@@ -1,0 +1,1 @@
+"""What is measured: each file one question, each answer a ratio taken in one run."""

