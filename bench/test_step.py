@@ -1,7 +1,7 @@
 """A step of Adam on a batch of matrices: the CPU backend against the paper's way, same threads, one run.
 
-The peer runs at its best: with fused and with ordinary torch.optim.Adam, the faster counts. Both sides are warmed up and
-measured in turns; the ratio is the median of the turns'.
+The peer runs at its best: with fused and with ordinary torch.optim.Adam, the faster counts. Both sides are warmed up
+and measured in turns; the ratio is the median of the turns'.
 """
 
 from __future__ import annotations
