@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.movie_reviews import Review, movie_reviews
+
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
@@ -15,6 +17,12 @@ def minilm() -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def reviews() -> list[Review]:
+    """Real labelled text; `make` has fetched it before."""
+    return movie_reviews()
 
 
 @pytest.fixture(autouse=True)
