@@ -16,6 +16,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
 .venv/dev: .venv/torch pyproject.toml
 	$(PIP) --editable '.[dev,bench]'
+	$(BIN)/python -m bench.movie_reviews
 	touch $@
 
 demo: .venv/demo

@@ -5,8 +5,73 @@ factors = approximate_model("path/to/model", rank=8)
 factors.save("factors.safetensors")
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .approximate import approximate, approximate_model
 from .errors import InitializationError
 from .factors import Certificate, Factors, FactorSet
 
-__all__ = ["Certificate", "FactorSet", "Factors", "InitializationError", "approximate", "approximate_model"]
+if TYPE_CHECKING:
+    from .adapters.convert import convert, export_merged
+    from .adapters.export import export_delta, export_residual, save_adapter
+    from .adapters.layer import (
+        adapter_state_dict,
+        attach,
+        detach,
+        load_adapter_state_dict,
+        merge,
+        trainable_parameters,
+        unmerge,
+    )
+    from .adapters.peft import initialize_peft, load_delta
+    from .inilora_pt import save_inilora_pt
+
+__all__ = [
+    "Certificate",
+    "FactorSet",
+    "Factors",
+    "InitializationError",
+    "adapter_state_dict",
+    "approximate",
+    "approximate_model",
+    "attach",
+    "convert",
+    "detach",
+    "export_delta",
+    "export_merged",
+    "export_residual",
+    "initialize_peft",
+    "load_adapter_state_dict",
+    "load_delta",
+    "merge",
+    "save_adapter",
+    "save_inilora_pt",
+    "trainable_parameters",
+    "unmerge",
+]
+
+# Imported when first used: transformers and peft take seconds, and whoever only makes factors needs neither.
+_MODULES = {
+    "adapter_state_dict": "adapters.layer",
+    "attach": "adapters.layer",
+    "convert": "adapters.convert",
+    "detach": "adapters.layer",
+    "export_delta": "adapters.export",
+    "export_merged": "adapters.convert",
+    "export_residual": "adapters.export",
+    "initialize_peft": "adapters.peft",
+    "load_adapter_state_dict": "adapters.layer",
+    "load_delta": "adapters.peft",
+    "merge": "adapters.layer",
+    "save_adapter": "adapters.export",
+    "save_inilora_pt": "inilora_pt",
+    "trainable_parameters": "adapters.layer",
+    "unmerge": "adapters.layer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

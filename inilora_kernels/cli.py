@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from .errors import InitializationError
+from .adapters.folder import TaskType
+from .adapters.layer import Form
+from .errors import InitializationError, OptionError
 from .factors import FactorSet
 from .files import require_writable
 
@@ -23,7 +25,13 @@ application = typer.Typer(
     rich_markup_mode=None,
 )
 
+Format = Literal["peft", "inilora-pt"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]
+Base = Annotated[Path | None, typer.Option(help="The original model's folder, of which the factors are.")]
+Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")]
+Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
+Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")]
+Trained = Annotated[Path, typer.Argument(help="The adapter folder that the trainer saved.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw error by layer and convergence into this .png, .svg or .pdf.")]
 
 
@@ -96,19 +104,104 @@ def approximate(
     factors.save(output)
     _show(factors, plot, as_json)
     if not as_json:
-        Console(stderr=True).print(f"wrote {output}", highlight=False)
+        _say(f"wrote {output}")
 
 
 @application.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A factor file.")],
+    file: Made,
+    base: Annotated[
+        Path | None, typer.Option(help="For an authors' folder: the model's folder, to compare with.")
+    ] = None,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in a factor file and how good it is."""
     if plot is not None:
         _require_plot(plot)
-    _show(FactorSet.load(file), plot, as_json)
+    _show(FactorSet.load(file, base), plot, as_json)
+
+
+@application.command()
+def export(
+    factors: Made,
+    output: Folder,
+    base: Base = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="residual: a base folder with R = W − BA and an adapter, which every trainer takes as they are; "
+            "delta: the adapter, and its frozen negative, for the untouched base."
+        ),
+    ] = "residual",
+    file_format: Annotated[
+        Format, typer.Option("--format", help="peft: folders for trainers; inilora-pt: the authors' factor files.")
+    ] = "peft",
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="PEFT's lora_alpha. Default: the rank, a scaling of 1.")
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by lora_alpha / √r.")] = False,
+    lora_dropout: Annotated[float, typer.Option(help="PEFT's lora_dropout.")] = 0.0,
+    task_type: Annotated[
+        TaskType | None, typer.Option(help="PEFT's task_type. Default: the model's own class, as config.json has it.")
+    ] = None,
+) -> None:
+    """Write factors as folders that a trainer reads."""
+    if file_format == "inilora-pt":
+        from .inilora_pt import save_inilora_pt
+
+        save_inilora_pt(FactorSet.load(factors, base), output)
+        _say(f"wrote {output}")
+        return
+    if base is None:
+        raise OptionError("give the model's folder, of which the factors are, as --base")
+    from .adapters.export import export_delta, export_residual
+
+    write = export_residual if form == "residual" else export_delta
+    write(base, FactorSet.load(factors, base), output, lora_alpha, rslora, lora_dropout, task_type)
+    if form == "residual":
+        _say(f"wrote {output / 'base'}, the model to train on, and {output / 'adapter'}, the adapter to go on from")
+    else:
+        _say(
+            f"wrote {output / 'adapter'}, the adapter to go on from, and {output / 'initial'}, to stay frozen beside it"
+        )
+
+
+@application.command()
+def convert(
+    trained: Trained,
+    init: Init,
+    output: Folder,
+    base: Base = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Recompress to this rank. Default: exact, at twice the rank.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a plain LoRA for the original model of a trained adapter."""
+    from .adapters.convert import convert as convert_folder
+
+    errors = convert_folder(trained, FactorSet.load(init, base), output, base, rank)
+    if as_json:
+        print(json.dumps({"truncation_error": errors}, indent=2))
+    elif rank is not None:
+        from .report import truncation_table
+
+        Console().print(truncation_table(errors, rank))
+    _say(f"wrote {output}")
+
+
+@application.command()
+def merge(trained: Trained, init: Init, output: Folder, base: Base = None) -> None:
+    """Write the original model with a trained adapter merged into it."""
+    from .adapters.convert import export_merged
+
+    export_merged(trained, FactorSet.load(init, base), output, base)
+    _say(f"wrote {output}")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
 def _target_modules(given: list[str] | None) -> list[str] | str | None:

@@ -169,9 +169,19 @@ class FactorSet(Mapping[str, Factors]):
         write_whole(Path(path), self.to_bytes())
 
     @classmethod
-    def load(cls, path: str | Path) -> FactorSet:
-        """Read a factor file. Raises FactorFileError if it is none, is damaged or is of a newer format."""
+    def load(cls, path: str | Path, base: str | Path | None = None) -> FactorSet:
+        """Read a factor file, or a folder of `{module}.weight.pt` files as the paper's authors write them.
+
+        base: only for such a folder, which does not say of which weights its factors are: their model, for the
+            certificates and the sha256 that exports and conversions compare.
+
+        Raises FactorFileError: no factor file, a damaged one, one of a newer format, or factors of another model.
+        """
         path = Path(path)
+        if path.is_dir():
+            from .inilora_pt import load_inilora_pt  # that module builds on this one
+
+            return load_inilora_pt(path, base)
         if not path.is_file():
             raise FactorFileError(f"{path}: no such factor file; `inilora approximate MODEL -o FILE` writes one")
         try:

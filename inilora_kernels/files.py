@@ -1,10 +1,12 @@
-"""Files that are whole or absent: written beside, synced, renamed."""
+"""Files and folders that are whole or absent: written beside, synced, renamed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import OutputError
@@ -45,6 +47,45 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
         ) from error
+
+
+def require_new_folder(path: Path) -> None:
+    """Raise OutputError if a folder cannot be made at `path`: something is there, or no folder can be written."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise OutputError(f"{path}: already there; give a new folder, or remove this one")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, beside `path`; it takes that name when all went well, and vanishes otherwise.
+
+    Raises OutputError.
+    """
+    require_new_folder(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        temporary.chmod(0o777 & ~_umask())
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    if file.is_file():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def _umask() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,18 @@ def json_report(factors: FactorSet) -> dict[str, Any]:
             for name, one in factors.items()
         },
     }
+
+
+def truncation_table(errors: Mapping[str, float], rank: int) -> Table:
+    """One row a module: the relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ of an update recompressed to a rank; the worst below."""
+    labels, pattern = _labels(list(errors))
+    title = f"{len(errors)} updates recompressed to rank {rank}: {pattern}"
+    result = Table(title=title, show_footer=True, min_width=len(title))
+    result.add_column("module", "worst", overflow="fold")
+    result.add_column("‖ΔW − ΔW'‖ / ‖ΔW‖", f"{max(errors.values()):.2%}", justify="right")
+    for label, error in zip(labels, errors.values(), strict=True):
+        result.add_row(label, f"{error:.2%}")
+    return result
 
 
 def require_plot_path(path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What every test may use: the real model, and a cache of the test's own."""
+"""What every test may use: the real model and its factors, a small random one of another architecture, real text,
+and a cache of the test's own."""
 
 from __future__ import annotations
 
@@ -6,6 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from factorized import factorize, inilora_alpha
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bench.movie_reviews import Review, movie_reviews
+from inilora_kernels.factors import FactorSet
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +22,38 @@ def minilm() -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def minilm_factors(minilm: Path) -> FactorSet:
+    return factorize(minilm)
+
+
+@pytest.fixture(scope="session")
+def minilm_alpha(minilm: Path) -> FactorSet:
+    return factorize(minilm, start=inilora_alpha)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GPT-2: Conv1D, fused query, key and value, tied embeddings."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=24, n_layer=2, n_head=2, initializer_range=0.1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_factors(gpt2: Path) -> FactorSet:
+    parts = {"query": (0, 24), "value": (48, 72)}
+    return factorize(gpt2, ("c_attn",), rank=4, parts=parts, transposed=True)
+
+
+@pytest.fixture(scope="session")
+def reviews() -> list[Review]:
+    """Real labelled text; `make` has fetched it before."""
+    return movie_reviews()
 
 
 @pytest.fixture(autouse=True)

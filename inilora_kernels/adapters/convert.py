@@ -24,8 +24,9 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import FactorFileError, OptionError, TargetError
 from ..factors import FactorSet
+from ..files import require_new_folder, whole_folder
 from .export import RESIDUAL_RECORD, factors_sha256, require_same_base
-from .folder import KEY_PREFIX, Adapter, copy_model, read_adapter, require_new, whole_folder, write_adapter
+from .folder import KEY_PREFIX, Adapter, copy_model, read_adapter, write_adapter
 from .layer import difference
 from .modules import Start, find_starts, module_of
 
@@ -61,7 +62,7 @@ def convert(
     trained, out = Path(trained), Path(out)
     if rank is not None and rank < 1:
         raise OptionError(f"rank={rank}: it must be at least 1")
-    require_new(out)
+    require_new_folder(out)
     adapter = read_adapter(trained)
     checkpoint, _ = _original(adapter, factors, base)
     updates = _updates(trained, adapter, factors, checkpoint)
@@ -88,14 +89,14 @@ def convert(
     return errors
 
 
-def merge(trained: str | Path, factors: FactorSet, out: str | Path, base: str | Path | None = None) -> None:
+def export_merged(trained: str | Path, factors: FactorSet, out: str | Path, base: str | Path | None = None) -> None:
     """Write the original model with a trained adapter merged into it: W + ΔW, summed in float32, in W's dtype.
 
     Config, tokenizer and all other tensors are copied as they are, one tensor in memory at a time. Parameters and
     errors are those of `convert`; FactorFileError too if a module trained whole has no tensor in the base.
     """
     trained, out = Path(trained), Path(out)
-    require_new(out)
+    require_new_folder(out)
     adapter = read_adapter(trained)
     checkpoint, tensors = _original(adapter, factors, base)
     updates = _updates(trained, adapter, factors, checkpoint)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -25,11 +25,12 @@ from ..architecture import HEADS, describe
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import FactorFileError, OptionError, TargetError, WeightError
 from ..factors import Factors, FactorSet
-from .folder import KEY_PREFIX, Adapter, copy_model, require_new, whole_folder, write_adapter
+from ..files import require_new_folder, whole_folder
+from ..names import match_names
+from .folder import KEY_PREFIX, Adapter, TaskType, copy_model, write_adapter
 from .layer import adapters, warn_if_rounded_away
-from .modules import Start, find_starts, is_conv1d, match_names, module_of
+from .modules import Start, find_starts, is_conv1d, module_of
 
-TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 RESIDUAL_RECORD = "inilora_residual.json"
 
@@ -201,7 +202,7 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
         if not part.source_sha256:
             raise FactorFileError(
                 f"{name}: these factors do not record which weight they are of; "
-                f"load them with their base: load_inilora_pt(folder, base)"
+                f"load them with their base: FactorSet.load(folder, base), or --base"
             )
     for name, part in factors.items():
         found = checkpoint.sha256(tensors[module_of(name)])
@@ -273,7 +274,7 @@ def _plan(
         raise OptionError(f"lora_dropout={lora_dropout}: it must be at least 0 and below 1")
     if task_type is not None and task_type not in _CLASSES:
         raise OptionError(f"task_type={task_type!r}: it is one of {', '.join(_CLASSES)}")
-    require_new(out)
+    require_new_folder(out)
     checkpoint = open_checkpoint(base)
     tensors = require_same_base(checkpoint, factors)
     live_names = _live_names(checkpoint, task_type)

@@ -1,18 +1,15 @@
-"""Folders on disk, whole or absent: PEFT's adapter folder, and a copy of a model with a few weights changed."""
+"""Folders on disk: PEFT's adapter folder, and a copy of a model with a few weights changed."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, FactorFileError, OutputError
+from ..errors import CheckpointError, FactorFileError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
 # Other copies of a model's weights, and files of other programs, which a changed model must not carry along.
 _OTHER_WEIGHTS = re.compile(
@@ -107,39 +105,6 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     save_file({**tensors, **adapter.others}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def require_new(path: Path) -> None:
-    """Raise OutputError if a folder cannot be made at `path`: something is there, or no folder can be written."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise OutputError(f"{path}: already there; give a new folder, or remove this one")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.rmdir(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, beside `path`; it takes that name when all went well, and vanishes otherwise.
-
-    Raises OutputError.
-    """
-    require_new(path)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        temporary.chmod(0o777 & ~_umask())
-        if path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def copy_model(
     checkpoint: Checkpoint, folder: Path, changed: Collection[str], change: Callable[[str, Tensor], Tensor]
 ) -> None:
@@ -209,15 +174,3 @@ def _checked(change: Callable[[str, Tensor], Tensor], name: str, tensor: Tensor)
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _sync(file: Path) -> None:
-    if file.is_file():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -13,7 +13,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, GPT2LMHeadModel
 
-from inilora_kernels.adapters.convert import convert, merge, recompress
+from inilora_kernels.adapters.convert import convert, export_merged, recompress
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.peft import initialize_peft, load_delta
 from inilora_kernels.errors import FactorFileError, OptionError, OutputError
@@ -85,7 +85,7 @@ def test_a_trained_adapter_becomes_a_plain_lora_on_the_original_base(
     atol = 1e-3 if (form, start) == ("residual", "alpha") else 1e-4
     assert torch.allclose(output(reloaded), trained, rtol=0, atol=atol)
     assert torch.allclose(output(reloaded.merge_and_unload()), trained, rtol=0, atol=atol)
-    merge(tmp_path / "trained", factors, tmp_path / "merged")
+    export_merged(tmp_path / "trained", factors, tmp_path / "merged")
     assert torch.allclose(output(AutoModel.from_pretrained(tmp_path / "merged")), trained, rtol=0, atol=atol)
 
 
@@ -101,7 +101,7 @@ def test_both_forms_on_disk_convert(minilm: Path, minilm_factors: FactorSet, tmp
         convert(tmp_path / name / "trained", minilm_factors, tmp_path / name / "lora")
         reloaded = PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), tmp_path / name / "lora")
         assert torch.allclose(output(reloaded), trained, rtol=0, atol=1e-4)
-        merge(tmp_path / name / "trained", minilm_factors, tmp_path / name / "merged")
+        export_merged(tmp_path / name / "trained", minilm_factors, tmp_path / name / "merged")
         merged = AutoModel.from_pretrained(tmp_path / name / "merged")
         assert torch.allclose(output(merged), trained, rtol=0, atol=1e-4)
         kept = {file.name for file in minilm.iterdir() if not file.name.startswith(".")}
@@ -114,7 +114,7 @@ def test_an_untrained_adapter_converts_to_nothing_at_all(minilm: Path, minilm_al
     original = AutoModel.from_pretrained(minilm)
     expected = output(original)
     assert torch.equal(output(PeftModel.from_pretrained(original, tmp_path / "lora")), expected)
-    merge(tmp_path / "trained", minilm_alpha, tmp_path / "merged")
+    export_merged(tmp_path / "trained", minilm_alpha, tmp_path / "merged")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (minilm / name).read_bytes()
 
@@ -174,7 +174,7 @@ def test_gpt2s_conv1d_with_a_fused_weight(gpt2: Path, gpt2_factors: FactorSet, t
     assert (original(ids).logits - trained).abs().max() > 1e-2
     reloaded = PeftModel.from_pretrained(original, tmp_path / "lora").eval()
     assert torch.allclose(reloaded(ids).logits, trained, rtol=0, atol=1e-5)
-    merge(tmp_path / "trained", gpt2_factors, tmp_path / "merged")
+    export_merged(tmp_path / "trained", gpt2_factors, tmp_path / "merged")
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(merged(ids).logits, trained, rtol=0, atol=1e-5)
 
@@ -189,7 +189,7 @@ def test_modules_trained_whole_come_along(minilm: Path, tmp_path: Path) -> None:
     trained = output(model)
     model.save_pretrained(tmp_path / "trained")
     convert(tmp_path / "trained", factors, tmp_path / "lora")
-    merge(tmp_path / "trained", factors, tmp_path / "merged")
+    export_merged(tmp_path / "trained", factors, tmp_path / "merged")
     original = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     head = original.classifier.weight.clone()
     reloaded = PeftModel.from_pretrained(original, tmp_path / "lora")
@@ -198,7 +198,7 @@ def test_modules_trained_whole_come_along(minilm: Path, tmp_path: Path) -> None:
     assert torch.allclose(output(merged), trained, rtol=0, atol=1e-4)
     assert not torch.equal(merged.classifier.weight, head)
     with pytest.raises(FactorFileError, match=r"no tensor classifier\.bias .*merge_and_unload"):
-        merge(tmp_path / "trained", factors, tmp_path / "headless", base=minilm)
+        export_merged(tmp_path / "trained", factors, tmp_path / "headless", base=minilm)
 
 
 def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
     AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(other)
     train(live(minilm, minilm_factors)).save_pretrained(tmp_path / "trained")
     wrong = factorize(other)
-    for act in (convert, merge):
+    for act in (convert, export_merged):
         with pytest.raises(FactorFileError, match=r"query\.weight is not the weight that these factors were made of"):
             act(tmp_path / "trained", wrong, tmp_path / "out")
         with pytest.raises(FactorFileError, match="is not the weight"):

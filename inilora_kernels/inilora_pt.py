@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import open_checkpoint
-from ..errors import FactorFileError, OptionError, TargetError
-from ..factors import Certificate, Factors, FactorSet
-from ..files import write_whole
-from .folder import whole_folder
-from .modules import match_names
+from .checkpoint import open_checkpoint
+from .errors import FactorFileError, OptionError, TargetError
+from .factors import Certificate, Factors, FactorSet
+from .files import whole_folder, write_whole
+from .names import match_names
 
 SUFFIX = ".weight.pt"
 LOSS_SUFFIX = ".weight.loss.pt"

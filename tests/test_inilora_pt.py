@@ -11,10 +11,10 @@ from transformers import AutoModel
 
 from inilora_kernels.adapters.convert import convert
 from inilora_kernels.adapters.export import export_delta
-from inilora_kernels.adapters.inilora_pt import load_inilora_pt, save_inilora_pt
 from inilora_kernels.adapters.peft import load_delta
 from inilora_kernels.errors import FactorFileError, OptionError
 from inilora_kernels.factors import FactorSet
+from inilora_kernels.inilora_pt import load_inilora_pt, save_inilora_pt
 
 QUERY = "encoder.layer.0.attention.self.query"
 

@@ -1,0 +1,91 @@
+"""TRL's SFTTrainer on real text: supervised fine-tuning of a causal language model, and the way back to the original.
+
+No pretrained causal model is small enough for every run of the tests: there it is MiniLM, with its real weights, made
+to look back only (transformers' BertLMHeadModel, whose language head is new).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BATCH, STEPS
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertLMHeadModel
+from trl import SFTConfig, SFTTrainer
+
+from bench.movie_reviews import Review
+from inilora_kernels import FactorSet, convert, export_residual, initialize_peft
+
+
+@pytest.fixture(scope="module")
+def decoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(minilm, is_decoder=True)
+    BertLMHeadModel.from_pretrained(minilm, config=config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
+    return folder
+
+
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.arange(1000, 1024).reshape(2, 12)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.clone()
+
+
+def start(way: str, base: Path, factors: FactorSet, folder: Path, targets: list[str]) -> PeftModel:
+    if way == "residual":
+        export_residual(base, factors, folder, task_type="CAUSAL_LM")
+        return AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", is_trainable=True)
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, use_rslora=True, target_modules=targets)
+    return initialize_peft(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), factors)
+
+
+def check(way: str, base: Path, factors: FactorSet, text: list[Review], folder: Path, targets: list[str]) -> None:
+    untrained = logits(AutoModelForCausalLM.from_pretrained(base))
+    model = start(way, base, factors, folder / "start", targets)
+    assert torch.allclose(logits(model), untrained, rtol=0, atol=0 if way == "delta" else 1e-4)
+    arguments = SFTConfig(
+        folder / "run",
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH // 2,
+        learning_rate=2e-3,
+        lr_scheduler_type="constant",
+        max_length=32,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_dict({"text": [review.text for review in text]}),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    trained = logits(model)
+    assert (trained - untrained).abs().max() > 0.1
+    trainer.save_model(folder / "trained")
+
+    convert(folder / "trained", factors, folder / "lora", base=base)
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "lora")
+    assert torch.allclose(logits(reloaded), trained, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["delta", "residual"])
+def test_from_factors_to_a_plain_lora_on_the_original_model(
+    way: str, decoder: Path, minilm_factors: FactorSet, clear_reviews: list[Review], tmp_path: Path
+) -> None:
+    check(way, decoder, minilm_factors, clear_reviews, tmp_path, ["query", "value"])
