@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from factorized import factorize, inilora_alpha
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.movie_reviews import Review, movie_reviews
 from inilora_kernels.factors import FactorSet
+
+from .factorized import factorize, inilora_alpha
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from factorized import factorize
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from inilora_kernels import FactorSet, load_delta, save_inilora_pt
 from inilora_kernels.cli import main
+
+from .factorized import factorize
 
 Inilora = Callable[..., tuple[int, str, str]]
 

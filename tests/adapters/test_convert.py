@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from factorized import factorize, inilora_alpha
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.peft import initialize_peft, load_delta
 from inilora_kernels.errors import FactorFileError, OptionError, OutputError
 from inilora_kernels.factors import FactorSet
+
+from ..factorized import factorize, inilora_alpha
 
 
 def output(model: nn.Module) -> Tensor:

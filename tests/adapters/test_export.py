@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from factorized import factorize, inilora_alpha
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,6 +18,8 @@ from inilora_kernels.adapters.peft import load_delta
 from inilora_kernels.checkpoint import open_checkpoint
 from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError, OutputError
 from inilora_kernels.factors import FactorSet
+
+from ..factorized import factorize, inilora_alpha
 
 QUERY = "encoder.layer.0.attention.self.query"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from factorized import factorize, inilora_alpha, truncated_svd
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, BertModel, GPT2LMHeadModel
@@ -27,6 +26,8 @@ from inilora_kernels.adapters.layer import (
 )
 from inilora_kernels.errors import OptionError, TargetError, WeightError
 from inilora_kernels.factors import Certificate, Factors, FactorSet
+
+from ..factorized import factorize, inilora_alpha, truncated_svd
 
 FORMS: tuple[Form, ...] = ("delta", "residual")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from factorized import factorize
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, BitsAndBytesConfig, GPT2LMHeadModel
@@ -16,6 +15,8 @@ from inilora_kernels.adapters.layer import Form
 from inilora_kernels.adapters.peft import initialize_peft
 from inilora_kernels.errors import OptionError, TargetError, WeightError
 from inilora_kernels.factors import FactorSet
+
+from ..factorized import factorize
 
 FORMS: tuple[Form, ...] = ("delta", "residual")
 

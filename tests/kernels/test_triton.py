@@ -27,7 +27,7 @@ from inilora_kernels.kernels.triton import TritonBackend
 from inilora_kernels.kernels.triton_tiles import RANKS, BlockTile, StripTile, Tiles, padded_rank
 from inilora_kernels.kernels.triton_wave import Wave, lay_out, padded_weight
 
-from triton_interpreter import ADAM, GRADIENT_PRODUCTS, interpreted
+from .triton_interpreter import ADAM, GRADIENT_PRODUCTS, interpreted
 
 # Relative to the product's norm. float32 and float16's two halves carry 24 and 22 bits: a few roundings of 2⁻²⁴ or
 # 2⁻²². bfloat16's two halves carry 16 bits: half a unit in the last place of the low half, 2⁻¹⁷ = 7.6e-6 at worst each,

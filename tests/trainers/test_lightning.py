@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning
 import torch
-from conftest import BATCH, Logits
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
@@ -15,6 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from inilora_kernels import FactorSet, attach, convert, save_adapter, trainable_parameters
+
+from .conftest import BATCH, Logits
 
 
 class Classifier(lightning.LightningModule):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BATCH, Logits
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -23,6 +22,8 @@ from inilora_kernels import (
     trainable_parameters,
 )
 from inilora_kernels.adapters.layer import Form
+
+from .conftest import BATCH, Logits
 
 
 @pytest.mark.parametrize("form", ["delta", "residual"])

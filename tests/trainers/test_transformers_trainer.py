@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BATCH, STEPS, Logits
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -24,6 +23,8 @@ from inilora_kernels import (
     initialize_peft,
     load_delta,
 )
+
+from .conftest import BATCH, STEPS, Logits
 
 WAYS = ("live, delta", "live, residual", "disk, delta", "disk, residual")
 

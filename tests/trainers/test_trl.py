@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BATCH, STEPS
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.movie_reviews import Review
 from inilora_kernels import FactorSet, convert, export_residual, initialize_peft
+
+from .conftest import BATCH, STEPS
 
 
 @pytest.fixture(scope="module")
