@@ -158,16 +158,21 @@ def _updates(
             f"give the factors that it started from"
         )
     updates = {}
+    on_residual = _record(_trained_on(adapter)) is not None
     for module, start in starts.items():
-        A, B = (factor.double() for factor in adapter.factors[module])
+        A, B = adapter.factors[module]
         if A.shape[0] != start.rank:
             raise FactorFileError(
                 f"{trained}: {module} has rank {A.shape[0]}, the factors have {start.rank}; "
                 f"give the factors that it started from"
             )
         scaling = adapter.scaling(module)
-        A0, B0 = (factor.double() for factor in start.scaled(scaling))
-        A1, B1 = difference(A, B, A0, B0)
+        A0, B0 = start.scaled(scaling)
+        if not on_residual:
+            # A trainer may keep A and B in bfloat16 (TRL does on a quantized base): then what was subtracted in
+            # training is A0 and B0 in bfloat16 too. A residual on disk was made of the float32 ones.
+            A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
+        A1, B1 = difference(A.double(), B.double(), A0.double(), B0.double())
         root = math.sqrt(scaling)
         updates[module] = (root * A1, root * B1)
     _warn_if_unrelated(trained, adapter, starts)
@@ -191,7 +196,7 @@ def _warn_if_unrelated(trained: Path, adapter: Adapter, starts: Mapping[str, Sta
 def _original(adapter: Adapter, factors: FactorSet, base: str | Path | None) -> tuple[Checkpoint, dict[str, str]]:
     """The original model that the factors are of, checked, and its tensor of each module."""
     named = adapter.config.get("base_model_name_or_path")
-    trained_on = _local(str(named)) if named else None
+    trained_on = _trained_on(adapter)
     record = _record(trained_on)
     if record is not None and record.get("factors_sha256") != factors_sha256(factors):
         raise FactorFileError(
@@ -208,6 +213,11 @@ def _original(adapter: Adapter, factors: FactorSet, base: str | Path | None) -> 
         original = Path(given["base"])
     checkpoint = open_checkpoint(original)
     return checkpoint, require_same_base(checkpoint, factors)
+
+
+def _trained_on(adapter: Adapter) -> Path | None:
+    named = adapter.config.get("base_model_name_or_path")
+    return _local(str(named)) if named else None
 
 
 def _record(folder: Path | None) -> dict[str, Any] | None:

@@ -89,6 +89,34 @@ def test_a_trained_adapter_becomes_a_plain_lora_on_the_original_base(
     assert torch.allclose(output(AutoModel.from_pretrained(tmp_path / "merged")), trained, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("form", ["delta", "residual"])
+def test_factors_kept_in_bfloat16_are_taken_as_they_were_trained(
+    minilm: Path, minilm_alpha: FactorSet, tmp_path: Path, form: str
+) -> None:
+    """TRL casts A and B to bfloat16 on a quantized base: α's A0 and B0 in float32 are not what they started from."""
+    config = LoraConfig(r=8, lora_alpha=3, target_modules=["query", "value"])
+    base = AutoModel.from_pretrained(minilm)
+    W = {name: weight.clone() for name, weight in base.named_parameters()}
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    initialize_peft(model, minilm_alpha, form=form)
+    model.save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", minilm_alpha, tmp_path / "lora")
+    lora = load_peft_weights(str(tmp_path / "lora"))
+    for module in minilm_alpha:
+        key = f"base_model.model.{module}.lora_"
+        update = lora[f"{key}B.weight"] @ lora[f"{key}A.weight"]
+        assert not update.any()
+    for module in minilm_alpha:
+        layer = model.get_base_model().get_submodule(module)
+        weight = layer.base_layer.weight
+        if form == "residual":  # not by peft's merge, which multiplies in bfloat16
+            weight = weight + 3 / 8 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+        assert torch.allclose(weight, W[f"{module}.weight"], rtol=0, atol=0 if form == "delta" else 1e-5)
+
+
 def test_both_forms_on_disk_convert(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
     export_residual(minilm, minilm_factors, tmp_path / "residual", lora_alpha=16)
     base = AutoModel.from_pretrained(tmp_path / "residual/base")
