@@ -1,5 +1,5 @@
-"""What every test may use: the real model and its factors, a small random one of another architecture, real text,
-and a cache of the test's own."""
+"""What every test may use: the real model and its factors, small random ones of other architectures, real text, and a
+cache of the test's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bench.movie_reviews import Review, movie_reviews
 from inilora_kernels.factors import FactorSet
@@ -49,6 +49,17 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2_factors(gpt2: Path) -> FactorSet:
     parts = {"query": (0, 24), "value": (48, 72)}
     return factorize(gpt2, ("c_attn",), rank=4, parts=parts, transposed=True)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaMA with grouped-query attention."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.1)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,8 @@ def convert(
     trained: the adapter folder that a trainer saved, in whichever form.
     factors: those that it started from.
     out: a folder to make.
-    base: the original model's folder, if it is not where the adapter's config says.
+    base: the original model's folder, or the residual one that the adapter was trained on, if it is not where the
+        adapter's config says.
     rank: recompress ΔW to this rank by its singular value decomposition, the nearest there is; None: exactly 2r.
 
     Returns the truncation error of each module, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, all 0 without `rank`.
@@ -64,8 +65,8 @@ def convert(
         raise OptionError(f"rank={rank}: it must be at least 1")
     require_new_folder(out)
     adapter = read_adapter(trained)
-    checkpoint, _ = _original(adapter, factors, base)
-    updates = _updates(trained, adapter, factors, checkpoint)
+    checkpoint, _, on_residual = _original(adapter, factors, base)
+    updates = _updates(trained, adapter, factors, checkpoint, on_residual)
     errors = dict.fromkeys(updates, 0.0)
     if rank is not None:
         for module, (A, B) in updates.items():
@@ -84,6 +85,8 @@ def convert(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    if isinstance(config.get("target_modules"), str):  # SGLang reads a list of names, no regular expression
+        config["target_modules"] = sorted(updates)
     with whole_folder(out) as folder:
         write_adapter(folder, Adapter(config, padded, adapter.others))
     return errors
@@ -98,8 +101,8 @@ def export_merged(trained: str | Path, factors: FactorSet, out: str | Path, base
     trained, out = Path(trained), Path(out)
     require_new_folder(out)
     adapter = read_adapter(trained)
-    checkpoint, tensors = _original(adapter, factors, base)
-    updates = _updates(trained, adapter, factors, checkpoint)
+    checkpoint, tensors, on_residual = _original(adapter, factors, base)
+    updates = _updates(trained, adapter, factors, checkpoint, on_residual)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}
     by_tensor = dict(zip(dict.fromkeys(tensors.values()), updates, strict=True))
     whole = _trained_whole(adapter, checkpoint, next(iter(by_tensor.items())))
@@ -143,7 +146,7 @@ def _pad(A: Tensor, B: Tensor, rank: int, dtype: torch.dtype = torch.float32) ->
 
 
 def _updates(
-    trained: Path, adapter: Adapter, factors: FactorSet, checkpoint: Checkpoint
+    trained: Path, adapter: Adapter, factors: FactorSet, checkpoint: Checkpoint, on_residual: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Factors A' (2r, k) and B' (d, 2r) of each module's ΔW, float64, in the factor set's order."""
     shapes = {module: (B.shape[0], A.shape[1]) for module, (A, B) in adapter.factors.items()}
@@ -159,15 +162,19 @@ def _updates(
         )
     updates = {}
     for module, start in starts.items():
-        A, B = (factor.double() for factor in adapter.factors[module])
+        A, B = adapter.factors[module]
         if A.shape[0] != start.rank:
             raise FactorFileError(
                 f"{trained}: {module} has rank {A.shape[0]}, the factors have {start.rank}; "
                 f"give the factors that it started from"
             )
         scaling = adapter.scaling(module)
-        A0, B0 = (factor.double() for factor in start.scaled(scaling))
-        A1, B1 = difference(A, B, A0, B0)
+        A0, B0 = start.scaled(scaling)
+        if not on_residual:
+            # A trainer may keep A and B in bfloat16 (TRL does on a quantized base): then what was subtracted in
+            # training is A0 and B0 in bfloat16 too. A residual on disk was made of the float32 ones.
+            A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
+        A1, B1 = difference(A.double(), B.double(), A0.double(), B0.double())
         root = math.sqrt(scaling)
         updates[module] = (root * A1, root * B1)
     _warn_if_unrelated(trained, adapter, starts)
@@ -188,8 +195,9 @@ def _warn_if_unrelated(trained: Path, adapter: Adapter, starts: Mapping[str, Sta
         )
 
 
-def _original(adapter: Adapter, factors: FactorSet, base: str | Path | None) -> tuple[Checkpoint, dict[str, str]]:
-    """The original model that the factors are of, checked, and its tensor of each module."""
+def _original(adapter: Adapter, factors: FactorSet, base: str | Path | None) -> tuple[Checkpoint, dict[str, str], bool]:
+    """The original model that the factors are of, checked, its tensor of each module, and whether the adapter was
+    trained on a residual folder of it."""
     named = adapter.config.get("base_model_name_or_path")
     trained_on = _local(str(named)) if named else None
     record = _record(trained_on)
@@ -207,7 +215,7 @@ def _original(adapter: Adapter, factors: FactorSet, base: str | Path | None) -> 
     if given is not None:
         original = Path(given["base"])
     checkpoint = open_checkpoint(original)
-    return checkpoint, require_same_base(checkpoint, factors)
+    return checkpoint, require_same_base(checkpoint, factors), record is not None or given is not None
 
 
 def _record(folder: Path | None) -> dict[str, Any] | None:

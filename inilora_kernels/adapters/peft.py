@@ -69,7 +69,7 @@ def initialize_peft(
             _start_from(layer, adapter_name, A, B)
         else:
             layer.lora_variant.pop(adapter_name, None)
-            _subtract(layer.get_base_layer(), starts[name], name)
+            _subtract(layer, adapter_name, name)
     return peft_model
 
 
@@ -203,9 +203,12 @@ def _put(linear: nn.Linear, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def _subtract(base_layer: nn.Module, start: Start, name: str) -> None:
-    weight: Tensor = base_layer.weight.data  # type: ignore[assignment]
-    product = (start.B @ start.A).to(weight.device)
+def _subtract(layer: Layer, adapter_name: str, name: str) -> None:
+    """R = W − sBA in W's place, with A and B as they are in the layer, in whatever dtype it keeps them."""
+    base_layer = layer.get_base_layer()
+    weight: Tensor = base_layer.weight.data
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    product = (layer.scaling[adapter_name] * (B.float() @ A.float())).to(weight.device)
     residual = _plus(weight, -(product.T if is_conv1d(base_layer) else product))
     warn_if_rounded_away(weight, residual, name)
     base_layer.weight.data = residual

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from inilora_kernels.adapters.convert import convert, export_merged, recompress
 from inilora_kernels.adapters.export import export_delta, export_residual
@@ -90,6 +90,34 @@ def test_a_trained_adapter_becomes_a_plain_lora_on_the_original_base(
     assert torch.allclose(output(AutoModel.from_pretrained(tmp_path / "merged")), trained, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("form", ["delta", "residual"])
+def test_factors_kept_in_bfloat16_are_taken_as_they_were_trained(
+    minilm: Path, minilm_alpha: FactorSet, tmp_path: Path, form: str
+) -> None:
+    """TRL casts A and B to bfloat16 on a quantized base: α's A0 and B0 in float32 are not what they started from."""
+    config = LoraConfig(r=8, lora_alpha=3, target_modules=["query", "value"])
+    base = AutoModel.from_pretrained(minilm)
+    W = {name: weight.clone() for name, weight in base.named_parameters()}
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    initialize_peft(model, minilm_alpha, form=form)
+    model.save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", minilm_alpha, tmp_path / "lora")
+    lora = load_peft_weights(str(tmp_path / "lora"))
+    for module in minilm_alpha:
+        key = f"base_model.model.{module}.lora_"
+        update = lora[f"{key}B.weight"] @ lora[f"{key}A.weight"]
+        assert not update.any()
+    for module in minilm_alpha:
+        layer = model.get_base_model().get_submodule(module)
+        weight = layer.base_layer.weight
+        if form == "residual":  # not by peft's merge, which multiplies in bfloat16
+            weight = weight + 3 / 8 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+        assert torch.allclose(weight, W[f"{module}.weight"], rtol=0, atol=0 if form == "delta" else 1e-5)
+
+
 def test_both_forms_on_disk_convert(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
     export_residual(minilm, minilm_factors, tmp_path / "residual", lora_alpha=16)
     base = AutoModel.from_pretrained(tmp_path / "residual/base")
@@ -109,6 +137,27 @@ def test_both_forms_on_disk_convert(minilm: Path, minilm_factors: FactorSet, tmp
         assert {file.name for file in (tmp_path / name / "merged").iterdir()} == kept
 
 
+def test_an_adapter_in_bfloat16_from_a_residual_folder(llama: Path, tmp_path: Path) -> None:
+    """Unsloth, Axolotl and torchtune may save bfloat16; the residual was made of the float32 factors all the same."""
+    factors = factorize(llama, ("q_proj", "v_proj"), rank=4, start=inilora_alpha)
+    export_residual(llama, factors, tmp_path / "residual")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "residual/base")
+    model = PeftModel.from_pretrained(base, tmp_path / "residual/adapter", is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(tmp_path / "trained")
+    model.float()
+    config_file = tmp_path / "trained/adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "base_model_name_or_path": None}))  # as torchtune leaves it
+    convert(tmp_path / "trained", factors, tmp_path / "lora", base=tmp_path / "residual/base")
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "lora")
+    ids = torch.arange(20)[None]
+    # A residual with entries of about 1, summed in float32.
+    assert torch.allclose(reloaded.eval()(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-4)
+
+
 def test_an_untrained_adapter_converts_to_nothing_at_all(minilm: Path, minilm_alpha: FactorSet, tmp_path: Path) -> None:
     live(minilm, minilm_alpha, lora_alpha=4).save_pretrained(tmp_path / "trained")
     convert(tmp_path / "trained", minilm_alpha, tmp_path / "lora")
@@ -120,17 +169,40 @@ def test_an_untrained_adapter_converts_to_nothing_at_all(minilm: Path, minilm_al
         assert (tmp_path / "merged" / name).read_bytes() == (minilm / name).read_bytes()
 
 
-def test_key_names_are_those_that_servers_accept(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
-    """vLLM and SGLang: base_model.model.{module}.lora_A.weight (r, in), lora_B.weight (out, r), and one r."""
-    train(live(minilm, minilm_factors)).save_pretrained(tmp_path / "trained")
-    convert(tmp_path / "trained", minilm_factors, tmp_path / "lora")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.[qv]_proj"], ids=["names", "regular expression"])
+def test_servers_accept_the_names_and_the_config(llama: Path, tmp_path: Path, targets: str | list[str]) -> None:
+    """What the loaders of vLLM and SGLang ask for, as their sources say.
+
+    vLLM parses a key as base_model.model.{module}.lora_A.weight or lora_B.weight, refuses modules_to_save, and takes
+    r and lora_alpha (and rslora) for all modules alike. SGLang finds the layer as `layers.N.`, wants target_modules as
+    a list whose last parts are the projections' names, and takes scaling lora_alpha / r.
+    """
+    factors = factorize(llama, ("q_proj", "v_proj"), rank=4)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    config = LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=targets)
+    model = initialize_peft(get_peft_model(model, config), factors)
+    train(model, vocabulary=64).save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", factors, tmp_path / "lora")
     tensors = load_peft_weights(str(tmp_path / "lora"))
-    key = re.compile(r"base_model\.model\.encoder\.layer\.\d\.attention\.self\.(query|value)\.lora_[AB]\.weight")
-    assert len(tensors) == 24
-    assert all(key.fullmatch(name) for name in tensors)
-    shapes = {"A": (16, 384), "B": (384, 16)}
-    assert all(tensor.shape == shapes[name[-8]] for name, tensor in tensors.items())
+    key = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qv])_proj\.lora_([AB])\.weight")
+    shapes = {("q", "A"): (8, 32), ("q", "B"): (32, 8), ("v", "A"): (8, 32), ("v", "B"): (16, 8)}
+    assert len(tensors) == 8
+    for name, tensor in tensors.items():
+        match = key.fullmatch(name)
+        assert match
+        assert tensor.shape == shapes[match[2], match[3]]
+        assert tensor.dtype == torch.float32
+    written = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA"
+    assert (written["r"], written["lora_alpha"], written["use_rslora"], written["use_dora"]) == (8, 8, False, False)
+    assert (written["rank_pattern"], written["alpha_pattern"], written["modules_to_save"]) == ({}, {}, None)
+    assert isinstance(written["target_modules"], list)
+    assert {name.split(".")[-1] for name in written["target_modules"]} == {"q_proj", "v_proj"}
     assert {file.name for file in (tmp_path / "lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    original = AutoModelForCausalLM.from_pretrained(llama)
+    reloaded = PeftModel.from_pretrained(original, tmp_path / "lora").eval()
+    ids = torch.arange(20)[None]
+    assert torch.allclose(reloaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_recompression_is_the_truncated_svd_and_says_its_error(

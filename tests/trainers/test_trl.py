@@ -30,7 +30,7 @@ def decoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(minilm, is_decoder=True)
     BertLMHeadModel.from_pretrained(minilm, config=config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm, eos_token="[SEP]").save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,217 @@
+"""The pages on trainers, run from their own text.
+
+Blocks are run in order, in one folder with `model` and `reviews.csv` in it. A block marked `not-run-here` needs a
+program that these tests have not; before one marked `after-training` its result is put in place by PEFT, which those
+programs train through.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertLMHeadModel,
+)
+
+from bench.movie_reviews import Review
+from inilora_kernels.cli import main
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted((DOCS / "trainers").glob("*.md"))
+_FENCE = re.compile(r"^```(\w+)(?: ([\w-]+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    mark: str
+    text: str
+
+
+Run = Callable[[Block], dict[str, Any]]
+
+
+def blocks(page: str) -> list[Block]:
+    text = (DOCS / "trainers" / page).read_text(encoding="utf-8")
+    return [Block(language, mark, content) for language, mark, content in _FENCE.findall(text)]
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages factorize the same model: once is enough."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_cache: Path, own_cache: Path, reviews: list[Review]
+) -> Path:
+    monkeypatch.setenv("INILORA_CACHE", str(shared_cache))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    with (tmp_path / "reviews.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        rows.writerows([review.text, int(review.rating > 0)] for review in reviews[:64])
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    def run_block(block: Block) -> dict[str, Any]:
+        names: dict[str, Any] = {"__name__": "page"}
+        if block.language == "python":
+            exec(compile(block.text, "page", "exec"), names)
+        for command in block.text.splitlines() if block.language == "bash" else ():
+            arguments = shlex.split(command)
+            assert arguments[0] == "inilora", command
+            monkeypatch.setattr("sys.argv", arguments)
+            with pytest.raises(SystemExit) as stopped:
+                main()
+            assert not stopped.value.code, command
+        return names
+
+    return run_block
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(40)[None])[0].clone()
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return torch.allclose(output(one), output(other), rtol=0, atol=1e-4)
+
+
+def test_peft(run: Run, minilm: Path, folder: Path) -> None:
+    (folder / "model").symlink_to(minilm)
+    done = [run(block) for block in blocks("peft.md")]
+    _, live, _, merged, _, residual, _, _, delta, plain, _ = [names.get("model") for names in done]
+    original = AutoModel.from_pretrained(minilm)
+    assert same(live, merged)
+    assert not same(live, original)
+    for model in (residual, delta, plain):
+        assert same(model, original)
+        assert all(
+            ("lora_" in name) == p.requires_grad for name, p in model.named_parameters() if "initial" not in name
+        )
+    for name in ("residual-lora", "delta-lora"):
+        assert same(PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), name), original)
+
+
+def test_transformers(run: Run, minilm: Path, folder: Path) -> None:
+    (folder / "model").symlink_to(minilm)
+    _, _, trained, _, served = [run(block) for block in blocks("transformers.md")]
+    assert same(served["classify"].model, trained["model"])
+    assert not same(AutoModelForSequenceClassification.from_pretrained("base"), trained["model"])
+
+
+def test_trl(run: Run, minilm: Path, folder: Path) -> None:
+    config = AutoConfig.from_pretrained(minilm, is_decoder=True)
+    BertLMHeadModel.from_pretrained(minilm, config=config).save_pretrained("model")
+    AutoTokenizer.from_pretrained(minilm, eos_token="[SEP]").save_pretrained("model")
+    _, trained, _, _, residual = [run(block) for block in blocks("trl.md")]
+    original = AutoModelForCausalLM.from_pretrained("model")
+    assert same(residual["model"], original)
+    assert not same(trained["model"], original)
+    assert same(PeftModel.from_pretrained(original, "lora"), trained["model"])
+
+
+def test_lightning(run: Run, minilm: Path, folder: Path) -> None:
+    (folder / "model").symlink_to(minilm)
+    _, trained, _ = [run(block) for block in blocks("lightning.md")]
+    original = AutoModel.from_pretrained(minilm)
+    assert not same(trained["module"].model, original)
+    assert same(PeftModel.from_pretrained(original, "lora"), trained["module"].model)
+    assert same(AutoModel.from_pretrained("merged"), trained["module"].model)
+
+
+@pytest.mark.parametrize("page", ["llama_factory.md", "axolotl.md", "unsloth.md", "torchtune.md"])
+def test_trainers_that_are_not_here(page: str, run: Run, llama: Path, folder: Path) -> None:
+    (folder / "model").symlink_to(llama)
+    original = AutoModelForCausalLM.from_pretrained(llama)
+    model = None
+    for block in blocks(page):
+        if block.mark == "after-training":
+            model.save_pretrained("trained")
+            run(block)
+            assert same(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), "lora"), model)
+        elif block.language == "yaml" or (page, block.language) == ("unsloth.md", "python"):
+            model = load(page, block)
+            assert same(model, original)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    assert parameter.requires_grad
+                    parameter.data.mul_(1.1)  # stands for training
+            assert not same(model, original)
+        elif block.mark != "not-run-here":
+            names = run(block)
+            if "start" in names:
+                check_rows(names["start"])
+    assert model is not None
+
+
+def load(page: str, block: Block) -> PeftModel:
+    """The model that the page's trainer starts from, loaded as its source does it."""
+    if page == "unsloth.md":
+        adapter = re.search(r'from_pretrained\("([^"]+)"', block.text)[1]
+        return AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)
+    config = yaml.safe_load(block.text)
+    if page == "llama_factory.md":
+        base, adapters = config["model_name_or_path"], config["adapter_name_or_path"].split(",")
+    elif page == "axolotl.md":
+        base, adapters = config["base_model"], [config["lora_model_dir"]]
+    else:
+        base, adapters = config["checkpointer"]["checkpoint_dir"], ["residual/adapter"]
+        assert all((Path(base) / file).is_file() for file in config["checkpointer"]["checkpoint_files"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for adapter in adapters[:-1]:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model = PeftModel.from_pretrained(model, adapters[-1], is_trainable=True)
+    lora = model.peft_config["default"]
+    lines = config.get("model", {}) | config
+    for name, value in (("lora_r", lora.r), ("lora_rank", lora.r), ("lora_alpha", lora.lora_alpha)):
+        assert lines.get(name, value) == value
+    for name in ("lora_target_modules", "lora_attn_modules"):
+        assert set(lines.get(name, lora.target_modules)) == set(lora.target_modules)
+    return model
+
+
+def check_rows(start: dict[str, Tensor]) -> None:
+    """torchtune's names, and its order of rows turned back into the model's (4 heads, 2 of keys, of 8)."""
+    adapter = load_file("residual/adapter/adapter_model.safetensors")
+    assert len(start) == len(adapter) == 8
+    for layer in range(2):
+        for projection in ("q_proj", "v_proj"):
+            for ours, theirs in (("lora_A", "lora_a"), ("lora_B", "lora_b")):
+                expected = adapter[f"base_model.model.model.layers.{layer}.self_attn.{projection}.{ours}.weight"]
+                found = start[f"layers.{layer}.attn.{projection}.{theirs}.weight"]
+                if (projection, ours) == ("q_proj", "lora_B"):
+                    assert not torch.equal(found, expected)
+                    found = torch.cat([found[8 * head + odd : 8 * head + 8 : 2] for head in range(4) for odd in (0, 1)])
+                assert torch.equal(found, expected)
+
+
+def test_every_page_is_tested_and_linked() -> None:
+    tested = {"peft.md", "transformers.md", "trl.md", "lightning.md"}
+    tested |= {"llama_factory.md", "axolotl.md", "unsloth.md", "torchtune.md"}
+    assert {page.name for page in PAGES} == tested
+    overview = (DOCS / "adapters.md").read_text(encoding="utf-8")
+    assert all(f"(trainers/{page})" in overview for page in tested)
