@@ -16,7 +16,8 @@ ALIGNMENT = 16  # elements: rows are padded to it, so that every load is 128 bit
 class StripTile:
     """The gradient kernel: a program's rows of W, the columns of one W tile, warps, and the pipeline.
 
-    stages: tiles under way by asynchronous copies; 1: the next tile is loaded into registers ahead of its use instead.
+    stages: tiles under way by asynchronous copies; 1: the next tile is loaded into registers ahead of its use instead
+    (where the compiler would not copy asynchronously: Ampere, Hopper's float32, AMD).
     """
 
     rows: int
@@ -54,8 +55,8 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     ("ampere", 2): {
         8: (256, 64, 8, 1),
         16: (256, 64, 8, 1),
-        32: (256, 32, 8, 1),
-        64: (64, 32, 8, 1),
+        32: (256, 16, 8, 1),
+        64: (128, 16, 8, 1),
         128: (64, 32, 8, 1),
     },
     ("ampere", 4): {
@@ -73,11 +74,11 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         128: (64, 64, 8, 3),
     },
     ("hopper", 4): {
-        8: (128, 64, 8, 3),
-        16: (64, 64, 8, 3),
-        32: (64, 32, 8, 3),
-        64: (64, 32, 8, 2),
-        128: (32, 32, 8, 3),
+        8: (128, 64, 8, 1),
+        16: (64, 64, 8, 1),
+        32: (64, 32, 8, 1),
+        64: (64, 32, 8, 1),
+        128: (32, 32, 8, 1),
     },
     ("blackwell", 2): {
         8: (256, 64, 8, 3),
@@ -91,7 +92,7 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         16: (128, 64, 8, 3),
         32: (64, 64, 8, 3),
         64: (64, 64, 8, 3),
-        128: (64, 32, 8, 3),
+        128: (32, 32, 8, 3),
     },
     ("cdna", 2): {
         8: (256, 64, 8, 1),

@@ -1,0 +1,153 @@
+"""A launcher of our own: runs what triton compiled for gfx942 (MI300X) on the AMD emulator of tinygrad's repository.
+
+It does what a driver does: places the code object's segments in memory, packs the arguments, and fills the registers that
+the kernel's descriptor asks for (LLVM, "User Guide for AMDGPU Backend": code object, kernel descriptor, initial kernel
+execution state). The emulator reads and writes this process's own memory, so CPU tensors serve as device buffers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from test.mockgpu.amd.emu import run_asm
+from triton.compiler import CompiledKernel
+from triton_compiled import OPTIONS, Launch, compiled
+
+from inilora_kernels.kernels import triton_kernels, triton_wave
+
+PAGE = 4096
+LOADED_SEGMENT, SYMBOL_TABLE = 1, 2
+# Scalar registers for each bit of the descriptor's kernel_code_properties, before those of preloaded arguments.
+REGISTERS_OF_BIT = (4, 2, 2, 2, 2, 2, 1)
+ARGUMENTS_BIT = 3
+LDS_GRANULE, LDS_SHIFT = 512, 15
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code object in memory: its first instruction, and its kernel's descriptor of 64 bytes."""
+
+    memory: Any
+    entry: int
+    descriptor: bytes
+
+    def field(self, offset: int, form: str) -> int:
+        return int(struct.unpack_from("<" + form, self.descriptor, offset)[0])
+
+
+def load(code_object: bytes, name: str) -> Code:
+    """Place the segments of an ELF file as its program headers say, and find the kernel's descriptor by its symbol."""
+    programs_at, sections_at = struct.unpack_from("<QQ", code_object, 32)
+    program_size, programs, section_size, sections = struct.unpack_from("<HHHH", code_object, 54)
+    segments = []
+    for place in range(programs):
+        kind, _, offset, address, _, length, room = struct.unpack_from(
+            "<IIQQQQQ", code_object, programs_at + place * program_size
+        )
+        if kind == LOADED_SEGMENT:
+            segments.append((offset, address, length, room))
+    memory = ctypes.create_string_buffer(max(address + room for _, address, _, room in segments) + PAGE)
+    base = -(-ctypes.addressof(memory) // PAGE) * PAGE
+    for offset, address, length, _ in segments:
+        ctypes.memmove(base + address, code_object[offset : offset + length], length)
+    for place in range(sections):
+        header = struct.unpack_from("<IIQQQQIIQQ", code_object, sections_at + place * section_size)
+        if header[1] != SYMBOL_TABLE:
+            continue
+        start, length, link, entry_size = header[4], header[5], header[6], header[9]
+        names_at = struct.unpack_from("<Q", code_object, sections_at + link * section_size + 24)[0]
+        for symbol in range(start, start + length, entry_size):
+            name_at, _, _, _, address, _ = struct.unpack_from("<IBBHQQ", code_object, symbol)
+            if code_object[names_at + name_at :].startswith(f"{name}.kd\0".encode()):
+                descriptor = ctypes.string_at(base + address, 64)
+                entry = base + address + struct.unpack_from("<q", descriptor, 16)[0]
+                return Code(memory, entry, descriptor)
+    raise LookupError(f"no kernel {name} in the code object")
+
+
+def packed(launch: Launch) -> bytes:
+    """The kernel's arguments, each at its own alignment, and triton's two scratch pointers, which these do not use."""
+    values = [launch.arguments[name] for name in launch.kernel.arg_names if name in launch.arguments]
+    content = b""
+    for value in [*values, None, None]:
+        if isinstance(value, torch.Tensor):
+            piece = struct.pack("<Q", value.data_ptr())
+        else:
+            piece = struct.pack({int: "<i", float: "<f", type(None): "<Q"}[type(value)], value or 0)
+        content += b"\0" * (-len(content) % len(piece)) + piece
+    return content
+
+
+def run(launch: Launch, kernel: CompiledKernel) -> None:
+    """Run every program of the launch, one after the other."""
+    code = load(kernel.asm["hsaco"], kernel.metadata.name)
+    arguments = packed(launch)
+    assert len(arguments) == code.field(8, "I"), "the arguments are not what the kernel was compiled for"
+    buffer = ctypes.create_string_buffer(arguments)
+    pointer = ctypes.addressof(buffer)
+    properties, preload = code.field(56, "H"), code.field(58, "H")
+    registers: list[int] = []
+    for bit, count in enumerate(REGISTERS_OF_BIT):
+        if properties >> bit & 1:
+            registers += [pointer & 0xFFFFFFFF, pointer >> 32] if bit == ARGUMENTS_BIT else [0] * count
+    words = struct.unpack(f"<{len(arguments) // 4}I", arguments)
+    registers += words[preload >> 7 :][: preload & 0x7F]
+    granules = -(-kernel.metadata.shared // LDS_GRANULE)
+    threads = launch.options["num_warps"] * 64
+    size = len(kernel.asm["hsaco"])
+    run_asm(
+        code.entry,
+        size,
+        *(*launch.grid, 1, 1)[:3],
+        threads,
+        1,
+        1,
+        pointer,
+        rsrc2=code.field(52, "I") | granules << LDS_SHIFT,
+        scratch_size=code.field(4, "I"),
+        arch="cdna",
+        user_data=registers,
+    )
+
+
+class Emulated:
+    """Stands in a kernel's place: compiles it for gfx942 at the first launch and runs it on the emulator."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            options = {name: constants.pop(name) for name in OPTIONS}
+            if "INTERPRETED" in constants:
+                constants["INTERPRETED"] = False
+            names = self.kernel.arg_names[: len(arguments)]
+            one = Launch(self.kernel, grid, dict(zip(names, arguments, strict=True)), constants, options)
+            key = (*constants.values(), *options.values(), arguments[0].dtype)
+            if key not in self.compiled:
+                self.compiled[key] = compiled(one, "gfx942")
+            run(one, self.compiled[key])
+
+        return launch
+
+
+GRADIENT_PRODUCTS = Emulated(triton_kernels.gradient_products_kernel)
+ADAM = Emulated(triton_kernels.adam_kernel)
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Within: the kernels run as compiled for gfx942, on CPU tensors."""
+    with (
+        mock.patch.object(triton_wave, "gradient_products_kernel", GRADIENT_PRODUCTS),
+        mock.patch.object(triton_wave, "adam_kernel", ADAM),
+    ):
+        yield
