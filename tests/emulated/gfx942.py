@@ -8,15 +8,18 @@ execution state). The emulator reads and writes this process's own memory, so CP
 from __future__ import annotations
 
 import ctypes
+import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from test.mockgpu.amd.emu import run_asm
+from test.mockgpu.amd import emu
+from tinygrad.device import BufferSpec
 from triton.compiler import CompiledKernel
 from triton_compiled import OPTIONS, Launch, compiled
 
@@ -28,6 +31,11 @@ LOADED_SEGMENT, SYMBOL_TABLE = 1, 2
 REGISTERS_OF_BIT = (4, 2, 2, 2, 2, 2, 1)
 ARGUMENTS_BIT = 3
 LDS_GRANULE, LDS_SHIFT = 512, 15
+
+
+# The emulator lets lanes that are switched off load from local memory, and store there what they loaded, at whatever
+# address their register holds. So local memory lies at the start of all that 32 bits can address, reserved, not taken.
+_LOCAL_MEMORY = mmap.mmap(-1, (1 << 32) + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 @dataclass(frozen=True)
@@ -101,20 +109,79 @@ def run(launch: Launch, kernel: CompiledKernel) -> None:
     registers += words[preload >> 7 :][: preload & 0x7F]
     granules = -(-kernel.metadata.shared // LDS_GRANULE)
     threads = launch.options["num_warps"] * 64
-    size = len(kernel.asm["hsaco"])
-    run_asm(
-        code.entry,
-        size,
-        *(*launch.grid, 1, 1)[:3],
-        threads,
-        1,
-        1,
-        pointer,
-        rsrc2=code.field(52, "I") | granules << LDS_SHIFT,
-        scratch_size=code.field(4, "I"),
-        arch="cdna",
-        user_data=registers,
-    )
+    with _local_memory_reserved(), mock.patch.object(emu, "_decode_at", _decoded):
+        emu.run_asm(
+            code.entry,
+            len(kernel.asm["hsaco"]),
+            *(*launch.grid, 1, 1)[:3],
+            threads,
+            1,
+            1,
+            pointer,
+            rsrc2=code.field(52, "I") | granules << LDS_SHIFT,
+            scratch_size=code.field(4, "I"),
+            arch="cdna",
+            user_data=registers,
+        )
+
+
+@contextmanager
+def _local_memory_reserved() -> Iterator[None]:
+    """Within: the second buffer that the emulator asks for, local memory, is the reserved one."""
+    real, asked = emu.Buffer, 0
+
+    def buffer(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(_LOCAL_MEMORY))
+            options["options"] = BufferSpec(external_ptr=address)
+        return real(*arguments, **options)
+
+    with mock.patch.object(emu, "Buffer", buffer):
+        yield
+
+
+_decode_at = emu._decode_at
+
+
+def _decoded(program_counter: int, architecture: str) -> Any:
+    """The emulator's own decoding, but for a move between lanes whose source is its destination.
+
+    The emulator goes lane by lane and would read what it has just written; hardware reads all lanes first.
+    """
+    word, control = struct.unpack("<II", ctypes.string_at(program_counter, 8))
+    # VOP1 v_mov_b32 with a DPP source: AMD, "CDNA3 Instruction Set Architecture", sections 13.3.2 and 13.3.9.
+    destination, source = word >> 17 & 0xFF, control & 0xFF
+    if word & 0xFE01FFFF != 0x7E0002FA or destination != source:
+        return _decode_at(program_counter, architecture)
+    from_lane = _lane_map(control >> 8 & 0x1FF)
+    assert control >> 24 == 0xFF, "rows and banks are switched off, which no reduction of triton's does"
+
+    def move(scalars: ctypes.c_uint64, vectors: ctypes.c_uint64) -> None:
+        scalar = (ctypes.c_uint32 * emu.SGPR_COUNT).from_address(scalars.value)
+        lanes = (ctypes.c_uint32 * 64).from_address(vectors.value + 4 * 64 * source)
+        before = list(lanes)
+        on = scalar[emu.EXEC_LO.offset] | scalar[emu.EXEC_LO.offset + 1] << 32
+        for lane in range(64):
+            if on >> lane & 1:
+                lanes[lane] = before[from_lane[lane]] if on >> from_lane[lane] & 1 else 0
+        scalar[emu.PC_LO_IDX] += 8
+
+    _, instruction = _decode_at(program_counter, architecture)
+    return (SimpleNamespace(arg=SimpleNamespace(globals=[0, 1])), SimpleNamespace(fxn=move)), instruction
+
+
+def _lane_map(control: int) -> list[int]:
+    """For each lane the lane that a DPP control reads."""
+    lanes = range(64)
+    if control < 0x100:
+        return [lane & ~3 | control >> 2 * (lane & 3) & 3 for lane in lanes]
+    if 0x121 <= control <= 0x12F:
+        return [lane & ~15 | (lane - (control & 15)) % 16 for lane in lanes]
+    if control == 0x141:
+        return [lane ^ 7 for lane in lanes]
+    raise NotImplementedError(f"DPP control {control:#x}")
 
 
 class Emulated:

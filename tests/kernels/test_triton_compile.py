@@ -66,7 +66,7 @@ def test_gradient_products_as_compiled(target: str, dtype: torch.dtype, rank: in
     threads = launch.options["num_warps"] * TARGETS[target].warp_size
     check(machine, target, launch.options["num_warps"])
     W_bytes = chosen.strip.rows * chosen.strip.columns * dtype.itemsize
-    A_bytes = 4 * rank * chosen.strip.columns
+    A_bytes = 4 * chosen.rank * chosen.strip.columns
     # The loop reads its tile of W once and its block of A once, and not a byte more; all of W by 128-bit loads.
     assert loaded_bytes(machine) * threads == W_bytes + A_bytes
     assert loaded_bytes(machine, width=16) * threads >= W_bytes
@@ -77,19 +77,20 @@ def test_gradient_products_as_compiled(target: str, dtype: torch.dtype, rank: in
     ("target", "rank"), marked(((target, rank) for target in TARGETS for rank in RANKS), QUICK_ADAM)
 )
 def test_adam_as_compiled(target: str, rank: int) -> None:
-    _, launch, _ = launches(target, torch.bfloat16, rank)
+    _, launch, chosen = launches(target, torch.bfloat16, rank)
     machine = read(compiled(launch, target))
     check(machine, target, launch.options["num_warps"])
     # At rank 8 the product of an 8×8 matrix is too small for the tensor cores.
-    assert any(map(MATRIX_PRODUCT.search, machine.instructions)) == (rank > 8)
+    assert any(map(MATRIX_PRODUCT.search, machine.instructions)) == (chosen.rank > 8)
 
 
 def test_adam_does_not_depend_on_the_weights_dtype() -> None:
     """Hence one dtype above stands for all: same tiles, same arguments."""
     for target in TARGETS:
         for rank in RANKS:
-            two, four = tiles(target, 2, rank), tiles(target, 4, rank)
-            assert (two.block, two.precision) == (four.block, four.precision)
+            four = tiles(target, 4, rank)
+            two = tiles(target, 2, four.rank)
+            assert (two.rank, two.block, two.precision) == (four.rank, four.block, four.precision)
 
 
 def test_a_tile_too_large_is_caught() -> None:
