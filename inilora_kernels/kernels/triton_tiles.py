@@ -41,6 +41,7 @@ class Tiles:
     """All compile-time choices of a wave. rank: the compiled rank, one of RANKS. precision: of float32 products.
 
     sum_block, sum_width: entries of a Gram matrix that a sum program owns, and shares that it adds at a time.
+    options: what the target's compiler is told besides.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Tiles:
     precision: str
     sum_block: int
     sum_width: int
+    options: tuple[tuple[str, int], ...] = ()
 
 
 _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
@@ -155,6 +157,9 @@ def tiles(architecture: str, itemsize: int, rank: int) -> Tiles:
         precision="ieee" if group == "cdna" else "tf32x3",
         sum_block=min(256, padded * padded),
         sum_width=2048 // min(256, padded * padded),
+        # The 16×16 matrix instructions: no slower than the 32×32 ones that the compiler would take from rank 32 on,
+        # with fewer accumulators a wave, and their layout is the one that an emulator has proven.
+        options=(("matrix_instr_nonkdim", 16),) if group == "cdna" else (),
     )
 
 

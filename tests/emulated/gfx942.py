@@ -193,7 +193,7 @@ class Emulated:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **constants: Any) -> None:
-            options = {name: constants.pop(name) for name in OPTIONS}
+            options = {name: constants.pop(name) for name in OPTIONS if name in constants}
             if "INTERPRETED" in constants:
                 constants["INTERPRETED"] = False
             names = self.kernel.arg_names[: len(arguments)]

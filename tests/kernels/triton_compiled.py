@@ -35,7 +35,7 @@ TARGETS = {
 # Bytes of shared memory that one program may have: CUDA programming guide, "Technical specifications per compute
 # capability"; CDNA 3 white paper, LDS of a compute unit.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "matrix_instr_nonkdim")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -59,7 +59,7 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **constants: Any) -> None:
-            options = {name: constants.pop(name) for name in OPTIONS}
+            options = {name: constants.pop(name) for name in OPTIONS if name in constants}
             # The wave lies on the CPU here, where the launcher asks for the interpreter's form.
             if "INTERPRETED" in constants:
                 constants["INTERPRETED"] = False
