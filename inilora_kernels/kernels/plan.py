@@ -2,8 +2,8 @@
 
 It chooses what the tiles leave open: into how many parts a matrix's columns are divided, and how many matrices step
 together. Matrices whose working set fits the last-level cache go in small waves, each run to its end before the next,
-so that W comes from DRAM once and from the cache in every later step. Both choices depend on a matrix's shape, dtype, rank
-and the GPU alone, never on its neighbours, so that a result has the same bits in any batch.
+so that W comes from DRAM once and from the cache in every later step. Both choices depend on a matrix's shape, dtype,
+rank and the GPU alone, never on its neighbours, so that a result has the same bits in any batch.
 
     products:  max( bytes / bandwidth, FLOPs / peak ) / share of the multiprocessors that have work  +  launch
     Adam:      bytes / bandwidth  +  launch

@@ -7,6 +7,7 @@ at the results at the milestones. The same problems on the same kind of GPU give
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ class _Pending:
     indices: list[int] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    state_bytes: int = 0
 
     @property
     def fill(self) -> float:
@@ -99,6 +101,18 @@ class TritonBackend:
                     f'backend="triton" takes ranks up to {RANKS[-1]}; matrix {index} of the batch, '
                     f'{problem.shape[0]}×{problem.shape[1]}, has rank {problem.rank}; take backend="cpu"'
                 )
+        # A launch goes to the current device, which need not be the one whose tensors it is given.
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            self._run_waves(problems, schedule, milestones, observe, advanced)
+
+    def _run_waves(
+        self,
+        problems: Sequence[Problem],
+        schedule: Schedule,
+        milestones: Sequence[int],
+        observe: Callable[[Sample], bool],
+        advanced: Callable[[int], None],
+    ) -> None:
         gpu = self.gpu()
         kinds = Counter((padded_rank(problem.rank), problem.shape) for problem in problems)
         order = sorted(
@@ -111,7 +125,7 @@ class TritonBackend:
         def run(key: tuple[torch.dtype, int, bool]) -> None:
             pending = waiting.pop(key)
             members = [problems[index] for index in pending.indices]
-            layout = self._layout(members, [choice.parts for choice in pending.choices], key[0], gpu)
+            layout = _layout(members, [choice.parts for choice in pending.choices], key[0].itemsize, gpu)
             wave = Wave(layout, members, pending.weights, schedule, milestones[-1])
             self._run(wave, pending.indices, milestones, observe, advanced)
 
@@ -120,21 +134,40 @@ class TritonBackend:
             W = problem.load()
             if W.dtype not in WEIGHT_DTYPES:
                 W = W.float()
-            matrix = Matrix(problem.shape, W.element_size(), problem.rank)
-            choice = choose(matrix, gpu)
+            choice = choose(Matrix(problem.shape, W.element_size(), problem.rank), gpu)
             count = kinds[padded_rank(problem.rank), problem.shape]
             choice = replace(choice, wave=even_wave(count, choice.wave))
             key = (W.dtype, padded_rank(problem.rank), choice.resident)
             if key in waiting and waiting[key].fill + 1 / choice.wave > 1 + 1e-9:
                 run(key)
-            self._make_room(matrix, choice, problems, waiting, gpu, run, index)
+            state = _layout([problem], [choice.parts], W.element_size(), gpu).state_bytes
+            needed = weight_bytes(problem.shape, W.element_size()) + state
+            # The weights that wait are on the device already; their states are still to come.
+            if needed + sum(pending.state_bytes for pending in waiting.values()) > self.free_memory():
+                for full in list(waiting):
+                    run(full)
+            if needed > self.free_memory():
+                raise BackendError(
+                    f"{gpu.name} has {self.free_memory() / 1e9:.2f} GB free for a wave, but matrix {index} of the "
+                    f"batch, {problem.shape[0]}×{problem.shape[1]} at rank {problem.rank}, needs {needed / 1e9:.2f} "
+                    'GB; free some device memory, or take backend="cpu"'
+                )
             pending = waiting.setdefault(key, _Pending())
             pending.indices.append(index)
             pending.weights.append(padded_weight(W, self.device))
             pending.choices.append(choice)
+            pending.state_bytes += state
             del W
         for key in list(waiting):
             run(key)
+
+    def free_memory(self) -> float:
+        """Bytes that a wave may take: a share of what the driver and torch's own cache have left."""
+        if self.device.type == "cpu":
+            return math.inf
+        free, _ = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return MEMORY_SHARE * (free + cached)
 
     def gpu(self) -> Gpu:
         """The cost model's view of this device."""
@@ -153,61 +186,6 @@ class TritonBackend:
             properties.total_memory,
         )
 
-    def _layout(self, members: Sequence[Problem], parts: Sequence[int], dtype: torch.dtype, gpu: Gpu) -> Layout:
-        rank = max(problem.rank for problem in members)
-        return lay_out(
-            [problem.shape for problem in members],
-            [problem.rank for problem in members],
-            parts,
-            tiles(gpu.architecture, dtype.itemsize, rank),
-        )
-
-    def _make_room(
-        self,
-        matrix: Matrix,
-        choice: Choice,
-        problems: Sequence[Problem],
-        waiting: dict[tuple[torch.dtype, int, bool], _Pending],
-        gpu: Gpu,
-        run: Callable[[tuple[torch.dtype, int, bool]], None],
-        index: int,
-    ) -> None:
-        """Run what waits if one matrix more would not fit the device's memory; refuse a matrix that never will."""
-        if self.device.type == "cpu":
-            return
-
-        def needed(problem: Problem, parts: int, dtype_itemsize: int) -> int:
-            layout = lay_out(
-                [problem.shape],
-                [problem.rank],
-                [parts],
-                tiles(gpu.architecture, dtype_itemsize, problem.rank),
-            )
-            return layout.state_bytes
-
-        def room() -> float:
-            free, _ = torch.cuda.mem_get_info(self.device)
-            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            states = sum(
-                needed(problems[member], taken.parts, pending.weights[0].element_size())
-                for pending in waiting.values()
-                for member, taken in zip(pending.indices, pending.choices, strict=True)
-            )
-            return MEMORY_SHARE * (free + cached) - states
-
-        bytes_needed = weight_bytes(matrix.shape, matrix.itemsize) + needed(
-            problems[index], choice.parts, matrix.itemsize
-        )
-        if bytes_needed > room():
-            for key in list(waiting):
-                run(key)
-        if bytes_needed > room():
-            raise BackendError(
-                f"{gpu.name} has {room() / 1e9:.2f} GB free for a wave, but matrix {index} of the batch, "
-                f"{matrix.shape[0]}×{matrix.shape[1]} at rank {matrix.rank}, needs {bytes_needed / 1e9:.2f} GB; "
-                'free some device memory, or take backend="cpu"'
-            )
-
     def _run(
         self,
         wave: Wave,
@@ -219,7 +197,7 @@ class TritonBackend:
         step = 0
         graph = None
         for milestone in milestones:
-            if graph is None and milestone - step > 2 * GRAPH_STEPS:
+            if graph is None and milestone > step and milestones[-1] - step > 2 * GRAPH_STEPS:
                 # Compiles and loads the kernels, which a capture must not do; then the capture itself runs nothing.
                 wave.advance(1)
                 advanced(len(wave.active))
@@ -236,6 +214,11 @@ class TritonBackend:
                 return
 
 
+def _layout(members: Sequence[Problem], parts: Sequence[int], itemsize: int, gpu: Gpu) -> Layout:
+    chosen = tiles(gpu.architecture, itemsize, max(problem.rank for problem in members))
+    return lay_out([problem.shape for problem in members], [problem.rank for problem in members], parts, chosen)
+
+
 def _sample(wave: Wave, member: int, index: int, step: int) -> Sample:
     A, B = (factor.contiguous() for factor in wave.pair(member))
     loss = residual_loss(wave.weight(member), A, B)
@@ -250,7 +233,7 @@ def _captured(wave: Wave) -> torch.cuda.CUDAGraph | None:
     try:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(wave.factors.device)
-        with torch.cuda.device(wave.factors.device), torch.cuda.graph(graph):
+        with torch.cuda.graph(graph):
             wave.advance(GRAPH_STEPS)
     except RuntimeError:
         return None

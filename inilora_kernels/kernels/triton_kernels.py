@@ -268,6 +268,8 @@ def adam_kernel(
     x -= rate * mean / (tl.sqrt_rn(square * unbias2) + eps)
     # Outside the factor eps could be the only thing that keeps 0/0 away: those lanes must stay exactly zero.
     x = tl.where(inside, x, 0.0)
+    # Other threads of this program read X's columns for their product: no one writes X before all have read it.
+    tl.debug_barrier()
     tl.store(means + X + place, mean, mask=inside)
     tl.store(squares + X + place, square, mask=inside)
     tl.store(factors + X + place, x, mask=inside)

@@ -16,7 +16,8 @@ ALIGNMENT = 16  # elements: rows are padded to it, so that every load is 128 bit
 class StripTile:
     """The gradient kernel: a program's rows of W, the columns of one W tile, warps, and the pipeline.
 
-    stages: tiles under way by asynchronous copies; 1: the next tile is loaded into registers ahead of its use instead.
+    stages: tiles under way by asynchronous copies; 1: the next tile is loaded into registers ahead of its use instead
+    (where the compiler would not copy asynchronously: Ampere, Hopper's float32, AMD).
     """
 
     rows: int
@@ -37,9 +38,10 @@ class BlockTile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """All compile-time choices of a wave. rank: the padded rank, one of RANKS. precision: of float32 products.
+    """All compile-time choices of a wave. rank: the compiled rank, one of RANKS. precision: of float32 products.
 
     sum_block, sum_width: entries of a Gram matrix that a sum program owns, and shares that it adds at a time.
+    options: what the target's compiler is told besides.
     """
 
     rank: int
@@ -48,14 +50,15 @@ class Tiles:
     precision: str
     sum_block: int
     sum_width: int
+    options: tuple[tuple[str, int], ...] = ()
 
 
 _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     ("ampere", 2): {
         8: (256, 64, 8, 1),
         16: (256, 64, 8, 1),
-        32: (256, 32, 8, 1),
-        64: (64, 32, 8, 1),
+        32: (256, 16, 8, 1),
+        64: (128, 16, 8, 1),
         128: (64, 32, 8, 1),
     },
     ("ampere", 4): {
@@ -73,11 +76,11 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         128: (64, 64, 8, 3),
     },
     ("hopper", 4): {
-        8: (128, 64, 8, 3),
-        16: (64, 64, 8, 3),
-        32: (64, 32, 8, 3),
-        64: (64, 32, 8, 2),
-        128: (32, 32, 8, 3),
+        8: (128, 64, 8, 1),
+        16: (64, 64, 8, 1),
+        32: (64, 32, 8, 1),
+        64: (64, 32, 8, 1),
+        128: (32, 32, 8, 1),
     },
     ("blackwell", 2): {
         8: (256, 64, 8, 3),
@@ -91,7 +94,7 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         16: (128, 64, 8, 3),
         32: (64, 64, 8, 3),
         64: (64, 64, 8, 3),
-        128: (64, 32, 8, 3),
+        128: (32, 32, 8, 3),
     },
     ("cdna", 2): {
         8: (256, 64, 8, 1),
@@ -101,7 +104,6 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         128: (128, 64, 8, 1),
     },
     ("cdna", 4): {
-        8: (128, 64, 8, 1),
         16: (128, 64, 8, 1),
         32: (128, 64, 4, 1),
         64: (128, 64, 8, 1),
@@ -144,6 +146,9 @@ def tiles(architecture: str, itemsize: int, rank: int) -> Tiles:
     """The tiles for weights of `itemsize` bytes (2 or 4) and a rank of at most 128 on a target such as "sm_90"."""
     padded = padded_rank(rank)
     group = family(architecture)
+    if group == "cdna" and itemsize == 4:
+        # Eight columns alone would go to the 4×4 matrix instruction, at a quarter of the other ones' pace.
+        padded = max(padded, 16)
     block = _NARROW_BLOCK if (group, padded) == ("ampere", 128) else _BLOCKS[padded]
     return Tiles(
         rank=padded,
@@ -152,6 +157,9 @@ def tiles(architecture: str, itemsize: int, rank: int) -> Tiles:
         precision="ieee" if group == "cdna" else "tf32x3",
         sum_block=min(256, padded * padded),
         sum_width=2048 // min(256, padded * padded),
+        # The 16×16 matrix instructions: no slower than the 32×32 ones that the compiler would take from rank 32 on,
+        # with fewer accumulators a wave, and their layout is the one that an emulator has proven.
+        options=(("matrix_instr_nonkdim", 16),) if group == "cdna" else (),
     )
 
 

@@ -280,6 +280,7 @@ class Wave:
             num_warps=strip.warps,
             num_stages=strip.stages,
             enable_fp_fusion=True,
+            **dict(tiles.options),
         )
 
     def update(self) -> None:
@@ -307,6 +308,7 @@ class Wave:
             num_warps=block.warps,
             num_stages=1,
             enable_fp_fusion=True,
+            **dict(tiles.options),
         )
 
 

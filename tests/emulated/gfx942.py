@@ -1,0 +1,220 @@
+"""A launcher of our own: runs what triton compiled for gfx942 (MI300X) on the AMD emulator of tinygrad's repository.
+
+It does what a driver does: places the code object's segments in memory, packs the arguments, and fills the registers that
+the kernel's descriptor asks for (LLVM, "User Guide for AMDGPU Backend": code object, kernel descriptor, initial kernel
+execution state). The emulator reads and writes this process's own memory, so CPU tensors serve as device buffers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from test.mockgpu.amd import emu
+from tinygrad.device import BufferSpec
+from triton.compiler import CompiledKernel
+from triton_compiled import OPTIONS, Launch, compiled
+
+from inilora_kernels.kernels import triton_kernels, triton_wave
+
+PAGE = 4096
+LOADED_SEGMENT, SYMBOL_TABLE = 1, 2
+# Scalar registers for each bit of the descriptor's kernel_code_properties, before those of preloaded arguments.
+REGISTERS_OF_BIT = (4, 2, 2, 2, 2, 2, 1)
+ARGUMENTS_BIT = 3
+LDS_GRANULE, LDS_SHIFT = 512, 15
+
+
+# The emulator lets lanes that are switched off load from local memory, and store there what they loaded, at whatever
+# address their register holds. So local memory lies at the start of all that 32 bits can address, reserved, not taken.
+_LOCAL_MEMORY = mmap.mmap(-1, (1 << 32) + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code object in memory: its first instruction, and its kernel's descriptor of 64 bytes."""
+
+    memory: Any
+    entry: int
+    descriptor: bytes
+
+    def field(self, offset: int, form: str) -> int:
+        return int(struct.unpack_from("<" + form, self.descriptor, offset)[0])
+
+
+def load(code_object: bytes, name: str) -> Code:
+    """Place the segments of an ELF file as its program headers say, and find the kernel's descriptor by its symbol."""
+    programs_at, sections_at = struct.unpack_from("<QQ", code_object, 32)
+    program_size, programs, section_size, sections = struct.unpack_from("<HHHH", code_object, 54)
+    segments = []
+    for place in range(programs):
+        kind, _, offset, address, _, length, room = struct.unpack_from(
+            "<IIQQQQQ", code_object, programs_at + place * program_size
+        )
+        if kind == LOADED_SEGMENT:
+            segments.append((offset, address, length, room))
+    memory = ctypes.create_string_buffer(max(address + room for _, address, _, room in segments) + PAGE)
+    base = -(-ctypes.addressof(memory) // PAGE) * PAGE
+    for offset, address, length, _ in segments:
+        ctypes.memmove(base + address, code_object[offset : offset + length], length)
+    for place in range(sections):
+        header = struct.unpack_from("<IIQQQQIIQQ", code_object, sections_at + place * section_size)
+        if header[1] != SYMBOL_TABLE:
+            continue
+        start, length, link, entry_size = header[4], header[5], header[6], header[9]
+        names_at = struct.unpack_from("<Q", code_object, sections_at + link * section_size + 24)[0]
+        for symbol in range(start, start + length, entry_size):
+            name_at, _, _, _, address, _ = struct.unpack_from("<IBBHQQ", code_object, symbol)
+            if code_object[names_at + name_at :].startswith(f"{name}.kd\0".encode()):
+                descriptor = ctypes.string_at(base + address, 64)
+                entry = base + address + struct.unpack_from("<q", descriptor, 16)[0]
+                return Code(memory, entry, descriptor)
+    raise LookupError(f"no kernel {name} in the code object")
+
+
+def packed(launch: Launch) -> bytes:
+    """The kernel's arguments, each at its own alignment, and triton's two scratch pointers, which these do not use."""
+    values = [launch.arguments[name] for name in launch.kernel.arg_names if name in launch.arguments]
+    content = b""
+    for value in [*values, None, None]:
+        if isinstance(value, torch.Tensor):
+            piece = struct.pack("<Q", value.data_ptr())
+        else:
+            piece = struct.pack({int: "<i", float: "<f", type(None): "<Q"}[type(value)], value or 0)
+        content += b"\0" * (-len(content) % len(piece)) + piece
+    return content
+
+
+def run(launch: Launch, kernel: CompiledKernel) -> None:
+    """Run every program of the launch, one after the other."""
+    code = load(kernel.asm["hsaco"], kernel.metadata.name)
+    arguments = packed(launch)
+    assert len(arguments) == code.field(8, "I"), "the arguments are not what the kernel was compiled for"
+    buffer = ctypes.create_string_buffer(arguments)
+    pointer = ctypes.addressof(buffer)
+    properties, preload = code.field(56, "H"), code.field(58, "H")
+    registers: list[int] = []
+    for bit, count in enumerate(REGISTERS_OF_BIT):
+        if properties >> bit & 1:
+            registers += [pointer & 0xFFFFFFFF, pointer >> 32] if bit == ARGUMENTS_BIT else [0] * count
+    words = struct.unpack(f"<{len(arguments) // 4}I", arguments)
+    registers += words[preload >> 7 :][: preload & 0x7F]
+    granules = -(-kernel.metadata.shared // LDS_GRANULE)
+    threads = launch.options["num_warps"] * 64
+    with _local_memory_reserved(), mock.patch.object(emu, "_decode_at", _decoded):
+        emu.run_asm(
+            code.entry,
+            len(kernel.asm["hsaco"]),
+            *(*launch.grid, 1, 1)[:3],
+            threads,
+            1,
+            1,
+            pointer,
+            rsrc2=code.field(52, "I") | granules << LDS_SHIFT,
+            scratch_size=code.field(4, "I"),
+            arch="cdna",
+            user_data=registers,
+        )
+
+
+@contextmanager
+def _local_memory_reserved() -> Iterator[None]:
+    """Within: the second buffer that the emulator asks for, local memory, is the reserved one."""
+    real, asked = emu.Buffer, 0
+
+    def buffer(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(_LOCAL_MEMORY))
+            options["options"] = BufferSpec(external_ptr=address)
+        return real(*arguments, **options)
+
+    with mock.patch.object(emu, "Buffer", buffer):
+        yield
+
+
+_decode_at = emu._decode_at
+
+
+def _decoded(program_counter: int, architecture: str) -> Any:
+    """The emulator's own decoding, but for a move between lanes whose source is its destination.
+
+    The emulator goes lane by lane and would read what it has just written; hardware reads all lanes first.
+    """
+    word, control = struct.unpack("<II", ctypes.string_at(program_counter, 8))
+    # VOP1 v_mov_b32 with a DPP source: AMD, "CDNA3 Instruction Set Architecture", sections 13.3.2 and 13.3.9.
+    destination, source = word >> 17 & 0xFF, control & 0xFF
+    if word & 0xFE01FFFF != 0x7E0002FA or destination != source:
+        return _decode_at(program_counter, architecture)
+    from_lane = _lane_map(control >> 8 & 0x1FF)
+    assert control >> 24 == 0xFF, "rows and banks are switched off, which no reduction of triton's does"
+
+    def move(scalars: ctypes.c_uint64, vectors: ctypes.c_uint64) -> None:
+        scalar = (ctypes.c_uint32 * emu.SGPR_COUNT).from_address(scalars.value)
+        lanes = (ctypes.c_uint32 * 64).from_address(vectors.value + 4 * 64 * source)
+        before = list(lanes)
+        on = scalar[emu.EXEC_LO.offset] | scalar[emu.EXEC_LO.offset + 1] << 32
+        for lane in range(64):
+            if on >> lane & 1:
+                lanes[lane] = before[from_lane[lane]] if on >> from_lane[lane] & 1 else 0
+        scalar[emu.PC_LO_IDX] += 8
+
+    _, instruction = _decode_at(program_counter, architecture)
+    return (SimpleNamespace(arg=SimpleNamespace(globals=[0, 1])), SimpleNamespace(fxn=move)), instruction
+
+
+def _lane_map(control: int) -> list[int]:
+    """For each lane the lane that a DPP control reads."""
+    lanes = range(64)
+    if control < 0x100:
+        return [lane & ~3 | control >> 2 * (lane & 3) & 3 for lane in lanes]
+    if 0x121 <= control <= 0x12F:
+        return [lane & ~15 | (lane - (control & 15)) % 16 for lane in lanes]
+    if control == 0x141:
+        return [lane ^ 7 for lane in lanes]
+    raise NotImplementedError(f"DPP control {control:#x}")
+
+
+class Emulated:
+    """Stands in a kernel's place: compiles it for gfx942 at the first launch and runs it on the emulator."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+            if "INTERPRETED" in constants:
+                constants["INTERPRETED"] = False
+            names = self.kernel.arg_names[: len(arguments)]
+            one = Launch(self.kernel, grid, dict(zip(names, arguments, strict=True)), constants, options)
+            key = (*constants.values(), *options.values(), arguments[0].dtype)
+            if key not in self.compiled:
+                self.compiled[key] = compiled(one, "gfx942")
+            run(one, self.compiled[key])
+
+        return launch
+
+
+GRADIENT_PRODUCTS = Emulated(triton_kernels.gradient_products_kernel)
+ADAM = Emulated(triton_kernels.adam_kernel)
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Within: the kernels run as compiled for gfx942, on CPU tensors."""
+    with (
+        mock.patch.object(triton_wave, "gradient_products_kernel", GRADIENT_PRODUCTS),
+        mock.patch.object(triton_wave, "adam_kernel", ADAM),
+    ):
+        yield
