@@ -1,7 +1,7 @@
 """TRL's SFTTrainer on real text: supervised fine-tuning of a causal language model, and the way back to the original.
 
-No pretrained causal model is small enough for every run of the tests: there it is MiniLM, with its real weights, made
-to look back only (transformers' BertLMHeadModel, whose language head is new).
+The pretrained causal model that pip can bring takes minutes, so it is in the slow tests. In the others it is MiniLM,
+with its real weights, made to look back only (transformers' BertLMHeadModel, whose language head is new).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertLM
 from trl import SFTConfig, SFTTrainer
 
 from bench.movie_reviews import Review
-from inilora_kernels import FactorSet, convert, export_residual, initialize_peft
+from bench.smollm2 import smollm2
+from inilora_kernels import FactorSet, approximate_model, convert, export_residual, initialize_peft
 
 from .conftest import BATCH, STEPS
 
@@ -45,11 +46,13 @@ def start(way: str, base: Path, factors: FactorSet, folder: Path, targets: list[
         export_residual(base, factors, folder, task_type="CAUSAL_LM")
         return AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", is_trainable=True)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, use_rslora=True, target_modules=targets)
-    return initialize_peft(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), factors)
+    return initialize_peft(
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config), factors
+    )
 
 
 def check(way: str, base: Path, factors: FactorSet, text: list[Review], folder: Path, targets: list[str]) -> None:
-    untrained = logits(AutoModelForCausalLM.from_pretrained(base))
+    untrained = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     model = start(way, base, factors, folder / "start", targets)
     assert torch.allclose(logits(model), untrained, rtol=0, atol=0 if way == "delta" else 1e-4)
     arguments = SFTConfig(
@@ -81,7 +84,9 @@ def check(way: str, base: Path, factors: FactorSet, text: list[Review], folder: 
     trainer.save_model(folder / "trained")
 
     convert(folder / "trained", factors, folder / "lora", base=base)
-    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "lora")
+    reloaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / "lora"
+    )
     assert torch.allclose(logits(reloaded), trained, rtol=0, atol=1e-4)
 
 
@@ -90,3 +95,16 @@ def test_from_factors_to_a_plain_lora_on_the_original_model(
     way: str, decoder: Path, minilm_factors: FactorSet, clear_reviews: list[Review], tmp_path: Path
 ) -> None:
     check(way, decoder, minilm_factors, clear_reviews, tmp_path, ["query", "value"])
+
+
+@pytest.mark.slow
+def test_a_real_causal_model(clear_reviews: list[Review], tmp_path: Path) -> None:
+    """SmolLM2-135M, from `inilora approximate`'s own factors; in bfloat16 too it starts to the bit where it was."""
+    base = smollm2()
+    factors = approximate_model(base, rank=8, steps=2_000, loss="frobenius", progress=False)
+    assert len(factors) == 60
+    expected = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
+    assert torch.equal(logits(initialize_peft(get_peft_model(model, config), factors)), expected)
+    check("delta", base, factors, clear_reviews, tmp_path, ["q_proj", "v_proj"])
