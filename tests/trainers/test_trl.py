@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertLMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertLMHeadModel, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from bench.movie_reviews import Review
@@ -51,13 +51,10 @@ def start(way: str, base: Path, factors: FactorSet, folder: Path, targets: list[
     )
 
 
-def check(way: str, base: Path, factors: FactorSet, text: list[Review], folder: Path, targets: list[str]) -> None:
-    untrained = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
-    model = start(way, base, factors, folder / "start", targets)
-    assert torch.allclose(logits(model), untrained, rtol=0, atol=0 if way == "delta" else 1e-4)
+def sft(model: PeftModel, base: Path, text: list[Review], folder: Path, steps: int = STEPS) -> SFTTrainer:
     arguments = SFTConfig(
         folder / "run",
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=BATCH // 2,
         learning_rate=2e-3,
         lr_scheduler_type="constant",
@@ -69,12 +66,19 @@ def check(way: str, base: Path, factors: FactorSet, text: list[Review], folder: 
         bf16=False,
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(
+    return SFTTrainer(
         model,
         arguments,
         train_dataset=Dataset.from_dict({"text": [review.text for review in text]}),
         processing_class=AutoTokenizer.from_pretrained(base),
     )
+
+
+def check(way: str, base: Path, factors: FactorSet, text: list[Review], folder: Path, targets: list[str]) -> None:
+    untrained = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    model = start(way, base, factors, folder / "start", targets)
+    assert torch.allclose(logits(model), untrained, rtol=0, atol=0 if way == "delta" else 1e-4)
+    trainer = sft(model, base, text, folder)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
@@ -95,6 +99,41 @@ def test_from_factors_to_a_plain_lora_on_the_original_model(
     way: str, decoder: Path, minilm_factors: FactorSet, clear_reviews: list[Review], tmp_path: Path
 ) -> None:
     check(way, decoder, minilm_factors, clear_reviews, tmp_path, ["query", "value"])
+
+
+def test_on_a_base_quantized_to_4_bits(
+    decoder: Path, minilm_alpha: FactorSet, clear_reviews: list[Review], tmp_path: Path
+) -> None:
+    """TRL keeps A and B in bfloat16 there; α's product is 35 times W and forgives no mistake in what is subtracted."""
+
+    def load() -> nn.Module:
+        quantization = BitsAndBytesConfig(load_in_4bit=True)
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return AutoModelForCausalLM.from_pretrained(
+            decoder, quantization_config=quantization, device_map="cpu", **no_dropout
+        )
+
+    def logits_in_training(model: nn.Module) -> Tensor:
+        # In eval mode bitsandbytes packs 4-bit weights for the CPU in a way that it cannot train with.
+        model.train()
+        with torch.no_grad():
+            return model(input_ids=torch.arange(1000, 1024).reshape(2, 12)).logits.clone()
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["query", "value"])
+    model = initialize_peft(get_peft_model(load(), config), minilm_alpha)
+    untrained = logits_in_training(load())
+    assert torch.equal(logits_in_training(model), untrained)
+    trainer = sft(model, decoder, clear_reviews, tmp_path, steps=4)
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
+    assert torch.equal(logits_in_training(model), untrained)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    trained = logits_in_training(model)
+    trainer.save_model(tmp_path / "trained")
+    convert(tmp_path / "trained", minilm_alpha, tmp_path / "lora", base=decoder)
+    reloaded = logits_in_training(PeftModel.from_pretrained(load(), tmp_path / "lora"))
+    # Trained, the update is computed in bfloat16; reloaded, in float32.
+    assert (reloaded - trained).norm() < 0.05 * (trained - untrained).norm()
 
 
 @pytest.mark.slow
