@@ -51,12 +51,14 @@ def start(way: str, base: Path, factors: FactorSet, folder: Path, targets: list[
     )
 
 
-def sft(model: PeftModel, base: Path, text: list[Review], folder: Path, steps: int = STEPS) -> SFTTrainer:
+def sft(
+    model: PeftModel, base: Path, text: list[Review], folder: Path, steps: int = STEPS, lr: float = 2e-3
+) -> SFTTrainer:
     arguments = SFTConfig(
         folder / "run",
         max_steps=steps,
         per_device_train_batch_size=BATCH // 2,
-        learning_rate=2e-3,
+        learning_rate=lr,
         lr_scheduler_type="constant",
         max_length=32,
         logging_steps=1,
@@ -123,7 +125,7 @@ def test_on_a_base_quantized_to_4_bits(
     model = initialize_peft(get_peft_model(load(), config), minilm_alpha)
     untrained = logits_in_training(load())
     assert torch.equal(logits_in_training(model), untrained)
-    trainer = sft(model, decoder, clear_reviews, tmp_path, steps=4)
+    trainer = sft(model, decoder, clear_reviews, tmp_path, steps=4, lr=2e-4)
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
     assert torch.equal(logits_in_training(model), untrained)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -132,8 +134,9 @@ def test_on_a_base_quantized_to_4_bits(
     trainer.save_model(tmp_path / "trained")
     convert(tmp_path / "trained", minilm_alpha, tmp_path / "lora", base=decoder)
     reloaded = logits_in_training(PeftModel.from_pretrained(load(), tmp_path / "lora"))
-    # Trained, the update is computed in bfloat16; reloaded, in float32.
-    assert (reloaded - trained).norm() < 0.05 * (trained - untrained).norm()
+    # Trained, the update is computed in bfloat16 (2⁻⁸); reloaded, in float32. Measured: 0.2 %, and 135 % if A0 and B0
+    # are taken in float32.
+    assert (reloaded - trained).norm() < 2**-7 * (trained - untrained).norm()
 
 
 @pytest.mark.slow
