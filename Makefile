@@ -26,6 +26,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 test-all: .venv/dev
+	$(BIN)/python -m bench.smollm2
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: .venv/dev

@@ -137,6 +137,37 @@ def test_both_forms_on_disk_convert(minilm: Path, minilm_factors: FactorSet, tmp
         assert {file.name for file in (tmp_path / name / "merged").iterdir()} == kept
 
 
+def test_converted_adapters_take_turns_on_one_base(llama: Path, tmp_path: Path) -> None:
+    """peft 2270: adapters converted from PiSSA gave other results in a loop than each alone; peft 2184: a plain LoRA
+    beside them gave garbage."""
+    ids = torch.arange(20)[None]
+    factors = {"delta": factorize(llama, ("q_proj", "v_proj"), rank=4)}
+    factors["residual"] = factorize(llama, ("q_proj", "v_proj"), rank=4, start=inilora_alpha)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    alone = {}
+    for seed, name in enumerate(("delta", "residual", "plain")):
+        torch.manual_seed(seed)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+        if name in factors:
+            initialize_peft(model, factors[name], form=name)
+        alone[name] = train(model, vocabulary=64)(ids).logits
+        model.save_pretrained(tmp_path / name)
+        if name in factors:
+            convert(tmp_path / name, factors[name], tmp_path / f"{name} lora")
+    base = AutoModelForCausalLM.from_pretrained(llama).eval()
+    expected = base(ids).logits
+    model = PeftModel.from_pretrained(base, tmp_path / "plain", adapter_name="plain")
+    for name in factors:
+        model.load_adapter(tmp_path / f"{name} lora", name)
+    for name in ("residual", "plain", "delta", "plain", "residual"):
+        model.set_adapter(name)
+        # α's residual has entries of about 1, summed in float32.
+        assert torch.allclose(model.eval()(ids).logits, alone[name], rtol=0, atol=1e-4), name
+        assert (alone[name] - expected).abs().max() > 1e-2
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, expected)
+
+
 def test_an_adapter_in_bfloat16_from_a_residual_folder(llama: Path, tmp_path: Path) -> None:
     """Unsloth, Axolotl and torchtune may save bfloat16; the residual was made of the float32 factors all the same."""
     factors = factorize(llama, ("q_proj", "v_proj"), rank=4, start=inilora_alpha)
