@@ -114,10 +114,10 @@ def _krylov(
     rank = max(ranks)
     block = -(-(rank + _OVERSAMPLING) // 8) * 8
     start = torch.randn(W.shape[1], block, generator=torch.Generator().manual_seed(0)).to(W.device, dtype)
-    space = KrylovSpace(W, start)
+    space = KrylovSpace(W, start, MOST_PASSES)
     while True:
         space.expand()
-        done = space.full or space.passes >= MOST_PASSES
+        done = space.full
         if space.passes < _FIRST_LOOK and not done:
             continue
         values, vectors, residuals = space.ritz()

@@ -16,7 +16,7 @@ def minor(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U (d×r), S (r, descending), V (k×r), float64: the triplets of the r smallest of W's min(d, k) singular values.
 
     Up to 1,024 by a full SVD in float64. Beyond, by subspace iteration with (G + μI)⁻¹ of the float64 Gram matrix G of
-    the smaller side, from one Cholesky factorization, until the values stand still to 1e-9: a quarter of the operations
+    the smaller side, from one Cholesky factorization, until the values stand still to 1e-13: a quarter of the operations
     of G's tridiagonalization. μ = 2⁻⁵²·trace keeps a singular W factorizable. Takes 8·min(d, k)² bytes twice.
 
     >>> U, S, V = minor(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=1)
@@ -42,7 +42,7 @@ def minor(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         X = torch.linalg.qr(torch.cholesky_solve(X, factor)).Q
         U, S, Vh = torch.linalg.svd(_times(tall, X), full_matrices=False)
         X = X @ Vh.T
-        if torch.allclose(S[-rank:], last, rtol=1e-9, atol=1e-13 * float(S[0])):
+        if torch.allclose(S[-rank:], last, rtol=1e-13, atol=1e-14 * float(S[0])):
             break
         last = S[-rank:]
     U, S, V = U[:, -rank:], S[-rank:], X[:, -rank:]

@@ -13,42 +13,59 @@ class KrylovSpace:
 
     W (d×k): read once by each `expand`. start: Ω (k×b), in the dtype of all arithmetic.
     deflate: X (k×s), orthonormal, that the space is kept orthogonal to; None: P = I, C = M.
+    most: how many blocks there may be. Their memory is taken as they come.
     """
 
-    def __init__(self, W: Tensor, start: Tensor, deflate: Tensor | None = None) -> None:
+    def __init__(self, W: Tensor, start: Tensor, most: int, deflate: Tensor | None = None) -> None:
         self.W = W
+        self.passes = 0
         self.block = start.shape[1]
+        self._most = most
         self._fixed = [] if deflate is None else [deflate]
-        self.Q = start[:, :0]
-        self.MQ = start[:, :0]
-        self.WQ = start.new_empty(W.shape[0], 0)
-        self.T = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
+        # A row of these is a column of the basis, so that a block added later touches memory of its own.
+        self._rows_Q = start.new_empty(most * self.block, W.shape[1])
+        self._rows_MQ = torch.empty_like(self._rows_Q)
+        self._rows_WQ = start.new_empty(most * self.block, W.shape[0])
+        self._T = torch.zeros(most * self.block, most * self.block, dtype=torch.float64, device=start.device)
         self._next, self._coupling = self._orthonormal(start)
 
     @property
-    def passes(self) -> int:
-        """Readings of W so far: the q of K_q."""
-        return self.Q.shape[1] // self.block
+    def size(self) -> int:
+        """m: the dimension of the space."""
+        return self.passes * self.block
+
+    @property
+    def Q(self) -> Tensor:
+        return self._rows_Q[: self.size].T
+
+    @property
+    def MQ(self) -> Tensor:
+        return self._rows_MQ[: self.size].T
+
+    @property
+    def WQ(self) -> Tensor:
+        return self._rows_WQ[: self.size].T
+
+    @property
+    def T(self) -> Tensor:
+        """QᵀMQ (m×m), float64."""
+        return self._T[: self.size, : self.size]
 
     @property
     def full(self) -> bool:
-        """Whether another block would no longer fit beside the others."""
-        held = self.Q.shape[1] + sum(X.shape[1] for X in self._fixed)
-        return held + 2 * self.block > self.Q.shape[0]
+        """Whether the space has all its blocks, or another would no longer fit beside the others."""
+        held = self.size + sum(X.shape[1] for X in self._fixed)
+        return self.passes == self._most or held + 2 * self.block > self.W.shape[1]
 
     def expand(self) -> None:
         """Take the next block into the basis: one reading of W."""
-        block = self._next
-        Y, Z = gram_product(self.W, block)
-        self.Q, self.MQ, self.WQ = (torch.cat(pair, dim=1) for pair in ((self.Q, block), (self.MQ, Z), (self.WQ, Y)))
+        Y, Z = gram_product(self.W, self._next)
+        new = slice(self.size, self.size + self.block)
+        self._rows_Q[new], self._rows_MQ[new], self._rows_WQ[new] = self._next.T, Z.T, Y.T
+        self.passes += 1
         column = (self.Q.T @ Z).double()
-        size = self.T.shape[0]
-        T = column.new_zeros(size + self.block, size + self.block)
-        T[:size, :size] = self.T
-        T[:, size:] = column
-        T[size:, :] = column.T
-        T[size:, size:] = (column[size:] + column[size:].T) / 2
-        self.T = T
+        self._T[: self.size, new], self._T[new, : self.size] = column, column.T
+        self._T[new, new] = (column[new] + column[new].T) / 2
         self._next, self._coupling = self._orthonormal(Z)
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
