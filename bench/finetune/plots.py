@@ -52,7 +52,7 @@ def scores_over(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot
         if not cell.sweep:
             scores = rows[cell.run]["scores"]
             value = scores[score] if score else next(iter(scores.values()))
-            points.setdefault(plot.get("line", cell.system), {}).setdefault(_x(cell, plot["x"]), []).append(value)
+            points.setdefault(_label(cell, cells), {}).setdefault(_x(cell, plot["x"]), []).append(value)
     _lines(axes, points, plot["x"])
     axes.set_ylabel(plot.get("label", score or "score") + " (× 100), mean ± s.d. over seeds")
 
@@ -87,12 +87,10 @@ def sweep(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot: Mapp
 def training_loss(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot: Mapping[str, Any]) -> None:
     """A line a system and rank: the training loss over the steps, mean over seeds."""
     curves: dict[str, dict[int, list[float]]] = {}
-    ranks = {cell.run.rank for cell in cells}
     for cell in cells:
         if not cell.sweep:
-            label = f"{cell.system}, r = {cell.run.rank}" if len(ranks) > 1 else cell.system
             for step, loss in rows[cell.run]["training_loss"]:
-                curves.setdefault(label, {}).setdefault(step, []).append(loss)
+                curves.setdefault(_label(cell, cells), {}).setdefault(step, []).append(loss)
     for place, (label, curve) in enumerate(curves.items()):
         axes.plot(list(curve), [fmean(values) for values in curve.values()], label=label, **_style(place))
     axes.set_xlabel("training step")
@@ -121,6 +119,12 @@ def _lines(axes: Axes, points: Points, x: str) -> None:
     axes.set_xscale("log" if positive else "symlog")
     axes.set_xlabel(LABELS.get(x, x))
     axes.legend(fontsize=8)
+
+
+def _label(cell: Cell, cells: Sequence[Cell]) -> str:
+    """The system, and the rank where there are several."""
+    several = len({other.run.rank for other in cells}) > 1
+    return f"{cell.system}, r = {cell.run.rank}" if several else cell.system
 
 
 def _x(cell: Cell, name: str) -> float:

@@ -18,11 +18,12 @@ from .run import Run
 HEADS = ("classifier", "score")
 
 # The adapters of Table 1, in the terms of AdapterHub's `adapters`: Houlsby et al. (2019) after attention and after
-# the feed-forward layer, Pfeiffer et al. (2021) after the feed-forward layer, and Lin et al. (2020) there too, behind
-# the layer norm and with one of its own.
+# the feed-forward layer, Pfeiffer et al. (2021) after the feed-forward layer, Rücklé et al. (2021) the same but not in
+# the first five layers, and Lin et al. (2020) after the layer norm that follows, with one of its own.
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "houlsby": ("DoubleSeqBnConfig", {}),
     "pfeiffer": ("SeqBnConfig", {}),
+    "adapterdrop": ("SeqBnConfig", {"leave_out": [0, 1, 2, 3, 4]}),
     "lin": (
         "SeqBnConfig",
         {"ln_before": True, "original_ln_before": True, "original_ln_after": False, "residual_before_ln": False},

@@ -34,6 +34,7 @@ class Table:
     settings: of Run, the same for every run.
     systems: settings of each row of the table, by its label.
     grid: settings with several values; every combination is run for every system.
+    variants: sets of settings that go together, the data and what is evaluated after it; each is run like the grid.
     sweep: `lr`, the learning rates, for some systems others in `lr_of`, and `seed`, the seeds to try them with. The
         rate of the best mean validation score is then run with every seed of the grid.
     rates_of: instead, the table whose sweep's best rates are used, and the system there for each system here.
@@ -50,14 +51,15 @@ class Table:
     show: Mapping[str, Any]
     sweep: Mapping[str, Any] | None = None
     rates_of: Mapping[str, Any] | None = None
+    variants: Sequence[Mapping[str, Any]] = ({},)
     quick: bool = False
 
     def cells(self, rows: Mapping[Run, Row]) -> Iterator[Cell]:
         """The runs that can be named now, those of a sweep before those that need its outcome."""
         for label, system in self.systems.items():
             names = [name for name in self.grid if name != "seed"]
-            for values in itertools.product(*(self.grid[name] for name in names)):
-                settings = {**self.settings, **dict(zip(names, values, strict=True)), **system}
+            for variant, *values in itertools.product(self.variants, *(self.grid[name] for name in names)):
+                settings = {**self.settings, **variant, **dict(zip(names, values, strict=True)), **system}
                 if self.sweep:
                     yield from (Cell(label, run, sweep=True) for run in self._sweep_runs(label, settings))
                 rate = settings.get("lr") or self.best_rate(label, settings, rows)
