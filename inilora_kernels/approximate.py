@@ -3,44 +3,99 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from . import cache as finished_matrices
 from .checkpoint import open_checkpoint
-from .errors import WeightError
-from .factors import Certificate, Factors, FactorSet
-from .init import gaussian
-from .kernels import Problem, load_backend
-from .options import Options, require_count
+from .errors import OptionError, WeightError
+from .factors import Factors, FactorSet
+from .kernels import load_backend
+from .options import Options, Rank, require_count
 from .progress import ProgressBar
-from .solvers.adam import Adam, adam
-from .solvers.optimum import optimum
+from .solve import Task, solve_by_adam, solve_directly
+from .solvers.optimum import rank_for_energy
+from .sources import Source, Surveyed, start_stds, survey
 from .targets import FLOAT_DTYPES, find_targets, read_target
 
-_STRIP_ELEMENTS = 1 << 22
+
+@overload
+def approximate_model(
+    path: str | Path,
+    rank: int | str = ...,
+    target_modules: Collection[str] | str | None = ...,
+    *,
+    rank_pattern: Mapping[str, int] | None = ...,
+    method: str = ...,
+    solver: str | None = ...,
+    gauge: str = ...,
+    start: Mapping[str, Factors] | None = ...,
+    steps: int = ...,
+    lr: float = ...,
+    step_size: int = ...,
+    gamma: float = ...,
+    loss: str = ...,
+    init_std: str | float | None = ...,
+    tol: float | None = ...,
+    checkpoint_steps: Sequence[int] = ...,
+    backend: str = ...,
+    concurrency: int = ...,
+    seed: int = ...,
+    device: str | torch.device | None = ...,
+    cache: bool = ...,
+    progress: bool = ...,
+) -> FactorSet: ...
+
+
+@overload
+def approximate_model(
+    path: str | Path,
+    rank: Sequence[int],
+    target_modules: Collection[str] | str | None = ...,
+    *,
+    rank_pattern: Mapping[str, int] | None = ...,
+    method: str = ...,
+    solver: str | None = ...,
+    gauge: str = ...,
+    start: Mapping[str, Factors] | None = ...,
+    steps: int = ...,
+    lr: float = ...,
+    step_size: int = ...,
+    gamma: float = ...,
+    loss: str = ...,
+    init_std: str | float | None = ...,
+    tol: float | None = ...,
+    checkpoint_steps: Sequence[int] = ...,
+    backend: str = ...,
+    concurrency: int = ...,
+    seed: int = ...,
+    device: str | torch.device | None = ...,
+    cache: bool = ...,
+    progress: bool = ...,
+) -> dict[int, FactorSet]: ...
 
 
 def approximate_model(
     path: str | Path,
-    rank: int = 8,
+    rank: Rank = 8,
     target_modules: Collection[str] | str | None = None,
     *,
+    rank_pattern: Mapping[str, int] | None = None,
     method: str = "inilora",
-    solver: str = "adam",
+    solver: str | None = None,
+    gauge: str = "nearest",
+    start: Mapping[str, Factors] | None = None,
     steps: int = 20_000,
     lr: float = 5e-4,
     step_size: int = 5_000,
     gamma: float = 0.9,
     loss: str = "mse",
-    init_std: str | float = "kind",
+    init_std: str | float | None = None,
     tol: float | None = None,
     checkpoint_steps: Sequence[int] = (),
     backend: str = "auto",
@@ -49,22 +104,31 @@ def approximate_model(
     device: str | torch.device | None = None,
     cache: bool = True,
     progress: bool = True,
-) -> FactorSet:
-    """Find B (d×r) and A (r×k) with BA ≈ W for each target matrix W (d×k) of a checkpoint: the paper's IniLoRA.
+) -> FactorSet | dict[int, FactorSet]:
+    """Find B (d×r) and A (r×k), the start of a LoRA, for each target matrix W (d×k) of a checkpoint.
 
-    Minimizes f = ||W − BA||_F² (paper, Eq. 3) by Adam from A, B ~ N(0, σ̄²), float32, and certifies each result
-    against the least that the rank allows, f* = Σ_{i>r} σ_i².
+    The paper's IniLoRA, the default, minimizes f = ||W − BA||_F² (paper, Eq. 3) by Adam from A, B ~ N(0, σ̄²). Every
+    result, of whatever method, comes with f and the least that the rank allows, f* = Σ_{i>r} σ_i². float32.
 
     path: a Hugging Face model folder (one safetensors file, or shards with their index, or torch .bin files, read
         with weights_only), or one such file. float32, float16, bfloat16 or float64 weights.
-    rank: r, from 1 to min(d, k).
+    rank: r, from 1 to min(d, k); "energy:0.2", the smallest rank of each matrix that can keep that share of ||W||²; or
+        a list of ranks, which share the readings of W (by Adam: those for f*) and return a dict, rank → FactorSet.
+    rank_pattern: as in PEFT's LoraConfig, other ranks for some modules, by name ending or regular expression.
     target_modules: PEFT's syntax: a list of name endings, a regular expression, or "all-linear"; None: the query and
         value projections.
+    method: "inilora" and others of the paper; `inilora_kernels.init` has the formula and source of each.
+    solver: of "inilora": "adam", the paper's trajectory, is the default; "krylov", the same minimum in seconds;
+        "exact", by a full SVD. Of "pissa": "krylov", the default, or "exact".
+    gauge: which factors of the one best product "inilora" takes by krylov or exact: "nearest", the balanced pair
+        nearest to the random start; "svd", B = U√Σ and A = √ΣVᵀ, which is PiSSA.
+    start: factors for gauge="nearest" to be near to, those of a short Adam run for example.
     steps, lr, step_size, gamma: Adam's steps and rate; StepLR multiplies the rate by gamma every step_size steps.
     loss: "mse", the mean over W's entries, is the paper's trajectory; "frobenius", the sum, keeps Adam's eps from
         damping the steps of large matrices and converges better.
     init_std: σ̄: "kind", the mean of the matrices' standard deviations for each kind of matrix apart (query, value);
-        "global", one mean for all (paper, Eq. 2); or a number.
+        "global", one mean for all (paper, Eq. 2); or a number. None: "kind", but 0.5 for "inilora-alpha" and 0.01 for
+        "normal".
     tol: end a matrix once its excess f/f* − 1 is at most this; looked at every 100 steps.
     checkpoint_steps: keep the factors of these steps too (paper, Figure 2); see FactorSet.at_step.
     backend: "triton" (GPU), "cpu", "reference" (plain torch), or "auto": triton where there is a GPU, else cpu.
@@ -88,8 +152,11 @@ def approximate_model(
     """
     options = Options(
         rank=rank,
+        rank_pattern=dict(rank_pattern or {}),
         method=method,
         solver=solver,
+        gauge=gauge,
+        start=_name_of(start),
         steps=steps,
         lr=lr,
         step_size=step_size,
@@ -124,21 +191,24 @@ def approximate_model(
         )
         for target in targets
     ]
-    return _factorize(sources, options, concurrency=concurrency, device=device, cache=cache, progress=progress)
+    found = _factorize(sources, options, start, concurrency=concurrency, device=device, cache=cache, progress=progress)
+    return found if isinstance(options.rank, tuple) else found[0]
 
 
 def approximate(
     W: Tensor | Sequence[Tensor],
-    rank: int = 8,
+    rank: Rank = 8,
     *,
     method: str = "inilora",
-    solver: str = "adam",
+    solver: str | None = None,
+    gauge: str = "nearest",
+    start: Factors | Sequence[Factors] | None = None,
     steps: int = 20_000,
     lr: float = 5e-4,
     step_size: int = 5_000,
     gamma: float = 0.9,
     loss: str = "mse",
-    init_std: str | float = "kind",
+    init_std: str | float | None = None,
     tol: float | None = None,
     checkpoint_steps: Sequence[int] = (),
     backend: str = "auto",
@@ -147,20 +217,28 @@ def approximate(
     device: str | torch.device | None = None,
     cache: bool = False,
     progress: bool = False,
-) -> Factors | list[Factors]:
+) -> Factors | list[Factors] | dict[int, Factors] | dict[int, list[Factors]]:
     """The same as `approximate_model` on matrices W (d×k) in memory: Factors for one, a list of them for several.
 
-    All of them count as one kind for init_std. Options and errors are those of `approximate_model`.
+    A list of ranks gives a dict of those by rank. All matrices count as one kind for init_std. Options and errors are
+    those of `approximate_model`.
 
     >>> W = torch.outer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0]))
     >>> factors = approximate(W, rank=1, steps=5000, lr=1e-2)
     >>> bool((factors.product() - W).norm() < 1e-3)
     True
     """
+    matrices = [W] if isinstance(W, Tensor) else list(W)
+    if not matrices:
+        raise WeightError("no matrix was given; give a tensor or a list of them")
+    starts = _named([start] if isinstance(start, Factors) else start)
     options = Options(
         rank=rank,
+        rank_pattern={},
         method=method,
         solver=solver,
+        gauge=gauge,
+        start=_name_of(starts),
         steps=steps,
         lr=lr,
         step_size=step_size,
@@ -173,12 +251,9 @@ def approximate(
         seed=seed,
     )
     require_count("concurrency", concurrency)
-    matrices = [W] if isinstance(W, Tensor) else list(W)
-    if not matrices:
-        raise WeightError("no matrix was given; give a tensor or a list of them")
     sources = []
     for place, matrix in enumerate(matrices):
-        name = f"matrix {place}"
+        name = _name(place)
         if matrix.ndim != 2 or matrix.dtype not in FLOAT_DTYPES:
             raise WeightError(
                 f"{name}: {matrix.dtype} of shape {tuple(matrix.shape)}; give a float matrix of two dimensions"
@@ -193,115 +268,114 @@ def approximate(
                 sha256=partial(_sha256, matrix),
             )
         )
-    factors = _factorize(sources, options, concurrency=concurrency, device=device, cache=cache, progress=progress)
-    results = [factors[source.module] for source in sources]
-    return results[0] if isinstance(W, Tensor) else results
-
-
-@dataclass(frozen=True)
-class Source:
-    """One matrix W (d×k) to factorize and how to get it; see Target and Factors for the fields."""
-
-    module: str
-    kind: str
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    sha256: Callable[[], str]
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class _Surveyed:
-    """A source that was read through once: fit to be factorized, with its hash and standard deviation."""
-
-    source: Source
-    sha256: str
-    std: float
+    found = _factorize(sources, options, starts, concurrency=concurrency, device=device, cache=cache, progress=progress)
+    results = {rank: [factors[source.module] for source in sources] for rank, factors in found.items()}
+    if isinstance(W, Tensor):
+        alone = {rank: factors[0] for rank, factors in results.items()}
+        return alone if isinstance(options.rank, tuple) else alone[0]
+    return results if isinstance(options.rank, tuple) else results[0]
 
 
 def _factorize(
     sources: Sequence[Source],
     options: Options,
+    start: Mapping[str, Factors] | None,
     *,
     concurrency: int,
     device: str | torch.device | None,
     cache: bool,
     progress: bool,
-) -> FactorSet:
+) -> dict[int, FactorSet]:
+    """A FactorSet for each rank asked for; one, under the key 0, where the rank is a matrix's own."""
     for source in sources:
-        if options.rank > min(source.shape):
+        _require_fitting(source, options.ranks_of(source.module) or (), start)
+    results: dict[tuple[str, int], Factors] = {}
+    keys: dict[tuple[str, int], str] = {}
+    with ProgressBar(progress) as bar:
+        surveyed = survey(sources, bar)
+        assert options.init_std is not None
+        stds = start_stds(surveyed, options.init_std)
+        ranks = _settled_ranks(surveyed, options, bar)
+        tasks = []
+        for one, std, own in zip(surveyed, stds, ranks, strict=True):
+            module = one.source.module
+            task = Task(one, own, std, start[module] if start is not None else None)
+            keys.update({(module, rank): _cache_key(task, rank, options) for rank in own})
+            if cache:
+                known = {rank: finished_matrices.find(keys[module, rank]) for rank in own}
+                results.update({(module, rank): factors for rank, factors in known.items() if factors is not None})
+            if any((module, rank) not in results for rank in own):
+                tasks.append(task)
+
+        def finished(task: Task, rank: int, factors: Factors) -> None:
+            place = task.matrix.source.module, rank
+            if place not in results:
+                results[place] = factors
+                if cache:
+                    finished_matrices.keep(keys[place], factors)
+
+        solve = solve_by_adam if options.solver == "adam" else solve_directly
+        for first in range(0, len(tasks), concurrency):
+            solve(tasks[first : first + concurrency], options, device, finished, bar)
+    record = {**options.record(), "package_version": _package_version()}
+    modules = [source.module for source in sources]
+    if not isinstance(options.rank, tuple):
+        own_ranks = {module: own[0] for module, own in zip(modules, ranks, strict=True)}
+        return {0: FactorSet({module: results[module, own_ranks[module]] for module in modules}, record)}
+    return {
+        rank: FactorSet(
+            {module: results[module, rank] for module in modules},
+            {**record, "rank": rank, "ranks": list(options.rank)},
+        )
+        for rank in options.rank
+    }
+
+
+def _require_fitting(source: Source, ranks: Sequence[int], start: Mapping[str, Factors] | None) -> None:
+    for rank in ranks:
+        if rank > min(source.shape):
             raise WeightError(
-                f"{source.module}: rank {options.rank} is more than this {source.shape[0]}×{source.shape[1]} matrix "
+                f"{source.module}: rank {rank} is more than this {source.shape[0]}×{source.shape[1]} matrix "
                 f"has; take rank ≤ {min(source.shape)} or leave the module out of target_modules"
             )
-    results: dict[str, Factors] = {}
-    with ProgressBar(progress) as bar:
-        surveyed = _survey(sources, bar)
-        stds = _start_stds(surveyed, options.init_std)
-        keys = [_cache_key(one, std, options) for one, std in zip(surveyed, stds, strict=True)]
-        if cache:
-            for one, key in zip(surveyed, keys, strict=True):
-                known = finished_matrices.find(key)
-                if known is not None:
-                    results[one.source.module] = known
-        pending = [i for i, one in enumerate(surveyed) if one.source.module not in results]
-
-        def finished(place: int, factors: Factors) -> None:
-            results[surveyed[place].source.module] = factors
-            if cache:
-                finished_matrices.keep(keys[place], factors)
-
-        for first in range(0, len(pending), concurrency):
-            batch = pending[first : first + concurrency]
-            _solve_by_adam({i: surveyed[i] for i in batch}, {i: stds[i] for i in batch}, options, device, finished, bar)
-    modules = {source.module: results[source.module] for source in sources}
-    return FactorSet(modules, {**options.record(), "package_version": _package_version()})
+    if start is None:
+        return
+    if source.module not in start:
+        raise OptionError(f"start has no factors for {source.module}; make them with the same target_modules")
+    given = start[source.module]
+    shape = (int(given.B.shape[0]), int(given.A.shape[1]))
+    if shape != source.shape or tuple(ranks) != (given.rank,):
+        raise OptionError(
+            f"start's factors for {source.module} are of shape {shape[0]}×{shape[1]} and rank {given.rank}; "
+            f"give the same shape, and the same rank as here"
+        )
 
 
-def _survey(sources: Sequence[Source], bar: ProgressBar) -> list[_Surveyed]:
-    """Read every matrix once, before any long work, and refuse what cannot be factorized."""
-    bar.phase("reading", len(sources), len(sources))
-    surveyed = []
-    for source in sources:
-        count, total, squares = 0, 0.0, 0.0
-        W = source.read()
-        rows = max(1, _STRIP_ELEMENTS // W.shape[1])
-        for start in range(0, W.shape[0], rows):
-            strip = W[start : start + rows].double()
-            count += strip.numel()
-            total += float(strip.sum())
-            squares += float(strip.square_().sum())
-        if not torch.isfinite(torch.tensor(squares)):
-            where = (~torch.isfinite(W)).nonzero()
-            raise WeightError(
-                f"{source.module}: {len(where)} of its {W.numel()} entries are NaN or Inf, the first at "
-                f"{tuple(where[0].tolist())}; the checkpoint is damaged or was saved after a diverged run"
-            )
-        variance = max(0.0, squares - total**2 / count) / max(1, count - 1)
-        # A constant matrix has no deviation, and a start of zeros would stay there: its root mean square stands in.
-        surveyed.append(_Surveyed(source, source.sha256(), variance**0.5 or (squares / count) ** 0.5))
-        bar.advance(1, matrices=1)
-    return surveyed
+def _settled_ranks(surveyed: Sequence[Surveyed], options: Options, bar: ProgressBar) -> list[tuple[int, ...]]:
+    """Each matrix's ranks, found from its energy where they are to follow from that."""
+    share = options.energy_share
+    if share is not None:
+        bar.phase("ranks", len(surveyed), len(surveyed))
+    settled = []
+    for one in surveyed:
+        ranks = options.ranks_of(one.source.module)
+        if ranks is None:
+            assert share is not None
+            ranks = (rank_for_energy(one.source.read(), share),)
+        settled.append(ranks)
+        if share is not None:
+            bar.advance(1, matrices=1)
+    return settled
 
 
-def _start_stds(surveyed: Sequence[_Surveyed], init_std: str | float) -> list[float]:
-    """σ̄ of each matrix's start: the mean of the standard deviations of its kind, or of all (paper, Eq. 2)."""
-    if not isinstance(init_std, str):
-        return [float(init_std)] * len(surveyed)
-    kinds = [one.source.kind if init_std == "kind" else "" for one in surveyed]
-    means = {
-        kind: statistics.fmean(one.std for one, own in zip(surveyed, kinds, strict=True) if own == kind)
-        for kind in set(kinds)
-    }
-    return [means[kind] for kind in kinds]
-
-
-def _cache_key(one: _Surveyed, std: float, options: Options) -> str:
+def _cache_key(task: Task, rank: int, options: Options) -> str:
+    one = task.matrix
     ingredients: dict[str, Any] = {
         **options.record(),
-        "init_std": std,
+        "rank": rank,
+        "ranks": list(task.ranks),
+        "rank_pattern": None,
+        "init_std": task.std,
         "sha256": one.sha256,
         "shape": one.source.shape,
         "dtype": str(one.source.dtype),
@@ -311,59 +385,17 @@ def _cache_key(one: _Surveyed, std: float, options: Options) -> str:
     return finished_matrices.cache_key(ingredients)
 
 
-def _generator(one: _Surveyed, seed: int) -> torch.Generator:
-    """A matrix's own random stream, the same wherever in a model, batch or list the matrix stands."""
-    text = f"{seed} {one.sha256} {one.source.rows}"
-    start = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(start)
+def _name(place: int) -> str:
+    return f"matrix {place}"
 
 
-def _solve_by_adam(
-    batch: dict[int, _Surveyed],
-    stds: dict[int, float],
-    options: Options,
-    device: str | torch.device | None,
-    finished: Callable[[int, Factors], None],
-    bar: ProgressBar,
-) -> None:
-    """IniLoRA: f* of each matrix, its Gaussian start, then Adam on the whole batch."""
-    places = list(batch)
-    bar.phase("certifying", len(places), len(places))
-    bounds, problems = [], []
-    for place in places:
-        source = batch[place].source
-        best = optimum(source.read(), options.rank)
-        bounds.append(Certificate(loss=0.0, optimum=best.loss, energy=best.energy, steps=0))
-        A, B = gaussian(source.shape, options.rank, stds[place], _generator(batch[place], options.seed))
-        problems.append(Problem(source.read, source.shape, A, B))
-        bar.advance(1, matrices=1)
+def _named(start: Sequence[Factors] | None) -> dict[str, Factors] | None:
+    return {_name(place): one for place, one in enumerate(start)} if start is not None else None
 
-    def done(index: int, result: Adam) -> None:
-        one = batch[places[index]]
-        factors = Factors(
-            result.A,
-            result.B,
-            result.certificate,
-            one.sha256,
-            one.source.rows,
-            one.source.transposed,
-            result.history,
-            result.checkpoints,
-        )
-        finished(places[index], factors)
-        bar.advance(0, matrices=1)
 
-    bar.phase("solving", len(places), len(places) * options.steps)
-    adam(
-        problems,
-        bounds,
-        options.schedule,
-        load_backend(options.backend, device),
-        tol=options.tol,
-        checkpoint_steps=options.checkpoint_steps,
-        finished=done,
-        advanced=lambda steps, excess: bar.advance(steps, excess=excess, unit="steps"),
-    )
+def _name_of(start: Mapping[str, Factors] | None) -> str | None:
+    """What stands for the given factors in the record: the sha256 of them all."""
+    return hashlib.sha256(FactorSet(start, {}).to_bytes()).hexdigest() if start is not None else None
 
 
 def _on_cpu(W: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .errors import InitializationError
+from .errors import InitializationError, OptionError
 from .factors import FactorSet
 from .files import require_writable
 
@@ -31,7 +31,13 @@ Plot = Annotated[Path | None, typer.Option(help="Draw error by layer and converg
 def approximate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .safetensors or a torch .bin file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The factor file to write (.safetensors).")],
-    rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
+    rank: Annotated[
+        str, typer.Option(help="Rank r; 8,16,32: a file each, by one reading; energy:0.2: each matrix's own.")
+    ] = "8",
+    rank_pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="As in PEFT: PATTERN=RANK for the modules of that name ending or expression (repeat)."),
+    ] = None,
     target_modules: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,8 +49,18 @@ def approximate(
     ] = None,
     method: Annotated[str, typer.Option(help="Initialization; `inilora methods` lists them.")] = "inilora",
     solver: Annotated[
-        str, typer.Option(help="adam: the paper's trajectory; krylov: the same minimum in seconds.")
-    ] = "adam",
+        str | None,
+        typer.Option(
+            help="adam: the paper's trajectory; krylov: the same minimum in seconds; exact: by a full SVD. "
+            "Default: the method's first in `inilora methods`."
+        ),
+    ] = None,
+    gauge: Annotated[
+        str, typer.Option(help="krylov, exact: the factors nearest to the random start, or svd, PiSSA's.")
+    ] = "nearest",
+    start: Annotated[
+        Path | None, typer.Option(help="A factor file for gauge nearest to be near to, a short Adam run's, say.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Adam steps a matrix.")] = 20_000,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-4,
     step_size: Annotated[int, typer.Option(help="StepLR: steps between two decays.")] = 5_000,
@@ -52,7 +68,9 @@ def approximate(
     loss: Annotated[
         str, typer.Option(help="mse: the paper's mean; frobenius: the sum, which converges better.")
     ] = "mse",
-    init_std: Annotated[str, typer.Option(help="Start's deviation: kind, global, or a number.")] = "kind",
+    init_std: Annotated[
+        str | None, typer.Option(help="Start's deviation: kind, global, or a number. Default: the method's.")
+    ] = None,
     tol: Annotated[float | None, typer.Option(help="Stop a matrix once its excess is below this.")] = None,
     checkpoint_steps: Annotated[
         list[int] | None, typer.Option(help="Keep the factors of this step too (repeat for more).")
@@ -69,21 +87,27 @@ def approximate(
     """Factorize a model's weights and write the factor file."""
     from .approximate import approximate_model
 
-    require_writable(output)
-    if plot is not None:
-        _require_plot(plot)
-    factors = approximate_model(
+    ranks = _ranks(rank)
+    outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
+    plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
+    for one, path in outputs.items():
+        require_writable(path)
+        _require_plot(plots[one])
+    found = approximate_model(
         model,
-        rank,
+        ranks,
         _target_modules(target_modules),
+        rank_pattern=_rank_pattern(rank_pattern or []),
         method=method,
         solver=solver,
+        gauge=gauge,
+        start=FactorSet.load(start) if start is not None else None,
         steps=steps,
         lr=lr,
         step_size=step_size,
         gamma=gamma,
         loss=loss,
-        init_std=_number_or_name(init_std),
+        init_std=None if init_std is None else _number_or_name(init_std),
         tol=tol,
         checkpoint_steps=tuple(checkpoint_steps or ()),
         backend=backend,
@@ -93,10 +117,14 @@ def approximate(
         cache=cache,
         progress=progress,
     )
-    factors.save(output)
-    _show(factors, plot, as_json)
+    results = {0: found} if isinstance(found, FactorSet) else found
+    for one, factors in results.items():
+        factors.save(outputs[one])
+        _draw(factors, plots[one])
+    _show(list(results.values()), as_json)
     if not as_json:
-        Console(stderr=True).print(f"wrote {output}", highlight=False)
+        for path in outputs.values():
+            Console(stderr=True).print(f"wrote {path}", highlight=False)
 
 
 @application.command()
@@ -106,9 +134,45 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a factor file and how good it is."""
-    if plot is not None:
-        _require_plot(plot)
-    _show(FactorSet.load(file), plot, as_json)
+    _require_plot(plot)
+    factors = FactorSet.load(file)
+    _draw(factors, plot)
+    _show([factors], as_json)
+
+
+@application.command()
+def methods(as_json: Json = False) -> None:
+    """List the initializations that --method takes, with their formula and source."""
+    from .report import methods_json, methods_table
+
+    if as_json:
+        print(json.dumps(methods_json(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(methods_table())
+
+
+def _ranks(text: str) -> int | str | list[int]:
+    """8, energy:0.2 as it is, or 8,16,32; what is none of them is left to be refused."""
+    try:
+        ranks = [int(one) for one in text.split(",")]
+    except ValueError:
+        return text
+    return ranks if "," in text else ranks[0]
+
+
+def _of_rank(path: Path, rank: int) -> Path:
+    """factors.safetensors → factors-r8.safetensors."""
+    return path.with_name(f"{path.stem}-r{rank}{path.suffix}")
+
+
+def _rank_pattern(given: list[str]) -> dict[str, int]:
+    pattern = {}
+    for one in given:
+        name, _, rank = one.rpartition("=")
+        if not name or not rank.isdecimal():
+            raise OptionError(f"--rank-pattern {one}: give PATTERN=RANK, value=4 for example")
+        pattern[name] = int(rank)
+    return pattern
 
 
 def _target_modules(given: list[str] | None) -> list[str] | str | None:
@@ -129,22 +193,31 @@ def _number_or_name(text: str) -> str | float:
         return text
 
 
-def _require_plot(path: Path) -> None:
-    from .report import require_plot_path
+def _require_plot(path: Path | None) -> None:
+    if path is not None:
+        from .report import require_plot_path
 
-    require_plot_path(path)
-    require_writable(path)
+        require_plot_path(path)
+        require_writable(path)
 
 
-def _show(factors: FactorSet, plot_path: Path | None, as_json: bool) -> None:
-    from .report import json_report, plot, table
+def _draw(factors: FactorSet, path: Path | None) -> None:
+    if path is not None:
+        from .report import plot
 
-    if plot_path is not None:
-        plot(factors, plot_path)
+        plot(factors, path)
+
+
+def _show(results: list[FactorSet], as_json: bool) -> None:
+    """Tables; or one JSON value, a list of them where there are several sets."""
+    from .report import json_report, table
+
     if as_json:
-        print(json.dumps(json_report(factors), indent=2))
+        reports = [json_report(factors) for factors in results]
+        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
-        Console().print(table(factors))
+        for factors in results:
+            Console().print(table(factors))
 
 
 def main() -> None:

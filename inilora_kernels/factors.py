@@ -35,7 +35,7 @@ class Certificate:
     """How good one matrix's factors are: f = ||W − BA||_F² against the least that rank r allows (Eckart–Young).
 
     loss: f, summed in float64 from the residual itself.
-    optimum: f* = Σ_{i>r} σ_i².
+    optimum: f* = Σ_{i>r} σ_i², or a lower bound on it that was proven, so that the excess is never understated.
     energy: ||W||_F².
     steps: optimizer steps taken, 0 for methods without any.
 
@@ -75,6 +75,7 @@ class Factors:
     transposed: the checkpoint stores W as (in_features, out_features), as GPT-2's Conv1D does.
     history: (step, loss) pairs in order, as sampled during the run.
     checkpoints: (A, B) kept at earlier steps, by step.
+    singular_values: W's leading ones, descending, as many as are known (64 at most); none in files of version 0.1.0.
     """
 
     A: Tensor
@@ -85,6 +86,7 @@ class Factors:
     transposed: bool = False
     history: tuple[tuple[int, float], ...] = ()
     checkpoints: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    singular_values: tuple[float, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -160,6 +162,7 @@ class FactorSet(Mapping[str, Factors]):
                 "transposed": factors.transposed,
                 "history": factors.history,
                 "checkpoint_steps": sorted(factors.checkpoints),
+                "singular_values": factors.singular_values,
             }
         header = {"format_version": FORMAT_VERSION, "options": dict(self.options), "modules": records}
         return bytes(save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
@@ -208,4 +211,5 @@ def _read(reader: Any, name: str, record: Mapping[str, Any]) -> Factors:
             )
             for step in record["checkpoint_steps"]
         },
+        singular_values=tuple(record.get("singular_values", ())),
     )

@@ -1,15 +1,28 @@
-"""Where A (r×k) and B (d×r) start, one function for each initialization."""
+"""Every initialization of the paper's tables and figures: one function each, and the list of them.
+
+The convention for all: W (d×k) is the pretrained weight, B (d×r), A (r×k), float32, and the adapted layer computes
+W x + s·(BA − B0A0) x with s = lora_alpha/r, where B0A0 is the product at the start. So the model's output at step 0 is
+that of W for every method: what the start changes is the direction of training (the residual form, R = W − s·B0A0 in
+the base, is the same in exact arithmetic). The paper trains with s = 1.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Shape = tuple[int, int]
+Pair = tuple[Tensor, Tensor]
 
-def gaussian(shape: tuple[int, int], rank: int, std: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """IniLoRA's start (paper, Eq. 2): A and B ~ N(0, σ̄²), float32, A drawn first.
 
-    shape: (d, k) of W. std: σ̄, the mean of the pretrained matrices' standard deviations.
+def gaussian(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """IniLoRA's start, and the whole of IniLoRA with 0 steps: A and B ~ N(0, σ̄²), A drawn first.
+
+    Source: paper, Eq. 2; with 0 steps, Table 7. shape: (d, k) of W. std: σ̄, the mean of the pretrained matrices'
+    standard deviations. IniLoRA goes on from here by Adam on ||W − BA||_F² (Eq. 3). Scaling: s = 1.
 
     >>> A, B = gaussian((6, 4), rank=2, std=0.02, generator=torch.Generator().manual_seed(0))
     >>> A.shape, B.shape
@@ -19,3 +32,225 @@ def gaussian(shape: tuple[int, int], rank: int, std: float, generator: torch.Gen
     A = torch.randn(rank, k, generator=generator) * std
     B = torch.randn(d, rank, generator=generator) * std
     return A, B
+
+
+def inilora_alpha(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """IniLoRA-α: A and B ~ N(0, σ_α²), σ_α = 0.5 in the paper, wider than the weights'; no approximation of W.
+
+    Source: paper, section 3.4 and Table 3; Figure 3 sweeps σ_α from 1e-4 upward. Scaling: s = 1. BA's entries have
+    deviation σ_α²·√r, 0.7 at rank 8, some 35 times W's: in bfloat16 use the delta form, as W − BA rounds W away.
+
+    >>> A, B = inilora_alpha((600, 400), rank=8, std=0.5, generator=torch.Generator().manual_seed(0))
+    >>> round(float((B @ A).std()), 1)
+    0.7
+    """
+    return gaussian(shape, rank, std, generator)
+
+
+def inilora_beta_normal(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """IniLoRA-β, normal: Kaiming's normal distribution for both, A ~ N(0, 2/k), B ~ N(0, 2/r).
+
+    Source: paper, section 3.4 and Table 3 (K-N), as torch.nn.init.kaiming_normal_ with a = 0 and fan_in on lora_A
+    (fan-in k) and lora_B (fan-in r). std is not used. Scaling: s = 1.
+
+    >>> A, B = inilora_beta_normal((600, 400), rank=8, std=0.0, generator=torch.Generator().manual_seed(0))
+    >>> round(float(B.std()), 1)
+    0.5
+    """
+    return _filled(shape, rank, lambda x: torch.nn.init.kaiming_normal_(x, generator=generator))
+
+
+def inilora_beta_uniform(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """IniLoRA-β, uniform: Kaiming's uniform distribution for both, A ~ U(±√(6/k)), B ~ U(±√(6/r)).
+
+    Source: paper, section 3.4 and Table 3 (K-U), as torch.nn.init.kaiming_uniform_ with a = 0 and fan_in. std is not
+    used. Scaling: s = 1.
+
+    >>> A, B = inilora_beta_uniform((600, 400), rank=8, std=0.0, generator=torch.Generator().manual_seed(0))
+    >>> bool(A.abs().max() <= (6 / 400) ** 0.5)
+    True
+    """
+    return _filled(shape, rank, lambda x: torch.nn.init.kaiming_uniform_(x, generator=generator))
+
+
+def normal(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """A and B ~ N(0, σ²), σ = 0.01 unless set.  Source: paper, Figure 4.  Scaling: s = 1.
+
+    >>> A, B = normal((6, 4), rank=2, std=0.01, generator=torch.Generator().manual_seed(0))
+    >>> B.shape
+    torch.Size([6, 2])
+    """
+    return gaussian(shape, rank, std, generator)
+
+
+def uniform(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """A and B ~ U(−0.1, 0.1).  Source: paper, Figure 4. std is not used.  Scaling: s = 1.
+
+    >>> A, B = uniform((6, 4), rank=2, std=0.0, generator=torch.Generator().manual_seed(0))
+    >>> bool(A.abs().max() <= 0.1)
+    True
+    """
+    return _filled(shape, rank, lambda x: x.uniform_(-0.1, 0.1, generator=generator))
+
+
+def xavier_normal(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """A ~ N(0, 2/(r+k)), B ~ N(0, 2/(d+r)).  Source: paper, Figure 4 (Glorot and Bengio 2010). std is not used.
+    Scaling: s = 1.
+
+    >>> A, B = xavier_normal((6, 4), rank=2, std=0.0, generator=torch.Generator().manual_seed(0))
+    >>> A.shape
+    torch.Size([2, 4])
+    """
+    return _filled(shape, rank, lambda x: torch.nn.init.xavier_normal_(x, generator=generator))
+
+
+def xavier_uniform(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """A ~ U(±√(6/(r+k))), B ~ U(±√(6/(d+r))).  Source: paper, Figure 4 (Glorot and Bengio 2010). std is not used.
+    Scaling: s = 1.
+
+    >>> A, B = xavier_uniform((6, 4), rank=2, std=0.0, generator=torch.Generator().manual_seed(0))
+    >>> bool(A.abs().max() <= 1.0)
+    True
+    """
+    return _filled(shape, rank, lambda x: torch.nn.init.xavier_uniform_(x, generator=generator))
+
+
+def orthogonal(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """AAᵀ = I and BᵀB = I, uniformly drawn.  Source: paper, Figure 4. std is not used.  Scaling: s = 1.
+
+    >>> A, B = orthogonal((6, 4), rank=2, std=0.0, generator=torch.Generator().manual_seed(0))
+    >>> torch.allclose(B.T @ B, torch.eye(2), atol=1e-6)
+    True
+    """
+    return _filled(shape, rank, lambda x: torch.nn.init.orthogonal_(x, generator=generator))
+
+
+def sparse(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """A and B ~ N(0, 0.01²) with a tenth of each column's entries zero (torch.nn.init.sparse_; Martens 2010).
+
+    Source: paper, Figure 4, which does not say how sparse; a tenth and 0.01 are the values of PyTorch's example and
+    default. std is not used. Scaling: s = 1.
+
+    >>> A, B = sparse((60, 40), rank=10, std=0.0, generator=torch.Generator().manual_seed(0))
+    >>> round(float((B == 0).float().mean()), 1)
+    0.1
+    """
+    return _filled(shape, rank, lambda x: torch.nn.init.sparse_(x, sparsity=0.1, generator=generator))
+
+
+def constant(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """Every entry of A and B is 0.001; all r directions then train alike.  Source: paper, Figure 4. std and generator
+    are not used.  Scaling: s = 1.
+
+    >>> A, B = constant((6, 4), rank=2, std=0.0, generator=torch.Generator())
+    >>> float(A.max()) == float(B.min())
+    True
+    """
+    return _filled(shape, rank, lambda x: x.fill_(0.001))
+
+
+def lora(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
+    """LoRA: A ~ U(±1/√k), B = 0, so BA = 0 and R = W.
+
+    Source: Hu et al. 2022, as PEFT does it (kaiming_uniform_ with a = √5); the baseline of every table. std is not
+    used. Scaling: s = lora_alpha/r as usual; the start does not depend on it.
+
+    >>> A, B = lora((6, 4), rank=2, std=0.0, generator=torch.Generator().manual_seed(0))
+    >>> float(B.abs().max()), bool(A.abs().max() <= 0.5)
+    (0.0, True)
+    """
+    A = torch.nn.init.kaiming_uniform_(torch.empty(rank, shape[1]), a=5**0.5, generator=generator)
+    return A, torch.zeros(shape[0], rank)
+
+
+def pissa(U: Tensor, S: Tensor, V: Tensor) -> Pair:
+    """PiSSA: B = U√Σ, A = √ΣVᵀ of the r largest singular values; BA is the nearest rank-r matrix to W.
+
+    Source: Meng et al. 2024, Tables 2 and 6 of the paper. U (d×r), S (r), V (k×r): the leading triplets of W, from a
+    full SVD (solver="exact") or a Krylov space (solver="krylov"). Scaling: PEFT divides S by s, so that sBA is the
+    same; `initialize_peft` does that for every method.
+
+    >>> A, B = pissa(torch.eye(3, 1), torch.tensor([4.0]), torch.eye(2, 1))
+    >>> B.T, A
+    (tensor([[2., 0., 0.]]), tensor([[2., 0.]]))
+    """
+    root = S.double().sqrt()
+    return (V.double() * root).T.float().contiguous(), (U.double() * root).float()
+
+
+def milora(U: Tensor, S: Tensor, V: Tensor) -> Pair:
+    """MiLoRA: B = U√Σ, A = √ΣVᵀ of the r smallest singular values; the base keeps the principal part.
+
+    Source: Wang et al. 2024, Tables 2 and 6 of the paper. U (d×r), S (r), V (k×r): the minor triplets of W. Scaling: as
+    `pissa`; the product is so small that BA ≈ 0, as in LoRA.
+
+    >>> A, B = milora(torch.eye(3, 1), torch.tensor([0.25]), torch.eye(2, 1))
+    >>> float((B @ A).max())
+    0.25
+    """
+    return pissa(U, S, V)
+
+
+def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> Pair:
+    """IniLoRA from a direct solver: of all balanced factors with the product BA, those nearest to (A_start, B_start).
+
+    (GᵀA, BG) with G orthogonal (r×r) minimizing ||BG − B_start||² + ||GᵀA − A_start||²: the Procrustes rotation G = XYᵀ
+    of the SVD BᵀB_start + A·A_startᵀ = XΣYᵀ. The loss does not see G; training does. Adam's own result is such a pair
+    too, in another rotation that remembers more of its start. Scaling: s = 1.
+
+    >>> A, B = torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0]])
+    >>> nearest(A, B, -A, -B)
+    (tensor([[-3.,  0.]]), tensor([[-3.]]))
+    """
+    A, B = A.double(), B.double()
+    left, _, right = torch.linalg.svd(B.T @ B_start.to(B) + A @ A_start.to(A).T)
+    G = left @ right
+    return (G.T @ A).float(), (B @ G).float()
+
+
+RandomStart = Callable[[Shape, int, float, torch.Generator], Pair]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of `inilora methods`.
+
+    formula, source: as its function above says. solvers: what can compute it, the default first; empty for a random
+    start. random: draws the start; None where it comes from W's singular vectors. std: the deviation that init_std
+    stands for when it is not given: a number, or the mean of the weights' own, by "kind".
+    """
+
+    formula: str
+    source: str
+    solvers: tuple[str, ...] = ()
+    random: RandomStart | None = None
+    std: str | float = "kind"
+
+
+METHODS: Mapping[str, Method] = {
+    "inilora": Method(
+        "B, A ~ N(0, σ̄²), then min ‖W − BA‖²; with --steps 0 the start alone",
+        "Eq. 2 and 3; 0 steps: Table 7",
+        ("adam", "krylov", "exact"),
+        gaussian,
+    ),
+    "inilora-alpha": Method("B, A ~ N(0, 0.5²); --init-std sets 0.5", "Table 3, Figure 3", (), inilora_alpha, 0.5),
+    "inilora-beta-normal": Method("A ~ N(0, 2/k), B ~ N(0, 2/r)", "Table 3, Figure 4", (), inilora_beta_normal),
+    "inilora-beta-uniform": Method("A ~ U(±√(6/k)), B ~ U(±√(6/r))", "Table 3, Figure 4", (), inilora_beta_uniform),
+    "lora": Method("A ~ U(±1/√k), B = 0", "Hu et al. 2022; all tables", (), lora),
+    "pissa": Method("B = U√Σ, A = √ΣVᵀ of the r largest σ", "Meng et al. 2024; Tables 2, 6", ("krylov", "exact"), None),
+    "milora": Method("B = U√Σ, A = √ΣVᵀ of the r smallest σ", "Wang et al. 2024; Tables 2, 6", ("exact",), None),
+    "normal": Method("B, A ~ N(0, 0.01²); --init-std sets 0.01", "Figure 4", (), normal, 0.01),
+    "uniform": Method("B, A ~ U(±0.1)", "Figure 4", (), uniform),
+    "xavier-normal": Method("A ~ N(0, 2/(r+k)), B ~ N(0, 2/(d+r))", "Figure 4", (), xavier_normal),
+    "xavier-uniform": Method("A ~ U(±√(6/(r+k))), B ~ U(±√(6/(d+r)))", "Figure 4", (), xavier_uniform),
+    "orthogonal": Method("AAᵀ = I, BᵀB = I", "Figure 4", (), orthogonal),
+    "sparse": Method("B, A ~ N(0, 0.01²), a tenth of each column 0", "Figure 4", (), sparse),
+    "constant": Method("every entry 0.001", "Figure 4", (), constant),
+}
+
+
+def _filled(shape: Shape, rank: int, fill: Callable[[Tensor], Tensor]) -> Pair:
+    """A, then B, each filled by the same distribution."""
+    A, B = torch.empty(rank, shape[1]), torch.empty(shape[0], rank)
+    return fill(A), fill(B)

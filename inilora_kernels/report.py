@@ -13,6 +13,7 @@ from rich.table import Table
 from .errors import OptionError
 from .factors import FactorSet
 from .files import write_whole
+from .init import METHODS
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 # From this many modules on, each layer's name no longer fits under its bar.
@@ -46,6 +47,29 @@ def table(factors: FactorSet) -> Table:
             f"{certificate.steps:,}",
         )
     return result
+
+
+def methods_table() -> Table:
+    """One row an initialization: what `--method` and `--solver` take, formula, source, and the convention for all."""
+    result = Table(
+        title="Initializations (--method)",
+        caption="W x + s(BA − B₀A₀) x at the start is W x for all; s = lora_alpha/r. d×k = out×in, B: d×r, A: r×k.",
+    )
+    result.add_column("method", no_wrap=True)
+    result.add_column("start of B and A")
+    result.add_column("solver, the default first")
+    result.add_column("source")
+    for name, method in METHODS.items():
+        result.add_row(name, method.formula, ", ".join(method.solvers) or "none: random", method.source)
+    return result
+
+
+def methods_json() -> dict[str, Any]:
+    """The table's content as JSON values."""
+    return {
+        name: {"formula": method.formula, "solvers": list(method.solvers), "source": method.source}
+        for name, method in METHODS.items()
+    }
 
 
 def json_report(factors: FactorSet) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def principal(
         condition), the work is done again in float64.
 
     The space grows until the Ritz residuals promise an excess below `tolerance`, then the certificate is computed. A
-    spectrum without any decay may end without reaching it after 24 readings of W; the shortfall then says what is known.
+    spectrum without any decay may end above it after 24 readings of W; the shortfall then says what is known.
     The random blocks come from a fixed seed: the same W gives the same bits.
 
     >>> W = torch.diag(torch.arange(300.0, 0.0, -1.0)) / 300

@@ -33,7 +33,7 @@ def optimum(W: Tensor, rank: int) -> Optimum:
     Where the smaller side is at most 512, the σ_i² are all the eigenvalues of the smaller of WWᵀ and WᵀW, formed and
     solved in float64: exact to about 1e-16·||W||². Larger matrices are never squared: `principal` finds the leading
     singular triplets, and f* is reported as their error less what they can have left behind: never above the true f*,
-    and below it by at most about 1e-8 of it where the spectrum decays at all. W is read strip by strip in its own dtype.
+    and below it by at most about 1e-8 of it where the spectrum decays at all. W is read in strips in its own dtype.
 
     >>> found = optimum(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=1)
     >>> round(found.loss, 12), found.energy

@@ -40,9 +40,7 @@ class KrylovSpace:
         """Take the next block into the basis: one reading of W."""
         block = self._next
         Y, Z = gram_product(self.W, block)
-        self.Q, self.MQ, self.WQ = (
-            torch.cat(pair, dim=1) for pair in ((self.Q, block), (self.MQ, Z), (self.WQ, Y))
-        )  # type: ignore[assignment]
+        self.Q, self.MQ, self.WQ = (torch.cat(pair, dim=1) for pair in ((self.Q, block), (self.MQ, Z), (self.WQ, Y)))
         column = (self.Q.T @ Z).double()
         size = self.T.shape[0]
         T = column.new_zeros(size + self.block, size + self.block)

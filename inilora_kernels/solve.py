@@ -1,0 +1,168 @@
+"""From a surveyed matrix to its factors, by each of the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .factors import Certificate, Factors
+from .init import METHODS, gaussian, milora, nearest, pissa
+from .kernels import Problem, load_backend
+from .kernels.passes import losses
+from .options import Options
+from .progress import ProgressBar
+from .solvers.adam import Adam, adam
+from .solvers.krylov import dense, principal
+from .solvers.minor import minor
+from .solvers.optimum import Optimum, least, optima
+from .sources import Surveyed, random_stream
+
+
+@dataclass(frozen=True)
+class Task:
+    """A matrix to factorize, the ranks to do it for, and σ̄ of its start.
+
+    start: factors that the "nearest" gauge is near to, instead of the random start.
+    """
+
+    matrix: Surveyed
+    ranks: tuple[int, ...]
+    std: float
+    start: Factors | None = None
+
+    def random_start(self, rank: int, options: Options) -> tuple[Tensor, Tensor]:
+        """The method's own start, or IniLoRA's."""
+        draw = METHODS[options.method].random or gaussian
+        return draw(self.matrix.source.shape, rank, self.std, random_stream(self.matrix, options.seed))
+
+    def factors(self, A: Tensor, B: Tensor, certificate: Certificate, leading: Sequence[float]) -> Factors:
+        """Those of a direct method, on the CPU."""
+        one = self.matrix
+        return Factors(
+            A.cpu(), B.cpu(), certificate, one.sha256, one.source.rows, one.source.transposed, (), {}, tuple(leading)
+        )
+
+
+Finished = Callable[[Task, int, Factors], None]
+
+
+def solve_directly(
+    tasks: Sequence[Task], options: Options, device: str | torch.device | None, finished: Finished, bar: ProgressBar
+) -> None:
+    """Every method but IniLoRA by Adam: a matrix at a time, read once into memory."""
+    bar.phase("solving", len(tasks), len(tasks))
+    place = torch.device(device) if device is not None else torch.device("cpu")
+    if device is None and options.backend == "triton":
+        place = torch.device("cuda")
+    for task in tasks:
+        W = task.matrix.source.read().to(place)
+        for rank, factors in _factors_of(W, task, options).items():
+            finished(task, rank, factors)
+            bar.advance(0, excess=factors.certificate.excess)
+        bar.advance(1, matrices=1)
+
+
+def _factors_of(W: Tensor, task: Task, options: Options) -> dict[int, Factors]:
+    ranks = task.ranks
+    if options.method in ("inilora", "pissa"):
+        return _principal_factors(W, task, options)
+    if options.method == "milora":
+        U, S, V = minor(W, max(ranks))
+        pairs = [milora(U[:, -rank:], S[-rank:], V[:, -rank:]) for rank in ranks]
+    else:
+        pairs = [task.random_start(rank, options) for rank in ranks]
+    bounds = optima(W, ranks)
+    _, reached = losses(W, pairs)
+    return {
+        rank: task.factors(A, B, _certificate(loss, bounds[rank]), bounds[rank].leading)
+        for rank, (A, B), loss in zip(ranks, pairs, reached, strict=True)
+    }
+
+
+def _principal_factors(W: Tensor, task: Task, options: Options) -> dict[int, Factors]:
+    """PiSSA, and IniLoRA by a direct solver: the leading singular triplets in the gauge asked for."""
+    ranks = task.ranks
+    if options.solver == "exact":
+        found = dense(W, ranks)
+    else:
+        found = principal(W, ranks, dtype=torch.float64 if options.backend == "reference" else torch.float32)
+    pairs = []
+    for rank in ranks:
+        A, B = pissa(found.U[:, :rank], found.S[:rank], found.V[:, :rank])
+        if options.method == "inilora" and options.gauge == "nearest":
+            A_start, B_start = task.random_start(rank, options)
+            if task.start is not None:
+                A_start, B_start = task.start.A, task.start.B
+            A, B = nearest(A, B, A_start, B_start)
+        pairs.append((A, B))
+    energy, reached = losses(W, pairs)
+    return {
+        rank: task.factors(
+            A, B, Certificate(loss, least(loss, found.shortfalls[rank], energy), energy, steps=0), found.leading
+        )
+        for rank, (A, B), loss in zip(ranks, pairs, reached, strict=True)
+    }
+
+
+def solve_by_adam(
+    tasks: Sequence[Task], options: Options, device: str | torch.device | None, finished: Finished, bar: ProgressBar
+) -> None:
+    """IniLoRA: f* of each matrix, its Gaussian start, then Adam on the whole batch; a rank after the other."""
+    bar.phase("certifying", len(tasks), len(tasks))
+    bounds: list[Mapping[int, Optimum]] = []
+    for task in tasks:
+        bounds.append(optima(task.matrix.source.read(), task.ranks))
+        bar.advance(1, matrices=1)
+    for rank in dict.fromkeys(rank for task in tasks for rank in task.ranks):
+        mine = [i for i, task in enumerate(tasks) if rank in task.ranks]
+        _adam([tasks[i] for i in mine], [bounds[i][rank] for i in mine], rank, options, device, finished, bar)
+
+
+def _adam(
+    tasks: Sequence[Task],
+    bounds: Sequence[Optimum],
+    rank: int,
+    options: Options,
+    device: str | torch.device | None,
+    finished: Finished,
+    bar: ProgressBar,
+) -> None:
+    problems = []
+    for task in tasks:
+        A, B = task.random_start(rank, options)
+        problems.append(Problem(task.matrix.source.read, task.matrix.source.shape, A, B))
+
+    def done(index: int, result: Adam) -> None:
+        one = tasks[index].matrix
+        factors = Factors(
+            result.A,
+            result.B,
+            result.certificate,
+            one.sha256,
+            one.source.rows,
+            one.source.transposed,
+            result.history,
+            result.checkpoints,
+            bounds[index].leading,
+        )
+        finished(tasks[index], rank, factors)
+        bar.advance(0, matrices=1)
+
+    bar.phase("solving" if rank == options.rank else f"rank {rank}", len(tasks), len(tasks) * options.steps)
+    adam(
+        problems,
+        [_certificate(0.0, bound) for bound in bounds],
+        options.schedule,
+        load_backend(options.backend, device),
+        tol=options.tol,
+        checkpoint_steps=options.checkpoint_steps,
+        finished=done,
+        advanced=lambda steps, excess: bar.advance(steps, excess=excess, unit="steps"),
+    )
+
+
+def _certificate(loss: float, bound: Optimum) -> Certificate:
+    return Certificate(loss, bound.loss, bound.energy, steps=0)
