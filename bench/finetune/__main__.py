@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -13,10 +14,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..machine import describe
 from .report import write_report
 from .rows import read_rows
 from .table import load, names
-from .workers import run_table
+from .workers import run_table, threads_of_each
 
 RESULTS = Path(__file__).parent.parent / "results" / "finetune"
 
@@ -38,15 +40,26 @@ def main(
 ) -> None:
     if quick and results == RESULTS:
         results = Path(tempfile.mkdtemp(prefix="finetune-quick-"))
-    command = shlex.join(["python", "-m", "bench.finetune", *sys.argv[1:]])
+    # Once, at the start: the code that runs is the code as it is now.
+    origin = {
+        "command": shlex.join(["python", "-m", "bench.finetune", *sys.argv[1:]]),
+        "machine": {**describe(), "threads": threads_of_each(workers)},
+        "changed": _changed(),
+    }
     for name in tables:
         if name not in names():
             raise typer.BadParameter(f"{name}: there are {', '.join(names())}")
         table = load(name, quick=quick)
         if not only_draw:
             part = replace(table, systems={name: table.systems[name] for name in system or table.systems})
-            run_table(part, model or _minilm(), data, results, workers, command, most)
+            run_table(part, model or _minilm(), data, results, workers, origin, most)
         write_report(table, read_rows(results), results, Console())
+
+
+def _changed() -> bool:
+    """Whether the package or the benchmark differs from the commit."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "inilora_kernels", "bench/finetune"]
+    return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
 
 
 def _minilm() -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..machine import describe
 from .data import Task, load_task, load_tokenizer
 from .evaluation import evaluate, score_predictions
 from .rows import Row
@@ -29,7 +27,7 @@ from .systems import prepare
 
 
 def finetune(run: Run, model: Path, data: Path | None) -> Row:
-    """Train and evaluate; the row has the settings, the scores, the training loss and where all this was done."""
+    """Train and evaluate; the row has the settings, the scores, and the training loss."""
     begin = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -68,8 +66,7 @@ def finetune(run: Run, model: Path, data: Path | None) -> Row:
             if rows is not None
         },
         "seconds": {"prepare": prepared - begin, "train": trained - prepared, "evaluate": done - trained},
-        "machine": {**describe(), "transformers": transformers.__version__},
-        "changed": _changed(),
+        "transformers": transformers.__version__,
     }
 
 
@@ -124,9 +121,3 @@ def _measure(trainer: Trainer, task: Task, run: Run) -> dict[str, dict[str, floa
 
 def _scores(task: Task, prediction: EvalPrediction) -> dict[str, float]:
     return score_predictions(task.metrics, prediction.label_ids, prediction.predictions)
-
-
-def _changed() -> bool:
-    """Whether the package or the benchmark differs from the commit."""
-    command = ["git", "status", "--porcelain", "--untracked-files=no", "inilora_kernels", "bench/finetune"]
-    return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,12 +22,19 @@ from .training import finetune
 
 
 def run_table(
-    table: Table, model: Path, data: Path | None, results: Path, workers: int, command: str, most: int | None = None
+    table: Table,
+    model: Path,
+    data: Path | None,
+    results: Path,
+    workers: int,
+    origin: Mapping[str, Any],
+    most: int | None = None,
 ) -> int:
     """Do every run of the table that has no row yet in the results; return how many were done.
 
     Each process has its share of the cores. A run that is cut off leaves no row and is done again next time.
 
+    origin: what every row says of where it comes from.
     most: stop after so many runs.
     """
     done = 0
@@ -55,7 +63,7 @@ def run_table(
             finished, _ = wait(underway, return_when=FIRST_COMPLETED)
             for future in finished:
                 cell = underway.pop(future)
-                row = {"table": table.name, "system": cell.system, **future.result(), "command": command}
+                row = {"table": table.name, "system": cell.system, **future.result(), **origin}
                 append_row(results / f"{table.name}.jsonl", row)
                 rows[cell.run] = row
                 done += 1
@@ -91,8 +99,13 @@ def _left(table: Table, rows: dict[Run, Row], workers: int) -> str:
     return f"about {minutes:.0f} min left, {median(seconds):.0f} s a run"
 
 
+def threads_of_each(workers: int) -> int:
+    """Its share of the cores."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
 def _share_cores(workers: int) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(threads_of_each(workers))
 
 
 def _progress() -> Progress:
