@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,7 +42,7 @@ def run_table(
     done = 0
     rows = read_rows(results)
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_share_cores, initargs=(workers,)
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(workers,)
     )
     with pool, _progress() as progress:
         bar = progress.add_task(table.name, total=None, left="")
@@ -104,8 +106,16 @@ def threads_of_each(workers: int) -> int:
     return max(1, (os.cpu_count() or 1) // workers)
 
 
-def _share_cores(workers: int) -> None:
+def _begin(workers: int) -> None:
+    """Take a share of the cores, and end when the parent is gone: a killed run leaves no process behind."""
     torch.set_num_threads(threads_of_each(workers))
+    threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _follow(parent: BaseProcess | None) -> None:
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _progress() -> Progress:

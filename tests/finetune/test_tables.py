@@ -95,7 +95,7 @@ def test_a_table_takes_its_rates_from_anothers_sweep() -> None:
         if cell.system == "IniLoRA"
     }
     runs = [cell.run for cell in stopping.cells(rows)]
-    assert len(runs) == 6 * 5
+    assert len(runs) == 4 * 5
     assert {run.lr for run in runs} == {3e-3}
     # The run of all steps is a run of the other table, and has to be done once only.
     assert {run for run in runs if run.steps == 20_000} == {
