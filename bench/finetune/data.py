@@ -1,0 +1,183 @@
+"""Data sets, tokenized once: GLUE's tasks, the movie reviews, and instructions for language models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..movie_reviews import movie_reviews
+
+# For each task of GLUE: its text columns and the metrics of evaluation.py, the score first.
+GLUE = {
+    "cola": (("sentence",), ("matthews",)),
+    "mrpc": (("sentence1", "sentence2"), ("accuracy", "f1")),
+    "qnli": (("question", "sentence"), ("accuracy",)),
+    "rte": (("sentence1", "sentence2"), ("accuracy",)),
+    "stsb": (("sentence1", "sentence2"), ("pearson", "spearman")),
+    "sst2": (("sentence",), ("accuracy",)),
+}
+MOVIES = {"movie-sentiment": ("accuracy",), "movie-rating": ("pearson", "spearman")}
+
+# For each set of instructions: the file under the data folder, and the columns of the question, its context and the
+# answer.
+INSTRUCTIONS = {
+    "metamathqa": ("MetaMathQA/MetaMathQA-395K.json", ("query", None, "response")),
+    "codealpaca": ("CodeAlpaca-20k/code_alpaca_20k.json", ("instruction", "input", "output")),
+    "sharegpt": ("ShareGPT/ShareGPT_V3_unfiltered_cleaned_split.json", None),
+}
+
+# The prompt that MetaMathQA and CodeAlpaca were published with, as a chat template, so that training and every
+# evaluation use the same one.
+ALPACA = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{{ message['content'] }}\n\n### Response: "
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The parts of a data set, tokenized, with labels, lengths and what is measured on them.
+
+    labels: classes; 1: a regression; 0: a language model.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    labels: int
+    metrics: tuple[str, ...]
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The model's, with a padding token and the prompt's template."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = ALPACA
+    return tokenizer
+
+
+@lru_cache(maxsize=4)
+def load_task(
+    name: str, model: Path, folder: Path | None, max_length: int, train_size: int | None, evaluation_size: int | None
+) -> Task:
+    """A data set by its name.
+
+    folder: for GLUE holds `glue/{task}/` as on the Hugging Face hub, for instructions the files of INSTRUCTIONS; the
+        movie reviews' own folder, or None for the cache.
+    """
+    tokenizer = load_tokenizer(model)
+    if name in MOVIES:
+        parts = _movies(name, folder, tokenizer, max_length)
+        labels, metrics = (2 if name == "movie-sentiment" else 1), MOVIES[name]
+    elif name in GLUE:
+        assert folder is not None, f"{name}: give --data, a folder with glue/{name}/"
+        parts = _glue(name, folder, tokenizer, max_length)
+        labels, metrics = (1 if name == "stsb" else 2), GLUE[name][1]
+    else:
+        assert folder is not None, f"{name}: give --data, a folder with {INSTRUCTIONS[name][0]}"
+        parts = {"train": _instructions(name, folder, tokenizer, max_length, train_size)}
+        labels, metrics = 0, ()
+    return Task(
+        train=_first(parts["train"], train_size),
+        validation=_by_length(_first(parts.get("validation"), evaluation_size)),
+        test=_by_length(_first(parts.get("test"), evaluation_size)),
+        labels=labels,
+        metrics=metrics,
+    )
+
+
+def _movies(name: str, folder: Path | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Dataset]:
+    """Sentences of at most max_length tokens, split by a hash of their text: half for training, a fifth for
+    validation, the rest for the test. The two classes are ratings above and below 0.
+    """
+    # In the order of the hashes, because the release has the positive reviews first.
+    places = {_place(review.text): review for review in movie_reviews(folder) if review.rating != 0}
+    reviews = dict(sorted(places.items()))
+    tokens = tokenizer([review.text for review in reviews.values()])["input_ids"]
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for (place, review), ids in zip(reviews.items(), tokens, strict=True):
+        part = "train" if place < 0.5 else "validation" if place < 0.7 else "test"
+        if len(ids) <= max_length:
+            label = int(review.rating > 0) if name == "movie-sentiment" else review.rating
+            parts[part].append({"input_ids": ids, "labels": label})
+    return {part: _dataset(examples) for part, examples in parts.items()}
+
+
+def _place(text: str) -> float:
+    """A number from 0 to 1 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _glue(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Dataset]:
+    """GLUE's training and validation parts; its test part has no labels."""
+    columns = GLUE[name][0]
+    parts = {}
+    for part in ("train", "validation"):
+        files = sorted(str(file) for file in (folder / "glue" / name).glob(f"{part}*.parquet"))
+        assert files, f"{folder / 'glue' / name}: no {part}*.parquet there"
+        rows = load_dataset("parquet", data_files=files, split="train")
+        tokens = tokenizer(*(list(rows[column]) for column in columns), truncation=True, max_length=max_length)
+        parts[part] = _dataset(
+            {"input_ids": ids, "labels": label} for ids, label in zip(tokens["input_ids"], rows["label"], strict=True)
+        )
+    return parts
+
+
+def _instructions(
+    name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, size: int | None
+) -> Dataset:
+    """Conversations; what is learned are the assistant's answers."""
+    file, columns = INSTRUCTIONS[name]
+    rows = load_dataset("json", data_files=str(folder / file), split="train")
+    examples = []
+    for row in rows.select(range(min(size or len(rows), len(rows)))):
+        if columns is None:
+            roles = {"human": "user", "gpt": "assistant"}
+            turns = row["conversations"]
+            messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns if t["from"] in roles]
+        else:
+            question, context, answer = columns
+            asked = row[question] + (f"\n\n{row[context]}" if context and row[context] else "")
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}]
+        ids, labels = _conversation(messages, tokenizer)
+        if any(label != -100 for label in labels[:max_length]):
+            examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+    return _dataset(examples)
+
+
+def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids, and the labels: -100, no label, for all but the answers."""
+    ids: list[int] = []
+    labels: list[int] = []
+    before = ""
+    for place, message in enumerate(messages):
+        text = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        new = tokenizer(text[len(before) :], add_special_tokens=not ids)["input_ids"]
+        ids += new
+        labels += new if message["role"] == "assistant" else [-100] * len(new)
+        before = text
+    return ids, labels
+
+
+def _dataset(examples: Iterable[dict[str, Any]]) -> Dataset:
+    return Dataset.from_list([{**example, "length": len(example["input_ids"])} for example in examples])
+
+
+def _first(part: Dataset | None, size: int | None) -> Any:
+    return part if part is None or size is None else part.select(range(min(size, len(part))))
+
+
+def _by_length(part: Dataset | None) -> Dataset | None:
+    """Longest first, so that an evaluation batch pads little; no metric depends on the order."""
+    return part if part is None else part.sort("length", reverse=True)

@@ -1,0 +1,168 @@
+"""A table from its rows: mean ± standard deviation over the seeds, and a paired test against one system."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from scipy.stats import ttest_rel
+
+from inilora_kernels.files import write_whole
+
+from .plots import draw
+from .rows import Row
+from .run import Run
+from .table import Cell, Table
+
+Column = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Test:
+    """A paired t-test over seeds, two-sided. difference: the mean of ours − theirs; seeds: pairs."""
+
+    difference: float
+    p: float
+    seeds: int
+
+
+def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Test | None:
+    """By seed; None for fewer than two common seeds.
+
+    >>> paired_test({0: 0.8, 11: 0.9, 22: 0.8}, {0: 0.7, 11: 0.7, 22: 0.7}).seeds
+    3
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    if max(differences) == min(differences):
+        return Test(fmean(differences), 1.0 if differences[0] == 0 else 0.0, len(seeds))
+    p = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]).pvalue
+    return Test(fmean(differences), float(p), len(seeds))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values corrected for how many there are (Holm, 1979), in the same order.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected = [0.0] * len(values)
+    largest = 0.0
+    for place, index in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        largest = max(largest, min(1.0, (len(values) - place) * values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def scores_by_seed(
+    table: Table, cells: Sequence[Cell], rows: Mapping[Run, Row]
+) -> dict[str, dict[Column, dict[int, float]]]:
+    """system → column → seed → score, of the runs that have a row; diverged ones count as what they scored: NaN."""
+    found: dict[str, dict[Column, dict[int, float]]] = {}
+    for cell in cells:
+        if cell.sweep or cell.run not in rows:
+            continue
+        for score, value in rows[cell.run]["scores"].items():
+            if score == "loss":
+                continue
+            column = (*(f"{name} {getattr(cell.run, name)}" for name in table.show.get("columns", ())), score)
+            found.setdefault(cell.system, {}).setdefault(column, {})[cell.run.seed] = value
+    return found
+
+
+def write_report(table: Table, rows: Mapping[Run, Row], results: Path, console: Console) -> None:
+    """The table to the terminal and to {table}.md, the plot to {table}.png; nothing where there are no rows yet."""
+    cells = list(table.cells(rows))
+    scores = scores_by_seed(table, cells, rows)
+    if not scores:
+        console.print(f"{table.name}: no rows yet")
+        return
+    header, lines = tabulate(table, cells, scores, rows)
+    shown = RichTable(*header, title=table.title)
+    for line in lines:
+        shown.add_row(*line)
+    console.print(shown)
+    done = {cell.run for cell in cells if cell.run in rows}
+    commits = sorted({rows[run]["machine"]["commit"] for run in done})
+    commands = sorted({rows[run]["command"] for run in done})
+    content = [
+        f"# {table.title}",
+        "",
+        table.source.strip(),
+        "",
+        *markdown(header, lines),
+        "",
+        f"{len(done)} rows, at commit {', '.join(commits)}, by:",
+        "",
+        *(f"    {command}" for command in commands),
+        "",
+    ]
+    write_whole(results / f"{table.name}.md", "\n".join(content).encode())
+    draw(table, cells, rows, results / f"{table.name}.png")
+
+
+def tabulate(
+    table: Table,
+    cells: Sequence[Cell],
+    scores: Mapping[str, Mapping[Column, Mapping[int, float]]],
+    rows: Mapping[Run, Row],
+) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: mean ± standard deviation × 100; against the named system difference, p, and p by Holm."""
+    columns = sorted({column for line in scores.values() for column in line})
+    against = table.show.get("against")
+    header = ["method", *(["learning rate"] if table.sweep or table.rates_of else []), *(" ".join(c) for c in columns)]
+    tests: dict[tuple[str, Column], Test] = {}
+    for column in columns:
+        theirs = scores.get(against, {}).get(column, {}) if against else {}
+        for system in scores:
+            test = paired_test(scores[system].get(column, {}), theirs) if system != against else None
+            if test is not None:
+                tests[system, column] = test
+    corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
+    for column in columns if tests else ():
+        header.append(f"{' '.join(column)}: − {against}")
+    lines = []
+    for system in scores:
+        line = [system]
+        if table.sweep or table.rates_of:
+            rates = sorted({c.run.lr for c in cells if c.system == system and not c.sweep and c.run in rows})
+            line.append(", ".join(f"{rate:g}" for rate in rates))
+        line += [_mean(list(scores[system].get(column, {}).values())) for column in columns]
+        for column in columns if tests else ():
+            one = tests.get((system, column))
+            line.append(
+                f"{100 * one.difference:+.1f} (p {one.p:.2g}, Holm {corrected[system, column]:.2g})" if one else ""
+            )
+        lines.append(line)
+    return header, lines
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)]
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation, in hundredths, and how many where it is not five.
+
+    >>> _mean([0.81, 0.82, 0.83, 0.82, 0.82])
+    '82.0 ± 0.7'
+    >>> _mean([0.81])
+    '81.0 (1)'
+    """
+    if not values:
+        return ""
+    if not all(math.isfinite(value) for value in values):
+        return f"diverged ({sum(not math.isfinite(value) for value in values)} of {len(values)})"
+    text = f"{100 * fmean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * stdev(values):.1f}"
+    return text if len(values) == 5 else f"{text} ({len(values)})"

@@ -1,0 +1,123 @@
+"""One run from start to row: the data, the model, transformers' Trainer, the scores."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from .data import Task, load_task, load_tokenizer
+from .evaluation import evaluate, score_predictions
+from .rows import Row
+from .run import Run
+from .systems import prepare
+
+
+def finetune(run: Run, model: Path, data: Path | None) -> Row:
+    """Train and evaluate; the row has the settings, the scores, and the training loss."""
+    begin = time.monotonic()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    task = load_task(run.task, model, data, run.max_length, run.train_size, run.evaluation_size)
+    tokenizer = load_tokenizer(model)
+    network, found = prepare(run, model, task.labels)
+    prepared = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=network,
+            args=_arguments(run, len(task.train), folder),
+            train_dataset=task.train,
+            eval_dataset=task.validation,
+            data_collator=DataCollatorWithPadding(tokenizer) if task.labels else DataCollatorForSeq2Seq(tokenizer),
+            compute_metrics=lambda prediction: _scores(task, prediction),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trained = time.monotonic()
+        metrics = _measure(trainer, task, run)
+    for name in run.evaluations:
+        metrics.setdefault("benchmarks", {}).update(evaluate(name, network, tokenizer, run.evaluation_size))
+    history = trainer.state.log_history
+    done = time.monotonic()
+    return {
+        "run": run.record(),
+        "scores": metrics.get("benchmarks") or metrics.get("test") or metrics.get("validation", {}),
+        "validation_score": metrics["validation"][task.metrics[0]] if task.metrics else math.nan,
+        "metrics": metrics,
+        "training_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+        "factors": found,
+        "examples": {
+            part: len(rows)
+            for part, rows in (("train", task.train), ("validation", task.validation), ("test", task.test))
+            if rows is not None
+        },
+        "seconds": {"prepare": prepared - begin, "train": trained - prepared, "evaluate": done - trained},
+        "transformers": transformers.__version__,
+    }
+
+
+def _arguments(run: Run, examples: int, folder: str) -> TrainingArguments:
+    at_once = run.device_batch_size or run.batch_size
+    steps = run.max_steps if run.max_steps > 0 else math.ceil(math.ceil(examples / run.batch_size) * run.epochs)
+    # transformers 4, which the adapters' environment has, calls it otherwise.
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if not hasattr(TrainingArguments, "train_sampling_strategy"):
+        grouped = {"group_by_length": True}
+    return TrainingArguments(
+        output_dir=folder,
+        learning_rate=run.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(run.warmup_ratio * steps),
+        weight_decay=run.weight_decay,
+        optim="adamw_torch",
+        num_train_epochs=run.epochs,
+        max_steps=run.max_steps,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=run.batch_size // at_once,
+        per_device_eval_batch_size=64,
+        bf16=run.dtype == "bfloat16",
+        fp16=run.dtype == "float16",
+        seed=run.seed,
+        data_seed=run.seed,
+        eval_strategy="epoch" if run.evaluate == "epoch" else "no",
+        save_strategy="no",
+        logging_steps=max(1, steps // 24),
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **grouped,
+    )
+
+
+def _measure(trainer: Trainer, task: Task, run: Run) -> dict[str, dict[str, float]]:
+    """The task's metrics on its validation part, at the end or in the best epoch, and on its test part."""
+    metrics: dict[str, dict[str, float]] = {}
+    if task.validation is not None:
+        epochs = [entry for entry in trainer.state.log_history if f"eval_{task.metrics[0]}" in entry]
+        if run.evaluate != "epoch":
+            epochs = [trainer.evaluate()]
+        best = max(epochs, key=lambda entry: entry[f"eval_{task.metrics[0]}"])
+        metrics["validation"] = {name: best[f"eval_{name}"] for name in (*task.metrics, "loss")}
+    if task.test is not None:
+        measured = trainer.evaluate(task.test)
+        metrics["test"] = {name: measured[f"eval_{name}"] for name in (*task.metrics, "loss")}
+    return metrics
+
+
+def _scores(task: Task, prediction: EvalPrediction) -> dict[str, float]:
+    return score_predictions(task.metrics, prediction.label_ids, prediction.predictions)

@@ -1,0 +1,87 @@
+"""The table from rows: every figure again from the rows by other means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy.stats import t
+
+from bench.finetune.report import paired_test, write_report
+from bench.finetune.rows import append_row, read_rows
+from bench.finetune.run import Run
+from bench.finetune.table import Table
+
+SCORES = {"LoRA": [0.80, 0.81, 0.79, 0.80, 0.82], "IniLoRA": [0.82, 0.82, 0.80, 0.83, 0.82]}
+SEEDS = [0, 11, 22, 33, 44]
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table(
+        name="small",
+        title="A small table",
+        source="Made for a test.",
+        settings={"task": "movie-sentiment", "lr": 1e-3},
+        systems={"LoRA": {"method": "lora"}, "IniLoRA": {"method": "inilora"}},
+        grid={"seed": SEEDS},
+        show={"against": "LoRA", "plot": {"kind": "systems", "score": "accuracy"}},
+    )
+
+
+def row(run: Run, score: float) -> dict[str, Any]:
+    return {
+        "run": run.record(),
+        "scores": {"accuracy": score, "loss": 0.5},
+        "validation_score": score,
+        "machine": {"commit": "abc1234"},
+        "command": "python -m bench.finetune small",
+    }
+
+
+def fill(table: Table, folder: Path) -> None:
+    for cell in table.cells({}):
+        append_row(folder / "small.jsonl", row(cell.run, SCORES[cell.system][SEEDS.index(cell.run.seed)]))
+
+
+def test_mean_deviation_and_paired_test_are_those_of_the_rows(table: Table, tmp_path: Path) -> None:
+    fill(table, tmp_path)
+    write_report(table, read_rows(tmp_path), tmp_path, Console(quiet=True))
+    text = (tmp_path / "small.md").read_text()
+    ours, theirs = np.array(SCORES["IniLoRA"]), np.array(SCORES["LoRA"])
+    gap = ours - theirs
+    p = 2 * t.sf(abs(gap.mean()) / (gap.std(ddof=1) / np.sqrt(5)), df=4)
+    assert f"| LoRA | {100 * theirs.mean():.1f} ± {100 * theirs.std(ddof=1):.1f} |  |" in text
+    expected = f"{100 * ours.mean():.1f} ± {100 * ours.std(ddof=1):.1f} | {100 * gap.mean():+.1f} (p {p:.2g}"
+    assert f"| IniLoRA | {expected}, Holm {p:.2g}) |" in text
+    assert "10 rows, at commit abc1234" in text
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_common_seeds_are_paired() -> None:
+    test = paired_test({0: 0.9, 11: 0.8, 22: 0.7}, {11: 0.7, 22: 0.5, 33: 0.1})
+    assert test is not None
+    assert test.seeds == 2
+    assert test.difference == pytest.approx(0.15)
+    assert paired_test({0: 0.9}, {0: 0.8}) is None
+
+
+def test_a_half_written_last_line_is_no_row_and_spoils_none(table: Table, tmp_path: Path) -> None:
+    runs = [cell.run for cell in table.cells({})]
+    append_row(tmp_path / "small.jsonl", row(runs[0], 0.8))
+    with (tmp_path / "small.jsonl").open("a") as stream:
+        stream.write('{"run": {"task"')
+    assert set(read_rows(tmp_path)) == {runs[0]}
+    append_row(tmp_path / "small.jsonl", row(runs[1], 0.9))
+    assert {run: row["scores"]["accuracy"] for run, row in read_rows(tmp_path).items()} == {runs[0]: 0.8, runs[1]: 0.9}
+
+
+def test_a_diverged_run_is_named_so(table: Table, tmp_path: Path) -> None:
+    fill(table, tmp_path)
+    broken = next(cell.run for cell in table.cells({}) if cell.system == "IniLoRA")
+    append_row(tmp_path / "small.jsonl", row(broken, float("nan")))
+    write_report(table, read_rows(tmp_path), tmp_path, Console(quiet=True))
+    assert "| IniLoRA | diverged (1 of 5) |" in (tmp_path / "small.md").read_text()
