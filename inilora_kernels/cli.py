@@ -313,6 +313,35 @@ def _show(results: list[FactorSet], as_json: bool) -> None:
             Console().print(table(factors))
 
 
+@application.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .safetensors or a torch .bin file.")],
+    gpu: Annotated[str, typer.Option(help="rtx4090, a100, h100, h200, b200 or mi300x.")] = "rtx4090",
+    rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
+    steps: Annotated[int, typer.Option(help="Adam steps a matrix.")] = 20_000,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option("--target-modules", "-t", help="As for `approximate`. Default: query and value projections."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict what the adam solver would cost on a GPU: launches, bytes a step, time, and what bounds it."""
+    from .checkpoint import open_checkpoint
+    from .kernels.plan import Matrix, gpu_named, json_plan, plan_table
+    from .kernels.plan import plan as predict
+    from .targets import find_targets
+
+    chosen = gpu_named(gpu)
+    targets = find_targets(open_checkpoint(model), _target_modules(target_modules))
+    # The backend reads float64 weights as float32.
+    matrices = [Matrix(target.shape, min(4, target.dtype.itemsize), rank) for target in targets]
+    result = predict(matrices, chosen, steps)
+    if as_json:
+        print(json.dumps(json_plan(result), indent=2))
+    else:
+        Console().print(plan_table(result))
+
+
 def main() -> None:
     """Run the command line; one clear line and status 2 for whatever the library refuses."""
     try:

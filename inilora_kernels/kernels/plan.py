@@ -7,6 +7,7 @@ rank and the GPU alone, never on its neighbours, so that a result has the same b
 
     products:  max( bytes / bandwidth, FLOPs / peak ) / share of the multiprocessors that have work  +  launch
     Adam:      bytes / bandwidth  +  launch
+    run:       steps · (products + Adam)  +  weights to the device  +  the loss at each milestone
 
 Predictions are predictions: the share of a peak that a kernel reaches (`REACHED`) is an assumption until measured.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.table import Table
 
@@ -29,6 +31,10 @@ REACHED_TENSOR = 0.60
 # Partial sums written may not exceed this share of W's bytes where the columns are divided.
 PARTIAL_SHARE = 0.15
 CONCURRENCY = 64
+# Bytes a second from the page cache through pageable memory to the device, and of DRAM an entry that the float64 loss
+# of a milestone moves (residual out and in thrice, W once): assumptions, small beside the steps.
+HOST_BANDWIDTH = 8e9
+LOSS_BYTES = 52
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Group:
-    """Equal matrices of a model: how they are run, and one wave's step."""
+    """Equal matrices of a model: how they are run, and one wave's step.
+
+    seconds: of all steps. overhead: of bringing the weights to the device and of the losses at the milestones.
+    """
 
     matrix: Matrix
     count: int
@@ -115,6 +124,7 @@ class Group:
     resident: bool
     step: Step
     seconds: float
+    overhead: float
 
     @property
     def waves(self) -> int:
@@ -131,7 +141,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return sum(group.seconds for group in self.groups)
+        return sum(group.seconds + group.overhead for group in self.groups)
 
     @property
     def launches(self) -> int:
@@ -323,47 +333,80 @@ def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int = 20_000) -> Plan:
         seconds = full * steps * step.seconds
         if rest:
             seconds += steps * step_of(matrix, gpu, choice.parts, rest, choice.resident).seconds
-        groups.append(Group(matrix, count, choice.parts, wave, choice.resident, step, seconds))
+        milestones = 12 + steps // 1000
+        overhead = count * (
+            _weight_bytes(matrix) / HOST_BANDWIDTH
+            + milestones * math.prod(matrix.shape) * LOSS_BYTES / (gpu.dram * REACHED_DRAM)
+        )
+        groups.append(Group(matrix, count, choice.parts, wave, choice.resident, step, seconds, overhead))
     return Plan(gpu, steps, tuple(groups))
 
 
+def json_plan(result: Plan) -> dict[str, Any]:
+    """The plan as JSON values: what `plan_table` shows, in bytes, FLOPs and seconds."""
+    return {
+        "gpu": result.gpu.name,
+        "predicted": True,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "launches": result.launches,
+        "weight_bytes": result.weight_bytes,
+        "memory": result.memory,
+        "groups": [
+            {
+                "shape": list(group.matrix.shape),
+                "bits": 8 * group.matrix.itemsize,
+                "rank": group.matrix.rank,
+                "count": group.count,
+                "wave": group.step.matrices,
+                "waves": group.waves,
+                "in_cache": group.resident,
+                "parts": group.parts,
+                "step": {
+                    "weight_bytes": group.step.weight_bytes,
+                    "partial_bytes": group.step.partial_bytes,
+                    "state_bytes": group.step.state_bytes,
+                    "flops": group.step.flops,
+                    "products_seconds": group.step.products,
+                    "adam_seconds": group.step.adam,
+                    "bound": group.step.bound,
+                },
+                "seconds": group.seconds,
+                "overhead_seconds": group.overhead,
+            }
+            for group in result.groups
+        ],
+    }
+
+
 def plan_table(result: Plan) -> Table:
-    """The plan as `inilora plan` prints it: a row a group of equal matrices. Every number in it is predicted."""
+    """The plan as `inilora plan` prints it: a column a group of equal matrices. Every number in it is predicted."""
     table = Table(
-        title=f"Predicted on {result.gpu.name}: {result.seconds:.1f} s for {result.steps:,} steps, "
+        title=f"Predicted on {result.gpu.name}: {result.seconds:.1f} s for {result.steps:,} steps\n"
         f"{result.launches:,} launches, {result.memory / 1e9:.2f} GB on the device",
-        caption="Predicted by the cost model, not measured. Partial sums are written once and read once a step.",
+        caption="Predicted by the cost model, not measured.\nPartial sums are written once and read once a step.",
     )
     table.add_column("matrices")
-    for heading in (
-        "a wave",
-        "waves",
-        "strips",
-        "parts",
-        "W a step",
-        "partial",
-        "GFLOP a step",
-        "products",
-        "Adam",
-        "total",
-    ):
-        table.add_column(heading, justify="right")
-    table.add_column("bound by")
+    rows: dict[str, list[str]] = {}
     for group in result.groups:
         step, (d, k) = group.step, group.matrix.shape
-        strips = math.ceil(d / _tiles(group.matrix, result.gpu).strip.rows)
-        table.add_row(
-            f"{group.count} × {d}×{k}, {8 * group.matrix.itemsize}-bit, r={group.matrix.rank}",
-            f"{step.matrices}{' in cache' if group.resident else ''}",
-            str(group.waves),
-            str(strips),
-            str(group.parts),
-            f"{step.weight_bytes / 1e6:.1f} MB",
-            f"{100 * step.partial_bytes / step.weight_bytes:.1f} %",
-            f"{step.flops / 1e9:.2f}",
-            f"{step.products * 1e6:.1f} µs",
-            f"{step.adam * 1e6:.1f} µs",
-            f"{group.seconds:.1f} s",
-            step.bound,
-        )
+        table.add_column(f"{group.count} × {d}×{k}", justify="right")
+        cells = {
+            "weights": f"{8 * group.matrix.itemsize}-bit, rank {group.matrix.rank}",
+            "a wave": f"{step.matrices}, {'in cache' if group.resident else 'from DRAM'}",
+            "waves": f"{group.waves}",
+            "strips × parts": f"{math.ceil(d / _tiles(group.matrix, result.gpu).strip.rows)} × {group.parts}",
+            "W read a step": f"{step.weight_bytes / 1e6:.1f} MB",
+            "partial sums": f"{step.partial_bytes / 1e6:.1f} MB, {step.partial_bytes / step.weight_bytes:.1%}",
+            "products a step": f"{step.flops / 1e9:.2f} GFLOP",
+            "1st launch": f"{step.products * 1e6:.1f} µs",
+            "2nd launch": f"{step.adam * 1e6:.1f} µs",
+            "bound by": step.bound,
+            "all steps": f"{group.seconds:.1f} s",
+            "loading, losses": f"{group.overhead:.1f} s",
+        }
+        for label, cell in cells.items():
+            rows.setdefault(label, []).append(cell)
+    for label, row in rows.items():
+        table.add_row(label, *row)
     return table

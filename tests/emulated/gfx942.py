@@ -17,13 +17,15 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from test.mockgpu.amd import emu
 from tinygrad.device import BufferSpec
 from triton.compiler import CompiledKernel
-from triton_compiled import OPTIONS, Launch, compiled
 
 from inilora_kernels.kernels import triton_kernels, triton_wave
+
+from ..kernels.triton_compiled import OPTIONS, Launch, compiled
 
 PAGE = 4096
 LOADED_SEGMENT, SYMBOL_TABLE = 1, 2
@@ -31,6 +33,8 @@ LOADED_SEGMENT, SYMBOL_TABLE = 1, 2
 REGISTERS_OF_BIT = (4, 2, 2, 2, 2, 2, 1)
 ARGUMENTS_BIT = 3
 LDS_GRANULE, LDS_SHIFT = 512, 15
+VOP1, DPP = 0x3F, 0xFA
+V_MOV_B32, V_CVT_F16_F32, V_CVT_F32_F16 = 1, 10, 11
 
 
 # The emulator lets lanes that are switched off load from local memory, and store there what they loaded, at whatever
@@ -143,33 +147,52 @@ def _local_memory_reserved() -> Iterator[None]:
 
 
 _decode_at = emu._decode_at
+Lanes = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 def _decoded(program_counter: int, architecture: str) -> Any:
-    """The emulator's own decoding, but for a move between lanes whose source is its destination.
+    """The emulator's own decoding, but for two things that it does otherwise than CDNA 3, which are done here.
 
-    The emulator goes lane by lane and would read what it has just written; hardware reads all lanes first.
+    A move between lanes (DPP) whose source is its destination: the emulator goes lane by lane and would read what it has
+    just written; hardware reads all lanes first. And conversions to and from float16 in a register from v128 on, which
+    the emulator takes for the upper half of another register, as RDNA 3 does.
+    Encodings: AMD, "CDNA3 Instruction Set Architecture", VOP1 and DPP in chapter 13.
     """
     word, control = struct.unpack("<II", ctypes.string_at(program_counter, 8))
-    # VOP1 v_mov_b32 with a DPP source: AMD, "CDNA3 Instruction Set Architecture", sections 13.3.2 and 13.3.9.
-    destination, source = word >> 17 & 0xFF, control & 0xFF
-    if word & 0xFE01FFFF != 0x7E0002FA or destination != source:
+    destination, operation, source = word >> 17 & 0xFF, word >> 9 & 0xFF, word & 0x1FF
+    size = 4
+    if word >> 25 != VOP1:
         return _decode_at(program_counter, architecture)
-    from_lane = _lane_map(control >> 8 & 0x1FF)
-    assert control >> 24 == 0xFF, "rows and banks are switched off, which no reduction of triton's does"
+    if operation == V_MOV_B32 and source == DPP and destination == control & 0xFF:
+        assert control >> 24 == 0xFF, "rows or banks switched off, which no reduction of triton's does"
+        size, source = 8, 256 + destination
+        from_lane = np.array(_lane_map(control >> 8 & 0x1FF))
 
-    def move(scalars: ctypes.c_uint64, vectors: ctypes.c_uint64) -> None:
+        def result(lanes: Lanes, on: Any) -> Lanes:
+            return np.where(on[from_lane], lanes[from_lane], 0)
+    elif operation == V_CVT_F16_F32 and source >= 256 and destination >= 128:
+
+        def result(lanes: Lanes, on: Any) -> Lanes:
+            return lanes.view(np.float32).astype(np.float16).view(np.uint16).astype(np.uint32)
+    elif operation == V_CVT_F32_F16 and source >= 256 + 128:
+
+        def result(lanes: Lanes, on: Any) -> Lanes:
+            return lanes.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+    else:
+        return _decode_at(program_counter, architecture)
+
+    def execute(scalars: ctypes.c_uint64, vectors: ctypes.c_uint64) -> None:
         scalar = (ctypes.c_uint32 * emu.SGPR_COUNT).from_address(scalars.value)
-        lanes = (ctypes.c_uint32 * 64).from_address(vectors.value + 4 * 64 * source)
-        before = list(lanes)
-        on = scalar[emu.EXEC_LO.offset] | scalar[emu.EXEC_LO.offset + 1] << 32
-        for lane in range(64):
-            if on >> lane & 1:
-                lanes[lane] = before[from_lane[lane]] if on >> from_lane[lane] & 1 else 0
-        scalar[emu.PC_LO_IDX] += 8
+        registers = np.ctypeslib.as_array((ctypes.c_uint32 * (256 * 64)).from_address(vectors.value)).reshape(256, 64)
+        mask = scalar[emu.EXEC_LO.offset] | scalar[emu.EXEC_LO.offset + 1] << 32
+        on = np.array([bool(mask >> lane & 1) for lane in range(64)])
+        new = result(registers[source - 256].copy(), on)
+        registers[destination] = np.where(on, new, registers[destination])
+        counter = (scalar[emu.PC_LO_IDX] | scalar[emu.PC_HI_IDX] << 32) + size
+        scalar[emu.PC_LO_IDX], scalar[emu.PC_HI_IDX] = counter & 0xFFFFFFFF, counter >> 32
 
     _, instruction = _decode_at(program_counter, architecture)
-    return (SimpleNamespace(arg=SimpleNamespace(globals=[0, 1])), SimpleNamespace(fxn=move)), instruction
+    return (SimpleNamespace(arg=SimpleNamespace(globals=[0, 1])), SimpleNamespace(fxn=execute)), instruction
 
 
 def _lane_map(control: int) -> list[int]:

@@ -144,7 +144,7 @@ def test_memory_splits_a_batch_and_refuses_what_never_fits(
 
     monkeypatch.setattr(TritonBackend, "free_memory", lambda self: 10_000.0)
     with pytest.raises(
-        BackendError, match=r"0\.00 GB free for a wave, but matrix 2 .* 40×24 at rank 4, needs 0\.01 GB"
+        BackendError, match=r"0\.00 GB free for a wave, but matrix 2 .* 40×24 at rank 4, needs 0\.00 GB"
     ):
         backend.adam(batch, schedule, [2], observe, lambda _: None)
 

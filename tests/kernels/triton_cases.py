@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -110,12 +111,18 @@ def guard(buffer: Tensor, width: int = 512) -> tuple[Tensor, Tensor]:
 BUFFERS = ("factors", "means", "squares", "slots", "shares", "grams", "rates", "epsilons")
 
 
-def guarded_run(kernel: Any = GRADIENT_PRODUCTS, adam: Any = ADAM, dtype: torch.dtype = torch.float32) -> None:
-    """Raise AssertionError if a kernel reads or writes outside its tensors."""
+def guarded_run(
+    kernel: Any = GRADIENT_PRODUCTS,
+    adam: Any = ADAM,
+    dtype: torch.dtype = torch.float32,
+    context: AbstractContextManager[None] | None = None,
+    tiles: Tiles | None = None,
+) -> None:
+    """Raise AssertionError if a kernel reads or writes outside its tensors. context: another way to run them."""
     weights, problems = make([(70, 45), (33, 97)], [3, 5], dtype)
-    with interpreted(kernel, adam):
+    with context or interpreted(kernel, adam):
         # Tiles of 32 columns over rows of 48 and 112 elements: every row ends inside a tile.
-        wave = make_wave(weights, problems, small_tiles(5, columns=32), [2, 1])
+        wave = make_wave(weights, problems, tiles or small_tiles(5, columns=32), [2, 1])
         wholes = []
         for name in BUFFERS:
             inner, whole = guard(getattr(wave, name))

@@ -1,0 +1,339 @@
+"""The paper's Table 5: time and memory to factorize the query and value matrices of six models, 20,000 Adam steps each.
+
+    python -m bench.table5                     every row: measured here, and predicted for an RTX 4090
+    python -m bench.table5 --models LLaMA2-7B --checkpoint PATH
+
+On a GPU ours runs in full; the paper's way, which takes minutes to an hour a row, for fewer steps. Without a GPU both run
+fewer steps of fewer matrices. What was run stands in each row; each total says whether it is extrapolated. Results go to
+results/table5.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from inilora_kernels.checkpoint import open_checkpoint
+from inilora_kernels.kernels import Problem, Schedule, load_backend
+from inilora_kernels.kernels.plan import GPUS, Matrix, Plan, plan
+from inilora_kernels.targets import find_targets, read_target
+
+from .machine import describe
+from .paper_way import PaperWay
+
+RESULTS = Path(__file__).parent / "results"
+RANK, STEPS, CONCURRENCY = 8, 20_000, 64
+PREDICTED_ON = "rtx4090"
+# Without a GPU, by W's entries: how many matrices, steps of ours and steps of the paper's way make about ten seconds each.
+CPU_SAMPLE = ((2**20 + 1, (12, 1000, 20)), (2**24 + 1, (2, 300, 6)), (2**31, (2, 200, 4)))
+GPU_PAPER_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of Table 5. query, value: (out_features, in_features). minutes, gigabytes: the paper's."""
+
+    name: str
+    layers: int
+    query: tuple[int, int]
+    value: tuple[int, int]
+    dtype: str
+    minutes: float
+    gigabytes: float
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [self.query, self.value] * self.layers
+
+    @property
+    def weight_bytes(self) -> int:
+        itemsize = getattr(torch, self.dtype).itemsize
+        return sum(d * k * itemsize for d, k in self.shapes)
+
+
+# Shapes by the models' own config.json; the dtype is the one of the published checkpoint (16-bit stands for either kind).
+MODELS = (
+    Model("RoBERTa Base", 12, (768, 768), (768, 768), "float32", 2.0, 0.8),
+    Model("RoBERTa Large", 24, (1024, 1024), (1024, 1024), "float32", 4.1, 1.3),
+    Model("LLaMA2-7B", 32, (4096, 4096), (4096, 4096), "bfloat16", 25.8, 16.2),
+    Model("Gemma-7B", 28, (4096, 3072), (4096, 3072), "bfloat16", 18.2, 12.4),
+    Model("LLaMA3-8B", 32, (4096, 4096), (1024, 4096), "bfloat16", 15.7, 10.9),
+    Model("LLaMA2-13B", 40, (5120, 5120), (5120, 5120), "bfloat16", 54.6, 24.4),
+)
+
+
+def predicted(model: Model, gpu: str = PREDICTED_ON, steps: int = STEPS) -> Plan:
+    """The cost model's view of the row."""
+    itemsize = getattr(torch, model.dtype).itemsize
+    return plan([Matrix(shape, itemsize, RANK) for shape in model.shapes], GPUS[gpu], steps)
+
+
+def synthetic(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
+    """A matrix with the spectrum of a trained one: a broad bulk, and 64 directions that fall off as a power above it."""
+    generator = torch.Generator().manual_seed(seed)
+    d, k = shape
+    scale = torch.arange(1, 65).float().rsqrt() * 0.02 * (d**0.5 + k**0.5)
+    left, right = (torch.randn(side, 64, generator=generator) / side**0.5 for side in shape)
+    return torch.addmm(torch.randn(shape, generator=generator) * 0.02, left * scale, right.T).to(dtype)
+
+
+Loaders = list[tuple[tuple[int, int], Callable[[], Tensor]]]
+
+
+def loaders(model: Model, checkpoint: Path | None) -> Loaders:
+    """Shape and reader of every query and value matrix: of the checkpoint, or synthetic ones."""
+    if checkpoint is None:
+        dtype = getattr(torch, model.dtype)
+        return [(shape, partial(synthetic, shape, dtype, seed)) for seed, shape in enumerate(model.shapes)]
+    opened = open_checkpoint(checkpoint)
+    return [(target.shape, partial(read_target, opened, target)) for target in find_targets(opened)]
+
+
+def run_ours(matrices: Loaders, steps: int, device: str) -> float:
+    """Seconds for `steps` steps of all matrices, CONCURRENCY of them at a time; reading them counts on a GPU only."""
+    backend = load_backend("auto", device if device != "cpu" else None)
+    schedule = Schedule(steps, 5e-4, 5_000, 0.9, "mse")
+    batches = []
+    for first in range(0, len(matrices), CONCURRENCY):
+        batch = []
+        for seed, (shape, load) in enumerate(matrices[first : first + CONCURRENCY]):
+            generator = torch.Generator().manual_seed(seed)
+            A = torch.randn(RANK, shape[1], generator=generator) * 0.02
+            B = torch.randn(shape[0], RANK, generator=generator) * 0.02
+            batch.append(Problem(load, shape, A, B))
+        batches.append(batch)
+    start = time.perf_counter()
+    for batch in batches:
+        backend.adam(batch, schedule, [steps], lambda sample: True, lambda done: None)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def run_paper_way(matrices: Loaders, steps: int, device: str) -> float:
+    """The same for the paper's way: every W as float32 on the device, a torch autograd loop a layer."""
+    weights = [load().to(device, torch.float32) for _, load in matrices[:CONCURRENCY]]
+    peer = PaperWay(weights, RANK, fused=device != "cpu")
+    peer.steps(1)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    peer.steps(steps)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * len(matrices) / len(weights)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was run, and what it makes for the whole row: `minutes`, extrapolated unless all was run.
+
+    peak_bytes: device memory on a GPU; without one, of the process above what it had before.
+    """
+
+    matrices: int
+    steps: int
+    seconds: float
+    minutes: float
+    extrapolated: bool
+    peak_bytes: int
+    measured_weight_bytes: int
+
+
+def measure(model: Model, way: str, device: str, checkpoint: Path | None, steps: int | None) -> Measured:
+    """Run one way of one row on `device` in this process."""
+    everything = loaders(model, checkpoint)
+    if device == "cpu":
+        entries = model.query[0] * model.query[1]
+        count, ours_steps, paper_steps = next(sample for limit, sample in CPU_SAMPLE if entries < limit)
+        chosen = everything[:count]
+        # Generated or read once, so that the run's own time is the steps'.
+        chosen = [(shape, partial(_held, load())) for shape, load in chosen]
+        run_steps = steps or (ours_steps if way == "ours" else paper_steps)
+    else:
+        chosen = everything
+        run_steps = steps or (STEPS if way == "ours" else GPU_PAPER_STEPS)
+    run = run_ours if way == "ours" else run_paper_way
+    run(chosen[:1], 2, device)
+    if device == "cpu":
+        before, reset = _resident(), Path("/proc/self/clear_refs")
+        if reset.exists():
+            reset.write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = run(chosen, run_steps, device)
+    if device == "cpu":
+        held = sum(d * k for (d, k), _ in chosen) * getattr(torch, model.dtype).itemsize
+        peak = max(0, _peak() - before) + held
+    else:
+        peak = torch.cuda.max_memory_allocated()
+    whole = len(everything) * STEPS
+    part = len(chosen) * run_steps
+    weights = sum(d * k for (d, k), _ in chosen) * getattr(torch, model.dtype).itemsize
+    return Measured(len(chosen), run_steps, seconds, seconds / 60 * whole / part, part != whole, peak, weights)
+
+
+def _held(W: Tensor) -> Tensor:
+    return W
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def row(model: Model, measured: dict[str, Measured]) -> dict[str, Any]:
+    """A row as results/table5.json has it."""
+    forecast = predicted(model)
+    return {
+        "model": model.name,
+        "matrices": len(model.shapes),
+        "shapes": [list(model.query), list(model.value)],
+        "dtype": model.dtype,
+        "weight_bytes": model.weight_bytes,
+        "paper": {"minutes": model.minutes, "gigabytes": model.gigabytes},
+        "predicted": {
+            "gpu": forecast.gpu.name,
+            "minutes": forecast.seconds / 60,
+            "gigabytes": forecast.memory / 1e9,
+            "times_below_paper": model.minutes * 60 / forecast.seconds,
+            "bound": sorted({group.step.bound for group in forecast.groups}),
+        },
+        "measured": {way: asdict(one) for way, one in measured.items()},
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """The rows as a Markdown table; what is predicted or extrapolated says so in its heading or cell."""
+    device = machine.get("gpu") or machine["processor"]
+    lines = [
+        f"Table 5: rank {RANK}, {STEPS:,} steps, concurrency {CONCURRENCY}. Measured on: {device}; "
+        f"commit {machine['commit']}. `~`: extrapolated from the steps and matrices given.",
+        "",
+        "| model | paper, min | paper, GB | predicted RTX 4090, min | predicted RTX 4090, GB | paper / predicted "
+        "| ours here, min | ours here: run | paper's way here, min | paper's way here: run | ratio here |",
+        "|---|--:|--:|--:|--:|--:|--:|---|--:|---|--:|",
+    ]
+    for one in rows:
+        forecast, measured = one["predicted"], one["measured"]
+        cells = [one["model"], f"{one['paper']['minutes']}", f"{one['paper']['gigabytes']}"]
+        cells += [f"{forecast['minutes']:.2f}", f"{forecast['gigabytes']:.2f}", f"{forecast['times_below_paper']:.0f}×"]
+        for way in ("ours", "paper's way"):
+            if way in measured:
+                own = measured[way]
+                cells.append(f"{'~' if own['extrapolated'] else ''}{own['minutes']:.2f}")
+                cells.append(f"{own['matrices']} matrices × {own['steps']:,} steps, {own['peak_bytes'] / 1e9:.2f} GB")
+            else:
+                cells += ["", ""]
+        both = [measured[way]["minutes"] for way in ("ours", "paper's way") if way in measured]
+        cells.append(f"{both[1] / both[0]:.0f}×" if len(both) == 2 else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """Minutes a row, on a logarithmic axis: the paper's, predicted, and both ways here."""
+    from matplotlib.figure import Figure
+
+    here = machine.get("gpu") or "this CPU"
+    series = {
+        "the paper, on its GPU": [one["paper"]["minutes"] for one in rows],
+        "ours, RTX 4090, predicted": [one["predicted"]["minutes"] for one in rows],
+        f"ours, {here}": [one["measured"].get("ours", {}).get("minutes") for one in rows],
+        f"the paper's way, {here}": [one["measured"].get("paper's way", {}).get("minutes") for one in rows],
+    }
+    series = {label: values for label, values in series.items() if any(values)}
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    for place, (label, values) in enumerate(series.items()):
+        at = [index + (place - (len(series) - 1) / 2) * width for index in range(len(rows))]
+        hatch = "//" if "predicted" in label else None
+        bars = axes.bar(at, [value or 0 for value in values], width, label=label, hatch=hatch, alpha=0.85)
+        axes.bar_label(bars, [f"{value:.2g}" if value else "" for value in values], fontsize=7)
+    axes.set_yscale("log")
+    axes.set_ylabel("minutes for 20,000 steps of all query and value matrices")
+    axes.set_xticks(range(len(rows)), [one["model"] for one in rows])
+    partly = any(own["extrapolated"] for one in rows for own in one["measured"].values())
+    axes.set_title("Table 5" + (" (what was measured here is extrapolated from fewer steps)" if partly else ""))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.table5", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=[model.name for model in MODELS], help="only these rows")
+    parser.add_argument("--checkpoint", type=Path, help="real weights for the one row that --models names")
+    parser.add_argument("--steps", type=int, help="steps to run instead of the default, both ways")
+    parser.add_argument("--no-measure", action="store_true", help="predict only")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.checkpoint is not None and len(given.models or ()) != 1:
+        parser.error("--checkpoint needs the one row that it belongs to: --models NAME")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if given.worker:
+        name, way = given.worker
+        model = next(model for model in MODELS if model.name == name)
+        print(json.dumps(asdict(measure(model, way, device, given.checkpoint, given.steps))))
+        return
+    chosen = [model for model in MODELS if not given.models or model.name in given.models]
+    machine = describe()
+    if device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    work = [(model, way) for model in chosen for way in ("ours", "paper's way")] if not given.no_measure else []
+    measured: dict[str, dict[str, Measured]] = {model.name: {} for model in chosen}
+    for model, way in track(work, "measuring", console=Console(stderr=True)):
+        # A process each, so that one's peak of memory is not the other's.
+        command = [sys.executable, "-m", "bench.table5", "--worker", model.name, way]
+        command += ["--checkpoint", str(given.checkpoint)] if given.checkpoint else []
+        command += ["--steps", str(given.steps)] if given.steps else []
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        measured[model.name][way] = Measured(**json.loads(output.splitlines()[-1]))
+    rows = [row(model, measured[model.name]) for model in chosen]
+    given.output.mkdir(parents=True, exist_ok=True)
+    content = {"command": "make bench-table5", "machine": machine, "rows": rows}
+    (given.output / "table5.json").write_text(json.dumps(content, indent=1) + "\n")
+    (given.output / "table5.md").write_text(markdown(rows, machine))
+    draw(rows, machine, given.output / "table5.png")
+    show(rows)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=f"Table 5: {STEPS:,} steps, rank {RANK}; ~ extrapolated; predicted: RTX 4090")
+    for heading in ("model", "paper min", "predicted min", "ratio", "ours here min", "paper's way here min"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for one in rows:
+        here = [one["measured"].get(way) for way in ("ours", "paper's way")]
+        table.add_row(
+            one["model"],
+            f"{one['paper']['minutes']}",
+            f"{one['predicted']['minutes']:.2f}",
+            f"{one['predicted']['times_below_paper']:.0f}×",
+            *(f"{'~' if own['extrapolated'] else ''}{own['minutes']:.1f}" if own else "" for own in here),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
