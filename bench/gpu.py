@@ -3,8 +3,8 @@
     python -m bench.gpu                 writes results/gpu-NAME.json
 
 Correctness on the device for every dtype and rank, bit-equal repeats, the time of a step against the bandwidth that it
-could have, and Table 5's rows with the paper's way beside. Each part ends when its share of the minutes is used, and says
-what it left out.
+could have, and Table 5's rows with the paper's way beside. Each part ends when its share of the minutes is used, and
+says what it left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from inilora_kernels.kernels import Problem, Sample, Schedule
-from inilora_kernels.kernels.plan import CONCURRENCY, Gpu, Matrix, choose, step_of
+from inilora_kernels.kernels.gpus import Gpu
+from inilora_kernels.kernels.plan import CONCURRENCY, Matrix, choose, step_of
 from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_products
 from inilora_kernels.kernels.triton import TritonBackend
 from inilora_kernels.kernels.triton_tiles import RANKS, tiles

@@ -3,9 +3,9 @@
     python -m bench.table5                     every row: measured here, and predicted for an RTX 4090
     python -m bench.table5 --models LLaMA2-7B --checkpoint PATH
 
-On a GPU ours runs in full; the paper's way, which takes minutes to an hour a row, for fewer steps. Without a GPU both run
-fewer steps of fewer matrices. What was run stands in each row; each total says whether it is extrapolated. Results go to
-results/table5.json, .md and .png.
+On a GPU ours runs in full; the paper's way, which takes minutes to an hour a row, for fewer steps. Without a GPU both
+run fewer steps of fewer matrices. What was run stands in each row; each total says whether it is extrapolated. Results
+go to results/table5.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from torch import Tensor
 
 from inilora_kernels.checkpoint import open_checkpoint
 from inilora_kernels.kernels import Problem, Schedule, load_backend
-from inilora_kernels.kernels.plan import GPUS, Matrix, Plan, plan
+from inilora_kernels.kernels.gpus import GPUS
+from inilora_kernels.kernels.plan import Matrix, Plan, plan
 from inilora_kernels.targets import find_targets, read_target
 
 from .machine import describe
@@ -39,7 +40,7 @@ from .paper_way import PaperWay
 RESULTS = Path(__file__).parent / "results"
 RANK, STEPS, CONCURRENCY = 8, 20_000, 64
 PREDICTED_ON = "rtx4090"
-# Without a GPU, by W's entries: how many matrices, steps of ours and steps of the paper's way make about ten seconds each.
+# Without a GPU, by W's entries: how many matrices, steps of ours and steps of the paper's way make some ten seconds.
 CPU_SAMPLE = ((2**20 + 1, (12, 1000, 20)), (2**24 + 1, (2, 300, 6)), (2**31, (2, 200, 4)))
 GPU_PAPER_STEPS = 200
 
@@ -66,7 +67,7 @@ class Model:
         return sum(d * k * itemsize for d, k in self.shapes)
 
 
-# Shapes by the models' own config.json; the dtype is the one of the published checkpoint (16-bit stands for either kind).
+# Shapes by the models' own config.json; the dtype is the published checkpoint's (bfloat16 stands for float16 too).
 MODELS = (
     Model("RoBERTa Base", 12, (768, 768), (768, 768), "float32", 2.0, 0.8),
     Model("RoBERTa Large", 24, (1024, 1024), (1024, 1024), "float32", 4.1, 1.3),
@@ -84,10 +85,11 @@ def predicted(model: Model, gpu: str = PREDICTED_ON, steps: int = STEPS) -> Plan
 
 
 def synthetic(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
-    """A matrix with the spectrum of a trained one: a broad bulk, and 64 directions that fall off as a power above it."""
+    """A matrix with a trained one's kind of spectrum: a broad bulk, and directions above it that fall off slowly."""
     generator = torch.Generator().manual_seed(seed)
     d, k = shape
-    scale = torch.arange(1, 65).float().rsqrt() * 0.02 * (d**0.5 + k**0.5)
+    # 0.02·(√d + √k) is where the bulk ends.
+    scale = 4 * 0.02 * (d**0.5 + k**0.5) * torch.arange(1, 65).float().rsqrt()
     left, right = (torch.randn(side, 64, generator=generator) / side**0.5 for side in shape)
     return torch.addmm(torch.randn(shape, generator=generator) * 0.02, left * scale, right.T).to(dtype)
 

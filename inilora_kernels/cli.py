@@ -327,7 +327,8 @@ def plan(
 ) -> None:
     """Predict what the adam solver would cost on a GPU: launches, bytes a step, time, and what bounds it."""
     from .checkpoint import open_checkpoint
-    from .kernels.plan import Matrix, gpu_named, json_plan, plan_table
+    from .kernels.gpus import gpu_named
+    from .kernels.plan import Matrix, json_plan, plan_table
     from .kernels.plan import plan as predict
     from .targets import find_targets
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import BackendError
 from . import Problem, Sample, Schedule
-from .plan import GPUS, Choice, Gpu, Matrix, choose, even_wave, gpu_like
+from .gpus import GPUS, Gpu, gpu_like
+from .plan import Choice, Matrix, choose, even_wave
 from .reference import residual_loss
 from .triton_tiles import RANKS, padded_rank, tiles
 

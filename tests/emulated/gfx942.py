@@ -1,8 +1,8 @@
 """A launcher of our own: runs what triton compiled for gfx942 (MI300X) on the AMD emulator of tinygrad's repository.
 
-It does what a driver does: places the code object's segments in memory, packs the arguments, and fills the registers that
-the kernel's descriptor asks for (LLVM, "User Guide for AMDGPU Backend": code object, kernel descriptor, initial kernel
-execution state). The emulator reads and writes this process's own memory, so CPU tensors serve as device buffers.
+It does what a driver does: places the code object's segments in memory, packs the arguments, and fills the registers
+that the kernel's descriptor asks for (LLVM, "User Guide for AMDGPU Backend": code object, kernel descriptor, initial
+kernel execution state). The emulator reads and writes this process's memory, so CPU tensors serve as device buffers.
 """
 
 from __future__ import annotations
@@ -153,9 +153,9 @@ Lanes = np.ndarray[Any, np.dtype[np.uint32]]
 def _decoded(program_counter: int, architecture: str) -> Any:
     """The emulator's own decoding, but for two things that it does otherwise than CDNA 3, which are done here.
 
-    A move between lanes (DPP) whose source is its destination: the emulator goes lane by lane and would read what it has
-    just written; hardware reads all lanes first. And conversions to and from float16 in a register from v128 on, which
-    the emulator takes for the upper half of another register, as RDNA 3 does.
+    A move between lanes (DPP) whose source is its destination: the emulator goes lane by lane and would read what it
+    has just written; hardware reads all lanes first. And conversions to and from float16 in a register from v128 on,
+    which the emulator takes for the upper half of another register, as RDNA 3 does.
     Encodings: AMD, "CDNA3 Instruction Set Architecture", VOP1 and DPP in chapter 13.
     """
     word, control = struct.unpack("<II", ctypes.string_at(program_counter, 8))

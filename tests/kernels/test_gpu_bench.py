@@ -81,5 +81,6 @@ def test_table5_reads_a_real_checkpoint(minilm: Path) -> None:
 
 def test_synthetic_weights_have_a_bulk_and_a_few_large_directions() -> None:
     values = torch.linalg.svdvals(table5.synthetic((512, 384), torch.float32, 0))
-    assert values[0] > 1.5 * values[8] > 1.5 * values[100]
-    assert values[-1] > 0.02 * values[0]
+    # The first direction stands clear of the bulk's edge, and the bulk is no low rank: half its values are close.
+    assert values[0] > 1.3 * values[64]
+    assert values[100] < 2 * values[200]
