@@ -236,7 +236,8 @@ def markdown(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> str:
         f"Table 5: rank {RANK}, {STEPS:,} steps, concurrency {CONCURRENCY}. Measured on: {device}; "
         f"commit {machine['commit']}. `~`: extrapolated from the steps and matrices given.",
         "",
-        "| model | paper, RTX 4090, min | paper, GB | predicted RTX 4090, min | predicted RTX 4090, GB | paper / predicted "
+        "| model | paper, RTX 4090, min | paper, GB | predicted RTX 4090, min | predicted RTX 4090, GB "
+        "| paper / predicted "
         "| ours here, min | ours here: run | paper's way here, min | paper's way here: run | ratio here |",
         "|---|--:|--:|--:|--:|--:|--:|---|--:|---|--:|",
     ]

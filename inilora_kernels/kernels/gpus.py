@@ -33,7 +33,7 @@ GPUS: dict[str, Gpu] = {
     # Architecture", appendix A; "NVIDIA A100", "NVIDIA H100 Tensor Core GPU Architecture"; data sheets of H200 and
     # Blackwell), AMD's data sheet and CDNA 3 white paper. half: bf16 with float32 accumulation; float32: a third of
     # tf32's peak, as tf32x3 takes three products (MI300X: its own float32 matrix peak).
-    # cache_bandwidth: A100 5,120 bytes a clock at 1.41 GHz (whitepaper); MI300X's Infinity Cache 17.2 TB/s (white paper).
+    # cache_bandwidth: A100 5,120 bytes a clock at 1.41 GHz (whitepaper); MI300X's Infinity Cache 17.2 TB/s (its own).
     # No maker states the others': Ada about 5 TB/s and H100 about 5.6 TB/s are what Chips and Cheese's measurements
     # suggest ("Microbenchmarking Nvidia's RTX 4090"; "Nvidia's H100: Funny L2, and Tons of Bandwidth"); B200 twice
     # H100's, for its two dies. Unchecked by us: what Table 5's prediction owes to them stands in docs/kernels.md.
