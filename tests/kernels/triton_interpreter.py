@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import triton.language as tl
@@ -19,7 +20,24 @@ from inilora_kernels.kernels import triton_kernels, triton_wave
 
 GRADIENT_PRODUCTS = InterpretedFunction(triton_kernels.gradient_products_kernel.fn)
 ADAM = InterpretedFunction(triton_kernels.adam_kernel.fn)
-SUM = InterpretedFunction(tl.sum.fn)
+
+
+class DeviceFunction(InterpretedFunction):
+    """A function of triton's language that a kernel calls; it leaves the language as it found it.
+
+    InterpretedFunction's own call patches it anew each time and for good, which slows every later call and would break
+    whatever is compiled afterwards.
+    """
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*arguments, **options)
+        finally:
+            scope.restore()
+
+
+SUM = DeviceFunction(tl.sum.fn)
 
 
 @contextmanager
