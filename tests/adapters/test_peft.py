@@ -113,6 +113,14 @@ def test_rank_pattern_and_alpha_pattern(minilm: Path, form: Form, use_rslora: bo
     assert (output(model) - expected).abs().max() > 1e-3
 
 
+def test_the_factors_own_ranks_as_rank_pattern(minilm: Path) -> None:
+    factors = two_ranks(minilm)
+    base = load(minilm)
+    expected = output(base)
+    model = lora(base, rank_pattern={module: one.rank for module, one in factors.items()})
+    assert torch.equal(output(initialize_peft(model, factors)), expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gpt2s_conv1d_with_a_fused_weight(gpt2: Path, gpt2_factors: FactorSet, form: Form) -> None:
     base = GPT2LMHeadModel.from_pretrained(gpt2).eval()
