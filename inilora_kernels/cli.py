@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import typer
 from rich.console import Console
@@ -343,8 +344,22 @@ def plan(
         Console().print(plan_table(result))
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    # The library's own are UserWarnings; what others deprecate is no concern of whoever runs a command.
+    if category is UserWarning:
+        print(f"inilora: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
-    """Run the command line; one clear line and status 2 for whatever the library refuses."""
+    """Run the command line; one clear line and status 2 for whatever the library refuses, one line for a warning."""
+    warnings.showwarning = _show_warning
     try:
         application()
     except InitializationError as error:

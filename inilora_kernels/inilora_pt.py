@@ -18,7 +18,9 @@ from .checkpoint import open_checkpoint
 from .errors import FactorFileError, OptionError, TargetError
 from .factors import Certificate, Factors, FactorSet
 from .files import whole_folder, write_whole
+from .kernels.passes import losses
 from .names import match_names
+from .solvers.optimum import optimum
 
 SUFFIX = ".weight.pt"
 LOSS_SUFFIX = ".weight.loss.pt"
@@ -70,18 +72,14 @@ def _certified(factors: FactorSet, base: Path) -> FactorSet:
     certified = {}
     for module, part in factors.items():
         tensor = f"{names[module]}.weight"
-        W = checkpoint.read(tensor).double()
-        product = part.B.double() @ part.A.double()
-        if W.shape != product.shape:
+        W = checkpoint.read(tensor)
+        shape = (part.B.shape[0], part.A.shape[1])
+        if W.shape != shape:
             raise FactorFileError(
-                f"{base}: {tensor} is {tuple(W.shape)}, but the factors make {tuple(product.shape)}; give their base"
+                f"{base}: {tensor} is {tuple(W.shape)}, but the factors make {shape}; give their base"
             )
-        certificate = Certificate(
-            loss=float((W - product).square().sum()),
-            optimum=float(torch.linalg.svdvals(W)[part.rank :].square().sum()),
-            energy=float(W.square().sum()),
-            steps=part.certificate.steps,
-        )
+        energy, (loss,) = losses(W, [(part.A, part.B)])
+        certificate = Certificate(loss, optimum(W, part.rank).loss, energy, part.certificate.steps)
         certified[names[module]] = replace(part, certificate=certificate, source_sha256=checkpoint.sha256(tensor))
     return FactorSet(certified, factors.options)
 

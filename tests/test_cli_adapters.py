@@ -16,7 +16,7 @@ from transformers import AutoModel
 from inilora_kernels import FactorSet, load_delta, save_inilora_pt
 from inilora_kernels.cli import main
 
-from .factorized import factorize
+from .factorized import factorize, inilora_alpha
 
 Inilora = Callable[..., tuple[int, str, str]]
 
@@ -80,6 +80,17 @@ def test_export_delta(inilora: Inilora, minilm: Path, file: Path, tmp_path: Path
     assert torch.equal(output(model), output(AutoModel.from_pretrained(minilm)))
     config = model.peft_config["default"]
     assert (config.task_type, config.lora_dropout) == ("FEATURE_EXTRACTION", 0.1)
+
+
+def test_a_warning_is_one_line(inilora: Inilora, minilm: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(base)
+    factorize(base, ("layer.0.attention.self.query",), start=inilora_alpha).save(tmp_path / "alpha.safetensors")
+    status, _, error = inilora("export", tmp_path / "alpha.safetensors", "--base", base, "-o", tmp_path / "out")
+    assert status == 0
+    warned = [line for line in error.splitlines() if line.startswith("inilora: warning: ")]
+    assert len(warned) == 1
+    assert 'use form="delta"' in warned[0]
 
 
 def test_the_authors_format_both_ways(

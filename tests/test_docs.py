@@ -64,6 +64,7 @@ def folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_cache: Path, own_cache: Path, reviews: list[Review]
 ) -> Path:
     monkeypatch.setenv("INILORA_CACHE", str(shared_cache))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     with (tmp_path / "reviews.csv").open("w", newline="", encoding="utf-8") as file:

@@ -18,6 +18,13 @@ def test_every_public_name_is_there() -> None:
         inilora_kernels.nothing  # noqa: B018
 
 
+def test_what_needs_peft_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "inilora_kernels.adapters.peft", raising=False)
+    with pytest.raises(ImportError, match=r"initialize_peft needs peft: pip install 'inilora-kernels\[peft\]'"):
+        inilora_kernels.initialize_peft  # noqa: B018
+
+
 def test_importing_it_brings_no_heavy_library_along() -> None:
     program = "import json, sys, inilora_kernels; print(json.dumps(list(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)

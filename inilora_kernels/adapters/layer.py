@@ -41,9 +41,8 @@ class LoRALinear(nn.Module):
     base_layer: an nn.Linear, quantized or not, or transformers' Conv1D; frozen.
     A: (r, in_features), B: (out_features, r): where the adapter starts, already divided by √scaling.
     form: "delta" or "residual", as at the head of this module.
-    dropout: probability for the adapter's input. In the delta form step 0 is exact with it too; in the
-    residual
-        form, during training, it drops a part of W itself.
+    dropout: probability for the adapter's input. In the delta form step 0 is exact with it too; in the residual form,
+        during training, it drops a part of W itself.
 
     A and B are float32 whatever the base's dtype, and so is the adapter's arithmetic outside autocast; the
     sum is rounded once to the dtype of the base's output. Only they are in the state dict; A0 and B0 are
@@ -155,8 +154,7 @@ class LoRALinear(nn.Module):
 
 
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of BA − B0A0, of rank 2r and without cancellation: A' = [A − A0; A0] (2r, k), B' = [B, B −
-    B0] (d, 2r).
+    """Factors of BA − B0A0, of rank 2r and without cancellation: A' = [A − A0; A0] (2r, k), B' = [B, B − B0] (d, 2r).
 
     Where A = A0 and B = B0 their product is exactly 0. A0 and B0 are taken in the dtype of A and B, so this
     also holds for a model that was cast.
@@ -220,8 +218,7 @@ def attach(model: Model, factors: FactorSet, form: Form = "delta", scaling: floa
 
 
 def detach(model: Model) -> Model:
-    """Take the adapters off, in place: the model is as it was before `attach`, weights bit for bit. Returns
-    it."""
+    """Take the adapters off, in place: the model is as it was before `attach`, weights bit for bit. Returns it."""
     for name, layer in list(adapters(model)):
         _replace(model, name, layer.restored_base_layer())
     trained: frozenset[str] = getattr(model, _FROZEN, frozenset())
@@ -266,8 +263,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A and B alone: `{module}.lora_A.weight` (r, in_features) and `{module}.lora_B.weight` (out_features,
-    r).
+    """A and B alone: `{module}.lora_A.weight` (r, in_features) and `{module}.lora_B.weight` (out_features, r).
 
     Names are those in the plain model, also through DDP and torch.compile. Under FSDP2 the tensors are
     gathered, so every process has to call this.
@@ -312,8 +308,7 @@ def require_plain_weight(base_layer: nn.Module, what: str, instead: str) -> None
 
 
 def warn_if_rounded_away(weight: Tensor, residual: Tensor, name: str) -> None:
-    """Warn if R is so much larger than W that its rounding, and with it W's error, is 4 times that of W's
-    own dtype.
+    """Warn if R is so much larger than W that its rounding, and with it W's error, is 4 times that of W's own dtype.
 
     So it is with IniLoRA-α's factors, whose product is about 35 times W.
     """

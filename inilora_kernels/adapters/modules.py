@@ -18,8 +18,7 @@ from ..names import match_names
 
 @dataclass(frozen=True)
 class Start:
-    """The factors that an adapter of one module starts from, float32: A (r, in_features), B (out_features,
-    r), BA ≈ W.
+    """The factors that an adapter of one module starts from, float32: A (r, in_features), B (out_features, r), BA ≈ W.
 
     names: of the matrices in the FactorSet that it comes from; several for a fused weight.
     """
@@ -53,8 +52,7 @@ def module_of(name: str) -> str:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out_features, in_features) of a linear layer, quantized ones and GPT-2's Conv1D too; None for other
-    modules."""
+    """(out_features, in_features) of a linear layer, quantized ones and GPT-2's Conv1D too; None for other modules."""
     if is_conv1d(module):
         in_features, out_features = module.weight.shape  # type: ignore[misc]
         return int(out_features), int(in_features)

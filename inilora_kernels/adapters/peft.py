@@ -39,8 +39,9 @@ def initialize_peft(
     makes a plain LoRA for the original base of it.
 
     Returns the model. Raises TargetError (no such module, no factors for a module, a shape differs), OptionError (no
-    such adapter, rank differs, DoRA or another variant, an initialization that has changed the base) and WeightError
-    (residual form of a quantized or sharded weight); nothing is changed then.
+    such adapter, rank differs, DoRA or another variant, an initialization that has changed the base, the delta form
+    where Unsloth's or Axolotl's kernels pass by PEFT's forward) and WeightError (residual form of a quantized or
+    sharded weight); nothing is changed then.
 
     >>> import peft
     >>> from inilora_kernels.factors import Certificate, Factors
@@ -54,6 +55,8 @@ def initialize_peft(
     """
     if form not in ("delta", "residual"):
         raise OptionError(f'form={form!r}: it is "delta" or "residual"')
+    if form == "delta":
+        _require_forward_of_peft(peft_model)
     layers, starts = _matched(peft_model, factors, adapter_name)
     scaled = {}
     for name, start in starts.items():
@@ -186,6 +189,17 @@ def _require_plain_lora(layer: Layer, name: str, start: Start, adapter_name: str
     variant = getattr(layer, "lora_variant", {}).get(adapter_name)
     if layer.use_dora.get(adapter_name) or (variant is not None and not isinstance(variant, _Delta)):
         raise OptionError(f"{name}: factors start a plain LoRA, not DoRA or another variant; turn that off")
+
+
+def _require_forward_of_peft(model: nn.Module) -> None:
+    """Unsloth and Axolotl put functions named apply_lora_qkv, apply_lora_o and so on into the modules they patch."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if getattr(value, "__name__", "").startswith("apply_lora_"):
+                raise OptionError(
+                    f"{name}.{attribute} is {value.__name__} of {value.__module__}, which reads A and B alone and "
+                    f'would add BAx without subtracting B0A0x; use form="residual"'
+                )
 
 
 def _require_untouched(base_layer: nn.Module, name: str) -> None:

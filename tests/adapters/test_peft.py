@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_rank_pattern_and_alpha_pattern(minilm: Path, form: Form, use_rslora: bo
     assert (output(model) - expected).abs().max() > 1e-3
 
 
+def test_the_factors_own_ranks_as_rank_pattern(minilm: Path) -> None:
+    factors = two_ranks(minilm)
+    base = load(minilm)
+    expected = output(base)
+    model = lora(base, rank_pattern={module: one.rank for module, one in factors.items()})
+    assert torch.equal(output(initialize_peft(model, factors)), expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gpt2s_conv1d_with_a_fused_weight(gpt2: Path, gpt2_factors: FactorSet, form: Form) -> None:
     base = GPT2LMHeadModel.from_pretrained(gpt2).eval()
@@ -222,6 +231,19 @@ def _works_on_a_quantized_base(base: nn.Module, factors: FactorSet) -> None:
     assert not torch.equal(output(model), expected)
     with model.disable_adapter():
         assert torch.equal(output(model), expected)
+
+
+def test_the_delta_form_is_refused_where_fused_kernels_pass_by_peft(minilm: Path, minilm_factors: FactorSet) -> None:
+    def apply_lora_qkv(module: nn.Module, x: Tensor) -> Tensor:  # as Unsloth and Axolotl put it there
+        raise NotImplementedError
+
+    model = lora(load(minilm))
+    attention = model.get_base_model().encoder.layer[0].attention
+    for value in (apply_lora_qkv, types.MethodType(apply_lora_qkv, attention)):
+        attention.apply_qkv = value
+        with pytest.raises(OptionError, match=r'apply_qkv is apply_lora_qkv of .*use form="residual"'):
+            initialize_peft(model, minilm_factors)
+    initialize_peft(model, minilm_factors, form="residual")
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(minilm: Path, minilm_factors: FactorSet) -> None:

@@ -57,7 +57,7 @@ def sft(
     arguments = SFTConfig(
         folder / "run",
         max_steps=steps,
-        per_device_train_batch_size=BATCH // 2,
+        per_device_train_batch_size=BATCH // 4,
         learning_rate=lr,
         lr_scheduler_type="constant",
         max_length=32,
