@@ -21,6 +21,7 @@ from .table import load, names
 from .workers import run_table, threads_of_each
 
 RESULTS = Path(__file__).parent.parent / "results" / "finetune"
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "results.md"
 
 
 def main(
@@ -53,7 +54,7 @@ def main(
         if not only_draw:
             part = replace(table, systems={name: table.systems[name] for name in system or table.systems})
             run_table(part, model or _minilm(), data, results, workers, origin, most)
-        write_report(table, read_rows(results), results, Console())
+        write_report(table, read_rows(results), results, Console(), DOCUMENT if results == RESULTS else None)
 
 
 def _changed() -> bool:

@@ -162,7 +162,7 @@ def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizer
     labels: list[int] = []
     before = ""
     for place, message in enumerate(messages):
-        text = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        text = str(tokenizer.apply_chat_template(messages[: place + 1], tokenize=False))
         new = tokenizer(text[len(before) :], add_special_tokens=not ids)["input_ids"]
         ids += new
         labels += new if message["role"] == "assistant" else [-100] * len(new)

@@ -64,7 +64,7 @@ def _harness(name: str, network: Any, tokenizer: PreTrainedTokenizerBase, limit:
     from lm_eval.models.huggingface import HFLM
 
     task, examples, metric = HARNESS[name]
-    model = HFLM(pretrained=network, tokenizer=tokenizer, batch_size="auto")
+    model = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=16)
     answers = lm_eval.simple_evaluate(
         model=model, tasks=[task], num_fewshot=examples, limit=limit, apply_chat_template=examples == 0
     )
@@ -82,10 +82,13 @@ def _human_eval(network: Any, tokenizer: PreTrainedTokenizerBase, limit: int | N
     torch.manual_seed(0)
     for task, problem in problems.items():
         request = "Complete the following Python function. Answer with the code alone.\n\n" + problem["prompt"]
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": request}], tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True
+        )
         tokens = tokenizer(prompt + problem["prompt"], return_tensors="pt").to(network.device)
         answers = network.generate(
-            **tokens,
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
             do_sample=True,
             temperature=TEMPERATURE,
             top_p=TOP_P,
@@ -94,7 +97,7 @@ def _human_eval(network: Any, tokenizer: PreTrainedTokenizerBase, limit: int | N
             pad_token_id=tokenizer.pad_token_id,
         )
         for answer in answers[:, tokens["input_ids"].shape[1] :]:
-            text = tokenizer.decode(answer, skip_special_tokens=True)
+            text = str(tokenizer.decode(answer, skip_special_tokens=True))
             samples.append({"task_id": task, "completion": _function(text)})
     with tempfile.TemporaryDirectory() as name:
         file, used = Path(name) / "samples.jsonl", Path(name) / "problems.jsonl"

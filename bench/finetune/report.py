@@ -23,7 +23,7 @@ Column = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Test:
+class PairedTest:
     """A paired t-test over seeds, two-sided. difference: the mean of ours − theirs; seeds: pairs."""
 
     difference: float
@@ -31,7 +31,7 @@ class Test:
     seeds: int
 
 
-def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Test | None:
+def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> PairedTest | None:
     """By seed; None for fewer than two common seeds.
 
     >>> paired_test({0: 0.8, 11: 0.9, 22: 0.8}, {0: 0.7, 11: 0.7, 22: 0.7}).seeds
@@ -42,9 +42,9 @@ def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Test 
         return None
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     if max(differences) == min(differences):
-        return Test(fmean(differences), 1.0 if differences[0] == 0 else 0.0, len(seeds))
+        return PairedTest(fmean(differences), 1.0 if differences[0] == 0 else 0.0, len(seeds))
     p = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]).pvalue
-    return Test(fmean(differences), float(p), len(seeds))
+    return PairedTest(fmean(differences), float(p), len(seeds))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -77,8 +77,13 @@ def scores_by_seed(
     return found
 
 
-def write_report(table: Table, rows: Mapping[Run, Row], results: Path, console: Console) -> None:
-    """The table to the terminal and to {table}.md, the plot to {table}.png; nothing where there are no rows yet."""
+def write_report(
+    table: Table, rows: Mapping[Run, Row], results: Path, console: Console, document: Path | None = None
+) -> None:
+    """The table to the terminal and to {table}.md, the plot to {table}.png; nothing where there are no rows yet.
+
+    document: a Markdown file that shows the table too, between `<!-- {table} -->` and `<!-- end -->`.
+    """
     cells = list(table.cells(rows))
     scores = scores_by_seed(table, cells, rows)
     if not scores:
@@ -106,6 +111,21 @@ def write_report(table: Table, rows: Mapping[Run, Row], results: Path, console: 
     ]
     write_whole(results / f"{table.name}.md", "\n".join(content).encode())
     draw(table, cells, rows, results / f"{table.name}.png")
+    if document is not None:
+        text = document.read_text(encoding="utf-8")
+        write_whole(document, put_table(text, table.name, content[4:]).encode())
+
+
+def put_table(text: str, name: str, lines: Sequence[str]) -> str:
+    """The text with these lines at the table's place, if it has one.
+
+    >>> put_table("a\\n<!-- x -->\\nold\\n<!-- end -->\\nb", "x", ["new"])
+    'a\\n<!-- x -->\\nnew\\n<!-- end -->\\nb'
+    """
+    head, mark, rest = text.partition(f"<!-- {name} -->\n")
+    if not mark:
+        return text
+    return head + mark + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->") :]
 
 
 def tabulate(
@@ -118,7 +138,7 @@ def tabulate(
     columns = sorted({column for line in scores.values() for column in line})
     against = table.show.get("against")
     header = ["method", *(["learning rate"] if table.sweep or table.rates_of else []), *(" ".join(c) for c in columns)]
-    tests: dict[tuple[str, Column], Test] = {}
+    tests: dict[tuple[str, Column], PairedTest] = {}
     for column in columns:
         theirs = scores.get(against, {}).get(column, {}) if against else {}
         for system in scores:

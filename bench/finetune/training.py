@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import (
@@ -29,8 +30,8 @@ from .systems import prepare
 def finetune(run: Run, model: Path, data: Path | None) -> Row:
     """Train and evaluate; the row has the settings, the scores, and the training loss."""
     begin = time.monotonic()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     task = load_task(run.task, model, data, run.max_length, run.train_size, run.evaluation_size)
     tokenizer = load_tokenizer(model)
     network, found = prepare(run, model, task.labels)
@@ -55,7 +56,7 @@ def finetune(run: Run, model: Path, data: Path | None) -> Row:
     return {
         "run": run.record(),
         "scores": metrics.get("benchmarks") or metrics.get("test") or metrics.get("validation", {}),
-        "validation_score": metrics["validation"][task.metrics[0]] if task.metrics else math.nan,
+        "validation_score": metrics["validation"][task.metrics[0]] if task.metrics else None,
         "metrics": metrics,
         "training_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -120,4 +121,4 @@ def _measure(trainer: Trainer, task: Task, run: Run) -> dict[str, dict[str, floa
 
 
 def _scores(task: Task, prediction: EvalPrediction) -> dict[str, float]:
-    return score_predictions(task.metrics, prediction.label_ids, prediction.predictions)
+    return score_predictions(task.metrics, np.asarray(prediction.label_ids), np.asarray(prediction.predictions))

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 from scipy.stats import t
 
+from bench.finetune.__main__ import DOCUMENT, RESULTS
 from bench.finetune.report import paired_test, write_report
 from bench.finetune.rows import append_row, read_rows
 from bench.finetune.run import Run
-from bench.finetune.table import Table
+from bench.finetune.table import Table, load, names
 
 SCORES = {"LoRA": [0.80, 0.81, 0.79, 0.80, 0.82], "IniLoRA": [0.82, 0.82, 0.80, 0.83, 0.82]}
 SEEDS = [0, 11, 22, 33, 44]
@@ -85,3 +86,13 @@ def test_a_diverged_run_is_named_so(table: Table, tmp_path: Path) -> None:
     append_row(tmp_path / "small.jsonl", row(broken, float("nan")))
     write_report(table, read_rows(tmp_path), tmp_path, Console(quiet=True))
     assert "| IniLoRA | diverged (1 of 5) |" in (tmp_path / "small.md").read_text()
+
+
+def test_the_page_of_results_shows_what_the_rows_say(tmp_path: Path) -> None:
+    rows, document = read_rows(RESULTS), tmp_path / "results.md"
+    document.write_text(DOCUMENT.read_text())
+    shown = [name for name in names() if f"<!-- {name} -->" in DOCUMENT.read_text()]
+    assert "reviews" in shown
+    for name in shown:
+        write_report(load(name), rows, tmp_path, Console(quiet=True), document)
+    assert document.read_text() == DOCUMENT.read_text()
