@@ -33,7 +33,9 @@ Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the au
 Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")]
 Trained = Annotated[Path, typer.Argument(help="The adapter folder that the trainer saved.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw error by layer and convergence into this .png, .svg or .pdf.")]
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw error by layer, spectra and convergence into this .png, .svg or .pdf.")
+]
 
 
 @application.command()
@@ -145,11 +147,16 @@ def inspect(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is in a factor file and how good it is."""
+    """Show what is in a factor file, how good it is, and how far its rank captures the singular spectrum."""
+    from .report import spectrum_table
+
     _require_plot(plot)
     factors = FactorSet.load(file, base)
     _draw(factors, plot)
     _show([factors], as_json)
+    spectrum = spectrum_table(factors)
+    if spectrum is not None and not as_json:
+        Console().print(spectrum)
 
 
 @application.command()

@@ -8,6 +8,7 @@ the base, is the same in exact arithmetic). The paper trains with s = 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -126,7 +127,7 @@ def orthogonal(shape: Shape, rank: int, std: float, generator: torch.Generator) 
 
 
 def sparse(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
-    """A and B ~ N(0, 0.01²) with a tenth of each column's entries zero (torch.nn.init.sparse_; Martens 2010).
+    """A and B ~ N(0, 0.01²) with a tenth of each column's entries zero, as torch.nn.init.sparse_ has it (Martens 2010).
 
     Source: paper, Figure 4, which does not say how sparse; a tenth and 0.01 are the values of PyTorch's example and
     default. std is not used. Scaling: s = 1.
@@ -135,7 +136,13 @@ def sparse(shape: Shape, rank: int, std: float, generator: torch.Generator) -> P
     >>> round(float((B == 0).float().mean()), 1)
     0.1
     """
-    return _filled(shape, rank, lambda x: torch.nn.init.sparse_(x, sparsity=0.1, generator=generator))
+
+    def fill(x: Tensor) -> Tensor:
+        # torch.nn.init.sparse_ draws the places of the zeros from the global stream, whatever generator it is given.
+        places = torch.rand(x.shape, generator=generator).argsort(dim=0)[: math.ceil(0.1 * x.shape[0])]
+        return x.normal_(0.0, 0.01, generator=generator).scatter_(0, places, 0.0)
+
+    return _filled(shape, rank, fill)
 
 
 def constant(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:

@@ -18,6 +18,8 @@ from .init import METHODS
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 # From this many modules on, each layer's name no longer fits under its bar.
 _MOST_LABELS = 40
+# Singular values drawn as a row of bars in the terminal, at most.
+_SPARKS = 8
 
 
 def table(factors: FactorSet) -> Table:
@@ -47,6 +49,46 @@ def table(factors: FactorSet) -> Table:
             f"{certificate.steps:,}",
         )
     return result
+
+
+def spectrum_table(factors: FactorSet) -> Table | None:
+    """One row a matrix: its leading singular values, and the energy that the best approximation of each rank keeps.
+
+    None where the file carries no singular values.
+    """
+    known = {name: one for name, one in factors.items() if one.singular_values}
+    if not known:
+        return None
+    labels = dict(zip(factors, _labels(list(factors))[0], strict=True))
+    most = max(len(one.singular_values) for one in known.values())
+    ranks = [rank for rank in (1, 4, 8, 16, 32) if rank <= most]
+    result = Table(title="Singular values σ, and the share of energy a rank can keep")
+    result.add_column("module", overflow="fold")
+    result.add_column("σ₁, …", no_wrap=True)
+    for name in ("σ₁", "σ at r", "next"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for rank in ranks:
+        result.add_column(f"r={rank}", justify="right", no_wrap=True)
+    for name, one in known.items():
+        values, energy = one.singular_values, one.certificate.energy
+        shares = [math.fsum(value**2 for value in values[:rank]) / energy if energy else 1.0 for rank in ranks]
+        result.add_row(
+            labels[name],
+            _sparkline(values[:_SPARKS]),
+            *(f"{values[place]:.3g}" if place < len(values) else "" for place in (0, one.rank - 1, one.rank)),
+            *(f"{share:.0%}" if rank <= len(values) else "" for rank, share in zip(ranks, shares, strict=True)),
+        )
+    return result
+
+
+def _sparkline(values: Sequence[float]) -> str:
+    """Heights in eighths of the first value.
+
+    >>> _sparkline([8.0, 4.0, 1.0])
+    '█▄▁'
+    """
+    highest = values[0] or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[max(0, min(7, math.ceil(8 * value / highest) - 1))] for value in values)
 
 
 def methods_table() -> Table:
@@ -86,6 +128,7 @@ def json_report(factors: FactorSet) -> dict[str, Any]:
                 "energy": one.certificate.energy,
                 "energy_kept": one.certificate.kept,
                 "steps": one.certificate.steps,
+                "singular_values": list(one.singular_values),
                 "source_sha256": one.source_sha256,
             }
             for name, one in factors.items()
@@ -116,14 +159,16 @@ def require_plot_path(path: Path) -> None:
 
 
 def plot(factors: FactorSet, path: Path) -> None:
-    """Draw the error by layer, ‖W−BA‖²/‖W‖² beside its least at this rank, and the convergence curves."""
+    """Draw the error by layer, ‖W−BA‖²/‖W‖² beside its least at this rank, the spectra and the convergence curves."""
     from matplotlib.figure import Figure
 
     names = list(factors)
     certificates = [factors[name].certificate for name in names]
     curves = {name: factors[name].history for name in names if len(factors[name].history) > 1}
-    figure = Figure(figsize=(12, 5.2) if curves else (8, 5.2), layout="constrained")
-    panels = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
+    spectra = {name: factors[name].singular_values for name in names if len(factors[name].singular_values) > 1}
+    count = 1 + bool(spectra) + bool(curves)
+    figure = Figure(figsize=(2.5 + 5 * count, 5.2), layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
 
     places = range(len(names))
     shares = [100 * c.loss / c.energy if c.energy else 0.0 for c in certificates]
@@ -145,8 +190,22 @@ def plot(factors: FactorSet, path: Path) -> None:
     bars.legend(fontsize=8, loc="upper center", ncols=len(palette) + 1)
     bars.grid(axis="y", alpha=0.3)
 
-    if curves:
+    if spectra:
         axes = panels[1]
+        for name, values in spectra.items():
+            kind = name.replace(":", ".").rsplit(".", 1)[-1]
+            orders = range(1, len(values) + 1)
+            axes.plot(orders, values, color=palette[kind], alpha=0.6, linewidth=1)
+            rank = min(factors[name].rank, len(values))
+            axes.plot(rank, values[rank - 1], marker="o", markersize=4, color=palette[kind])
+        axes.set_yscale("log")
+        axes.set_xlabel("i, up to where the singular values are known")
+        axes.set_ylabel("singular value σᵢ of W")
+        axes.set_title("Spectrum, a line a matrix; ● at the rank")
+        axes.grid(alpha=0.3)
+
+    if curves:
+        axes = panels[-1]
         for name, history in curves.items():
             bound = factors[name].certificate
             excesses = [(loss - bound.optimum) / bound.optimum if bound.optimum else 0.0 for _, loss in history]

@@ -15,10 +15,15 @@ from .kernels.passes import losses
 from .options import Options
 from .progress import ProgressBar
 from .solvers.adam import Adam, adam
-from .solvers.krylov import dense, principal
+from .solvers.krylov import TOLERANCE, dense, principal
 from .solvers.minor import minor
 from .solvers.optimum import Optimum, least, optima
 from .sources import Surveyed, random_stream
+
+
+# Of PiSSA more than the loss is promised: the very product BA of the full SVD. Its error is of the order of the square
+# root of the excess, where the gap behind σ_r is small.
+PISSA_TOLERANCE = 1e-11
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,9 @@ def _principal_factors(W: Tensor, task: Task, options: Options) -> dict[int, Fac
     if options.solver == "exact":
         found = dense(W, ranks)
     else:
-        found = principal(W, ranks, dtype=torch.float64 if options.backend == "reference" else torch.float32)
+        dtype = torch.float64 if options.backend == "reference" else torch.float32
+        tolerance = PISSA_TOLERANCE if options.method == "pissa" else TOLERANCE
+        found = principal(W, ranks, dtype=dtype, tolerance=tolerance)
     pairs = []
     for rank in ranks:
         A, B = pissa(found.U[:, :rank], found.S[:rank], found.V[:, :rank])

@@ -39,7 +39,38 @@ def test_approximate_then_inspect(model: Path, tmp_path: Path) -> None:
     assert list(factors) == ["layers.0.q_proj", "layers.0.v_proj"]
     second = inilora("inspect", output)
     assert second.returncode == 0, second.stderr
-    assert second.stdout == first.stdout
+    assert second.stdout.startswith(first.stdout)
+    assert "σ at r" in second.stdout
+
+
+def test_a_file_for_each_of_several_ranks(model: Path, tmp_path: Path) -> None:
+    output, picture = tmp_path / "factors.safetensors", tmp_path / "plot.png"
+    result = inilora("approximate", model, "-o", output, "--rank", "2,5", "--solver", "krylov", "--plot", picture)
+    assert result.returncode == 0, result.stderr
+    for rank in (2, 5):
+        factors = FactorSet.load(tmp_path / f"factors-r{rank}.safetensors")
+        assert {one.rank for one in factors.values()} == {rank}
+        assert (tmp_path / f"plot-r{rank}.png").exists()
+    assert not output.exists()
+
+
+def test_rank_pattern_and_start(model: Path, tmp_path: Path) -> None:
+    short, output = tmp_path / "short.safetensors", tmp_path / "factors.safetensors"
+    assert inilora("approximate", model, "-o", short, "--rank", "3", "--steps", "50").returncode == 0
+    near = inilora("approximate", model, "-o", output, "--rank", "3", "--solver", "krylov", "--start", short)
+    assert near.returncode == 0, near.stderr
+    patterned = inilora("approximate", model, "-o", output, "--method", "pissa", "--rank-pattern", "v_proj=2")
+    assert patterned.returncode == 0, patterned.stderr
+    assert [one.rank for one in FactorSet.load(output).values()] == [8, 2]
+    refused = inilora("approximate", model, "-o", output, "--rank-pattern", "v_proj")
+    assert refused.returncode == 2
+    assert "PATTERN=RANK" in refused.stderr
+
+
+def test_methods_are_listed() -> None:
+    assert "inilora-beta-uniform" in inilora("methods").stdout
+    listed = json.loads(inilora("methods", "--json").stdout)
+    assert listed["pissa"]["solvers"] == ["krylov", "exact"]
 
 
 def test_json_is_machine_readable(model: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ def minor(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U (d×r), S (r, descending), V (k×r), float64: the triplets of the r smallest of W's min(d, k) singular values.
 
     Up to 1,024 by a full SVD in float64. Beyond, by subspace iteration with (G + μI)⁻¹ of the float64 Gram matrix G of
-    the smaller side, from one Cholesky factorization, until the values stand still to 1e-13: a quarter of the operations
-    of G's tridiagonalization. μ = 2⁻⁵²·trace keeps a singular W factorizable. Takes 8·min(d, k)² bytes twice.
+    the smaller side, from one Cholesky factorization, until the values stand still to 1e-13: a quarter of the
+    operations of G's tridiagonalization. μ = 2⁻⁵²·trace keeps a singular W factorizable. Takes two matrices of
+    8·min(d, k)² bytes.
 
     >>> U, S, V = minor(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=1)
     >>> round(float(S), 9)
