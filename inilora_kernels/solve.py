@@ -20,7 +20,6 @@ from .solvers.minor import minor
 from .solvers.optimum import Optimum, least, optima
 from .sources import Surveyed, random_stream
 
-
 # Of PiSSA more than the loss is promised: the very product BA of the full SVD. Its error is of the order of the square
 # root of the excess, where the gap behind σ_r is small.
 PISSA_TOLERANCE = 1e-11
