@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-solvers clean
 
 .venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,9 @@ lint: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m pytest bench --benchmark-only
+
+bench-solvers: .venv/dev
+	$(BIN)/python -m bench.solvers
 
 clean:
 	rm -rf .venv build demo-output
