@@ -49,6 +49,9 @@ lint: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m pytest bench --benchmark-only
 
+bench-solvers: .venv/dev
+	$(BIN)/python -m bench.solvers
+
 bench-table5: .venv/dev
 	$(BIN)/python -m bench.table5
 

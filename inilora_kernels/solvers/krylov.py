@@ -28,6 +28,8 @@ LEADING = 64
 _OVERSAMPLING = 8
 # Before this many readings no real spectrum has converged, and looking costs as much as a reading of a small W.
 _FIRST_LOOK = 5
+# Ritz pairs that the certificate builds on, at most, in blocks: more cost as much as they save.
+_MOST_KEPT_BLOCKS = 3
 # Residuals of so many units in the last place of σ_1² are rounding.
 _ROUNDING_UNITS = 32
 # Up to this size a full decomposition is an answer where the certificate is not reached.
@@ -121,7 +123,7 @@ def _krylov(
         if space.passes < _FIRST_LOOK and not done:
             continue
         values, vectors, residuals = space.ritz()
-        kept = _converged(values, residuals, rank)
+        kept = min(_converged(values, residuals, rank), _MOST_KEPT_BLOCKS * block)
         allowed = {r: _allowed(values, total, r, tolerance) for r in ranks}
         if done or all(_promised(values, residuals, r, kept) <= 0.1 * most for r, most in allowed.items()):
             break

@@ -29,17 +29,19 @@ def test_the_result_is_that_of_pefts_pissa(minilm: Path, solver: str) -> None:
     for name, layer in ours.items():
         base = layer.get_base_layer().weight.detach()
         product, wanted = (found[name].get_delta_weight("default").detach() for found in (ours, theirs))
-        # The promise: the same product to 1e-5 an entry, and so the same residual base.
-        torch.testing.assert_close(product, wanted, rtol=0.0, atol=1e-5)
-        torch.testing.assert_close(base, theirs[name].get_base_layer().weight.detach(), rtol=0.0, atol=1e-5)
-        # PEFT's own SVD is in float32; against float64's the product holds to 1e-5 of its norm.
         U, S, Vh = torch.linalg.svd(weights[f"{name.removeprefix('base_model.model.')}.weight"].double())
         truth = U[:, :8] * S[:8] @ Vh[:8]
+        # The promise: the full SVD's product, to 1e-5 of its norm.
         assert float((product - truth).norm() / truth.norm()) <= 1e-5
+        # PEFT computes its SVD in float32, whose vectors are off by about 2⁻²⁴·σ_1 over the gap behind σ_8. So its own
+        # product, and base, agree to 1e-5 of σ_1 an entry.
+        most = 1e-5 * float(S[0])
+        torch.testing.assert_close(product, wanted, rtol=0.0, atol=most)
+        torch.testing.assert_close(base, theirs[name].get_base_layer().weight.detach(), rtol=0.0, atol=most)
     ids = torch.arange(1000, 1024).view(2, 12)
     with torch.no_grad():
         difference = model.eval()(ids).last_hidden_state - expected.eval()(ids).last_hidden_state
-    # The output's entries are near 1; a few hundred roundings of the products' difference pass through six layers.
+    # The output's entries are near 1; a few hundred of the products' differences pass through six layers.
     assert float(difference.abs().max()) <= 1e-4
 
 
