@@ -82,8 +82,8 @@ def principal(
         dtype, total = torch.float64, energy(tall)
     if total == 0.0:
         return _nothing(W, ranks)
-    found, certified, separated = _krylov(tall, total, ranks, dtype, tolerance)
-    if not certified and separated and dtype != torch.float64:
+    found, certified, rounded = _krylov(tall, total, ranks, dtype, tolerance)
+    if not certified and rounded and dtype != torch.float64:
         again, certified, _ = _krylov(tall, total, ranks, torch.float64, tolerance)
         found = replace(again, passes=found.passes + again.passes)
     if not certified and size <= _DENSE_SIZE:
@@ -111,7 +111,7 @@ def _krylov(
     W: Tensor, total: float, ranks: Sequence[int], dtype: torch.dtype, tolerance: float
 ) -> tuple[Principal, bool, bool]:
     """The triplets of W (d×k, d ≥ k) with ||W||² = total; whether the certificate came below the tolerance; and
-    whether it found a gap behind them, so that only their own residuals can be what keeps it above.
+    whether rounding may be what keeps it above: the space had converged, and there is a gap behind the triplets.
     """
     rank = max(ranks)
     block = -(-(rank + _OVERSAMPLING) // 8) * 8
@@ -125,10 +125,11 @@ def _krylov(
         values, vectors, residuals = space.ritz()
         kept = min(_converged(values, residuals, rank), _MOST_KEPT_BLOCKS * block)
         allowed = {r: _allowed(values, total, r, tolerance) for r in ranks}
-        if done or all(_promised(values, residuals, r, kept) <= 0.1 * most for r, most in allowed.items()):
+        promised = all(_promised(values, residuals, r, kept) <= 0.1 * most for r, most in allowed.items())
+        # More readings do not lessen what is rounding.
+        converged = promised or float(residuals[:rank].max()) <= _ROUNDING_UNITS * torch.finfo(dtype).eps * values[0]
+        if done or converged:
             break
-        if float(residuals[:rank].max()) <= _ROUNDING_UNITS * torch.finfo(dtype).eps * float(values[0]):
-            break  # what is left is rounding, and more readings do not lessen it
     ritz, coefficients = ritz_pairs(space, vectors[:, :kept])
     bounds, missed, passes = shortfalls(W, ritz, allowed, dtype)
     WV = space.WQ.double() @ coefficients[:, :rank]
@@ -145,7 +146,7 @@ def _krylov(
         passes=space.passes + passes,
     )
     certified = all(bounds[r] <= most for r, most in allowed.items())
-    return found, certified, missed < float(ritz.values[rank - 1])
+    return found, certified, bool(converged) and missed < float(ritz.values[rank - 1])
 
 
 def _allowed(values: Tensor, total: float, rank: int, tolerance: float) -> float:
