@@ -225,6 +225,7 @@ def table5_row(model: Model, sample: int | None) -> dict[str, Any]:
 
 def _plot(rows: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     cases = list(dict.fromkeys(row["case"] for row in rows))
     figure = Figure(figsize=(max(10, 4.2 * len(cases)), 5.6), layout="constrained")
@@ -241,6 +242,9 @@ def _plot(rows: list[dict[str, Any]]) -> None:
                 )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(case)
         axes.set_xlabel("time a matrix (ms)")
         axes.grid(alpha=0.3)
