@@ -1,8 +1,8 @@
 """A step of Adam on a batch of matrices: the CPU backend against the paper's way, same threads, one run.
 
 The peer runs at its best: with fused and with ordinary torch.optim.Adam, the faster counts. Both sides are warmed up
-and measured in turns; the ratio is the median of the turns'. Beside it, what torch's own float32 matrix product reaches on
-the same threads: a step is 4·d·k·r FLOPs, and no kernel does more of them a second than the processor.
+and measured in turns; the ratio is the median of the turns'. Beside it stands what torch's own float32 matrix product
+reaches on the same threads: a step is 4·d·k·r FLOPs, and no kernel does more of them a second than the processor.
 """
 
 from __future__ import annotations
