@@ -46,8 +46,8 @@ def energy(W: Tensor, dtype: torch.dtype = torch.float64) -> float:
 def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:
     """||W||_F² and, for each (A, B), ||W − BA||_F² from the residual itself, in float64, from one reading of W.
 
-    >>> losses(torch.eye(2), [(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [0.0]]))])
-    (2.0, [1.0])
+    >>> losses(3 * torch.eye(1), [(torch.tensor([[1.0]]), torch.tensor([[2.0]]))])
+    (9.0, [1.0])
     """
     wide = [(A.to(W.device, torch.float64), B.to(W.device, torch.float64)) for A, B in factors]
     energy, found = 0.0, [0.0] * len(wide)
