@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,8 @@ def approximate_model(
     cache: find finished matrices again, and keep new ones as soon as each is finished; see `cache_folder`.
     progress: show a progress bar on standard error.
 
-    Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work.
+    Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work but one: a
+    WeightError for a run that diverged.
 
     >>> import tempfile
     >>> from safetensors.torch import save_file
@@ -308,7 +310,13 @@ def _factorize(
                 tasks.append(task)
 
         def finished(task: Task, rank: int, factors: Factors) -> None:
-            place = task.matrix.source.module, rank
+            module, loss = task.matrix.source.module, factors.certificate.loss
+            if not math.isfinite(loss):
+                raise WeightError(
+                    f"{module}: the run diverged, its loss is {loss}; take a smaller lr, or divide the weights if they "
+                    f"are near the end of float32's range"
+                )
+            place = module, rank
             if place not in results:
                 results[place] = factors
                 if cache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
@@ -97,13 +98,19 @@ def approximate(
 ) -> None:
     """Factorize a model's weights and write the factor file."""
     from .approximate import approximate_model
+    from .checkpoint import open_checkpoint
 
     ranks = _ranks(rank)
     outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
     plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
+    inputs = [entry.file for entry in open_checkpoint(model).tensors.values()] + ([start] if start else [])
     for one, path in outputs.items():
+        picture = plots[one]
+        _require_no_input(path, inputs)
         require_writable(path)
-        _require_plot(plots[one])
+        if picture is not None:
+            _require_no_input(picture, [*inputs, path])
+        _require_plot(picture)
     found = approximate_model(
         model,
         ranks,
@@ -294,6 +301,12 @@ def _number_or_name(text: str) -> str | float:
         return text
 
 
+def _require_no_input(path: Path, inputs: Sequence[Path]) -> None:
+    """Nobody means to write over the model, or the plot over the factors."""
+    if path.resolve() in {one.resolve() for one in inputs}:
+        raise OptionError(f"{path}: this run reads or writes that file already; give another name")
+
+
 def _require_plot(path: Path | None) -> None:
     if path is not None:
         from .report import require_plot_path
@@ -338,8 +351,11 @@ def plan(
     from .kernels.gpus import gpu_named
     from .kernels.plan import Matrix, json_plan, plan_table
     from .kernels.plan import plan as predict
+    from .options import require_count
     from .targets import find_targets
 
+    require_count("rank", rank)
+    require_count("steps", steps)
     chosen = gpu_named(gpu)
     targets = find_targets(open_checkpoint(model), _target_modules(target_modules))
     # The backend reads float64 weights as float32.

@@ -200,7 +200,9 @@ class FactorSet(Mapping[str, Factors]):
                         f"{FORMAT_VERSION}; use the inilora_kernels that wrote it, or a newer one"
                     )
                 modules = {name: _read(reader, name, record) for name, record in header["modules"].items()}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                if not modules:
+                    raise FactorFileError(f"{path}: a factor file without any factors; make it again")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FactorFileError(f"{path}: damaged factor file ({error}); make it again") from error
         return cls(modules, header["options"])
 

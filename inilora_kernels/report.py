@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from .errors import OptionError
-from .factors import FactorSet
+from .factors import Factors, FactorSet
 from .files import write_whole
 from .init import METHODS
 
@@ -164,8 +165,8 @@ def plot(factors: FactorSet, path: Path) -> None:
 
     names = list(factors)
     certificates = [factors[name].certificate for name in names]
-    curves = {name: factors[name].history for name in names if len(factors[name].history) > 1}
-    spectra = {name: factors[name].singular_values for name in names if len(factors[name].singular_values) > 1}
+    curves = {name: points for name in names if len(points := _positive_excesses(factors[name])) > 1}
+    spectra = {name: values for name in names if len(values := factors[name].singular_values) > 1 and values[0] > 0}
     count = 1 + bool(spectra) + bool(curves)
     figure = Figure(figsize=(2.5 + 5 * count, 5.2), layout="constrained")
     panels = list(figure.subplots(1, count, squeeze=False)[0])
@@ -206,10 +207,7 @@ def plot(factors: FactorSet, path: Path) -> None:
 
     if curves:
         axes = panels[-1]
-        for name, history in curves.items():
-            bound = factors[name].certificate
-            excesses = [(loss - bound.optimum) / bound.optimum if bound.optimum else 0.0 for _, loss in history]
-            points = [(step, e) for (step, _), e in zip(history, excesses, strict=True) if step > 0 and e > 0]
+        for name, points in curves.items():
             kind = name.replace(":", ".").rsplit(".", 1)[-1]
             axes.plot(*zip(*points, strict=True), color=palette[kind], alpha=0.7, linewidth=1)
         axes.set_xscale("log")
@@ -222,6 +220,12 @@ def plot(factors: FactorSet, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150)
     write_whole(path, picture.getvalue())
+
+
+def _positive_excesses(one: Factors) -> list[tuple[int, float]]:
+    """(step, excess) of the run, as far as a logarithmic axis can show them."""
+    samples = ((step, replace(one.certificate, loss=loss).excess) for step, loss in one.history)
+    return [(step, excess) for step, excess in samples if step > 0 and 0 < excess < math.inf]
 
 
 def _labels(names: Sequence[str]) -> tuple[list[str], str]:

@@ -105,6 +105,11 @@ def test_target_modules_may_be_a_regular_expression_or_all_linear(model: Path, t
         (["approximate", "{model}", "-o", "{tmp}/out", "--plot", "{tmp}/plot.txt"], ".png"),
         (["approximate", "{model}", "-o", "{tmp}/out", "-t", "nothing"], "nothing"),
         (["approximate", "{model}", "-o", "{tmp}/out", "--no-such-option"], "--no-such-option"),
+        (["approximate", "{model}", "-o", "{model}"], "another name"),
+        (["approximate", "{model}", "-o", "{tmp}/out.png", "--plot", "{tmp}/out.png"], "another name"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "--device", "nonsense"], "device='nonsense'"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "--steps", "300", "--lr", "1e30", "--no-progress"], "diverged"),
+        (["plan", "{model}", "--steps", "-5"], "steps=-5"),
         (["inspect", "{model}"], "not one of factors"),
     ],
 )
@@ -116,3 +121,26 @@ def test_bad_input_gives_one_clear_line(model: Path, tmp_path: Path, arguments: 
     assert "Traceback" not in result.stderr
     assert not result.stdout
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("solver", ["adam", "krylov"])
+def test_matrices_of_zeros_are_drawn_too(tmp_path: Path, solver: str) -> None:
+    model, picture = tmp_path / "model.safetensors", tmp_path / "plot.png"
+    save_file({f"layers.0.{name}_proj.weight": torch.zeros(9, 7) for name in "qv"}, model)
+    result = inilora(
+        "approximate",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--rank",
+        "2",
+        "--steps",
+        "5",
+        "--solver",
+        solver,
+        "--plot",
+        picture,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -104,7 +104,10 @@ def load_backend(name: str, device: str | torch.device | None = None) -> Backend
     """The backend of that name; "auto" is triton on a CUDA device, else cpu. Raises BackendError or OptionError."""
     if name not in ("auto", *BACKENDS):
         raise OptionError(f"backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
-    chosen = torch.device(device) if device is not None else None
+    try:
+        chosen = torch.device(device) if device is not None else None
+    except RuntimeError as error:
+        raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     if name == "auto":
         on_gpu = chosen.type == "cuda" if chosen is not None else torch.cuda.is_available()
         name = "triton" if on_gpu else "cpu"
