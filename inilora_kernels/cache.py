@@ -24,7 +24,7 @@ from .files import write_whole
 _ENTRY = "matrix"
 
 # Raised whenever a kernel or solver gives different bits for the same options.
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 
 
 def cache_folder() -> Path:

@@ -240,6 +240,50 @@ def inner_products(
 
 
 @_intrinsic
+def copy_runs(
+    typing: Any,
+    out: Any,
+    out_start: Any,
+    out_step: Any,
+    W: Any,
+    W_start: Any,
+    W_step: Any,
+    count: Any,
+    lanes: Any,
+    vectors: Any,
+) -> Any:
+    """out[i, :] = W[i, :] for i < count and runs of lanes·vectors elements, both of W's dtype.
+
+    Run i begins at out_start + i·out_step and W_start + i·W_step. lanes and vectors are compile-time constants. numba's
+    own loop over elements checks each index for wrap-around and is not vectorized.
+    """
+    if out.dtype != W.dtype or not all(isinstance(t, types.IntegerLiteral) for t in (lanes, vectors)):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        n_lanes, n_vectors = lanes.literal_value, vectors.literal_value
+        out_at, W_at = (_pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (W, 3)))
+        out_0, out_i, W_0, W_i, n = (arguments[i] for i in (1, 2, 4, 5, 6))
+        width = W.dtype.bitwidth // 8
+        kind = ir.VectorType(ir.IntType(8 * width), n_lanes).as_pointer()
+
+        def place(address: Any, index: Any) -> Any:
+            return builder.inttoptr(builder.add(address, builder.mul(index, _INT64(width))), kind)
+
+        with cgutils.for_range(builder, n) as loop:
+            row = builder.add(W_0, builder.mul(loop.index, W_i))
+            to = builder.add(out_0, builder.mul(loop.index, out_i))
+            for v in range(n_vectors):
+                offset = _INT64(v * n_lanes)
+                value = builder.load(place(W_at, builder.add(row, offset)), align=width)
+                builder.store(value, place(out_at, builder.add(to, offset)), align=width)
+        return context.get_dummy_value()
+
+    signature = types.void(out, *[types.int64] * 2, W, *[types.int64] * 3, lanes, vectors)
+    return signature, generate
+
+
+@_intrinsic
 def atomic_add(typing: Any, array: Any, index: Any, amount: Any) -> Any:
     """Add to array[index] (int64) atomically, sequentially consistent; returns the value before."""
 

@@ -1,11 +1,12 @@
-"""What one reading of a large W computes in plain torch, a strip of rows at a time, on any device.
+"""What one reading of a large W computes, a strip of rows at a time, on any device.
 
 W stays in the checkpoint's own dtype; only a strip of it is ever held in the dtype of the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,21 +22,64 @@ def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
         yield slice(start, min(start + rows, W.shape[0]))
 
 
-def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """WX (d×b) and WᵀWX (k×b) in the dtype of X (k×b), from one reading of W (d×k): 4dkb FLOPs.
+GramReader = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-    >>> gram_product(torch.eye(2, dtype=torch.bfloat16) * 2, torch.tensor([[1.0], [3.0]]))
-    (tensor([[2.],
-            [6.]]), tensor([[ 4.],
-            [12.]]))
+
+@contextmanager
+def reading_threads(W: Tensor, dtype: torch.dtype) -> Iterator[int]:
+    """How many threads a `gram_reader` may use. Where those are its own, torch is held to one in the meantime.
+
+    For milliseconds after each of its parallel regions torch's threads wait for the next one without sleeping, on the
+    cores that the reader's threads then have to share with them.
     """
-    Y = X.new_empty(W.shape[0], X.shape[1])
-    Z = torch.zeros_like(X)
+    threads = torch.get_num_threads()
+    if not _fused(W, dtype):
+        yield threads
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def gram_reader(W: Tensor, width: int, dtype: torch.dtype, threads: int) -> GramReader:
+    """X ↦ XWᵀ (b×d) and XWᵀW (b×k) in `dtype`, for any X (b×k) of one width b: 4dkb FLOPs and one reading of W.
+
+    By the fused kernels of cpu_gram.py where W is on a CPU and the products in float32, else in plain torch.
+
+    >>> gram_reader(2 * torch.eye(2, dtype=torch.bfloat16), 1, torch.float32, threads=1)(torch.tensor([[1.0, 3.0]]))
+    (tensor([[2., 6.]]), tensor([[ 4., 12.]]))
+    """
+    if _fused(W, dtype):
+        from .cpu_gram import FusedGramReader
+
+        return FusedGramReader(W, width, threads)
+    return lambda X: gram_product(W, X)
+
+
+def _fused(W: Tensor, dtype: torch.dtype) -> bool:
+    # What stays in the caches between two readings torch multiplies as fast.
+    if W.device.type != "cpu" or dtype != torch.float32 or W.numel() <= _STRIP_ELEMENTS:
+        return False
+    from .cpu_gram import takes
+
+    return takes(W)
+
+
+def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """XWᵀ (b×d) and XWᵀW (b×k) in the dtype of X (b×k), a strip of rows of W at a time.
+
+    >>> gram_product(2 * torch.eye(2, dtype=torch.bfloat16), torch.tensor([[1.0, 3.0]]))
+    (tensor([[2., 6.]]), tensor([[ 4., 12.]]))
+    """
+    Y = X.new_empty(W.shape[0], X.shape[0])
+    Z = torch.zeros_like(X.T)
     for rows in strips(W):
         strip = W[rows].to(X.dtype)
-        Y[rows] = strip @ X
+        Y[rows] = strip @ X.T
         Z.addmm_(strip.T, Y[rows])
-    return Y, Z
+    return Y.T, Z.T
 
 
 def energy(W: Tensor, dtype: torch.dtype = torch.float64) -> float:
@@ -51,9 +95,14 @@ def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, 
     """
     wide = [(A.to(W.device, torch.float64), B.to(W.device, torch.float64)) for A, B in factors]
     energy, found = 0.0, [0.0] * len(wide)
-    for rows in strips(W, _STRIP_ELEMENTS // 4):
-        strip = W[rows].double()
-        energy += float(torch.linalg.vector_norm(strip)) ** 2
+    runs = list(strips(W, _STRIP_ELEMENTS // 4))
+    # Allocated once: fresh pages for every strip would cost more than the arithmetic.
+    residual = torch.empty(runs[0].stop, W.shape[1], dtype=torch.float64, device=W.device)
+    for rows in runs:
+        part = residual[: rows.stop - rows.start]
+        energy += float(torch.linalg.vector_norm(part.copy_(W[rows]))) ** 2
         for i, (A, B) in enumerate(wide):
-            found[i] += float(torch.linalg.vector_norm(torch.addmm(strip, B[rows], A, alpha=-1))) ** 2
+            if i > 0:
+                part.copy_(W[rows])
+            found[i] += float(torch.linalg.vector_norm(part.addmm_(B[rows], A, alpha=-1))) ** 2
     return energy, found

@@ -35,7 +35,7 @@ from .space import KrylovSpace
 # The chance that the bound on c is wrong, over the draw of the second space's start.
 FAILURE_PROBABILITY = 1e-12
 MOST_PASSES = 24
-_BLOCK = 16
+_BLOCK = 8
 # A product of M with a unit vector is off by about so many units in the last place of σ_1².
 _ROUNDING_UNITS = 4
 
@@ -106,7 +106,7 @@ def shortfall(ritz: Ritz, rank: int, missed: float) -> float:
 
 
 def shortfalls(
-    W: Tensor, ritz: Ritz, allowed: Mapping[int, float], dtype: torch.dtype
+    W: Tensor, ritz: Ritz, allowed: Mapping[int, float], dtype: torch.dtype, threads: int
 ) -> tuple[dict[int, float], float, int]:
     """A bound for each rank in `allowed`, from as many readings of W (d×k) as it takes to come below the value there.
 
@@ -116,7 +116,7 @@ def shortfalls(
     generator = torch.Generator().manual_seed(1)
     block = min(_BLOCK, n - ritz.X.shape[1])
     start = torch.randn(n, block, generator=generator).to(W.device, dtype)
-    space = KrylovSpace(W, start, MOST_PASSES, deflate=ritz.X.to(dtype))
+    space = KrylovSpace(W, start, MOST_PASSES, threads, deflate=ritz.X.to(dtype))
     smallest = float(ritz.values[max(allowed) - 1])
     while True:
         space.expand()

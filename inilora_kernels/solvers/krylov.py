@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..factors import FLOAT32_FLOOR
-from ..kernels.passes import energy
+from ..kernels.passes import energy, reading_threads
 from .certificate import ritz_pairs, shortfalls
 from .space import KrylovSpace
 
@@ -82,9 +82,10 @@ def principal(
         dtype, total = torch.float64, energy(tall)
     if total == 0.0:
         return _nothing(W, ranks)
-    found, certified, rounded = _krylov(tall, total, ranks, dtype, tolerance)
+    with reading_threads(tall, dtype) as threads:
+        found, certified, rounded = _krylov(tall, total, ranks, dtype, tolerance, threads)
     if not certified and rounded and dtype != torch.float64:
-        again, certified, _ = _krylov(tall, total, ranks, torch.float64, tolerance)
+        again, certified, _ = _krylov(tall, total, ranks, torch.float64, tolerance, torch.get_num_threads())
         found = replace(again, passes=found.passes + again.passes)
     if not certified and size <= _DENSE_SIZE:
         return dense(W, ranks)
@@ -108,7 +109,7 @@ def _nothing(W: Tensor, ranks: Sequence[int]) -> Principal:
 
 
 def _krylov(
-    W: Tensor, total: float, ranks: Sequence[int], dtype: torch.dtype, tolerance: float
+    W: Tensor, total: float, ranks: Sequence[int], dtype: torch.dtype, tolerance: float, threads: int
 ) -> tuple[Principal, bool, bool]:
     """The triplets of W (d×k, d ≥ k) with ||W||² = total; whether the certificate came below the tolerance; and
     whether rounding may be what keeps it above: the space had converged, and there is a gap behind the triplets.
@@ -116,7 +117,7 @@ def _krylov(
     rank = max(ranks)
     block = -(-(rank + _OVERSAMPLING) // 8) * 8
     start = torch.randn(W.shape[1], block, generator=torch.Generator().manual_seed(0)).to(W.device, dtype)
-    space = KrylovSpace(W, start, MOST_PASSES)
+    space = KrylovSpace(W, start, MOST_PASSES, threads)
     while True:
         space.expand()
         done = space.full
@@ -131,7 +132,7 @@ def _krylov(
         if done or converged:
             break
     ritz, coefficients = ritz_pairs(space, vectors[:, :kept])
-    bounds, missed, passes = shortfalls(W, ritz, allowed, dtype)
+    bounds, missed, passes = shortfalls(W, ritz, allowed, dtype, threads)
     WV = space.WQ.double() @ coefficients[:, :rank]
     S = torch.linalg.vector_norm(WV, dim=0)
     sure = residuals[:kept].square() <= 0.02 * values[:kept] * (values[:kept] - missed).clamp(min=0.0)
