@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,6 +26,8 @@ from .sources import Surveyed, random_stream
 # Of PiSSA more than the loss is promised: the very product BA of the full SVD. Its error is of the order of the square
 # root of the excess, where the gap behind σ_r is small.
 PISSA_TOLERANCE = 1e-11
+# Up to this size a second thread is worth more on another matrix than on the same.
+SMALL_MATRIX_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -56,17 +61,43 @@ Finished = Callable[[Task, int, Factors], None]
 def solve_directly(
     tasks: Sequence[Task], options: Options, device: str | torch.device | None, finished: Finished, bar: ProgressBar
 ) -> None:
-    """Every method but IniLoRA by Adam: a matrix at a time, read once into memory."""
+    """Every method but IniLoRA by Adam: each matrix read once into memory; small ones on a CPU side by side."""
     bar.phase("solving", len(tasks), len(tasks))
     place = torch.device(device) if device is not None else torch.device("cpu")
     if device is None and options.backend == "triton":
         place = torch.device("cuda")
-    for task in tasks:
-        W = task.matrix.source.read().to(place)
-        for rank, factors in _factors_of(W, task, options).items():
+
+    def solved(task: Task) -> tuple[Task, dict[int, Factors]]:
+        return task, _factors_of(task.matrix.source.read().to(place), task, options)
+
+    small = [task for task in tasks if place.type == "cpu" and _is_small(task)]
+    large = [task for task in tasks if place.type != "cpu" or not _is_small(task)]
+    for task, by_rank in chain(_side_by_side(solved, small), map(solved, large)):
+        for rank, factors in by_rank.items():
             finished(task, rank, factors)
             bar.advance(0, excess=factors.certificate.excess)
         bar.advance(1, matrices=1)
+
+
+def _is_small(task: Task) -> bool:
+    return math.prod(task.matrix.source.shape) <= SMALL_MATRIX_ELEMENTS
+
+
+def _side_by_side(
+    solved: Callable[[Task], tuple[Task, dict[int, Factors]]], tasks: Sequence[Task]
+) -> Iterator[tuple[Task, dict[int, Factors]]]:
+    """Each task on one thread, as many at once as torch has threads; torch is held to one in each of them."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        if len(tasks) == 1:
+            # A new thread's memory is new too, and touching it costs as much again as the work.
+            yield solved(tasks[0])
+        else:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield from pool.map(solved, tasks)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _factors_of(W: Tensor, task: Task, options: Options) -> dict[int, Factors]:
