@@ -1,4 +1,4 @@
-"""Real labelled text: 10,605 sentences of movie reviews with the mean of at least 20 people's sentiment ratings.
+"""Real labelled text: 10,605 sentences of movie reviews with the mean of 15 to 29 people's sentiment ratings.
 
 They are in the source release of vaderSentiment 3.3.2 (MIT licence) and were published with C. J. Hutto and E. Gilbert,
 "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014. Neither the

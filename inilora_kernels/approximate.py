@@ -166,7 +166,7 @@ def approximate_model(
         loss=loss,
         init_std=init_std,
         tol=tol,
-        checkpoint_steps=tuple(checkpoint_steps),
+        checkpoint_steps=checkpoint_steps,
         backend=load_backend(backend, device).name,
         seed=seed,
     )
@@ -248,7 +248,7 @@ def approximate(
         loss=loss,
         init_std=init_std,
         tol=tol,
-        checkpoint_steps=tuple(checkpoint_steps),
+        checkpoint_steps=checkpoint_steps,
         backend=load_backend(backend, device).name,
         seed=seed,
     )
@@ -260,6 +260,9 @@ def approximate(
             raise WeightError(
                 f"{name}: {matrix.dtype} of shape {tuple(matrix.shape)}; give a float matrix of two dimensions"
             )
+        if matrix.is_meta or matrix.layout != torch.strided:
+            kind = "on the meta device, without values" if matrix.is_meta else f"stored as {matrix.layout}"
+            raise WeightError(f"{name} is {kind}; give a dense matrix")
         sources.append(
             Source(
                 module=name,
@@ -340,6 +343,11 @@ def _factorize(
 
 
 def _require_fitting(source: Source, ranks: Sequence[int], start: Mapping[str, Factors] | None) -> None:
+    if min(source.shape) == 0:
+        raise WeightError(
+            f"{source.module}: a {source.shape[0]}×{source.shape[1]} matrix has no entries; leave the module out of "
+            f"target_modules"
+        )
     for rank in ranks:
         if rank > min(source.shape):
             raise WeightError(
@@ -398,12 +406,22 @@ def _name(place: int) -> str:
 
 
 def _named(start: Sequence[Factors] | None) -> dict[str, Factors] | None:
-    return {_name(place): one for place, one in enumerate(start)} if start is not None else None
+    if start is None:
+        return None
+    if not all(isinstance(one, Factors) for one in start):
+        raise OptionError("start: give Factors, as approximate returns them, one for each matrix")
+    return {_name(place): one for place, one in enumerate(start)}
 
 
 def _name_of(start: Mapping[str, Factors] | None) -> str | None:
     """What stands for the given factors in the record: the sha256 of them all."""
-    return hashlib.sha256(FactorSet(start, {}).to_bytes()).hexdigest() if start is not None else None
+    if start is None:
+        return None
+    digest = hashlib.sha256()
+    # Each on its own: one file may not hold the same tensor twice, but two matrices may start from the same factors.
+    for module in sorted(start):
+        digest.update(FactorSet({module: start[module]}, {}).to_bytes())
+    return digest.hexdigest()
 
 
 def _on_cpu(W: Tensor) -> Tensor:

@@ -194,6 +194,8 @@ def export(
     if file_format == "inilora-pt":
         from .inilora_pt import save_inilora_pt
 
+        if lora_alpha is not None or rslora or lora_dropout or task_type is not None:
+            raise OptionError("the authors' files hold A and B alone: --lora-alpha and the like go with --format peft")
         save_inilora_pt(FactorSet.load(factors, base), output)
         _say(f"wrote {output}")
         return
@@ -358,6 +360,9 @@ def plan(
     require_count("steps", steps)
     chosen = gpu_named(gpu)
     targets = find_targets(open_checkpoint(model), _target_modules(target_modules))
+    smallest = min(targets, key=lambda target: min(target.shape))
+    if rank > min(smallest.shape):
+        raise OptionError(f"rank={rank}: {smallest.module} has {min(smallest.shape)} at most")
     # The backend reads float64 weights as float32.
     matrices = [Matrix(target.shape, min(4, target.dtype.itemsize), rank) for target in targets]
     result = predict(matrices, chosen, steps)

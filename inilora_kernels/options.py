@@ -42,7 +42,7 @@ class Options:
     loss: str
     init_std: str | float | None
     tol: float | None
-    checkpoint_steps: tuple[int, ...]
+    checkpoint_steps: Sequence[int]
     backend: str
     seed: int
 
@@ -67,6 +67,9 @@ class Options:
             _require_choice("init_std", self.init_std, ("kind", "global"), "or a number above 0")
         else:
             _require_positive("init_std", self.init_std)
+        if not isinstance(self.checkpoint_steps, Sequence) or isinstance(self.checkpoint_steps, str):
+            raise OptionError(f"checkpoint_steps={self.checkpoint_steps!r}: give a list of steps")
+        object.__setattr__(self, "checkpoint_steps", tuple(self.checkpoint_steps))
         for step in self.checkpoint_steps:
             _require_integer("checkpoint_steps", step, least=0)
             if step > self.steps:

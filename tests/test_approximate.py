@@ -195,11 +195,13 @@ def with_entry(value: float) -> torch.Tensor:
         (None, {"init_std": "both"}, OptionError, "init_std='both'"),
         (None, {"init_std": -1.0}, OptionError, "init_std"),
         (None, {"checkpoint_steps": (400,)}, OptionError, "400"),
+        (None, {"checkpoint_steps": 5}, OptionError, "checkpoint_steps=5: give a list"),
         (None, {"concurrency": 0}, OptionError, "concurrency=0"),
         (None, {"backend": "abacus"}, OptionError, "abacus"),
         (None, {"backend": "cpu", "device": "cuda"}, BackendError, "cuda"),
         (change("layer.1.q_proj.weight", with_entry(float("nan"))), {}, WeightError, r"layer.1.q_proj.*1 of.*\(5, 7\)"),
         (change("layer.1.q_proj.weight", with_entry(float("-inf"))), {}, WeightError, r"layer.1.q_proj.*Inf"),
+        (change("layer.1.q_proj.weight", torch.ones(48, 0)), {}, WeightError, "layer.1.q_proj.*48×0.*no entries"),
         (change("layer.1.q_proj.weight", torch.ones(48, 40, dtype=torch.int8)), {}, WeightError, "layer.1.q_proj"),
         (lambda path: path.write_bytes(path.read_bytes()[:-10]), {}, CheckpointError, "model.safetensors"),
         (lambda path: path.write_bytes(b"\0" * 100), {}, CheckpointError, "model.safetensors"),
@@ -217,10 +219,32 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert not own_cache.exists()
 
 
-@pytest.mark.parametrize("W", [torch.ones(3), torch.ones(2, 2, dtype=torch.int32), torch.ones(2, 2, 2)])
+@pytest.mark.parametrize(
+    "W",
+    [
+        torch.ones(3),
+        torch.ones(2, 2, dtype=torch.int32),
+        torch.ones(2, 2, 2),
+        torch.ones(0, 2),
+        torch.ones(2, 2, device="meta"),
+        torch.eye(2).to_sparse(),
+    ],
+)
 def test_what_is_no_float_matrix_is_refused(W: torch.Tensor) -> None:
     with pytest.raises(WeightError, match="matrix 0"):
         approximate(W, rank=1)
+
+
+def test_a_start_of_tensors_is_refused() -> None:
+    with pytest.raises(OptionError, match="give Factors"):
+        approximate(torch.ones(2, 2), rank=1, solver="krylov", start=(torch.ones(1, 2), torch.ones(2, 1)))  # type: ignore[arg-type]
+
+
+def test_two_matrices_may_start_from_the_same_factors() -> None:
+    W = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    start = approximate(W, rank=2, steps=5)
+    one, other = approximate([W, W], rank=2, solver="krylov", start=[start, start])  # type: ignore[list-item]
+    assert torch.equal(one.A, other.A)
 
 
 def test_no_matrix_is_refused() -> None:

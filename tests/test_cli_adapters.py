@@ -96,7 +96,9 @@ def test_a_warning_is_one_line(inilora: Inilora, minilm: Path, tmp_path: Path) -
 def test_the_authors_format_both_ways(
     inilora: Inilora, minilm: Path, minilm_factors: FactorSet, file: Path, tmp_path: Path
 ) -> None:
-    assert inilora("export", file, "-o", tmp_path / "pt", "--format", "inilora-pt")[0] == 0
+    pt = "export", file, "-o", tmp_path / "pt", "--format", "inilora-pt"
+    assert inilora(*pt, "--lora-alpha", "4")[0] != 0
+    assert inilora(*pt)[0] == 0
     status, printed, _ = inilora("inspect", tmp_path / "pt", "--base", minilm, "--json")
     assert status == 0
     for name, record in json.loads(printed)["modules"].items():

@@ -287,6 +287,7 @@ def _plan(
     ranks = {module: start.rank for module, start in starts.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     scaling = 1.0 if lora_alpha is None else lora_alpha / (math.sqrt(common) if use_rslora else common)
+    scaled = {module: start.scaled(scaling) for module, start in starts.items()}
     config = {
         **lora_config(ranks, scaling, use_rslora, live_names.values()),
         "lora_dropout": lora_dropout,
@@ -296,7 +297,6 @@ def _plan(
     head = _head(checkpoint) if task_type in HEAD_TASKS else {}
     if head:
         config["modules_to_save"] = sorted({key.removeprefix(KEY_PREFIX).split(".")[0] for key in head})
-    scaled = {module: start.scaled(scaling) for module, start in starts.items()}
     return _Plan(checkpoint, tensors, Adapter(config, scaled, head))
 
 
