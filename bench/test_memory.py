@@ -27,7 +27,8 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 dtype = getattr(torch, sys.argv[2])
-approximate((torch.randn(100, 100) * 0.05).to(dtype), rank=8, steps=2)
+for size in 100, 1500:
+    approximate((torch.randn(size, size) * 0.05).to(dtype), rank=8, steps=2)
 Path("/proc/self/clear_refs").write_text("5")
 before = resident()
 approximate_model(sys.argv[1], rank=8, steps=20, cache=False, progress=False)

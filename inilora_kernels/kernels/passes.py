@@ -13,6 +13,8 @@ from torch import Tensor
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
 _STRIP_ELEMENTS = 1 << 21
+# Up to this size W stays in the caches between two readings, and torch multiplies it as fast as the fused kernels.
+_CACHED_ELEMENTS = 1 << 21
 
 
 def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
@@ -59,8 +61,7 @@ def gram_reader(W: Tensor, width: int, dtype: torch.dtype, threads: int) -> Gram
 
 
 def _fused(W: Tensor, dtype: torch.dtype) -> bool:
-    # What stays in the caches between two readings torch multiplies as fast.
-    if W.device.type != "cpu" or dtype != torch.float32 or W.numel() <= _STRIP_ELEMENTS:
+    if W.device.type != "cpu" or dtype != torch.float32 or W.numel() <= _CACHED_ELEMENTS:
         return False
     from .cpu_gram import takes
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inilora_kernels import Factors, approximate
 from inilora_kernels.factors import FLOAT32_FLOOR
+from inilora_kernels.kernels import passes
 from inilora_kernels.solvers import certificate, krylov
 from inilora_kernels.solvers.krylov import Principal, principal
 from inilora_kernels.solvers.optimum import optima, rank_for_energy
@@ -49,6 +50,14 @@ SPECTRA: dict[str, Tensor] = {
 }
 
 
+@pytest.fixture(params=["torch", "fused kernels"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are read by torch; here the kernels that read large ones have to take them too."""
+    if request.param == "fused kernels":
+        monkeypatch.setattr(passes, "_CACHED_ELEMENTS", 0)
+
+
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_certificate_holds_against_a_full_svd(name: str) -> None:
     W = SPECTRA[name]
@@ -88,6 +97,7 @@ def test_factors_reach_the_minimum(name: str, gauge: str) -> None:
     torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-4, atol=1e-5 * math.sqrt(energy))
 
 
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     W = with_spectrum(420, 300, lambda i: i**-0.4).to(dtype)
@@ -98,6 +108,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert found.shortfalls[8] <= 1e-8 * float(squares[8:].sum())
 
 
+@pytest.mark.usefixtures("reader")
 def test_the_same_matrix_gives_the_same_bits() -> None:
     W = with_spectrum(600, 900, lambda i: i**-0.4)
     first, second = principal(W, [8]), principal(W.clone(), [8])
@@ -187,3 +198,14 @@ def test_nearest_is_nearer_than_svd_and_start_draws_it_near() -> None:
     assert distance(near) < distance(by_default)
     assert distance(near) < distance(svd)
     torch.testing.assert_close(near.product(), svd.product(), rtol=1e-4, atol=1e-6)
+
+
+def test_torch_has_its_threads_back_after_a_large_matrix() -> None:
+    threads = torch.get_num_threads()
+    W = normal(1500, 1500)
+    W[0] *= 100
+    with passes.reading_threads(W, torch.float32) as own:
+        assert own == threads
+        assert torch.get_num_threads() == 1
+    principal(W, [1])
+    assert torch.get_num_threads() == threads
