@@ -7,7 +7,7 @@
 pareto: each measurement is a process of its own, warmed up on two smaller matrices; its time is the median of its turns, its
 memory the high-water mark over what was resident before. The excess f/f* − 1 is from the float64 residual and the f* of
 a certified solve at 1e-11. table5: krylov is measured over every matrix of the row (with --sample N, over N of each
-shape, and the total says that it is extrapolated); Adam over a few steps and extrapolated to 20,000. The results are
+shape, and the total says that it is extrapolated); Adam as bench/table5.py measures it, over fewer steps and matrices. The results are
 results/solvers.json, .md and .png.
 """
 
@@ -38,10 +38,11 @@ from inilora_kernels.solvers.optimum import least
 
 from .machine import describe
 from .spectra import decay, like_the_real, real_matrices
-from .table5 import MODELS, Model, run_ours
+from .table5 import MODELS, Model
+from .table5 import measure as measure_adam
 
 RESULTS = Path(__file__).parent / "results"
-RANK, STEPS = 8, 20_000
+RANK = 8
 CASES: dict[str, tuple[int, int] | None] = {
     "12×384² (real)": None,
     "768²": (768, 768),
@@ -205,22 +206,15 @@ def table5_row(model: Model, sample: int | None) -> dict[str, Any]:
         factors = approximate_model(folder, RANK, solver="krylov", cache=False, progress=False)
         seconds = time.perf_counter() - start
     total = sum(seconds / len(chosen) for _ in shapes) if sample is not None else seconds
-    # Adam: one matrix of each shape, few steps; the difference of two runs leaves out packing and the final loss.
-    steps, adam = 60, 0.0
-    for shape in dict.fromkeys(shapes):
-        W = like_the_real(shape, dtype, seed=0)
-        loader = [(shape, lambda W=W: W)]
-        run_ours(loader, 2, "cpu")
-        a_step = (run_ours(loader, steps, "cpu") - run_ours(loader, 1, "cpu")) / (steps - 1)
-        adam += shapes.count(shape) * a_step * STEPS
+    adam = measure_adam(model, "ours", "cpu", None, None).minutes
     return {
         "model": model.name,
         "matrices": len(shapes),
         "measured": len(chosen),
         "krylov s" if len(chosen) == len(shapes) else "krylov s (extrapolated)": total,
         "worst excess": max(one.certificate.excess for one in factors.values()),
-        "Adam-20,000 min (extrapolated)": adam / 60,
-        "Adam / krylov": adam / total,
+        "Adam-20,000 min (extrapolated)": adam,
+        "Adam / krylov": 60 * adam / total,
         "paper min (RTX 4090)": model.minutes,
         "paper / krylov": 60 * model.minutes / total,
     }
