@@ -4,11 +4,11 @@
     python -m bench.solvers table5             the six models of Table 5 by krylov, beside Adam   (about 15 minutes)
     python -m bench.solvers                    both
 
-pareto: each measurement is a process of its own, warmed up on two smaller matrices; its time is the median of its turns, its
-memory the high-water mark over what was resident before. The excess f/f* − 1 is from the float64 residual and the f* of
-a certified solve at 1e-11. table5: krylov is measured over every matrix of the row (with --sample N, over N of each
-shape, and the total says that it is extrapolated); Adam as bench/table5.py measures it, over fewer steps and matrices. The results are
-results/solvers.json, .md and .png.
+pareto: each measurement is a process of its own, warmed up on two smaller matrices; its time is the median of its
+turns, its memory the high-water mark over what was resident before. The excess f/f* − 1 is from the float64 residual
+and the f* of a certified solve at 1e-11. table5: krylov is measured over every matrix of the row (with --sample N, over
+N of each shape, and the total says that it is extrapolated); Adam as bench/table5.py measures it, over fewer steps and
+matrices. The results are results/solvers.json, .md and .png.
 """
 
 from __future__ import annotations
