@@ -1,4 +1,4 @@
-"""WX and WᵀWX from one reading of W on the CPU: a part of W is packed once and multiplied twice while it is in cache.
+"""XWᵀ and XWᵀW from one reading of W on the CPU: a part of W is packed once and multiplied twice while in cache.
 
 Layouts (float32 but for W; padding is zero):
 
@@ -7,7 +7,7 @@ Layouts (float32 but for W; padding is zero):
     along the stored rows     (length rounded up, b)
     along the stored columns  (panels, b, PANEL)
 
-b is X's number of columns rounded up to the rank group. The sums over parts of W are kept in slots that the shape alone
+b is X's number of rows rounded up to the rank group. The sums over parts of W are kept in slots that the shape alone
 decides on, so any number of threads gives the same bits.
 """
 
@@ -37,7 +37,7 @@ from .cpu_simd import (
 MOST_SLOTS = 12
 # A packed part of W is about so large: it stays in a core's second cache, beside the blocks that it meets.
 PACKED_BYTES = 1 << 18
-# Rows of a strip are a multiple of this and at most so many, which makes X's and Z's traffic small beside W's.
+# A strip has a multiple of so many rows, and at most so many, where X's traffic is small beside W's.
 _ROW_STEP, _MOST_ROWS = 6, 96
 _TILE_PANELS = 8
 # Below this a second thread costs more than it saves.
