@@ -14,7 +14,7 @@ from torch import Tensor
 from .factors import Certificate, Factors
 from .init import METHODS, gaussian, milora, nearest, pissa
 from .kernels import Problem, load_backend
-from .kernels.passes import losses
+from .kernels.passes import losses, one_torch_thread
 from .options import Options
 from .progress import ProgressBar
 from .solvers.adam import Adam, adam
@@ -87,17 +87,13 @@ def _side_by_side(
     solved: Callable[[Task], tuple[Task, dict[int, Factors]]], tasks: Sequence[Task]
 ) -> Iterator[tuple[Task, dict[int, Factors]]]:
     """Each task on one thread, as many at once as torch has threads; torch is held to one in each of them."""
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with one_torch_thread() as threads:
         if len(tasks) == 1:
             # A new thread's memory is new too, and touching it costs as much again as the work.
             yield solved(tasks[0])
         else:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 yield from pool.map(solved, tasks)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _factors_of(W: Tensor, task: Task, options: Options) -> dict[int, Factors]:

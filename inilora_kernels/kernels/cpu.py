@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import Problem, Sample, Schedule
-from .cpu_simd import LOADS_FLOAT16, PANEL, SMALL_GROUP
+from .cpu_simd import LOADS_FLOAT16, PANEL, SMALL_GROUP, kernel_view, round_up
 from .cpu_step import (
     A_CHUNK_PANELS,
     B_BLOCK_ROWS,
@@ -39,25 +39,12 @@ SMALL_MATRIX_BYTES = 8 * 2**20
 FLOPS_A_CALL = 1.5e10
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 @dataclass(frozen=True)
 class PackedMatrix:
     """W in tiles (strips, panels, strip rows, PANEL), zero-padded, in the checkpoint's dtype."""
 
     tiles: Tensor
     shape: tuple[int, int]
-
-    @property
-    def kernel_view(self) -> NDArray[np.generic]:
-        """The tiles as the kernels take them: bfloat16 as uint16, float16 as int16."""
-        if self.tiles.dtype == torch.bfloat16:
-            return self.tiles.view(torch.uint16).numpy()
-        if self.tiles.dtype == torch.float16:
-            return self.tiles.view(torch.int16).numpy()
-        return self.tiles.numpy()
 
 
 def pack(W: Tensor) -> PackedMatrix:
@@ -66,7 +53,7 @@ def pack(W: Tensor) -> PackedMatrix:
         W = W.float()
     d, k = W.shape
     n_strips = ceil(d / STRIP_ROWS)
-    strip_rows = _round_up(ceil(d / n_strips), B_BLOCK_ROWS)
+    strip_rows = round_up(ceil(d / n_strips), B_BLOCK_ROWS)
     n_panels = ceil(k / PANEL)
     tiles = torch.zeros(n_strips, n_panels, strip_rows, PANEL, dtype=W.dtype)
     whole = k // PANEL * PANEL
@@ -92,7 +79,7 @@ class Run:
         self.step = 0
         d, k = problem.shape
         n_strips, n_panels, strip_rows, _ = self.W.tiles.shape
-        rank = _round_up(self.rank, SMALL_GROUP)
+        rank = round_up(self.rank, SMALL_GROUP)
         self.slot_strips = ceil(n_strips / MOST_SLOTS)
         A = torch.zeros(n_panels * PANEL, rank)
         A[:k, : self.rank] = problem.A.T
@@ -125,7 +112,7 @@ class Run:
         grams = np.empty((2, rank, rank), np.float32)
         A_mean, A_square, B_mean, B_square = self.moments
         run_steps(
-            self.W.kernel_view, self.A, A_mean, A_square, self.B, B_mean, B_square, self.P, self.Q,
+            kernel_view(self.W.tiles), self.A, A_mean, A_square, self.B, B_mean, B_square, self.P, self.Q,
             self.slot_strips, self.A_shares, self.B_shares, grams, work, self.step, rates,
             schedule.eps_for(self.W.shape), schedule.beta1, schedule.beta2, member, team, self.barrier,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
@@ -31,7 +32,9 @@ from .cpu_simd import (
     VECTORS,
     copy_runs,
     inner_products,
+    kernel_view,
     outer_products,
+    round_up,
 )
 
 MOST_SLOTS = 12
@@ -63,9 +66,9 @@ class FusedGramReader:
         stored = W if self._by_rows else W.T
         self._shape, self._width = stored.shape, width
         self._stride = stored.stride(0)
-        self._flat = _flat(stored)
         m, n = stored.shape
-        b = _round_up(width, SMALL_GROUP)
+        self._flat = kernel_view(stored.as_strided(((m - 1) * self._stride + n,), (1,)))
+        b = round_up(width, SMALL_GROUP)
         panels = ceil(n / PANEL)
         row_bytes = PANEL * W.element_size()
         if self._by_rows:
@@ -74,7 +77,7 @@ class FusedGramReader:
             self._parts, self._packed = ceil(m / self._step), panels * PANEL * self._step
             along_rows = self._parts * self._step
         else:
-            along_rows = _round_up(m, ROWS)
+            along_rows = round_up(m, ROWS)
             self._step = min(panels, _TILE_PANELS, max(1, PACKED_BYTES // (along_rows * row_bytes)))
             self._parts, self._packed = ceil(panels / self._step), self._step * PANEL * along_rows
         self._parts_a_slot = ceil(self._parts / MOST_SLOTS)
@@ -85,7 +88,7 @@ class FusedGramReader:
         self._given = torch.zeros(in_panels if self._by_rows else in_rows)
         self._once = torch.empty(in_rows if self._by_rows else in_panels)
         self._twice = torch.empty(slots, *self._given.shape)
-        self._work = [torch.zeros(self._packed, dtype=self._flat.dtype).numpy() for _ in range(self._threads)]
+        self._work = [np.zeros(self._packed, self._flat.dtype) for _ in range(self._threads)]
 
     def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
         m, n = self._shape
@@ -109,14 +112,10 @@ class FusedGramReader:
         for slot in range(slots * member // self._threads, slots * (member + 1) // self._threads):
             first = slot * self._parts_a_slot
             kernel(
-                self._flat.numpy(), self._stride, m, n, self._given.numpy(), self._once.numpy(),
+                self._flat, self._stride, m, n, self._given.numpy(), self._once.numpy(),
                 self._twice[slot].numpy(), self._work[member], self._step, first,
                 min(first + self._parts_a_slot, self._parts),
             )  # fmt: skip
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _fill_panels(panels: Tensor, rows: Tensor) -> None:
@@ -130,12 +129,6 @@ def _fill_panels(panels: Tensor, rows: Tensor) -> None:
 
 def _from_panels(panels: Tensor) -> Tensor:
     return panels.transpose(0, 1).reshape(panels.shape[1], -1)
-
-
-def _flat(stored: Tensor) -> Tensor:
-    """The memory from the first to the last element, as the kernels take it: bfloat16 as uint16, float16 as int16."""
-    flat = stored.as_strided(((stored.shape[0] - 1) * stored.stride(0) + stored.shape[1],), (1,))
-    return flat.view({torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(stored.dtype, stored.dtype))
 
 
 @njit(cache=True, nogil=True, inline="always")

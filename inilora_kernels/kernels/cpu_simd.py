@@ -11,10 +11,14 @@ import os
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
 
 _features = os.environ.get("NUMBA_CPU_FEATURES") or llvmlite.binding.get_host_cpu_features().flatten()
 if "+avx512f" in _features.split(","):
@@ -29,6 +33,17 @@ SMALL_GROUP = 4
 # Without an instruction for it, LLVM would call a library function that is not there.
 LOADS_FLOAT16 = "+f16c" in _features.split(",") or "+neon" in _features.split(",")
 PANEL = LANES * VECTORS
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def kernel_view(tensor: Tensor) -> NDArray[np.generic]:
+    """The same memory as the kernels take it: bfloat16 as uint16, float16 as int16."""
+    bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+    return tensor.view(bits.get(tensor.dtype, tensor.dtype)).numpy()
+
 
 _FLOAT = ir.FloatType()
 _INT64 = ir.IntType(64)

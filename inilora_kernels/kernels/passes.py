@@ -28,21 +28,31 @@ GramReader = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @contextmanager
+def one_torch_thread() -> Iterator[int]:
+    """Hold torch to one thread for a while. Gives the number that it has else, and has again afterwards.
+
+    The number is the process's, for threads that have not asked for it yet.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def reading_threads(W: Tensor, dtype: torch.dtype) -> Iterator[int]:
     """How many threads a `gram_reader` may use. Where those are its own, torch is held to one in the meantime.
 
     For milliseconds after each of its parallel regions torch's threads wait for the next one without sleeping, on the
     cores that the reader's threads then have to share with them.
     """
-    threads = torch.get_num_threads()
-    if not _fused(W, dtype):
-        yield threads
-        return
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
+    if _fused(W, dtype):
+        with one_torch_thread() as threads:
+            yield threads
+    else:
+        yield torch.get_num_threads()
 
 
 def gram_reader(W: Tensor, width: int, dtype: torch.dtype, threads: int) -> GramReader:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from inilora_kernels.kernels import Problem, Sample, Schedule
 from inilora_kernels.kernels.cpu import CpuBackend, Run, pack
+from inilora_kernels.kernels.cpu_simd import kernel_view
 from inilora_kernels.kernels.cpu_step import slot_products
 from inilora_kernels.kernels.reference import ReferenceBackend, gradient_products
 
@@ -55,7 +56,7 @@ def test_gradient_products(shape: tuple[int, int], rank: int, dtype: torch.dtype
     for slot in range(start.P.shape[0]):
         first = slot * start.slot_strips
         last = min(first + start.slot_strips, start.W.tiles.shape[0])
-        slot_products(start.W.kernel_view, start.A, start.B, start.P[slot], start.Q, first, last)
+        slot_products(kernel_view(start.W.tiles), start.A, start.B, start.P[slot], start.Q, first, last)
     P = start.P.sum(0).transpose(0, 2, 1).reshape(-1, start.A.shape[1])[: shape[1], :rank].T
     Q = start.Q[: shape[0], :rank]
     W = one.load().double()
