@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from inilora_kernels.kernels import Problem, Sample, Schedule
-from inilora_kernels.kernels.gpus import Gpu
-from inilora_kernels.kernels.plan import CONCURRENCY, Matrix, choose, step_of
+from inilora_kernels.kernels.backend import Problem, Sample, Schedule
+from inilora_kernels.kernels.gpu.backend import TritonBackend
+from inilora_kernels.kernels.gpu.cost_model import CONCURRENCY, Matrix, choose, step_of
+from inilora_kernels.kernels.gpu.gpus import Gpu
+from inilora_kernels.kernels.gpu.tiles import RANKS, tiles
+from inilora_kernels.kernels.gpu.wave import Wave, lay_out, padded_weight
 from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_products
-from inilora_kernels.kernels.triton import TritonBackend
-from inilora_kernels.kernels.triton_tiles import RANKS, tiles
-from inilora_kernels.kernels.triton_wave import Wave, lay_out, padded_weight
 
 from .machine import describe
 from .table5 import MODELS, RESULTS, synthetic

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
-from inilora_kernels.files import write_whole
+from inilora_kernels.storage.atomic import write_whole
 
 from .pypi import download_release
 

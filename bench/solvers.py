@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inilora_kernels import approximate, approximate_model
-from inilora_kernels.kernels.passes import losses
+from inilora_kernels.kernels.streaming import losses
 from inilora_kernels.solvers.krylov import principal
 from inilora_kernels.solvers.optimum import least
 

@@ -12,8 +12,8 @@ import scipy.fft
 import torch
 from torch import Tensor
 
-from inilora_kernels.checkpoint import open_checkpoint
-from inilora_kernels.targets import find_targets, read_target
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.targets import find_targets, read_target
 
 # The exponent is fitted to so many leading singular values.
 _FITTED = 64

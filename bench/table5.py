@@ -29,11 +29,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from inilora_kernels.checkpoint import open_checkpoint
-from inilora_kernels.kernels import Problem, Schedule, load_backend
-from inilora_kernels.kernels.gpus import GPUS
-from inilora_kernels.kernels.plan import Matrix, Plan, plan
-from inilora_kernels.targets import find_targets, read_target
+from inilora_kernels.kernels.backend import Problem, Schedule, load_backend
+from inilora_kernels.kernels.gpu.cost_model import Matrix, Plan, plan
+from inilora_kernels.kernels.gpu.gpus import GPUS
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.targets import find_targets, read_target
 
 from .machine import describe
 from .paper_way import PaperWay

@@ -15,8 +15,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from inilora_kernels.kernels import Problem, Schedule
-from inilora_kernels.kernels.cpu import CpuBackend
+from inilora_kernels.kernels.backend import Problem, Schedule
+from inilora_kernels.kernels.cpu.backend import CpuBackend
 
 from .paper_way import PaperWay
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from .adapters.peft import initialize_peft, load_delta
-    from .inilora_pt import save_inilora_pt
+    from .storage.authors_folder import save_inilora_pt
 
 __all__ = [
     "Certificate",
@@ -65,7 +65,7 @@ _MODULES = {
     "load_delta": "adapters.peft",
     "merge": "adapters.layer",
     "save_adapter": "adapters.export",
-    "save_inilora_pt": "inilora_pt",
+    "save_inilora_pt": "storage.authors_folder",
     "trainable_parameters": "adapters.layer",
     "unmerge": "adapters.layer",
 }

@@ -12,17 +12,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import cache as finished_matrices
-from .checkpoint import open_checkpoint
+from .display.progress import ProgressBar
 from .errors import OptionError, WeightError
 from .factors import Factors, FactorSet
-from .kernels import load_backend
+from .kernels.backend import load_backend
+from .model.checkpoint import open_checkpoint
+from .model.survey import Source, Surveyed, start_stds, survey
+from .model.targets import FLOAT_DTYPES, find_targets, read_target
 from .options import Options, Rank, require_count
-from .progress import ProgressBar
-from .solve import Task, solve_by_adam, solve_directly
 from .solvers.optimum import rank_for_energy
-from .sources import Source, Surveyed, start_stds, survey
-from .targets import FLOAT_DTYPES, find_targets, read_target
+from .solvers.run import Task, solve_by_adam, solve_directly
+from .storage import cache as finished_matrices
 
 
 @overload
@@ -118,7 +118,7 @@ def approximate_model(
     rank_pattern: as in PEFT's LoraConfig, other ranks for some modules, by name ending or regular expression.
     target_modules: PEFT's syntax: a list of name endings, a regular expression, or "all-linear"; None: the query and
         value projections.
-    method: "inilora" and others of the paper; `inilora_kernels.init` has the formula and source of each.
+    method: "inilora" and others of the paper; `inilora_kernels.initializations` has the formula and source of each.
     solver: of "inilora": "adam", the paper's trajectory, is the default; "krylov", the same minimum in seconds;
         "exact", by a full SVD. Of "pissa": "krylov", the default, or "exact".
     gauge: which factors of the one best product "inilora" takes by krylov or exact: "nearest", the balanced pair

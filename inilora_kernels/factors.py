@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import FactorFileError, OptionError
-from .files import write_whole
+from .storage.atomic import write_whole
 
 FORMAT_VERSION = 1
 METADATA_KEY = "inilora_kernels"
@@ -182,7 +182,7 @@ class FactorSet(Mapping[str, Factors]):
         """
         path = Path(path)
         if path.is_dir():
-            from .inilora_pt import load_inilora_pt  # that module builds on this one
+            from .storage.authors_folder import load_inilora_pt  # that module builds on this one
 
             return load_inilora_pt(path, base)
         if not path.is_file():

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import OptionError
-from .init import METHODS, Method
-from .kernels import Schedule
+from .initializations import METHODS, Method
+from .kernels.backend import Schedule
 
 LOSSES = ("mse", "frobenius")
 GAUGES = ("nearest", "svd")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inilora_kernels.checkpoint import open_checkpoint
 from inilora_kernels.factors import Certificate, Factors, FactorSet
+from inilora_kernels.model.checkpoint import open_checkpoint
 
 RANK = 8
 Start = Callable[[Tensor, int], tuple[Tensor, Tensor]]

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from bench.movie_reviews import Review
-from inilora_kernels.cli import main
+from inilora_kernels.cli.main import main
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted((DOCS / "trainers").glob("*.md"))

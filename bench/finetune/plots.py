@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inilora_kernels.files import write_whole
+from inilora_kernels.storage.atomic import write_whole
 
 from .rows import Row
 from .run import Run

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from scipy.stats import ttest_rel
 
-from inilora_kernels.files import write_whole
+from inilora_kernels.storage.atomic import write_whole
 
 from .plots import draw
 from .rows import Row

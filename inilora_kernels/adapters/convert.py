@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import FactorFileError, OptionError, TargetError
 from ..factors import FactorSet
-from ..files import require_new_folder, whole_folder
+from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..storage.atomic import require_new_folder, whole_folder
 from .export import RESIDUAL_RECORD, factors_sha256, require_same_base
 from .folder import KEY_PREFIX, Adapter, copy_model, read_adapter, write_adapter
 from .layer import difference

@@ -21,12 +21,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..architecture import HEADS, describe
-from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import FactorFileError, OptionError, TargetError, WeightError
 from ..factors import Factors, FactorSet
-from ..files import require_new_folder, whole_folder
-from ..names import match_names
+from ..model.architecture import HEADS, describe
+from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..model.names import match_names
+from ..storage.atomic import require_new_folder, whole_folder
 from .folder import KEY_PREFIX, Adapter, TaskType, copy_model, write_adapter
 from .layer import adapters, warn_if_rounded_away
 from .modules import Start, find_starts, is_conv1d, module_of

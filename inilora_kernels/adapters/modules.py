@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architecture import describe
 from ..errors import OptionError, TargetError
 from ..factors import Factors, FactorSet
-from ..names import match_names
+from ..model.architecture import describe
+from ..model.names import match_names
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import Problem, Sample, Schedule
+from .backend import Problem, Sample, Schedule
 
 
 def gradient_products(W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

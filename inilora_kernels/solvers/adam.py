@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..factors import Certificate
-from ..kernels import Backend, Problem, Sample, Schedule
+from ..kernels.backend import Backend, Problem, Sample, Schedule
 
 # How often a matrix is asked whether it has reached `tol`.
 TOLERANCE_CHECK_STEPS = 100

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .space import KrylovSpace
+from .krylov_space import KrylovSpace
 
 # The chance that the bound on c is wrong, over the draw of the second space's start.
 FAILURE_PROBABILITY = 1e-12

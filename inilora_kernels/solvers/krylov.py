@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..factors import FLOAT32_FLOOR
-from ..kernels.passes import energy, reading_threads
+from ..kernels.streaming import energy, reading_threads
 from .certificate import ritz_pairs, shortfalls
-from .space import KrylovSpace
+from .krylov_space import KrylovSpace
 
 # Each rank's proven excess is to be below this, or below what float32 factors can show.
 TOLERANCE = 1e-8

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.passes import losses
+from ..kernels.streaming import losses
 from .krylov import LEADING, principal
 
 # Up to this size (the smaller side) all singular values cost less than their bound is worth.

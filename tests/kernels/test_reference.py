@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inilora_kernels.kernels import Schedule
+from inilora_kernels.kernels.backend import Schedule
 from inilora_kernels.kernels.reference import AdamState, adam_step, gradients, residual_loss
 
 

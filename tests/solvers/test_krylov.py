@@ -11,11 +11,11 @@ from torch import Tensor
 
 from inilora_kernels import Factors, approximate
 from inilora_kernels.factors import FLOAT32_FLOOR
-from inilora_kernels.kernels import passes
+from inilora_kernels.kernels import streaming
 from inilora_kernels.solvers import certificate, krylov
 from inilora_kernels.solvers.krylov import Principal, principal
+from inilora_kernels.solvers.krylov_space import KrylovSpace
 from inilora_kernels.solvers.optimum import optima, rank_for_energy
-from inilora_kernels.solvers.space import KrylovSpace
 
 
 def with_spectrum(d: int, k: int, spectrum: Callable[[Tensor], Tensor], seed: int = 0) -> Tensor:
@@ -54,7 +54,7 @@ SPECTRA: dict[str, Tensor] = {
 def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small matrices are read by torch; here the kernels that read large ones have to take them too."""
     if request.param == "fused kernels":
-        monkeypatch.setattr(passes, "_CACHED_ELEMENTS", 0)
+        monkeypatch.setattr(streaming, "_CACHED_ELEMENTS", 0)
 
 
 @pytest.mark.usefixtures("reader")
@@ -204,7 +204,7 @@ def test_torch_has_its_threads_back_after_a_large_matrix() -> None:
     threads = torch.get_num_threads()
     W = normal(1500, 1500)
     W[0] *= 100
-    with passes.reading_threads(W, torch.float32) as own:
+    with streaming.reading_threads(W, torch.float32) as own:
         assert own == threads
         assert torch.get_num_threads() == 1
     principal(W, [1])

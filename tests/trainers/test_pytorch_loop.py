@@ -11,16 +11,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
-from inilora_kernels import (
-    FactorSet,
-    attach,
-    convert,
-    detach,
-    export_merged,
-    merge,
-    save_adapter,
-    trainable_parameters,
-)
+from inilora_kernels import FactorSet, attach, convert, detach, export_merged, merge, save_adapter, trainable_parameters
 from inilora_kernels.adapters.layer import Form
 
 from .conftest import BATCH, Logits

@@ -1,0 +1,395 @@
+"""The command line: `inilora`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import typer
+from rich.console import Console
+
+from ..adapters.folder import TaskType
+from ..adapters.layer import Form
+from ..errors import InitializationError, OptionError
+from ..factors import FactorSet
+from ..storage.atomic import require_writable
+
+application = typer.Typer(
+    name="inilora",
+    help="LoRA factors that start from the pretrained weights: B·A ≈ W, with a certificate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Format = Literal["peft", "inilora-pt"]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]
+Base = Annotated[Path | None, typer.Option(help="The original model's folder, of which the factors are.")]
+Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")]
+Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
+Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")]
+Trained = Annotated[Path, typer.Argument(help="The adapter folder that the trainer saved.")]
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw error by layer, spectra and convergence into this .png, .svg or .pdf.")
+]
+
+
+@application.command()
+def approximate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .safetensors or a torch .bin file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The factor file to write (.safetensors).")],
+    rank: Annotated[
+        str, typer.Option(help="Rank r; 8,16,32: a file each, by one reading; energy:0.2: each matrix's own.")
+    ] = "8",
+    rank_pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="As in PEFT: PATTERN=RANK for the modules of that name ending or expression (repeat)."),
+    ] = None,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target-modules",
+            "-t",
+            help="As in PEFT: a name (repeat the option for more), one regular expression, or all-linear. "
+            "Default: query and value projections.",
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="Initialization; `inilora methods` lists them.")] = "inilora",
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="adam: the paper's trajectory; krylov: the same minimum in seconds; exact: by a full SVD. "
+            "Default: the method's first in `inilora methods`."
+        ),
+    ] = None,
+    gauge: Annotated[
+        str, typer.Option(help="krylov, exact: the factors nearest to the random start, or svd, PiSSA's.")
+    ] = "nearest",
+    start: Annotated[
+        Path | None, typer.Option(help="A factor file for gauge nearest to be near to, a short Adam run's, say.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Adam steps a matrix.")] = 20_000,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-4,
+    step_size: Annotated[int, typer.Option(help="StepLR: steps between two decays.")] = 5_000,
+    gamma: Annotated[float, typer.Option(help="StepLR: factor of a decay.")] = 0.9,
+    loss: Annotated[
+        str, typer.Option(help="mse: the paper's mean; frobenius: the sum, which converges better.")
+    ] = "mse",
+    init_std: Annotated[
+        str | None, typer.Option(help="Start's deviation: kind, global, or a number. Default: the method's.")
+    ] = None,
+    tol: Annotated[float | None, typer.Option(help="Stop a matrix once its excess is below this.")] = None,
+    checkpoint_steps: Annotated[
+        list[int] | None, typer.Option(help="Keep the factors of this step too (repeat for more).")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, triton, cpu or reference.")] = "auto",
+    concurrency: Annotated[int, typer.Option(help="Most matrices in memory at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
+    device: Annotated[str | None, typer.Option(help="A torch device, such as cuda:1.")] = None,
+    cache: Annotated[bool, typer.Option(help="Find finished matrices again, keep new ones.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar on standard error.")] = True,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Factorize a model's weights and write the factor file."""
+    from ..approximate import approximate_model
+    from ..model.checkpoint import open_checkpoint
+
+    ranks = _ranks(rank)
+    outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
+    plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
+    inputs = [entry.file for entry in open_checkpoint(model).tensors.values()] + ([start] if start else [])
+    for one, path in outputs.items():
+        picture = plots[one]
+        _require_no_input(path, inputs)
+        require_writable(path)
+        if picture is not None:
+            _require_no_input(picture, [*inputs, path])
+        _require_plot(picture)
+    found = approximate_model(
+        model,
+        ranks,
+        _target_modules(target_modules),
+        rank_pattern=_rank_pattern(rank_pattern or []),
+        method=method,
+        solver=solver,
+        gauge=gauge,
+        start=FactorSet.load(start) if start is not None else None,
+        steps=steps,
+        lr=lr,
+        step_size=step_size,
+        gamma=gamma,
+        loss=loss,
+        init_std=None if init_std is None else _number_or_name(init_std),
+        tol=tol,
+        checkpoint_steps=tuple(checkpoint_steps or ()),
+        backend=backend,
+        concurrency=concurrency,
+        seed=seed,
+        device=device,
+        cache=cache,
+        progress=progress,
+    )
+    results = {0: found} if isinstance(found, FactorSet) else found
+    for one, factors in results.items():
+        factors.save(outputs[one])
+        _draw(factors, plots[one])
+    _show(list(results.values()), as_json)
+    if not as_json:
+        for path in outputs.values():
+            _say(f"wrote {path}")
+
+
+@application.command()
+def inspect(
+    file: Made,
+    base: Annotated[
+        Path | None, typer.Option(help="For an authors' folder: the model's folder, to compare with.")
+    ] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a factor file, how good it is, and how far its rank captures the singular spectrum."""
+    from ..display.tables import spectrum_table
+
+    _require_plot(plot)
+    factors = FactorSet.load(file, base)
+    _draw(factors, plot)
+    _show([factors], as_json)
+    spectrum = spectrum_table(factors)
+    if spectrum is not None and not as_json:
+        Console().print(spectrum)
+
+
+@application.command()
+def export(
+    factors: Made,
+    output: Folder,
+    base: Base = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="residual: a base folder with R = W − BA and an adapter, which every trainer takes as they are; "
+            "delta: the adapter, and its frozen negative, for the untouched base."
+        ),
+    ] = "residual",
+    file_format: Annotated[
+        Format, typer.Option("--format", help="peft: folders for trainers; inilora-pt: the authors' factor files.")
+    ] = "peft",
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="PEFT's lora_alpha. Default: the rank, a scaling of 1.")
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by lora_alpha / √r.")] = False,
+    lora_dropout: Annotated[float, typer.Option(help="PEFT's lora_dropout.")] = 0.0,
+    task_type: Annotated[
+        TaskType | None, typer.Option(help="PEFT's task_type. Default: the model's own class, as config.json has it.")
+    ] = None,
+) -> None:
+    """Write factors as folders that a trainer reads."""
+    if file_format == "inilora-pt":
+        from ..storage.authors_folder import save_inilora_pt
+
+        if lora_alpha is not None or rslora or lora_dropout or task_type is not None:
+            raise OptionError("the authors' files hold A and B alone: --lora-alpha and the like go with --format peft")
+        save_inilora_pt(FactorSet.load(factors, base), output)
+        _say(f"wrote {output}")
+        return
+    if base is None:
+        raise OptionError("give the model's folder, of which the factors are, as --base")
+    from ..adapters.export import export_delta, export_residual
+
+    write = export_residual if form == "residual" else export_delta
+    write(base, FactorSet.load(factors, base), output, lora_alpha, rslora, lora_dropout, task_type)
+    if form == "residual":
+        _say(f"wrote {output / 'base'}, the model to train on, and {output / 'adapter'}, the adapter to go on from")
+    else:
+        _say(
+            f"wrote {output / 'adapter'}, the adapter to go on from, and {output / 'initial'}, to stay frozen beside it"
+        )
+
+
+@application.command()
+def convert(
+    trained: Trained,
+    init: Init,
+    output: Folder,
+    base: Base = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Recompress to this rank. Default: exact, at twice the rank.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a plain LoRA for the original model of a trained adapter."""
+    from ..adapters.convert import convert as convert_folder
+
+    errors = convert_folder(trained, FactorSet.load(init, base), output, base, rank)
+    if as_json:
+        print(json.dumps({"truncation_error": errors}, indent=2))
+    elif rank is not None:
+        from ..display.tables import truncation_table
+
+        Console().print(truncation_table(errors, rank))
+    _say(f"wrote {output}")
+
+
+@application.command()
+def merge(trained: Trained, init: Init, output: Folder, base: Base = None) -> None:
+    """Write the original model with a trained adapter merged into it."""
+    from ..adapters.convert import export_merged
+
+    export_merged(trained, FactorSet.load(init, base), output, base)
+    _say(f"wrote {output}")
+
+
+@application.command()
+def methods(as_json: Json = False) -> None:
+    """List the initializations that --method takes, with their formula and source."""
+    from ..display.tables import methods_json, methods_table
+
+    if as_json:
+        print(json.dumps(methods_json(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(methods_table())
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+def _ranks(text: str) -> int | str | list[int]:
+    """8, energy:0.2 as it is, or 8,16,32; what is none of them is left to be refused."""
+    try:
+        ranks = [int(one) for one in text.split(",")]
+    except ValueError:
+        return text
+    return ranks if "," in text else ranks[0]
+
+
+def _of_rank(path: Path, rank: int) -> Path:
+    """factors.safetensors → factors-r8.safetensors."""
+    return path.with_name(f"{path.stem}-r{rank}{path.suffix}")
+
+
+def _rank_pattern(given: list[str]) -> dict[str, int]:
+    pattern = {}
+    for one in given:
+        name, _, rank = one.rpartition("=")
+        if not name or not rank.isdecimal():
+            raise OptionError(f"--rank-pattern {one}: give PATTERN=RANK, value=4 for example")
+        pattern[name] = int(rank)
+    return pattern
+
+
+def _target_modules(given: list[str] | None) -> list[str] | str | None:
+    """One plain name is a suffix; one that is no plain name is a regular expression, as PEFT takes a string."""
+    if (
+        given
+        and len(given) == 1
+        and (given[0] == "all-linear" or not given[0].replace(".", "").replace("_", "").isalnum())
+    ):
+        return given[0]
+    return given or None
+
+
+def _number_or_name(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _require_no_input(path: Path, inputs: Sequence[Path]) -> None:
+    """Nobody means to write over the model, or the plot over the factors."""
+    if path.resolve() in {one.resolve() for one in inputs}:
+        raise OptionError(f"{path}: this run reads or writes that file already; give another name")
+
+
+def _require_plot(path: Path | None) -> None:
+    if path is not None:
+        from ..display.tables import require_plot_path
+
+        require_plot_path(path)
+        require_writable(path)
+
+
+def _draw(factors: FactorSet, path: Path | None) -> None:
+    if path is not None:
+        from ..display.tables import plot
+
+        plot(factors, path)
+
+
+def _show(results: list[FactorSet], as_json: bool) -> None:
+    """Tables; or one JSON value, a list of them where there are several sets."""
+    from ..display.tables import json_report, table
+
+    if as_json:
+        reports = [json_report(factors) for factors in results]
+        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
+    else:
+        for factors in results:
+            Console().print(table(factors))
+
+
+@application.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .safetensors or a torch .bin file.")],
+    gpu: Annotated[str, typer.Option(help="rtx4090, a100, h100, h200, b200 or mi300x.")] = "rtx4090",
+    rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
+    steps: Annotated[int, typer.Option(help="Adam steps a matrix.")] = 20_000,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option("--target-modules", "-t", help="As for `approximate`. Default: query and value projections."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict what the adam solver would cost on a GPU: launches, bytes a step, time, and what bounds it."""
+    from ..kernels.gpu.cost_model import Matrix, json_plan, plan_table
+    from ..kernels.gpu.cost_model import plan as predict
+    from ..kernels.gpu.gpus import gpu_named
+    from ..model.checkpoint import open_checkpoint
+    from ..model.targets import find_targets
+    from ..options import require_count
+
+    require_count("rank", rank)
+    require_count("steps", steps)
+    chosen = gpu_named(gpu)
+    targets = find_targets(open_checkpoint(model), _target_modules(target_modules))
+    smallest = min(targets, key=lambda target: min(target.shape))
+    if rank > min(smallest.shape):
+        raise OptionError(f"rank={rank}: {smallest.module} has {min(smallest.shape)} at most")
+    # The backend reads float64 weights as float32.
+    matrices = [Matrix(target.shape, min(4, target.dtype.itemsize), rank) for target in targets]
+    result = predict(matrices, chosen, steps)
+    if as_json:
+        print(json.dumps(json_plan(result), indent=2))
+    else:
+        Console().print(plan_table(result))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    # The library's own are UserWarnings; what others deprecate is no concern of whoever runs a command.
+    if category is UserWarning:
+        print(f"inilora: warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; one clear line and status 2 for whatever the library refuses, one line for a warning."""
+    warnings.showwarning = _show_warning
+    try:
+        application()
+    except InitializationError as error:
+        print(f"inilora: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,126 @@
+"""What a backend is: the one door between the solvers and the kernels.
+
+A backend runs Adam on min ||W − BA||_F² for a batch of matrices and shows each matrix's state at the milestones it was
+given. How it orders the matrices is its own affair: a CPU runs one matrix through many steps, so that W stays in cache;
+a GPU runs all matrices a step at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError, OptionError
+
+BACKENDS = ("triton", "cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One matrix W (d×k) to approximate, and the factors A (r×k), B (d×r), float32, to start from.
+
+    load: reads W, in the checkpoint's own dtype. A backend calls it once, when it first needs W, and keeps W no longer
+    than the run of this matrix.
+    """
+
+    load: Callable[[], Tensor]
+    shape: tuple[int, int]
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Adam's settings, and StepLR's, in the authors' order: the scheduler steps before the optimizer.
+
+    eps belongs to the gradient of ||W − BA||_F², the sum, whose gradient every kernel forms. The mean over the d·k
+    entries is the same Adam with eps·d·k in its place, since both moments scale with the gradient: see `eps_for`.
+
+    >>> schedule = Schedule(steps=20_000, lr=5e-4, step_size=5_000, gamma=0.9, loss="mse")
+    >>> schedule.learning_rate(4_998), round(schedule.learning_rate(4_999), 6)
+    (0.0005, 0.00045)
+    """
+
+    steps: int
+    lr: float
+    step_size: int
+    gamma: float
+    loss: str
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of step i, counted from 0: lr · gamma^⌊(i+1)/step_size⌋."""
+        return float(self.lr * self.gamma ** ((step + 1) // self.step_size))
+
+    def eps_for(self, shape: tuple[int, int]) -> float:
+        """Adam's eps for the gradient of the sum that equals `eps` on the gradient of the chosen loss."""
+        return self.eps * shape[0] * shape[1] if self.loss == "mse" else self.eps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A matrix's state after `step` steps: float32 factors on the CPU and f = ||W − BA||_F² in float64."""
+
+    index: int
+    step: int
+    loss: float
+    A: Tensor
+    B: Tensor
+
+
+class Backend(Protocol):
+    """A set of kernels on a device."""
+
+    @property
+    def name(self) -> str:
+        """As in `load_backend`."""
+
+    def adam(
+        self,
+        problems: Sequence[Problem],
+        schedule: Schedule,
+        milestones: Sequence[int],
+        observe: Callable[[Sample], bool],
+        advanced: Callable[[int], None],
+    ) -> None:
+        """Run Adam on every problem up to the last of `milestones` (ascending).
+
+        observe: called in the caller's thread with each matrix's state at each milestone; False ends that matrix.
+        advanced: called in the caller's thread now and then with the number of matrix-steps done since the last call.
+        """
+
+
+def load_backend(name: str, device: str | torch.device | None = None) -> Backend:
+    """The backend of that name; "auto" is triton on a CUDA device, else cpu. Raises BackendError or OptionError."""
+    if name not in ("auto", *BACKENDS):
+        raise OptionError(f"backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
+    try:
+        chosen = torch.device(device) if device is not None else None
+    except RuntimeError as error:
+        raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    if name == "auto":
+        on_gpu = chosen.type == "cuda" if chosen is not None else torch.cuda.is_available()
+        name = "triton" if on_gpu else "cpu"
+    if name == "cpu":
+        if chosen is not None and chosen.type != "cpu":
+            raise BackendError(f'backend="cpu" does not run on device {str(chosen)!r}; leave device out')
+        from .cpu.backend import CpuBackend
+
+        return CpuBackend(threads=torch.get_num_threads())
+    if name == "triton":
+        from .gpu.backend import TritonBackend
+
+        return TritonBackend(device=chosen or torch.device("cuda"))
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend(device=chosen or torch.device("cpu"))

@@ -1,0 +1,240 @@
+"""The CPU backend: which thread works on which matrix, and when the caller hears of it.
+
+Small matrices go one to a thread and stay in that core's cache for thousands of steps; large ones, and the few that
+would leave a thread idle, are worked on by all threads together. See step.py for what a step is.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from math import ceil, fsum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..backend import Problem, Sample, Schedule
+from .simd import LOADS_FLOAT16, PANEL, SMALL_GROUP, kernel_view, round_up
+from .step import A_CHUNK_PANELS, B_BLOCK_ROWS, gram_of_A, gram_of_B, run_steps, strip_residual
+
+Array = NDArray[np.float32]
+
+STRIP_ROWS = 192
+MOST_SLOTS = 16
+# One thread keeps W to itself up to this size; the cache it runs from is shared beyond.
+SMALL_MATRIX_BYTES = 8 * 2**20
+# A call of the kernel lasts about this long, so that progress and Ctrl-C come through.
+FLOPS_A_CALL = 1.5e10
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """W in tiles (strips, panels, strip rows, PANEL), zero-padded, in the checkpoint's dtype."""
+
+    tiles: Tensor
+    shape: tuple[int, int]
+
+
+def pack(W: Tensor) -> PackedMatrix:
+    """Pack W (d×k, float32, float16 or bfloat16; float64 is rounded to float32), a strip at a time."""
+    if W.dtype == torch.float64 or (W.dtype == torch.float16 and not LOADS_FLOAT16):
+        W = W.float()
+    d, k = W.shape
+    n_strips = ceil(d / STRIP_ROWS)
+    strip_rows = round_up(ceil(d / n_strips), B_BLOCK_ROWS)
+    n_panels = ceil(k / PANEL)
+    tiles = torch.zeros(n_strips, n_panels, strip_rows, PANEL, dtype=W.dtype)
+    whole = k // PANEL * PANEL
+    for strip in range(n_strips):
+        rows = W[strip * strip_rows : (strip + 1) * strip_rows]
+        n_rows = rows.shape[0]
+        if n_rows == 0:
+            break
+        panels = rows[:, :whole].reshape(n_rows, whole // PANEL, PANEL).transpose(0, 1)
+        tiles[strip, : whole // PANEL, :n_rows] = panels
+        if whole < k:
+            tiles[strip, -1, :n_rows, : k - whole] = rows[:, whole:]
+    return PackedMatrix(tiles, (d, k))
+
+
+class Run:
+    """One matrix under way: the packed W, the factors with their moments, and the kernel's work space."""
+
+    def __init__(self, problem: Problem, schedule: Schedule) -> None:
+        self.W = pack(problem.load())
+        self.schedule = schedule
+        self.rank = problem.rank
+        self.step = 0
+        d, k = problem.shape
+        n_strips, n_panels, strip_rows, _ = self.W.tiles.shape
+        rank = round_up(self.rank, SMALL_GROUP)
+        self.slot_strips = ceil(n_strips / MOST_SLOTS)
+        A = torch.zeros(n_panels * PANEL, rank)
+        A[:k, : self.rank] = problem.A.T
+        B = torch.zeros(n_strips * strip_rows, rank)
+        B[:d, : self.rank] = problem.B
+        self.A: Array = np.ascontiguousarray(A.view(n_panels, PANEL, rank).transpose(1, 2).numpy())
+        self.B: Array = B.numpy()
+        self.moments = [np.zeros_like(x) for x in (self.A, self.A, self.B, self.B)]
+        self.P: Array = np.zeros((ceil(n_strips / self.slot_strips), *self.A.shape), np.float32)
+        self.Q: Array = np.zeros_like(self.B)
+        self.A_shares: Array = np.zeros((ceil(n_panels / A_CHUNK_PANELS), rank, rank), np.float32)
+        self.B_shares: Array = np.zeros((n_strips, rank, rank), np.float32)
+        self.barrier = np.zeros(32, np.int64)
+        for chunk in range(len(self.A_shares)):
+            first = chunk * A_CHUNK_PANELS
+            gram_of_A(self.A, first, min(first + A_CHUNK_PANELS, n_panels), self.A_shares[chunk])
+        for strip in range(n_strips):
+            gram_of_B(self.B, strip * strip_rows, (strip + 1) * strip_rows, self.B_shares[strip])
+
+    @property
+    def steps_a_call(self) -> int:
+        d, k = self.W.shape
+        return max(1, int(FLOPS_A_CALL / (4 * d * k * self.rank)))
+
+    def advance(self, steps: int, member: int, team: int) -> None:
+        """Run the kernel as one member of a team; the caller moves `self.step` when all are back."""
+        schedule, rank = self.schedule, self.A.shape[1]
+        rates = np.array([schedule.learning_rate(self.step + i) for i in range(steps)])
+        work = np.empty(rank * max(PANEL, B_BLOCK_ROWS), np.float32)
+        grams = np.empty((2, rank, rank), np.float32)
+        A_mean, A_square, B_mean, B_square = self.moments
+        run_steps(
+            kernel_view(self.W.tiles), self.A, A_mean, A_square, self.B, B_mean, B_square, self.P, self.Q,
+            self.slot_strips, self.A_shares, self.B_shares, grams, work, self.step, rates,
+            schedule.eps_for(self.W.shape), schedule.beta1, schedule.beta2, member, team, self.barrier,
+        )  # fmt: skip
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        d, k = self.W.shape
+        A = torch.from_numpy(self.A).transpose(0, 1).reshape(self.A.shape[1], -1)
+        return A[: self.rank, :k].clone(), torch.from_numpy(self.B)[:d, : self.rank].clone()
+
+    def strip_loss(self, strip: int) -> float:
+        strip_rows = self.W.tiles.shape[2]
+        rows = slice(strip * strip_rows, (strip + 1) * strip_rows)
+        return float(strip_residual(self.W.tiles[strip].float().numpy(), self.A, self.B[rows]))
+
+    def sample(self, index: int, losses: Iterable[float]) -> Sample:
+        A, B = self.factors()
+        return Sample(index, self.step, fsum(losses), A, B)
+
+
+class _Stopped(Exception):
+    """The caller has gone; a worker gives up its matrix."""
+
+
+@dataclass(frozen=True)
+class CpuBackend:
+    """Adam by fused numba kernels on `threads` threads."""
+
+    threads: int
+    name: str = "cpu"
+
+    def adam(
+        self,
+        problems: Sequence[Problem],
+        schedule: Schedule,
+        milestones: Sequence[int],
+        observe: Callable[[Sample], bool],
+        advanced: Callable[[int], None],
+    ) -> None:
+        small = [i for i, p in enumerate(problems) if 4 * p.shape[0] * p.shape[1] <= SMALL_MATRIX_BYTES]
+        alone = set(small[: len(small) // self.threads * self.threads]) if self.threads > 1 else set(small)
+        with ThreadPoolExecutor(self.threads) as pool:
+            for index, problem in enumerate(problems):
+                if index not in alone:
+                    self._run_together(pool, index, problem, schedule, milestones, observe, advanced)
+            if alone:
+                self._run_alone(pool, {i: problems[i] for i in sorted(alone)}, schedule, milestones, observe, advanced)
+
+    def _run_together(
+        self,
+        pool: ThreadPoolExecutor,
+        index: int,
+        problem: Problem,
+        schedule: Schedule,
+        milestones: Sequence[int],
+        observe: Callable[[Sample], bool],
+        advanced: Callable[[int], None],
+    ) -> None:
+        """All threads on one matrix."""
+        run = Run(problem, schedule)
+        for milestone in milestones:
+            while run.step < milestone:
+                steps = min(run.steps_a_call, milestone - run.step)
+                members = [pool.submit(run.advance, steps, member, self.threads) for member in range(self.threads)]
+                wait(members)
+                for member in members:
+                    member.result()
+                run.step += steps
+                advanced(steps)
+            losses = pool.map(run.strip_loss, range(run.W.tiles.shape[0]))
+            if not observe(run.sample(index, losses)):
+                return
+
+    def _run_alone(
+        self,
+        pool: ThreadPoolExecutor,
+        problems: dict[int, Problem],
+        schedule: Schedule,
+        milestones: Sequence[int],
+        observe: Callable[[Sample], bool],
+        advanced: Callable[[int], None],
+    ) -> None:
+        """A matrix a thread. The workers post what they have; this thread calls back."""
+        news: queue.Queue[int | tuple[Sample, Future[bool]]] = queue.Queue()
+        stop = threading.Event()
+
+        def work(index: int, problem: Problem) -> None:
+            run = Run(problem, schedule)
+            for milestone in milestones:
+                while run.step < milestone:
+                    if stop.is_set():
+                        raise _Stopped
+                    steps = min(run.steps_a_call, milestone - run.step)
+                    run.advance(steps, 0, 1)
+                    run.step += steps
+                    news.put(steps)
+                verdict: Future[bool] = Future()
+                news.put((run.sample(index, map(run.strip_loss, range(run.W.tiles.shape[0]))), verdict))
+                if not verdict.result():
+                    return
+
+        workers = [pool.submit(work, index, problem) for index, problem in problems.items()]
+        for worker in workers:
+            worker.add_done_callback(lambda _: news.put(0))
+        try:
+            left = len(workers)
+            while left:
+                message = news.get()
+                if isinstance(message, tuple):
+                    sample, verdict = message
+                    goes_on = False
+                    try:
+                        goes_on = observe(sample)
+                    finally:
+                        verdict.set_result(goes_on)
+                elif message:
+                    advanced(message)
+                else:
+                    left -= 1
+                    for worker in workers:
+                        if worker.done():
+                            worker.result()
+        finally:
+            stop.set()
+            for worker in workers:
+                worker.cancel()
+            while not all(worker.done() for worker in workers):
+                try:
+                    message = news.get(timeout=0.05)
+                except queue.Empty:
+                    continue
+                if isinstance(message, tuple):
+                    message[1].set_result(False)

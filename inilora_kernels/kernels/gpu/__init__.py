@@ -1,0 +1,1 @@
+"""Triton kernels for a GPU, their layout and their cost model."""

@@ -1,0 +1,335 @@
+"""A cost model of the GPU kernels: bytes, FLOPs and launches a step, and the time they predict. No autotuning.
+
+It chooses what the tiles leave open: into how many parts a matrix's columns are divided, and how many matrices step
+together. Matrices whose working set fits the last-level cache go in small waves, each run to its end before the next,
+so that W comes from DRAM once and from the cache in every later step. Both choices depend on a matrix's shape, dtype,
+rank and the GPU alone, never on its neighbours, so that a result has the same bits in any batch.
+
+    products:  max( bytes / bandwidth, FLOPs / peak ) / share of the multiprocessors that have work  +  launch
+    Adam:      bytes / bandwidth  +  launch
+    run:       steps · (products + Adam)  +  weights to the device  +  the loss at each milestone
+
+Predictions are predictions: the share of a peak that a kernel reaches (`REACHED`) is an assumption until measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from ...errors import OptionError
+from .gpus import Gpu
+from .tiles import Tiles, aligned, padded_rank, tiles
+
+# Shares of the peaks below that the model counts on: streaming DRAM, streaming the cache, small tensor-core tiles.
+REACHED_DRAM = 0.90
+REACHED_CACHE = 0.70
+REACHED_TENSOR = 0.60
+# Partial sums written may not exceed this share of W's bytes where the columns are divided.
+PARTIAL_SHARE = 0.15
+CONCURRENCY = 64
+# Bytes a second from the page cache through pageable memory to the device, and of DRAM an entry that the float64 loss
+# of a milestone moves (residual out and in thrice, W once): assumptions, small beside the steps.
+HOST_BANDWIDTH = 8e9
+LOSS_BYTES = 52
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What the model needs of a matrix W (d×k): its shape, bytes an element (2 or 4), and the rank."""
+
+    shape: tuple[int, int]
+    itemsize: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of `matrices` equal matrices: bytes, FLOPs and predicted seconds of the two launches.
+
+    partial_bytes: P and Q shares written (they are read once more by the Adam launch).
+    bound: what the products wait for: "DRAM", "cache" or "tensor cores".
+    """
+
+    matrices: int
+    weight_bytes: int
+    partial_bytes: int
+    state_bytes: int
+    flops: float
+    products: float
+    adam: float
+    bound: str
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.adam
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal matrices of a model: how they are run, and one wave's step.
+
+    seconds: of all steps. overhead: of bringing the weights to the device and of the losses at the milestones.
+    """
+
+    matrix: Matrix
+    count: int
+    parts: int
+    wave: int
+    resident: bool
+    step: Step
+    seconds: float
+    overhead: float
+
+    @property
+    def waves(self) -> int:
+        return math.ceil(self.count / self.wave)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted run of a model's matrices on a GPU. memory: peak device bytes, of the largest wave."""
+
+    gpu: Gpu
+    steps: int
+    groups: tuple[Group, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(group.seconds + group.overhead for group in self.groups)
+
+    @property
+    def launches(self) -> int:
+        return sum(2 * self.steps * group.waves for group in self.groups)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(group.count * _weight_bytes(group.matrix) for group in self.groups)
+
+    @property
+    def memory(self) -> int:
+        return max(
+            min(group.wave, group.count)
+            * (_weight_bytes(group.matrix) + _state_bytes(group.matrix, self.gpu, group.parts))
+            for group in self.groups
+        )
+
+
+def _weight_bytes(matrix: Matrix) -> int:
+    return matrix.shape[0] * aligned(matrix.shape[1]) * matrix.itemsize
+
+
+def _tiles(matrix: Matrix, gpu: Gpu) -> Tiles:
+    return tiles(gpu.architecture, matrix.itemsize, matrix.rank)
+
+
+def _slot_bytes(matrix: Matrix, gpu: Gpu, parts: int) -> int:
+    """P slots, one a strip of rows, and Q slots, one a part of the columns, all float32."""
+    d, k = (aligned(side) for side in matrix.shape)
+    strips = math.ceil(matrix.shape[0] / _tiles(matrix, gpu).strip.rows)
+    return 4 * matrix.rank * (strips * k + parts * d)
+
+
+def _state_bytes(matrix: Matrix, gpu: Gpu, parts: int) -> int:
+    chosen = _tiles(matrix, gpu)
+    sides = sum(aligned(side) for side in matrix.shape)
+    blocks = sum(math.ceil(aligned(side) / chosen.block.width) for side in matrix.shape)
+    return 4 * 3 * matrix.rank * sides + _slot_bytes(matrix, gpu, parts) + 4 * chosen.rank**2 * (blocks + 2)
+
+
+def step_of(matrix: Matrix, gpu: Gpu, parts: int, count: int, resident: bool) -> Step:
+    """The model of one step of `count` matrices like `matrix`, columns in `parts`, W in the cache or not."""
+    d, k = matrix.shape
+    chosen = _tiles(matrix, gpu)
+    weights, partial = _weight_bytes(matrix), _slot_bytes(matrix, gpu, parts)
+    strips = math.ceil(d / chosen.strip.rows)
+    # Every strip reads A anew and every part reads B anew: from the cache, as both are small.
+    factors_read = 4 * matrix.rank * (strips * k + parts * d)
+    blocks = sum(math.ceil(aligned(side) / chosen.block.width) for side in matrix.shape)
+    gram = 4 * chosen.rank**2 * blocks
+    state = 4 * 6 * matrix.rank * (d + k) + 2 * gram + gram
+    # 16-bit: two products, high and low halves. float32: the peak already counts tf32x3's three.
+    flops = 4.0 * d * k * chosen.rank * (2 if matrix.itemsize == 2 else 1)
+    peak = gpu.half if matrix.itemsize == 2 else gpu.float32
+
+    programs = count * strips * parts
+    rounds = math.ceil(programs / gpu.multiprocessors)
+    busy = programs / (rounds * gpu.multiprocessors)
+    cache = gpu.cache_bandwidth * REACHED_CACHE
+    dram = cache if resident else gpu.dram * REACHED_DRAM
+    times = {
+        "cache": count * (weights + partial + factors_read) / cache / busy,
+        "tensor cores": count * flops / (peak * REACHED_TENSOR) / busy,
+    }
+    if not resident:
+        # A batch beyond the cache also streams its partial sums out and in.
+        times["DRAM"] = count * (weights + partial) / dram
+    bound = max(times, key=lambda name: times[name])
+    return Step(
+        matrices=count,
+        weight_bytes=count * weights,
+        partial_bytes=count * partial,
+        state_bytes=count * state,
+        flops=count * flops,
+        products=times[bound] + gpu.launch,
+        adam=count * (partial + state) / dram + gpu.launch,
+        bound=bound,
+    )
+
+
+def _parts(matrix: Matrix, gpu: Gpu, count: int, resident: bool) -> int:
+    """The division of the columns that predicts the shortest step, with partial sums under PARTIAL_SHARE."""
+    least, columns = 1, _tiles(matrix, gpu).strip.columns
+    best = step_of(matrix, gpu, 1, count, resident).seconds
+    for parts in range(2, min(64, math.ceil(matrix.shape[1] / (2 * columns))) + 1):
+        if _slot_bytes(matrix, gpu, parts) > PARTIAL_SHARE * _weight_bytes(matrix):
+            break
+        seconds = step_of(matrix, gpu, parts, count, resident).seconds
+        if seconds < 0.99 * best:
+            least, best = parts, seconds
+    return least
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How matrices of one kind run. wave: how many step together; resident: whether a wave lives in the cache."""
+
+    parts: int
+    wave: int
+    resident: bool
+
+
+def choose(matrix: Matrix, gpu: Gpu) -> Choice:
+    """Waves in the cache where a matrix and its state fit and the model predicts a gain; else all at once.
+
+    >>> from inilora_kernels.kernels.gpus import GPUS
+    >>> choose(Matrix((768, 768), 2, 8), GPUS["rtx4090"]).resident
+    True
+    """
+    streamed_parts = _parts(matrix, gpu, 8, resident=False)
+    streamed = Choice(streamed_parts, CONCURRENCY, resident=False)
+    working = _weight_bytes(matrix) + _state_bytes(matrix, gpu, 1)
+    wave = min(CONCURRENCY, int(gpu.cache * gpu.cache_usable // working))
+    if wave == 0:
+        return streamed
+    parts = _parts(matrix, gpu, wave, resident=True)
+    in_cache = step_of(matrix, gpu, parts, wave, resident=True).seconds / wave
+    at_once = step_of(matrix, gpu, streamed_parts, CONCURRENCY, resident=False).seconds / CONCURRENCY
+    return Choice(parts, wave, resident=True) if in_cache < at_once else streamed
+
+
+def even_wave(count: int, most: int) -> int:
+    """The wave size, at most `most`, that divides `count` matrices most evenly over the fewest waves.
+
+    >>> even_wave(24, 22), even_wave(56, 64)
+    (12, 56)
+    """
+    return math.ceil(count / math.ceil(count / most))
+
+
+def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int = 20_000) -> Plan:
+    """Predict the run of these matrices. Raises OptionError for none, or a rank or dtype the kernels do not take.
+
+    >>> from inilora_kernels.kernels.gpus import gpu_named
+    >>> small = plan([Matrix((768, 768), 4, 8)] * 24, gpu_named("rtx4090"))
+    >>> small.groups[0].count, small.launches
+    (24, 80000)
+    """
+    if not matrices:
+        raise OptionError("plan: no matrix was given")
+    for matrix in matrices:
+        if matrix.itemsize not in (2, 4) or not padded_rank(matrix.rank):
+            raise OptionError(
+                f"plan: {matrix} is outside the kernels' range; weights are float32, float16 or bfloat16, rank ≤ 128"
+            )
+    groups = []
+    for matrix in dict.fromkeys(matrices):
+        count = matrices.count(matrix)
+        choice = choose(matrix, gpu)
+        wave = even_wave(count, choice.wave)
+        step = step_of(matrix, gpu, choice.parts, wave, choice.resident)
+        full, rest = divmod(count, wave)
+        seconds = full * steps * step.seconds
+        if rest:
+            seconds += steps * step_of(matrix, gpu, choice.parts, rest, choice.resident).seconds
+        milestones = 12 + steps // 1000
+        overhead = count * (
+            _weight_bytes(matrix) / HOST_BANDWIDTH
+            + milestones * math.prod(matrix.shape) * LOSS_BYTES / (gpu.dram * REACHED_DRAM)
+        )
+        groups.append(Group(matrix, count, choice.parts, wave, choice.resident, step, seconds, overhead))
+    return Plan(gpu, steps, tuple(groups))
+
+
+def json_plan(result: Plan) -> dict[str, Any]:
+    """The plan as JSON values: what `plan_table` shows, in bytes, FLOPs and seconds."""
+    return {
+        "gpu": result.gpu.name,
+        "predicted": True,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "launches": result.launches,
+        "weight_bytes": result.weight_bytes,
+        "memory": result.memory,
+        "groups": [
+            {
+                "shape": list(group.matrix.shape),
+                "bits": 8 * group.matrix.itemsize,
+                "rank": group.matrix.rank,
+                "count": group.count,
+                "wave": group.step.matrices,
+                "waves": group.waves,
+                "in_cache": group.resident,
+                "parts": group.parts,
+                "step": {
+                    "weight_bytes": group.step.weight_bytes,
+                    "partial_bytes": group.step.partial_bytes,
+                    "state_bytes": group.step.state_bytes,
+                    "flops": group.step.flops,
+                    "products_seconds": group.step.products,
+                    "adam_seconds": group.step.adam,
+                    "bound": group.step.bound,
+                },
+                "seconds": group.seconds,
+                "overhead_seconds": group.overhead,
+            }
+            for group in result.groups
+        ],
+    }
+
+
+def plan_table(result: Plan) -> Table:
+    """The plan as `inilora plan` prints it: a column a group of equal matrices. Every number in it is predicted."""
+    table = Table(
+        title=f"Predicted on {result.gpu.name}: {result.seconds:.1f} s for {result.steps:,} steps\n"
+        f"{result.launches:,} launches, {result.memory / 1e9:.2f} GB on the device",
+        caption="Predicted by the cost model, not measured.\nPartial sums are written once and read once a step.",
+    )
+    table.add_column("matrices")
+    rows: dict[str, list[str]] = {}
+    for group in result.groups:
+        step, (d, k) = group.step, group.matrix.shape
+        table.add_column(f"{group.count} × {d}×{k}", justify="right")
+        cells = {
+            "weights": f"{8 * group.matrix.itemsize}-bit, rank {group.matrix.rank}",
+            "a wave": f"{step.matrices}, {'in cache' if group.resident else 'from DRAM'}",
+            "waves": f"{group.waves}",
+            "strips × parts": f"{math.ceil(d / _tiles(group.matrix, result.gpu).strip.rows)} × {group.parts}",
+            "W read a step": f"{step.weight_bytes / 1e6:.1f} MB",
+            "partial sums": f"{step.partial_bytes / 1e6:.1f} MB, {step.partial_bytes / step.weight_bytes:.1%}",
+            "products a step": f"{step.flops / 1e9:.2f} GFLOP",
+            "1st launch": f"{step.products * 1e6:.1f} µs",
+            "2nd launch": f"{step.adam * 1e6:.1f} µs",
+            "bound by": step.bound,
+            "all steps": f"{group.seconds:.1f} s",
+            "loading, losses": f"{group.overhead:.1f} s",
+        }
+        for label, cell in cells.items():
+            rows.setdefault(label, []).append(cell)
+    for label, row in rows.items():
+        table.add_row(label, *row)
+    return table

@@ -1,0 +1,172 @@
+"""Which tile each GPU family takes for each rank and weight size. Pure numbers: importable without triton or a GPU.
+
+Every entry was compiled ahead for its family and is the largest tile, by rows, that spills nothing and fits the shared
+memory (tests/kernels/gpu/test_compile.py holds that true). Rows matter most: the P slots weigh 4·r/(rows·size) of W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RANKS = (8, 16, 32, 64, 128)
+ALIGNMENT = 16  # elements: rows are padded to it, so that every load is 128 bits wide
+
+
+@dataclass(frozen=True)
+class StripTile:
+    """The gradient kernel: a program's rows of W, the columns of one W tile, warps, and the pipeline.
+
+    stages: tiles under way by asynchronous copies; 1: the next tile is loaded into registers ahead of its use instead
+    (where the compiler would not copy asynchronously: Ampere, Hopper's float32, AMD).
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class BlockTile:
+    """The Adam kernel: columns of a factor a program updates, slots summed at a time, inner chunk of G·X, warps."""
+
+    width: int
+    slots: int
+    inner: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """All compile-time choices of a wave. rank: the compiled rank, one of RANKS. precision: of float32 products.
+
+    sum_block, sum_width: entries of a Gram matrix that a sum program owns, and shares that it adds at a time.
+    options: what the target's compiler is told besides.
+    """
+
+    rank: int
+    strip: StripTile
+    block: BlockTile
+    precision: str
+    sum_block: int
+    sum_width: int
+    options: tuple[tuple[str, int], ...] = ()
+
+
+_STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
+    ("ampere", 2): {
+        8: (256, 64, 8, 1),
+        16: (256, 64, 8, 1),
+        32: (256, 16, 8, 1),
+        64: (128, 16, 8, 1),
+        128: (64, 32, 8, 1),
+    },
+    ("ampere", 4): {
+        8: (128, 64, 8, 1),
+        16: (64, 64, 8, 1),
+        32: (64, 32, 8, 1),
+        64: (32, 32, 4, 1),
+        128: (32, 32, 8, 1),
+    },
+    ("hopper", 2): {
+        8: (256, 64, 8, 3),
+        16: (256, 64, 8, 3),
+        32: (256, 64, 8, 3),
+        64: (128, 64, 8, 3),
+        128: (64, 64, 8, 3),
+    },
+    ("hopper", 4): {
+        8: (128, 64, 8, 1),
+        16: (64, 64, 8, 1),
+        32: (64, 32, 8, 1),
+        64: (64, 32, 8, 1),
+        128: (32, 32, 8, 1),
+    },
+    ("blackwell", 2): {
+        8: (256, 64, 8, 3),
+        16: (256, 64, 8, 3),
+        32: (256, 64, 8, 3),
+        64: (128, 64, 8, 3),
+        128: (128, 32, 8, 3),
+    },
+    ("blackwell", 4): {
+        8: (128, 64, 8, 3),
+        16: (128, 64, 8, 3),
+        32: (64, 64, 8, 3),
+        64: (64, 64, 8, 3),
+        128: (32, 32, 8, 3),
+    },
+    ("cdna", 2): {
+        8: (256, 64, 8, 1),
+        16: (256, 64, 8, 1),
+        32: (128, 64, 8, 1),
+        64: (128, 64, 8, 1),
+        128: (128, 64, 8, 1),
+    },
+    ("cdna", 4): {
+        16: (128, 64, 8, 1),
+        32: (128, 64, 4, 1),
+        64: (128, 64, 8, 1),
+        128: (128, 64, 4, 1),
+    },
+}
+
+_BLOCKS: dict[int, tuple[int, int, int, int]] = {
+    8: (128, 8, 8, 4),
+    16: (64, 8, 16, 4),
+    32: (32, 4, 16, 4),
+    64: (32, 4, 16, 8),
+    128: (32, 2, 16, 8),
+}
+# Ampere's and Ada's tensor cores take both operands from registers: half the width, or rank 128 spills.
+_NARROW_BLOCK = (16, 2, 16, 8)
+
+
+def family(architecture: str) -> str:
+    """The tile family of a target: "sm_89" → ampere. Unknown NVIDIA chips take the smallest needs, ampere's.
+
+    >>> family("sm_80"), family("sm_90"), family("sm_120"), family("gfx942")
+    ('ampere', 'hopper', 'ampere', 'cdna')
+    """
+    if architecture.startswith("gfx"):
+        return "cdna"
+    return {"sm_90": "hopper", "sm_100": "blackwell", "sm_103": "blackwell"}.get(architecture, "ampere")
+
+
+def padded_rank(rank: int) -> int:
+    """The smallest rank a kernel is compiled for that holds `rank`; 0 if there is none.
+
+    >>> padded_rank(1), padded_rank(8), padded_rank(9), padded_rank(128), padded_rank(129)
+    (8, 8, 16, 128, 0)
+    """
+    return next((padded for padded in RANKS if rank <= padded), 0)
+
+
+def tiles(architecture: str, itemsize: int, rank: int) -> Tiles:
+    """The tiles for weights of `itemsize` bytes (2 or 4) and a rank of at most 128 on a target such as "sm_90"."""
+    padded = padded_rank(rank)
+    group = family(architecture)
+    if group == "cdna" and itemsize == 4:
+        # Eight columns alone would go to the 4×4 matrix instruction, at a quarter of the other ones' pace.
+        padded = max(padded, 16)
+    block = _NARROW_BLOCK if (group, padded) == ("ampere", 128) else _BLOCKS[padded]
+    return Tiles(
+        rank=padded,
+        strip=StripTile(*_STRIPS[group, itemsize][padded]),
+        block=BlockTile(*block),
+        precision="ieee" if group == "cdna" else "tf32x3",
+        sum_block=min(256, padded * padded),
+        sum_width=2048 // min(256, padded * padded),
+        # The 16×16 matrix instructions: no slower than the 32×32 ones that the compiler would take from rank 32 on,
+        # with fewer accumulators a wave, and their layout is the one that an emulator has proven.
+        options=(("matrix_instr_nonkdim", 16),) if group == "cdna" else (),
+    )
+
+
+def aligned(count: int) -> int:
+    """`count` elements rounded up to the alignment of a row.
+
+    >>> aligned(1), aligned(16), aligned(17)
+    (16, 16, 32)
+    """
+    return -(-count // ALIGNMENT) * ALIGNMENT

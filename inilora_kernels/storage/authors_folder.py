@@ -1,0 +1,121 @@
+"""The factor folders of IniLoRA's authors: one `{module}.weight.pt` a matrix, in their own letters.
+
+Each file holds a dict with 'A' = U (d×r) and 'B' = Pᵀ (r×k), so W ≈ A·B there: their A is our B, their B our A. Beside
+it may lie `{module}.weight.loss.pt` with {'loss': the mean squared error of each step}.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FactorFileError, OptionError, TargetError
+from ..factors import Certificate, Factors, FactorSet
+from ..kernels.streaming import losses
+from ..model.checkpoint import open_checkpoint
+from ..model.names import match_names
+from ..solvers.optimum import optimum
+from .atomic import whole_folder, write_whole
+
+SUFFIX = ".weight.pt"
+LOSS_SUFFIX = ".weight.loss.pt"
+
+
+def save_inilora_pt(factors: FactorSet, folder: str | Path) -> None:
+    """Write a folder that the authors' training code reads, with the sampled losses.
+
+    Raises OptionError for a part of a fused weight or a Conv1D, for which the format has no place, and OutputError.
+    """
+    for name, part in factors.items():
+        if part.rows or part.transposed or "/" in name:
+            raise OptionError(
+                f"{name}: a part of a fused weight or a transposed one does not fit into the authors' format"
+            )
+    with whole_folder(Path(folder)) as whole:
+        for name, part in factors.items():
+            _save(whole / f"{name}{SUFFIX}", {"A": part.B.contiguous(), "B": part.A.contiguous()})
+            if part.history:
+                entries = part.B.shape[0] * part.A.shape[1]
+                _save(whole / f"{name}{LOSS_SUFFIX}", {"loss": [loss / entries for _, loss in part.history]})
+
+
+def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> FactorSet:
+    """Read such a folder; tensors only, nothing in it is run.
+
+    base: the model that the factors are of. With it the certificates and the sha256 of the weights are computed, and
+        `convert` and the exports can check that factors and model belong together; without it the certificates are
+        NaN and those refuse them.
+
+    Raises FactorFileError (no such files, a damaged one, no A and B in it, not of this base) and CheckpointError.
+    """
+    folder = Path(folder)
+    files = sorted(file for file in folder.glob(f"*{SUFFIX}"))
+    if not files:
+        raise FactorFileError(f"{folder}: no *{SUFFIX} in it; give the folder that the authors' decomposition wrote")
+    modules = {file.name.removesuffix(SUFFIX): _load(file) for file in files}
+    factors = FactorSet(modules, {"method": "inilora", "source": "inilora-pt"})
+    return factors if base is None else _certified(factors, Path(base))
+
+
+def _certified(factors: FactorSet, base: Path) -> FactorSet:
+    checkpoint = open_checkpoint(base)
+    weights = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
+    try:
+        names = match_names(list(factors), weights, str(base))
+    except TargetError as error:
+        raise FactorFileError(f"the factors are not of this model: {error}") from error
+    certified = {}
+    for module, part in factors.items():
+        tensor = f"{names[module]}.weight"
+        W = checkpoint.read(tensor)
+        shape = (part.B.shape[0], part.A.shape[1])
+        if W.shape != shape:
+            raise FactorFileError(
+                f"{base}: {tensor} is {tuple(W.shape)}, but the factors make {shape}; give their base"
+            )
+        energy, (loss,) = losses(W, [(part.A, part.B)])
+        certificate = Certificate(loss, optimum(W, part.rank).loss, energy, part.certificate.steps)
+        certified[names[module]] = replace(part, certificate=certificate, source_sha256=checkpoint.sha256(tensor))
+    return FactorSet(certified, factors.options)
+
+
+def _load(file: Path) -> Factors:
+    content = _torch_load(file)
+    A, B = content.get("B"), content.get("A")
+    if not (isinstance(A, Tensor) and isinstance(B, Tensor) and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]):
+        raise FactorFileError(f"{file}: no 'A' (d×r) and 'B' (r×k) in it; make it again")
+    losses: list[float] = []
+    loss_file = file.with_name(file.name.removesuffix(SUFFIX) + LOSS_SUFFIX)
+    if loss_file.is_file():
+        losses = [float(loss) * B.shape[0] * A.shape[1] for loss in _torch_load(loss_file).get("loss", [])]
+    unknown = float("nan")
+    return Factors(
+        A=A.detach().float().contiguous(),
+        B=B.detach().float().contiguous(),
+        certificate=Certificate(loss=unknown, optimum=unknown, energy=unknown, steps=len(losses)),
+        source_sha256="",
+        history=tuple(enumerate(losses)),
+    )
+
+
+def _torch_load(file: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises whatever its unpickler met; a hostile file and a broken one look alike.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise FactorFileError(f"{file}: damaged, or holds objects other than tensors ({reason})") from error
+    if not isinstance(content, dict):
+        raise FactorFileError(f"{file}: holds a {type(content).__name__}, not the dict with 'A' and 'B'")
+    return content
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())

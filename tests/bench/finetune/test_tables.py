@@ -1,0 +1,103 @@
+"""The YAML files name runs that the runner can do, and a sweep gives each method its own best rate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench.finetune.data import GLUE, INSTRUCTIONS, MOVIES
+from bench.finetune.evaluation import HARNESS
+from bench.finetune.run import Run
+from bench.finetune.systems import ADAPTERS
+from bench.finetune.table import Table, load, names
+from inilora_kernels.initializations import METHODS
+
+PAPER = {
+    *("table1", "table2", "table3", "table4", "table6", "table7"),
+    *("figure2", "figure3", "figure4", "figure5", "figure6"),
+}
+SEEDS = [0, 11, 22, 33, 44]
+
+
+def finished(run: Run, score: float) -> dict[str, Any]:
+    return {"run": run.record(), "validation_score": score, "scores": {"accuracy": score}}
+
+
+def test_every_table_and_figure_of_the_paper_is_there() -> None:
+    assert set(names()) >= PAPER
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_run_is_one_that_can_be_done(name: str) -> None:
+    # A rate for every sweep: whatever its outcome, the other settings are the same.
+    table = replace(load(name), sweep=None, rates_of=None)
+    table = replace(table, settings={"lr": 1e-3, **table.settings})
+    runs = [cell.run for cell in table.cells({})]
+    assert len(runs) >= 6
+    for run in runs:
+        assert run.task in {*GLUE, *MOVIES, *INSTRUCTIONS}
+        assert run.method in {*METHODS, *ADAPTERS, "full", "bitfit"}
+        assert run.solver is None or run.solver in METHODS[run.method].solvers
+        assert set(run.evaluations) <= {*HARNESS, "humaneval"}
+        assert run.form in ("residual", "delta")
+        assert run.batch_size % (run.device_batch_size or run.batch_size) == 0
+        assert Run.from_record(run.record()) == run
+    assert name.startswith("figure") or sorted({run.seed for run in runs}) == SEEDS
+
+
+def test_table1_has_the_papers_settings() -> None:
+    runs = [cell.run for cell in load("table1").cells({}) if cell.system == "IniLoRA"]
+    assert len(runs) == 6 * 5
+    settings = {(run.lr, run.epochs, run.warmup_ratio, run.batch_size, run.max_length, run.rank) for run in runs}
+    assert settings == {(3e-4, 100, 0.06, 32, 512, 8)}
+
+
+@pytest.fixture
+def swept() -> Table:
+    return Table(
+        name="swept",
+        title="",
+        source="",
+        settings={"task": "movie-sentiment"},
+        systems={"LoRA": {"method": "lora"}, "PiSSA": {"method": "pissa"}},
+        grid={"seed": SEEDS},
+        show={},
+        sweep={"lr": [1e-4, 1e-3, 1e-2], "lr_of": {"PiSSA": [1e-5, 1e-4]}, "seed": [0, 11]},
+    )
+
+
+def test_a_sweep_is_run_first_and_its_best_rate_with_every_seed(swept: Table) -> None:
+    first = list(swept.cells({}))
+    assert all(cell.sweep for cell in first)
+    assert len(first) == 3 * 2 + 2 * 2
+    # The best rate is that of the best mean; a diverged run counts as the worst there is.
+    scores = {1e-5: [0.6, 0.6], 1e-4: [0.5, 0.5], 1e-3: [0.7, 0.9], 1e-2: [0.95, float("nan")]}
+    rows = {cell.run: finished(cell.run, scores[cell.run.lr][cell.run.seed == 11]) for cell in first}
+    final = [cell for cell in swept.cells(rows) if not cell.sweep]
+    assert [(cell.system, cell.run.lr, cell.run.seed) for cell in final] == [
+        *(("LoRA", 1e-3, seed) for seed in SEEDS),
+        *(("PiSSA", 1e-5, seed) for seed in SEEDS),
+    ]
+    # As long as one run of a system's sweep is missing, none of its others is named.
+    missing = dict(rows)
+    del missing[first[0].run]
+    assert {cell.system for cell in swept.cells(missing) if not cell.sweep} == {"PiSSA"}
+
+
+def test_a_table_takes_its_rates_from_anothers_sweep() -> None:
+    reviews, stopping = load("reviews"), load("reviews-stopping")
+    assert list(stopping.cells({})) == []
+    rows = {
+        cell.run: finished(cell.run, 1 - abs(cell.run.lr - 3e-3))
+        for cell in reviews.cells({})
+        if cell.system == "IniLoRA"
+    }
+    runs = [cell.run for cell in stopping.cells(rows)]
+    assert len(runs) == 4 * 5
+    assert {run.lr for run in runs} == {3e-3}
+    # The run of all steps is a run of the other table, and has to be done once only.
+    assert {run for run in runs if run.steps == 20_000} == {
+        cell.run for cell in reviews.cells(rows) if cell.system == "IniLoRA" and not cell.sweep
+    }

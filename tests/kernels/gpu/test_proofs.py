@@ -1,0 +1,86 @@
+"""What numbers alone do not show: races, reads and writes out of bounds; and planted faults that must be found."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.interpreter import InterpretedFunction
+
+from inilora_kernels.kernels.gpu import kernels as triton_kernels
+
+from .cases import DTYPES, guarded_run, poisoned_run
+
+
+def test_any_program_order_gives_the_same_bits_and_writes_every_output() -> None:
+    straight = poisoned_run(None)
+    for seed in (1, 2):
+        for one, other in zip(straight, poisoned_run(seed), strict=True):
+            assert torch.equal(one, other)
+    assert not any(torch.isnan(buffer).any() for buffer in straight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_guard_bands_stay_untouched(dtype: torch.dtype) -> None:
+    guarded_run(dtype=dtype)
+
+
+def planted(kernel: Callable[..., Any], right: str, wrong: str, count: int = 1) -> InterpretedFunction:
+    """The kernel with one piece of its source replaced: a fault that the tests above must find."""
+    source = inspect.getsource(kernel.fn)  # type: ignore[attr-defined]
+    source = source[source.index("def ") :]
+    assert source.count(right) >= 1, right
+    source = source.replace(right, wrong, count)
+    name = f"<planted {wrong}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    namespace = dict(triton_kernels.__dict__)
+    exec(compile(source, name, "exec"), namespace)
+    return InterpretedFunction(namespace[kernel.fn.__name__])  # type: ignore[attr-defined]
+
+
+STRIPS, BLOCKS = triton_kernels.gradient_products_kernel, triton_kernels.adam_kernel
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("inside_rows = row < rows", "inside_rows = row <= rows"),
+        ("inside_rank = r < rank", "inside_rank = r <= rank"),
+        ("inside_columns = column < last_column", "inside_columns = column <= last_column"),
+        ("mask=inside_rows[:, None] & (column_next < last_column)[None, :]", "mask=inside_rows[:, None]"),
+    ],
+)
+def test_an_off_by_one_mask_is_caught(right: str, wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        guarded_run(planted(STRIPS, right, wrong))
+
+
+def test_a_wrong_stride_is_caught() -> None:
+    with pytest.raises(AssertionError):
+        guarded_run(planted(STRIPS, "r[:, None] * B_stride", "r[:, None] * stride"))
+    with pytest.raises(AssertionError):
+        guarded_run(planted(STRIPS, "row[:, None] * stride", "row[:, None] * (stride - 1)"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "right", "wrong"),
+    [
+        # Every strip writes the first strip's slot: the last program to run wins, and the other slots stay unwritten.
+        (STRIPS, "P = tl.multiple_of(tl.load(work + 8), 16)", "P = tl.load(strips + 8)"),
+        # Every Adam block leaves its share of the Gram matrix in the first one's place.
+        (BLOCKS, "share = tl.multiple_of(tl.load(work + 8), 16)", "share = tl.load(blocks + 8)"),
+    ],
+)
+def test_a_race_between_two_programs_is_caught(kernel: Any, right: str, wrong: str) -> None:
+    racing = planted(kernel, right, wrong)
+    chosen = {"kernel": racing} if kernel is STRIPS else {"adam": racing}
+    first, second = (poisoned_run(seed, **chosen) for seed in (1, 2))
+    assert any(torch.isnan(buffer).any() for buffer in first)
+    assert not all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

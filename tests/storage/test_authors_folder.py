@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModel
+
+from inilora_kernels.adapters.convert import convert
+from inilora_kernels.adapters.export import export_delta
+from inilora_kernels.adapters.peft import load_delta
+from inilora_kernels.errors import FactorFileError, OptionError
+from inilora_kernels.factors import FactorSet
+from inilora_kernels.storage.authors_folder import load_inilora_pt, save_inilora_pt
+
+QUERY = "encoder.layer.0.attention.self.query"
+
+
+def test_the_files_are_as_the_authors_write_them(minilm_factors: FactorSet, tmp_path: Path) -> None:
+    part = replace(minilm_factors[QUERY], history=((0, 14745.6), (50, 1474.56)))
+    save_inilora_pt(FactorSet({QUERY: part}, {}), tmp_path / "pt")
+    assert sorted(file.name for file in (tmp_path / "pt").iterdir()) == [
+        f"{QUERY}.weight.loss.pt",
+        f"{QUERY}.weight.pt",
+    ]
+    content = torch.load(tmp_path / "pt" / f"{QUERY}.weight.pt", weights_only=True)
+    assert {name: tuple(tensor.shape) for name, tensor in content.items()} == {"A": (384, 8), "B": (8, 384)}
+    assert torch.equal(content["A"] @ content["B"], part.product())
+    # The mean over 384² entries, which is what their loop minimizes.
+    losses = torch.load(tmp_path / "pt" / f"{QUERY}.weight.loss.pt", weights_only=True)["loss"]
+    assert losses == pytest.approx([0.1, 0.01])
+
+
+def test_a_folder_of_theirs_is_read_and_certified(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
+    for name, part in minilm_factors.items():
+        torch.save({"A": part.B, "B": part.A.T.clone().T}, tmp_path / f"{name}.weight.pt")
+    torch.save({"loss": [0.1, 0.01, 0.001]}, tmp_path / f"{QUERY}.weight.loss.pt")
+    bare, certified = load_inilora_pt(tmp_path), load_inilora_pt(tmp_path, minilm)
+    assert set(bare) == set(certified) == set(minilm_factors)
+    for name, part in minilm_factors.items():
+        assert torch.equal(bare[name].A, part.A)
+        assert torch.equal(bare[name].B, part.B)
+        assert bare[name].A.is_contiguous()
+        assert math.isnan(bare[name].certificate.loss)
+        assert certified[name].certificate.loss == pytest.approx(part.certificate.loss)
+        assert certified[name].certificate.optimum == pytest.approx(part.certificate.optimum)
+        assert certified[name].source_sha256 == part.source_sha256
+    assert bare[QUERY].history == (
+        (0, pytest.approx(14745.6)),
+        (1, pytest.approx(1474.56)),
+        (2, pytest.approx(147.456)),
+    )
+    certified.save(tmp_path / "factors.safetensors")
+    assert FactorSet.load(tmp_path / "factors.safetensors")[QUERY].certificate == certified[QUERY].certificate
+
+
+def test_there_and_back_and_into_peft(minilm: Path, minilm_alpha: FactorSet, tmp_path: Path) -> None:
+    save_inilora_pt(minilm_alpha, tmp_path / "pt")
+    factors = load_inilora_pt(tmp_path / "pt", minilm)
+    export_delta(minilm, factors, tmp_path / "delta")
+    model = load_delta(AutoModel.from_pretrained(minilm), tmp_path / "delta").eval()
+    original = AutoModel.from_pretrained(minilm).eval()
+    ids = torch.arange(1000, 1012)[None]
+    assert torch.equal(model(ids)[0], original(ids)[0])
+    convert(tmp_path / "delta/adapter", factors, tmp_path / "lora")
+    assert torch.equal(PeftModel.from_pretrained(original, tmp_path / "lora").eval()(ids)[0], model(ids)[0])
+    with pytest.raises(FactorFileError, match="do not record which weight they are of"):
+        convert(tmp_path / "delta/adapter", load_inilora_pt(tmp_path / "pt"), tmp_path / "other")
+
+
+def test_what_is_no_such_folder_is_refused(
+    minilm: Path, gpt2: Path, gpt2_factors: FactorSet, minilm_factors: FactorSet, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="does not fit into the authors' format"):
+        save_inilora_pt(gpt2_factors, tmp_path / "pt")
+    with pytest.raises(FactorFileError, match=r"no \*\.weight\.pt in it"):
+        load_inilora_pt(tmp_path)
+    save_inilora_pt(minilm_factors, tmp_path / "pt")
+    with pytest.raises(FactorFileError, match="not of this model"):
+        load_inilora_pt(tmp_path / "pt", gpt2)
+    file = tmp_path / "pt" / f"{QUERY}.weight.pt"
+    for content, match in (
+        ({"A": torch.zeros(384, 8)}, "no 'A' .d×r. and 'B'"),
+        ({"A": torch.zeros(384, 8), "B": torch.zeros(7, 384)}, "no 'A' .d×r. and 'B'"),
+        ([torch.zeros(1)], "holds a list, not the dict"),
+        ({"A": Path("x")}, "damaged, or holds objects other than tensors"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(FactorFileError, match=match):
+            load_inilora_pt(tmp_path / "pt")
+    torch.save({"A": torch.zeros(380, 8), "B": torch.zeros(8, 384)}, file)
+    with pytest.raises(FactorFileError, match=r"is \(384, 384\), but the factors make \(380, 384\)"):
+        load_inilora_pt(tmp_path / "pt", minilm)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(FactorFileError, match="damaged"):
+        load_inilora_pt(tmp_path / "pt")
