@@ -33,7 +33,7 @@ from inilora_kernels.kernels.gpu.tiles import RANKS, tiles
 from inilora_kernels.kernels.gpu.wave import Wave, lay_out, padded_weight
 from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_products
 
-from .machine import describe
+from .harness import machine
 from .table5 import MODELS, RESULTS, synthetic
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     results: dict[str, Any] = {
         "command": "python -m bench.gpu",
-        "machine": {**describe(), "gpu": torch.cuda.get_device_name(), "triton": triton.__version__},
+        "machine": {**machine(), "gpu": torch.cuda.get_device_name(), "triton": triton.__version__},
         "system": platform.platform(),
         "left_out": {},
     }

@@ -37,7 +37,7 @@ from inilora_kernels.kernels.streaming import losses
 from inilora_kernels.solvers.krylov import principal
 from inilora_kernels.solvers.optimum import least
 
-from .machine import describe
+from .harness import machine
 from .spectra import decay, like_the_real, real_matrices
 from .table5 import MODELS, Model
 from .table5 import measure as measure_adam
@@ -263,7 +263,7 @@ def _write(part: str, rows: list[dict[str, Any]], arguments: list[str]) -> None:
     file = RESULTS / "solvers.json"
     content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     command = " ".join(["python -m bench.solvers", *arguments])
-    content[part] = {"command": command, "machine": describe(), "decay of σ": decay(), "rows": rows}
+    content[part] = {"command": command, "machine": machine(), "decay of σ": decay(), "rows": rows}
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     table = Table(title=part)
     for column in rows[0]:
@@ -274,12 +274,12 @@ def _write(part: str, rows: list[dict[str, Any]], arguments: list[str]) -> None:
     lines = ["# The Krylov solver beside others", ""]
     for name, one in content.items():
         columns = list(one["rows"][0])
-        machine = one["machine"]
+        where = one["machine"]
         lines += [
             f"## {name}",
             "",
-            f"`{one['command']}` on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
-            f"commit {machine['commit']}. Made matrices: σ_i ∝ i^−{one['decay of σ']:.2f}, see bench/spectra.py.",
+            f"`{one['command']}` on {where['processor']}, {where['threads']} threads, torch {where['torch']}, "
+            f"commit {where['commit']}. Made matrices: σ_i ∝ i^−{one['decay of σ']:.2f}, see bench/spectra.py.",
             "",
             "| " + " | ".join(columns) + " |",
             "|" + "---|" * len(columns),

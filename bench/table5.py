@@ -3,9 +3,9 @@
     python -m bench.table5                     every row: measured here, and predicted for an RTX 4090
     python -m bench.table5 --models LLaMA2-7B --checkpoint PATH
 
-On a GPU ours runs in full; the paper's way, which takes minutes to an hour a row, for fewer steps. Without a GPU both
-run fewer steps of fewer matrices. What was run stands in each row; each total says whether it is extrapolated. Results
-go to results/table5.json, .md and .png.
+On a GPU ours runs in full, and the paper's way, which takes minutes to an hour a row, for fewer steps. Without a GPU
+both run fewer steps of fewer matrices. Each row says what was run and whether its totals are extrapolated. The results
+are results/table5.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -13,20 +13,15 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from inilora_kernels.kernels.backend import Problem, Schedule, load_backend
@@ -35,16 +30,16 @@ from inilora_kernels.kernels.gpu.gpus import GPUS
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets, read_target
 
-from .machine import describe
+from .harness import RESULTS, PeakMemory, Row, in_own_process, machine, publish, seconds
 from .paper_way import PaperWay
 
-RESULTS = Path(__file__).parent / "results"
 RANK, STEPS, CONCURRENCY = 8, 20_000, 64
 PREDICTED_ON = "rtx4090"
-# Without a GPU, by W's entries: how many matrices, steps of ours and steps of the paper's way make some ten seconds.
+WAYS = ("ours", "paper's way")
+# Without a GPU, by the number of W's entries: matrices, steps of ours and steps of the paper's way, some 10 s in all.
 CPU_SAMPLE = ((2**20 + 1, (12, 1000, 20)), (2**24 + 1, (2, 300, 6)), (2**31, (2, 200, 4)))
 GPU_PAPER_STEPS = 200
-# Synthetic matrices that differ; a row with more has them again, as its time does not depend on what is in them.
+# Synthetic matrices that differ; a row with more repeats them, as its time does not depend on their entries.
 DISTINCT = 16
 
 
@@ -123,12 +118,12 @@ def run_ours(matrices: Loaders, steps: int, device: str) -> float:
             B = torch.randn(shape[0], RANK, generator=generator) * 0.02
             batch.append(Problem(load, shape, A, B))
         batches.append(batch)
-    start = time.perf_counter()
-    for batch in batches:
-        backend.adam(batch, schedule, [steps], lambda sample: True, lambda done: None)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+
+    def run() -> None:
+        for batch in batches:
+            backend.adam(batch, schedule, [steps], lambda sample: True, lambda done: None)
+
+    return seconds(run, device)
 
 
 def run_paper_way(matrices: Loaders, steps: int, device: str) -> float:
@@ -136,20 +131,14 @@ def run_paper_way(matrices: Loaders, steps: int, device: str) -> float:
     weights = [load().to(device, torch.float32) for _, load in matrices[:CONCURRENCY]]
     peer = PaperWay(weights, RANK, fused=device != "cpu")
     peer.steps(1)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    peer.steps(steps)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * len(matrices) / len(weights)
+    return seconds(lambda: peer.steps(steps), device) * len(matrices) / len(weights)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was run, and what it makes for the whole row: `minutes`, extrapolated unless all was run.
+    """What was run, and the minutes of the whole row that follow from it, extrapolated unless all of it was run.
 
-    peak_bytes: device memory on a GPU; without one, of the process above what it had before.
+    peak_bytes: of device memory on a GPU; without one, what the run adds to the process, and the weights.
     """
 
     matrices: int
@@ -158,7 +147,6 @@ class Measured:
     minutes: float
     extrapolated: bool
     peak_bytes: int
-    measured_weight_bytes: int
 
 
 def measure(model: Model, way: str, device: str, checkpoint: Path | None, steps: int | None) -> Measured:
@@ -177,103 +165,58 @@ def measure(model: Model, way: str, device: str, checkpoint: Path | None, steps:
         chosen = [(shape, partial(_held, load())) for shape, load in chosen]
     run = run_ours if way == "ours" else run_paper_way
     run(chosen[:1], 2, device)
-    if device == "cpu":
-        before, reset = _resident(), Path("/proc/self/clear_refs")
-        if reset.exists():
-            reset.write_text("5")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = run(chosen, run_steps, device)
-    if device == "cpu":
-        held = sum(d * k for (d, k), _ in chosen) * getattr(torch, model.dtype).itemsize
-        peak = max(0, _peak() - before) + held
-    else:
-        peak = torch.cuda.max_memory_allocated()
-    whole = len(everything) * STEPS
-    part = len(chosen) * run_steps
+    peak = PeakMemory(device)
+    taken = run(chosen, run_steps, device)
     weights = sum(d * k for (d, k), _ in chosen) * getattr(torch, model.dtype).itemsize
-    return Measured(len(chosen), run_steps, seconds, seconds / 60 * whole / part, part != whole, peak, weights)
+    # On a CPU the weights were there before; they count all the same.
+    peak_bytes = peak.bytes() + (weights if device == "cpu" else 0)
+    whole, part = len(everything) * STEPS, len(chosen) * run_steps
+    return Measured(len(chosen), run_steps, taken, taken / 60 * whole / part, part != whole, peak_bytes)
 
 
 def _held(W: Tensor) -> Tensor:
     return W
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-
-def row(model: Model, measured: dict[str, Measured]) -> dict[str, Any]:
-    """A row as results/table5.json has it."""
+def row(model: Model, measured: dict[str, Measured]) -> Row:
+    """One row of the results: the paper's figures, the cost model's, and what was measured here."""
     forecast = predicted(model)
-    return {
+    found: Row = {
         "model": model.name,
         "matrices": len(model.shapes),
-        "shapes": [list(model.query), list(model.value)],
         "dtype": model.dtype,
-        "weight_bytes": model.weight_bytes,
-        "paper": {"minutes": model.minutes, "gigabytes": model.gigabytes},
-        "predicted": {
-            "gpu": forecast.gpu.name,
-            "minutes": forecast.seconds / 60,
-            "gigabytes": forecast.memory / 1e9,
-            "times_below_paper": model.minutes * 60 / forecast.seconds,
-            "bound": sorted({group.step.bound for group in forecast.groups}),
-        },
-        "measured": {way: asdict(one) for way, one in measured.items()},
+        "paper min": model.minutes,
+        "paper GB": model.gigabytes,
+        "predicted min": forecast.seconds / 60,
+        "predicted GB": forecast.memory / 1e9,
+        "paper / predicted": model.minutes * 60 / forecast.seconds,
     }
+    for way, one in measured.items():
+        found |= {
+            f"{way} min": one.minutes,
+            f"{way} GB": one.peak_bytes / 1e9,
+            f"{way} extrapolated": one.extrapolated,
+            f"{way} run": f"{one.matrices} matrices × {one.steps:,} steps in {one.seconds:.3g} s",
+        }
+    if len(measured) == 2:
+        found["ratio"] = measured["paper's way"].minutes / measured["ours"].minutes
+    return found
 
 
-def markdown(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """The rows as a Markdown table; what is predicted or extrapolated says so in its heading or cell."""
-    device = machine.get("gpu") or machine["processor"]
-    lines = [
-        f"Table 5: rank {RANK}, {STEPS:,} steps, concurrency {CONCURRENCY}. Measured on: {device}; "
-        f"commit {machine['commit']}. `~`: extrapolated from the steps and matrices given.",
-        "",
-        "| model | paper, RTX 4090, min | paper, GB | predicted RTX 4090, min | predicted RTX 4090, GB "
-        "| paper / predicted "
-        "| ours here, min | ours here: run | paper's way here, min | paper's way here: run | ratio here |",
-        "|---|--:|--:|--:|--:|--:|--:|---|--:|---|--:|",
-    ]
-    for one in rows:
-        forecast, measured = one["predicted"], one["measured"]
-        cells = [one["model"], f"{one['paper']['minutes']}", f"{one['paper']['gigabytes']}"]
-        cells += [f"{forecast['minutes']:.2f}", f"{forecast['gigabytes']:.2f}", f"{forecast['times_below_paper']:.0f}×"]
-        for way in ("ours", "paper's way"):
-            if way in measured:
-                own = measured[way]
-                cells.append(f"{'~' if own['extrapolated'] else ''}{own['minutes']:.2f}")
-                cells.append(f"{own['matrices']} matrices × {own['steps']:,} steps, {own['peak_bytes'] / 1e9:.2f} GB")
-            else:
-                cells += ["", ""]
-        both = [measured[way]["minutes"] for way in ("ours", "paper's way") if way in measured]
-        cells.append(f"{both[1] / both[0]:.0f}×" if len(both) == 2 else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows: Sequence[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
-    """Minutes a row, on a logarithmic axis: the paper's, predicted, and both ways here."""
-    from matplotlib.figure import Figure
-
-    here = machine.get("gpu") or "this CPU"
+def draw(rows: Sequence[Row], here: str) -> Figure:
+    """Minutes a row, on a logarithmic axis: the paper's, predicted, and both ways on this machine."""
     series = {
-        "the paper, RTX 4090": [one["paper"]["minutes"] for one in rows],
-        "ours, RTX 4090, predicted": [one["predicted"]["minutes"] for one in rows],
-        f"ours, {here}": [one["measured"].get("ours", {}).get("minutes") for one in rows],
-        f"the paper's way, {here}": [one["measured"].get("paper's way", {}).get("minutes") for one in rows],
+        "the paper, RTX 4090": "paper min",
+        "ours, RTX 4090, predicted": "predicted min",
+        f"ours, {here}": "ours min",
+        f"the paper's way, {here}": "paper's way min",
     }
-    series = {label: values for label, values in series.items() if any(values)}
+    series = {label: column for label, column in series.items() if any(column in one for one in rows)}
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(series)
-    for place, (label, values) in enumerate(series.items()):
+    for place, (label, column) in enumerate(series.items()):
+        values = [one.get(column) for one in rows]
         at = [index + (place - (len(series) - 1) / 2) * width for index in range(len(rows))]
         hatch = "//" if "predicted" in label else None
         bars = axes.bar(at, [value or 0 for value in values], width, label=label, hatch=hatch, alpha=0.85)
@@ -282,11 +225,11 @@ def draw(rows: Sequence[dict[str, Any]], machine: dict[str, Any], path: Path) ->
     axes.set_yscale("log")
     axes.set_ylabel("minutes for 20,000 steps of all query and value matrices")
     axes.set_xticks(range(len(rows)), [one["model"] for one in rows])
-    partly = any(own["extrapolated"] for one in rows for own in one["measured"].values())
+    partly = any(one.get(f"{way} extrapolated") for one in rows for way in WAYS)
     axes.set_title("Table 5" + (" (what was measured here is extrapolated from fewer steps)" if partly else ""))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -307,41 +250,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(asdict(measure(model, way, device, given.checkpoint, given.steps))))
         return
     chosen = [model for model in MODELS if not given.models or model.name in given.models]
-    machine = describe()
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    work = [(model, way) for model in chosen for way in ("ours", "paper's way")] if not given.no_measure else []
+    work = [(model, way) for model in chosen for way in WAYS] if not given.no_measure else []
     measured: dict[str, dict[str, Measured]] = {model.name: {} for model in chosen}
     for model, way in track(work, "measuring", console=Console(stderr=True)):
-        # A process each, so that one's peak of memory is not the other's.
-        command = [sys.executable, "-m", "bench.table5", "--worker", model.name, way]
-        command += ["--checkpoint", str(given.checkpoint)] if given.checkpoint else []
-        command += ["--steps", str(given.steps)] if given.steps else []
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        measured[model.name][way] = Measured(**json.loads(output.splitlines()[-1]))
+        arguments = ["--worker", model.name, way]
+        arguments += ["--checkpoint", str(given.checkpoint)] if given.checkpoint else []
+        arguments += ["--steps", str(given.steps)] if given.steps else []
+        measured[model.name][way] = Measured(**in_own_process("bench.table5", *arguments))
     rows = [row(model, measured[model.name]) for model in chosen]
-    given.output.mkdir(parents=True, exist_ok=True)
-    content = {"command": "make bench-table5", "machine": machine, "rows": rows}
-    (given.output / "table5.json").write_text(json.dumps(content, indent=1) + "\n")
-    (given.output / "table5.md").write_text(markdown(rows, machine))
-    draw(rows, machine, given.output / "table5.png")
-    show(rows)
-
-
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title=f"Table 5: {STEPS:,} steps, rank {RANK}; ~ extrapolated; predicted: RTX 4090")
-    for heading in ("model", "paper min", "predicted min", "ratio", "ours here min", "paper's way here min"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for one in rows:
-        here = [one["measured"].get(way) for way in ("ours", "paper's way")]
-        table.add_row(
-            one["model"],
-            f"{one['paper']['minutes']}",
-            f"{one['predicted']['minutes']:.2f}",
-            f"{one['predicted']['times_below_paper']:.0f}×",
-            *(f"{'~' if own['extrapolated'] else ''}{own['minutes']:.1f}" if own else "" for own in here),
-        )
-    Console().print(table)
+    note = (
+        f"Rank {RANK}, {STEPS:,} steps, concurrency {CONCURRENCY}. Predicted: by the cost model, for an RTX 4090. "
+        "Minutes are for the whole row; where they are extrapolated, the run that they are extrapolated from is given."
+    )
+    figure = draw(rows, machine().get("gpu", "this CPU"))
+    publish("table5", "table5", rows, "make bench-table5", note=note, figure=figure, folder=given.output)
 
 
 if __name__ == "__main__":

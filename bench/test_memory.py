@@ -1,4 +1,4 @@
-"""Peak memory of a run over the weights' own bytes of its batch, read from the kernel's high-water mark."""
+"""Peak memory of a run, as a multiple of the bytes of the weights in its batch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,21 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import save_file
 
+from .harness import Row
+
 # A process of its own, whose imports and compiled kernels are counted before the run and taken off.
 SCRIPT = """
-import ctypes, json, resource, sys
-from pathlib import Path
+import json, sys
 import torch
+from bench.harness import PeakMemory
 from inilora_kernels import approximate, approximate_model
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 dtype = getattr(torch, sys.argv[2])
 for size in 100, 1500:
     approximate((torch.randn(size, size) * 0.05).to(dtype), rank=8, steps=2)
-# What the warm-up has freed would else be taken again without showing.
-ctypes.CDLL(None).malloc_trim(0)
-Path("/proc/self/clear_refs").write_text("5")
-before = resident()
+peak = PeakMemory()
 approximate_model(sys.argv[1], rank=8, steps=20, cache=False, progress=False)
-print(json.dumps(peak() - before))
+print(json.dumps(peak.bytes()))
 """
 
 
@@ -48,7 +41,7 @@ def test_memory(
     dtype: str,
     tmp_path: Path,
     benchmark: BenchmarkFixture,
-    record: Callable[[dict[str, object]], None],
+    record: Callable[[Row], None],
 ) -> None:
     kind = getattr(torch, dtype)
     tensors = {

@@ -1,14 +1,13 @@
 """A step of Adam on a batch of matrices: the CPU backend against the paper's way, same threads, one run.
 
 The peer runs at its best: with fused and with ordinary torch.optim.Adam, the faster counts. Both sides are warmed up
-and measured in turns; the ratio is the median of the turns'. Beside it stands what torch's own float32 matrix product
-reaches on the same threads: a step is 4·d·k·r FLOPs, and no kernel does more of them a second than the processor.
+and measured in turns; the ratio is the median of the turns'. The last column compares with torch's own float32 matrix
+product on the same threads: a step is 4·d·k·r FLOPs, and no kernel does more of them a second than the processor.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -18,17 +17,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from inilora_kernels.kernels.backend import Problem, Schedule
 from inilora_kernels.kernels.cpu.backend import CpuBackend
 
+from .harness import Row, seconds
 from .paper_way import PaperWay
 
 TURNS = 5
 # Steps of ours in a turn; long enough that packing W, done once a matrix, does not count.
 STEPS = {384: 3000, 768: 600, 2048: 80, 4096: 24}
-
-
-def seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +40,7 @@ def test_step(
     rank: int,
     matrix_product: float,
     benchmark: BenchmarkFixture,
-    record: Callable[[dict[str, object]], None],
+    record: Callable[[Row], None],
 ) -> None:
     torch.manual_seed(0)
     matrices = [torch.randn(size, size) * 0.05 for _ in range(count)]

@@ -103,7 +103,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(model: Path, monkeypatch
 def test_kill_and_resume(minilm: Path, own_cache: Path, tmp_path: Path) -> None:
     """kill -9 once some matrices are finished; the next run takes them up and writes the unbroken run's bytes."""
     arguments = ["approximate", str(minilm), "--steps", "1500", "--no-progress", "-o"]
-    command = [sys.executable, "-c", "from inilora_kernels.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from inilora_kernels.cli.main import main; main()", *arguments]
     interrupted, unbroken = tmp_path / "interrupted.safetensors", tmp_path / "unbroken.safetensors"
     process = subprocess.Popen([*command, str(interrupted)], stdout=subprocess.DEVNULL)
     while len(list(own_cache.rglob("*.safetensors"))) < 2:

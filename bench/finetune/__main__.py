@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..machine import describe
+from ..harness import machine
 from .report import write_report
 from .rows import read_rows
 from .table import load, names
@@ -44,7 +44,7 @@ def main(
     # Once, at the start: the code that runs is the code as it is now.
     origin = {
         "command": shlex.join(["python", "-m", "bench.finetune", *sys.argv[1:]]),
-        "machine": {**describe(), "threads": threads_of_each(workers)},
+        "machine": {**machine(), "threads": threads_of_each(workers)},
         "changed": _changed(),
     }
     for name in tables:

@@ -14,6 +14,7 @@ from scipy.stats import ttest_rel
 
 from inilora_kernels.storage.atomic import write_whole
 
+from ..harness import markdown
 from .plots import draw
 from .rows import Row
 from .run import Run
@@ -162,12 +163,6 @@ def tabulate(
             )
         lines.append(line)
     return header, lines
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table's lines."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)]
 
 
 def _mean(values: Sequence[float]) -> str:
