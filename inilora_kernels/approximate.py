@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, overload
 
@@ -307,7 +308,7 @@ def _factorize(
             task = Task(one, own, std, start[module] if start is not None else None)
             keys.update({(module, rank): _cache_key(task, rank, options) for rank in own})
             if cache:
-                known = {rank: finished_matrices.find(keys[module, rank]) for rank in own}
+                known = {rank: finished_matrices.find(keys[module, rank], one.sha256) for rank in own}
                 results.update({(module, rank): factors for rank, factors in known.items() if factors is not None})
             if any((module, rank) not in results for rank in own):
                 tasks.append(task)
@@ -433,6 +434,7 @@ def _sha256(W: Tensor) -> str:
 
 
 def _package_version() -> str:
-    from importlib.metadata import version
-
-    return version("inilora-kernels")
+    try:
+        return version("inilora-kernels")
+    except PackageNotFoundError:  # vendored, or frozen into a program
+        return "unknown"

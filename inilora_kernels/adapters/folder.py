@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, FactorFileError
 from ..model.checkpoint import Checkpoint
+from ..storage.atomic import save_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -102,7 +103,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = A.contiguous()
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = B.contiguous()
     (folder / CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
-    save_file({**tensors, **adapter.others}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS, {**tensors, **adapter.others})
 
 
 def copy_model(
@@ -158,7 +159,7 @@ def _rewrite_bin(
             if entry.file == shard:
                 tensor = checkpoint.read(name)
                 tensors[name] = _checked(change, name, tensor) if name in changed else tensor
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         size = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in checkpoint.tensors.values())

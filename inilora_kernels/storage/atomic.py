@@ -1,94 +1,248 @@
-"""Files and folders that are whole or absent: written beside, synced, renamed."""
+"""Files and folders that are whole or absent: written beside, synced, renamed.
+
+Only regular files are ever replaced, never a link, device or pipe, and nothing in the folder of a model or an adapter.
+Modes follow the umask. What can be known before long work (a place that is no place, a full disk) is refused before it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from ..errors import OutputError
+from .temporary import Temporary, ended_cleanly, sweep, temporary_file, temporary_folder
+
+# What makes a folder that of a model or an adapter, and the names in it that their loaders look for.
+_MARKS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_LOADED = re.compile(r".*config\.json|.*\.index\.json|(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)")
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another place",
+    errno.EDQUOT: "your quota is full; free some space or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "make its folder first, or choose another place",
+    errno.ENOTDIR: "a part of the path is a file; choose another place",
+}
 
 
-def require_writable(path: Path) -> None:
-    """Raise OutputError now if `write_whole(path, …)` could not succeed later.
+def require_writable(path: Path, size: int = 0) -> None:
+    """Raise OutputError now if `write_whole(path, …)` could not succeed later; remove what killed runs left there.
+
+    size: bytes that will be written, as far as known; they must be free.
 
     Long work must not end in a file that cannot be written, so the folder is tried with a real temporary file.
     """
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
-    try:
-        handle, probe = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        os.unlink(probe)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; choose another place for the output"
-        ) from error
+    _require_replaceable(path)
+    with _reporting(path):
+        sweep(path.parent)
+        probe = temporary_file(path.parent)
+        probe.close()
+        probe.path.unlink()
+    _require_space(path, size)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that no reader, and no crash, ever sees half of it. Raises OutputError."""
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
+def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Put `content` at `path` so that no reader, and no crash, ever sees half of it. Raises OutputError.
+
+    durable: wait until it is on the disk. Without it a power cut, though no crash of the process, may leave a file of
+        zeros: for files with a checksum.
+    """
+    _require_replaceable(path)
+    with _reporting(path), ended_cleanly():
+        temporary = temporary_file(path.parent)
+        try:
+            with os.fdopen(os.dup(temporary.descriptor), "wb") as stream:
+                stream.write(content)
+                if durable:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            os.replace(temporary.path, path)
+            if durable:
+                _sync(path.parent)
+        except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from error
+                temporary.path.unlink()
+            raise
+        finally:
+            temporary.close()
 
 
-def require_new_folder(path: Path) -> None:
-    """Raise OutputError if a folder cannot be made at `path`: something is there, or no folder can be written."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise OutputError(f"{path}: already there; give a new folder, or remove this one")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.rmdir(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+def require_new_folder(path: Path, size: int = 0) -> None:
+    """Raise OutputError if a folder of `size` bytes cannot be made at `path`; nothing is made yet.
+
+    An empty folder may be there, and parents may be missing.
+    """
+    with _reporting(path):
+        if path.is_symlink():
+            raise OutputError(f"{path}: a symbolic link; give the folder that it points to, or another name")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"{path}: already there; give a new folder, or remove this one")
+        if os.path.ismount(path):
+            raise OutputError(f"{path}: a mount point, which cannot be renamed; give a new folder in it")
+        parent = _nearest(path)
+        if not parent.is_dir():
+            raise OutputError(f"cannot write {path}: {parent} is no folder; choose another place")
+        for part in path.absolute().relative_to(parent).parts:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(parent / part)  # raises where the file system takes no such name
+        sweep(parent)
+        probe = temporary_folder(parent)
+        probe.close()
+        probe.path.rmdir()
+    _require_space(path, size)
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, size: int = 0) -> Iterator[Path]:
     """A folder to fill, beside `path`; it takes that name when all went well, and vanishes otherwise.
 
-    Raises OutputError.
+    size: bytes that will be written, as far as known; they must be free.
+
+    On an error and on SIGTERM the parents made for it vanish too. What SIGKILL leaves, the next output at that place
+    removes. Raises OutputError.
     """
-    require_new_folder(path)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    require_new_folder(path, size)
+    made: list[Path] = []
+    temporary: Temporary | None = None
+    finished = False
+    with ended_cleanly():
+        try:
+            with _reporting(path):
+                _make_parents(path.parent, made)
+                temporary = temporary_folder(path.parent)
+                yield temporary.path
+                _sync_all(temporary.path)
+                _take_name(temporary.path, path)
+                finished = True
+                _sync(path.parent)
+        finally:
+            if temporary is not None:
+                if not finished:
+                    shutil.rmtree(temporary.path, ignore_errors=True)
+                temporary.close()
+            if not finished:
+                for folder in reversed(made):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file into a folder of `whole_folder`'s, straight from the tensors. Raises OutputError.
+
+    safetensors gives its files mode 0600; this one follows the umask.
+    """
+    with _reporting(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+        os.chmod(path, mode)
+
+
+def _require_replaceable(path: Path) -> None:
+    with _reporting(path):
+        folder = path.parent
+        protected = next((mark for mark in _MARKS if (folder / mark).is_file()), None)
+        if protected is not None and _LOADED.fullmatch(path.name):
+            raise OutputError(
+                f"cannot write {path}: {protected} makes this the folder of a model or an adapter, which would be "
+                f"loaded with that file; choose another place"
+            )
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(mode):
+            raise OutputError(f"cannot write {path}: it is a folder; give a file name")
+        if stat.S_ISLNK(mode):
+            raise OutputError(
+                f"cannot write {path}: it is a symbolic link; give the file it points to, or another name"
+            )
+        if not stat.S_ISREG(mode):
+            raise OutputError(
+                f"cannot write {path}: a device, pipe or socket, which is never replaced; give a file name"
+            )
+        if protected is not None:
+            raise OutputError(
+                f"cannot write {path}: already there, in the folder of a model or an adapter ({protected}), where "
+                f"nothing is replaced; choose another name, or remove that file first"
+            )
+
+
+def _require_space(path: Path, size: int) -> None:
+    if not size:
+        return
+    with _reporting(path):
+        free = shutil.disk_usage(_nearest(path)).free
+    if free < size:
+        raise OutputError(
+            f"cannot write {path}: it takes about {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; "
+            f"free some space or choose another place"
+        )
+
+
+def _nearest(path: Path) -> Path:
+    """The nearest parent that is there."""
+    parent = path.absolute().parent
+    while not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    return parent
+
+
+def _take_name(temporary: Path, path: Path) -> None:
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        temporary.chmod(0o777 & ~_umask())
-        if path.is_dir():
-            path.rmdir()
         temporary.rename(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space") from error
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise OutputError(f"cannot write {path}: another run has made it meanwhile; choose another name") from error
+
+
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """Make a folder and its parents, adding each new one to `made`."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    for parent in reversed(missing):
+        try:
+            parent.mkdir()
+        except FileExistsError:  # another run's, made meanwhile
+            continue
+        made.append(parent)
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """OSError and safetensors' own as OutputError, with advice."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {path}: {error}; free some space or choose another place") from error
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "choose another place for the output")
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+def _sync_all(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            _sync(Path(parent) / file)
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    if path.is_symlink() or (os.name == "nt" and path.is_dir()):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    if file.is_file():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        os.close(descriptor)

@@ -2,35 +2,37 @@
 
 An entry's name is the sha256 of everything that decides its content: the source tensor's bytes, shape and dtype, and
 every option that changes the result. So a model may move or be renamed, a run may crash half-way, and no matrix is
-computed twice. An entry is a factor file of one module.
+computed twice.
+
+An entry is a factor file of one module whose options hold its own key and a checksum: the sha256 of the file with zeros
+in the checksum's place. A flipped bit, a file cut short or another matrix's entry counts as no entry. An entry's
+modification time is that of its last use. `cache_upkeep.py` lists, checks and removes entries.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from ..errors import FactorFileError, OutputError
 from ..factors import FORMAT_VERSION, Factors, FactorSet
 from .atomic import write_whole
-
-_ENTRY = "matrix"
+from .places import cache_folder
 
 # Raised whenever a kernel or solver gives different bits for the same options.
 RESULT_VERSION = 3
 
-
-def cache_folder() -> Path:
-    """`$INILORA_CACHE`, or `inilora` in the user's cache folder (XDG)."""
-    override = os.environ.get("INILORA_CACHE")
-    return Path(override) if override else user_cache_path("inilora")
+_ENTRY = "matrix"
+_ZEROS = "0" * 64
+# As it stands in the file: JSON in a JSON string.
+_CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{64})\\"')
 
 
 def cache_key(ingredients: Mapping[str, Any]) -> str:
@@ -43,23 +45,79 @@ def cache_key(ingredients: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(versioned, sort_keys=True).encode()).hexdigest()
 
 
-def find(key: str) -> Factors | None:
-    """The cached factors, or None; a damaged entry counts as none."""
-    try:
-        return FactorSet.load(_path(key))[_ENTRY]
-    except FactorFileError:
+def find(key: str, source_sha256: str) -> Factors | None:
+    """The cached factors, or None; an entry that is damaged, or of another key or matrix, counts as none."""
+    path = entry_path(key)
+    if path is None:
         return None
+    try:
+        factors = read_entry(path, key)
+    except (OSError, FactorFileError):
+        return None
+    if factors.source_sha256 != source_sha256:
+        return None
+    with contextlib.suppress(OSError):  # a cache to read only
+        os.utime(path)
+    return factors
 
 
 def keep(key: str, factors: Factors) -> None:
     """Store factors. A cache that cannot be written costs the next run its time, so it warns and goes on."""
-    path = _path(key)
+    path = entry_path(key)
+    if path is None:
+        _warn("this user has no home folder")
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, FactorSet({_ENTRY: factors}, {}).to_bytes())
-    except (OSError, OutputError) as error:
-        warnings.warn(f"this result is not cached: {error}; set INILORA_CACHE to a writable folder", stacklevel=2)
+        # Not durable: what a power cut leaves of an entry, its checksum tells.
+        write_whole(
+            path, _sealed(FactorSet({_ENTRY: factors}, {"key": key, "checksum": _ZEROS}).to_bytes()), durable=False
+        )
+    except OSError as error:
+        _warn(error.strerror or str(error))
+    except OutputError as error:
+        cause = error.__cause__
+        _warn((cause.strerror if isinstance(cause, OSError) else None) or str(error))
 
 
-def _path(key: str) -> Path:
-    return cache_folder() / key[:2] / f"{key}.safetensors"
+def read_entry(path: Path, key: str) -> Factors:
+    """The factors of the entry at `path`, which has to be that of `key`. Raises FactorFileError or OSError."""
+    content = path.read_bytes()
+    place = _CHECKSUM.search(content)
+    if place is None or place.group(1) != _checksum(content, place.span(1)):
+        raise FactorFileError(
+            f"{path}: damaged, its checksum is another; `inilora cache verify` finds all such entries"
+        )
+    found = FactorSet.load(path)
+    if found.options.get("key") != key:
+        raise FactorFileError(f"{path}: the entry of another matrix, {str(found.options.get('key'))[:12]}…")
+    return found[_ENTRY]
+
+
+def entry_path(key: str) -> Path | None:
+    """Where the entry of a key is, or would be; None without a cache folder."""
+    folder = cache_folder()
+    return None if folder is None else folder / key[:2] / f"{key}.safetensors"
+
+
+def _sealed(content: bytes) -> bytes:
+    place = _CHECKSUM.search(content)
+    assert place is not None
+    start, stop = place.span(1)
+    return content[:start] + _checksum(content, (start, stop)) + content[stop:]
+
+
+def _checksum(content: bytes, place: tuple[int, int]) -> bytes:
+    digest = hashlib.sha256(memoryview(content)[: place[0]])
+    digest.update(_ZEROS.encode())
+    digest.update(memoryview(content)[place[1] :])
+    return digest.hexdigest().encode()
+
+
+def _warn(reason: str) -> None:
+    # The same words for every matrix, so that Python shows them once a run.
+    warnings.warn(
+        f"finished matrices are not cached in {cache_folder() or 'any folder'} ({reason}); "
+        f"set INILORA_CACHE to a writable folder",
+        stacklevel=3,
+    )

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from .jit import njit
 from .simd import (
     GROUP,
     LANES,

@@ -18,8 +18,8 @@ from math import sqrt
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from .jit import njit
 from .simd import (
     GROUP,
     LANES,

@@ -1,0 +1,171 @@
+"""Temporary files and folders beside an output: locked while their process lives, removed once it is dead.
+
+A process that is killed cannot clean up. So each temporary name is held by an flock, which the kernel drops with the
+process: whoever comes later to the same place can tell a dead one from one in use, also across containers, and removes
+it. Where a file system has no locks, nothing is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+if sys.platform != "win32":
+    import fcntl
+
+PREFIX = ".inilora-"
+_ENDINGS = ("SIGTERM", "SIGHUP")
+
+
+@dataclass(frozen=True)
+class Temporary:
+    """A file or folder under a temporary name, and the descriptor that holds its lock; -1 where there is none."""
+
+    path: Path
+    descriptor: int
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def temporary_file(folder: Path) -> Temporary:
+    """A new empty file in `folder`, open for writing; its mode follows the umask. Raises OSError."""
+    while True:
+        path = folder / f"{PREFIX}{secrets.token_hex(8)}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        if _hold(path, descriptor):
+            return Temporary(path, descriptor)
+
+
+def temporary_folder(folder: Path) -> Temporary:
+    """A new empty folder in `folder`; its mode follows the umask. Raises OSError."""
+    while True:
+        path = folder / f"{PREFIX}{secrets.token_hex(8)}"
+        path.mkdir()
+        if sys.platform == "win32":  # which opens no folders
+            return Temporary(path, -1)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            continue
+        if _hold(path, descriptor):
+            return Temporary(path, descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed runs of this user left in `folder`, and warn that it was there.
+
+    A folder is renamed before it is emptied, so that its owner, if locks should fail to show it, cannot finish with a
+    part of it.
+    """
+    try:
+        found = [Path(entry.path) for entry in os.scandir(folder) if entry.name.startswith(PREFIX)]
+    except OSError:
+        return
+    removed, kept = 0, []
+    for path in found:
+        try:
+            removed += _remove_if_dead(path)
+        except OSError:
+            kept.append(path)
+    if removed:
+        warnings.warn(
+            f"removed {removed} unfinished output{'s' if removed > 1 else ''} of killed runs from {folder}",
+            stacklevel=3,
+        )
+    if kept:
+        warnings.warn(f"killed runs left {', '.join(map(str, kept))}; remove them to free their space", stacklevel=3)
+
+
+@contextlib.contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGHUP first leave this block by an exception, so that it cleans up, and end the process then.
+
+    Only in the main thread, and only where nobody else handles them.
+    """
+    names = [name for name in _ENDINGS if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        # The second one must not cut the cleaning short.
+        if not received:
+            received.append(number)
+            raise _Ended
+
+    mine = [getattr(signal, name) for name in names if signal.getsignal(getattr(signal, name)) is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, leave)
+    try:
+        yield
+    except _Ended:
+        if not received:
+            raise
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+        if received:
+            signal.raise_signal(received[0])
+
+
+class _Ended(BaseException):
+    """A signal to end the process has come."""
+
+
+def _hold(path: Path, descriptor: int) -> bool:
+    """Lock a new name; False if another process took it for a dead one in the instant before."""
+    _lock(descriptor)
+    try:
+        mine = os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        mine = False
+    if not mine:
+        os.close(descriptor)
+    return mine
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Whether the lock is ours now; None where there are no locks."""
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_if_dead(path: Path) -> bool:
+    state = os.lstat(path)
+    if stat.S_ISLNK(state.st_mode) or (hasattr(os, "geteuid") and state.st_uid != os.geteuid()):
+        return False
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not _lock(descriptor):
+            return False
+        if stat.S_ISDIR(state.st_mode):
+            grave = path.with_name(f"{PREFIX}{secrets.token_hex(8)}")
+            path.rename(grave)
+            shutil.rmtree(grave)
+        else:
+            path.unlink()
+        return True
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,63 @@
+"""Compiled functions where numba's cache cannot be written, or is damaged."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+MODULE = """
+from inilora_kernels.kernels.cpu.jit import njit
+
+@njit(cache=True, nogil=True)
+def double(x):
+    return 2 * x
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module where numba can keep nothing: a file stands in __pycache__'s place, and the home is no folder."""
+    monkeypatch.setenv("HOME", "/proc")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "double.py").write_text(MODULE)
+    (tmp_path / "package" / "__pycache__").write_text("")
+    return tmp_path / "package" / "double.py"
+
+
+def found_in_cache(module: Path) -> int:
+    """Import the module anew, as another process would, and use it; whether its machine code was in the cache."""
+    spec = importlib.util.spec_from_file_location("double", module)
+    assert spec is not None
+    assert spec.loader is not None
+    imported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imported)
+    assert imported.double(21) == 42
+    return sum(imported.double._cache_hits.values()) if imported.double._cache is not None else 0
+
+
+def test_the_cache_is_ours(module: Path) -> None:
+    assert [found_in_cache(module), found_in_cache(module)] == [0, 1]
+
+
+def test_or_there_is_none(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INILORA_CACHE", "/proc/no-cache")
+    assert [found_in_cache(module), found_in_cache(module)] == [0, 0]
+
+
+def test_a_damaged_cache_costs_a_compilation(module: Path, own_cache: Path) -> None:
+    assert not found_in_cache(module)
+    files = [file for file in own_cache.rglob("*.nb*") if file.is_file()]
+    assert files
+    for file in files:
+        file.write_bytes(b"\0" * 100)
+    assert not found_in_cache(module)
+
+
+def test_a_cache_that_others_can_write_is_not_used(module: Path, own_cache: Path) -> None:
+    assert not found_in_cache(module)
+    (folder,) = own_cache.glob("numba-*")
+    folder.chmod(0o777)
+    assert not found_in_cache(module)

@@ -1,0 +1,161 @@
+"""Outputs are whole or absent, replace regular files alone, and leave nothing behind, killed or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from inilora_kernels.errors import OutputError
+from inilora_kernels.storage.atomic import (
+    require_new_folder,
+    require_writable,
+    save_tensors,
+    whole_folder,
+    write_whole,
+)
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def killed(out: Path, call: str, number: signal.Signals, kind: str) -> int:
+    """How a process ended that a signal met in the middle of writing `out`, at its call of os.fsync, os.replace, …"""
+
+    def die(*arguments: object, **more: object) -> None:
+        os.kill(os.getpid(), number)
+
+    process = os.fork()
+    if not process:
+        try:
+            setattr(Path if call == "rename" else os, call, die)
+            if kind == "file":
+                write_whole(out, b"new")
+            else:
+                with whole_folder(out) as folder:
+                    (folder / "file").write_bytes(b"new")
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.usefixtures("umask")
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    write_whole(tmp_path / "file", b"content")
+    with whole_folder(tmp_path / "folder") as folder:
+        save_tensors(folder / "tensors", {"a": torch.ones(2)})
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"file": 0o644, "folder": 0o755, "tensors": 0o644}
+
+
+@pytest.mark.parametrize("check", [require_writable, lambda path: write_whole(path, b"new")])
+def test_only_regular_files_are_replaced(tmp_path: Path, check: object) -> None:
+    assert callable(check)
+    pipe, link, dangling, target = (tmp_path / name for name in ("pipe", "link", "dangling", "target"))
+    os.mkfifo(pipe)
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    dangling.symlink_to(tmp_path / "nowhere")
+    for path, message in ((pipe, "pipe"), (link, "symbolic link"), (dangling, "symbolic link"), (tmp_path, "folder")):
+        before = os.lstat(path)
+        with pytest.raises(OutputError, match=message):
+            check(path)
+        assert os.lstat(path).st_ino == before.st_ino
+    assert target.read_bytes() == b"old"
+    check(target)
+
+
+def test_nothing_in_a_models_folder_is_replaced(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "README.md"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(OutputError, match=name):
+            write_whole(tmp_path / name, b"new")
+    # Names that loaders would take up, too.
+    for name in ("model.safetensors", "model.safetensors.index.json", "generation_config.json", "pytorch_model.bin"):
+        with pytest.raises(OutputError, match=name):
+            require_writable(tmp_path / name)
+    write_whole(tmp_path / "factors.safetensors", b"new")
+    with pytest.raises(OutputError, match="already there"):
+        require_writable(tmp_path / "factors.safetensors")
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"{}", b"new"}
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
+    long = "x" * 300
+    (tmp_path / "file").write_bytes(b"")
+    for check in (require_writable, require_new_folder):
+        with pytest.raises(OutputError, match="shorter name"):
+            check(tmp_path / long)
+        with pytest.raises(OutputError, match="MB are free"):
+            check(tmp_path / "new", 1 << 60)
+        with pytest.raises(OutputError, match="file"):
+            check(tmp_path / "file" / "new")
+    with pytest.raises(OutputError, match="make its folder"):
+        require_writable(tmp_path / "nowhere" / "new")
+    require_writable(tmp_path / ("x" * 250))
+    require_new_folder(tmp_path / "some" / "parents" / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failure_leaves_no_parents(tmp_path: Path) -> None:
+    def fail() -> None:
+        with whole_folder(tmp_path / "some" / "parents" / "new") as folder:
+            (folder / "file").write_bytes(b"new")
+            raise KeyError("failed")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_loser_of_a_race_is_told_so(tmp_path: Path) -> None:
+    out = tmp_path / "new"
+
+    def lose() -> None:
+        with whole_folder(out), whole_folder(out) as winner:
+            (winner / "theirs").write_bytes(b"")
+
+    with pytest.raises(OutputError, match="another run has made it"):
+        lose()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "theirs"]
+
+
+def test_an_error_from_elsewhere_is_not_called_a_race(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File exists"), whole_folder(tmp_path / "new") as folder:
+        folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"), [("fsync", "file"), ("replace", "file"), ("fsync", "folder"), ("rename", "folder")]
+)
+def test_a_termination_cleans_up_and_a_kill_is_swept(tmp_path: Path, call: str, kind: str) -> None:
+    out = tmp_path / "some" / "out" if kind == "folder" else tmp_path / "out"
+    assert killed(out, call, signal.SIGTERM, kind) == -signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+    assert killed(out, call, signal.SIGKILL, kind) == -signal.SIGKILL
+    assert not out.exists()
+    assert list(out.parent.iterdir())
+    with pytest.warns(UserWarning, match="removed 1 unfinished output"):
+        (require_new_folder if kind == "folder" else require_writable)(out)
+    assert not list(out.parent.iterdir())
+
+
+def test_an_output_in_use_is_not_swept(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with whole_folder(tmp_path / "one") as folder:
+            require_new_folder(tmp_path / "two")
+            with whole_folder(tmp_path / "three"):
+                pass
+            assert folder.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three"]
