@@ -87,13 +87,14 @@ def find_starts(
     """
     if not factors:
         raise TargetError(f"{where}: the factor set is empty; make it again with `inilora approximate`")
-    wanted = list(dict.fromkeys(module_of(name) for name in factors))
-    live_names = _live_names(wanted, shapes, where, config)
+    parts: dict[str, dict[str, Factors]] = {}
+    for name, part in factors.items():
+        parts.setdefault(module_of(name), {})[name] = part
+    live_names = _live_names(list(parts), shapes, where, config)
     starts = {}
-    for module in wanted:
+    for module, its_parts in parts.items():
         live = live_names[module]
-        parts = {name: part for name, part in factors.items() if module_of(name) == module}
-        starts[live] = _combine(parts, shapes[live], f"{where}: {live}")
+        starts[live] = _combine(its_parts, shapes[live], f"{where}: {live}")
     return starts
 
 

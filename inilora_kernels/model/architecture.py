@@ -1,14 +1,20 @@
 """What transformers knows of a checkpoint's modules: which are linear, which way round, and their live names.
 
-The architecture that config.json names is built on the meta device: no weights, no network, no code from the
-model's folder. Names in a file and names in the model differ in two ways: a checkpoint of a base model lacks
-the prefix that a model with a head has (`bert.`), and transformers 5 has renamed modules since the files were
-written (ViT's `attention.attention.query` is `attention.q_proj` there).
+The model that a user's class will be is built on the meta device: no weights, no network, no code from the model's
+folder. Names in a file and names in that model differ in several ways: a checkpoint of a base model lacks the prefix
+that a model with a head has (`bert.`), the text model of a vision-language checkpoint has other names than the whole,
+transformers 5 has renamed modules since the files were written (ViT's `attention.attention.query` is
+`attention.q_proj` there) and keeps all experts of a layer in one parameter, and some tensors of a file are not loaded
+at all (the layers for multi-token prediction).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,44 +48,79 @@ class Layer:
     shared_with: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """The modules of one model.
 
-    layers: by the module's name in the checkpoint; only those that the model has.
+    model: the model itself, on the meta device.
+    layers: by the module's name in the checkpoint; only those that the model loads one to one.
+    merged: the parameter that several modules' weights become on loading, such as all experts of a layer.
+    unloaded: modules of the checkpoint that the model does not load.
+    missing: modules of the model that the checkpoint has no weight for.
     complete: every linear layer of the model is in the checkpoint, so what else is there is not the model's.
     base_model_prefix: what a model with a head puts before the base model's names.
     config: transformers' own, with its defaults filled in.
+    live_name: the name in the model of a tensor of the checkpoint; None where the model does not load it one to one.
     """
 
+    model: PreTrainedModel
     layers: Mapping[str, Layer]
+    merged: Mapping[str, str]
+    unloaded: frozenset[str]
+    missing: tuple[str, ...]
     complete: bool
     base_model_prefix: str
     config: Any
+    live_name: Callable[[str], str | None]
+
+    def left_out(self, module: str) -> str | None:
+        """Return why a module of the checkpoint is no layer of the model; None if it is one, or nothing is known."""
+        # Where not one module fits, config.json and the names do not speak of the same model.
+        if module in self.layers or not self.layers:
+            return None
+        name = type(self.model).__name__
+        if module in self.merged:
+            parameter = re.sub(r"\.\d+\.", ".*.", self.merged[module])
+            return f"{name} keeps it as a part of {parameter}, which is no linear layer and takes no adapter"
+        return f"{name} does not load it" if module in self.unloaded else None
 
 
-def describe(config: Mapping[str, Any], modules: Iterable[str]) -> Architecture | None:
-    """What the architecture named by a config.json says of these modules of a checkpoint.
+def describe(config: Mapping[str, Any], modules: Iterable[str], auto_class: str | None = None) -> Architecture | None:
+    """Return what transformers says of these modules of a checkpoint.
 
-    None where transformers does not know the architecture or cannot build it.
+    config: the checkpoint's config.json.
+    auto_class: the class that will load it, such as "AutoModelForCausalLM". None: the one that config.json names, or
+        AutoModel where the checkpoint lacks less of that one: all-mpnet-base-v2 names MPNetForMaskedLM and holds the
+        bare model.
+
+    None where transformers has no such model; with a warning also where it fails to build the one it has.
     """
-    model = _build(config)
+    names = list(modules)
+    kind = auto_class or str((config.get("architectures") or ["AutoModel"])[0])
+    model = _build(config, kind)
     if model is None:
         return None
-    layers = _layers(model)
-    live_names = loaded_names(model, modules)
-    found = {name: layers[live] for name, live in live_names.items() if live in layers}
-    needed = {name for name, layer in layers.items() if layer.form != "other" and not layer.shared_with}
-    return Architecture(
-        layers=found,
-        complete=needed <= {layer.name for layer in found.values()},
-        base_model_prefix=model.base_model_prefix,
-        config=model.config,
-    )
+    named = _architecture(model, names)
+    if auto_class is not None or not named.missing:
+        return named
+    bare_model = _build(config, "AutoModel")
+    if bare_model is None:
+        return named
+    bare = _architecture(bare_model, names)
+    return bare if len(bare.missing) < len(named.missing) else named
+
+
+def has_class(config: Mapping[str, Any], auto_class: str) -> bool:
+    """Whether transformers has a model of this kind for the config's model_type."""
+    import transformers
+
+    if config.get("model_type") not in transformers.CONFIG_MAPPING:
+        return False
+    return transformers.CONFIG_MAPPING[config["model_type"]] in getattr(transformers, auto_class)._model_mapping
 
 
 def loaded_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:
-    """The name in a live model of each module of a checkpoint, for those that the model has.
+    """Return the name in a live model of each module of a checkpoint, for those that it loads one to one.
 
     As `from_pretrained` does: with the base model's prefix added or taken away, and through transformers' own
     table of renamed modules.
@@ -89,36 +130,82 @@ def loaded_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, st
     >>> loaded_names(BertModel(config), ["bert.pooler.dense", "cls.predictions.decoder"])
     {'bert.pooler.dense': 'pooler.dense'}
     """
-    weights = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith(".weight")}
-    prefix = f"{model.base_model_prefix}."
-    rename = _renaming(model)
-    names: dict[str, str] = {}
+    loads_into = _loader(model)
+    names = {}
     for module in modules:
-        tensor = f"{module}.weight"
-        renamed = rename(tensor)
-        for candidate in (tensor, renamed):
-            for name in (candidate, prefix + candidate, candidate.removeprefix(prefix)):
-                if name in weights:
-                    names.setdefault(module, name.removesuffix(".weight"))
+        live, merged = loads_into(f"{module}.weight")
+        if live is not None and not merged:
+            names[module] = live.removesuffix(".weight")
     return names
 
 
-def _renaming(model: PreTrainedModel) -> Any:
+def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
+    every = _layers(model)
+    loads_into = _loader(model)
+    layers: dict[str, Layer] = {}
+    merged: dict[str, str] = {}
+    unloaded = []
+    for module in modules:
+        live, is_merged = loads_into(f"{module}.weight")
+        name = None if live is None else live.removesuffix(".weight")
+        if name is None:
+            unloaded.append(module)
+        elif is_merged:
+            merged[module] = name
+        elif name in every:
+            layers[module] = every[name]
+    # What comes of one tensor alone was split or permuted: its own matrix, though none of the model's.
+    parts = Counter(merged.values())
+    sources = {layer.name for layer in layers.values()} | set(merged.values())
+    missing = [name for name, layer in every.items() if name not in sources and not layer.shared_with]
+
+    def live_name(tensor: str) -> str | None:
+        live, is_merged = loads_into(tensor)
+        return None if is_merged else live
+
+    return Architecture(
+        model=model,
+        layers=layers,
+        merged={module: name for module, name in merged.items() if parts[name] > 1},
+        unloaded=frozenset(unloaded),
+        missing=tuple(missing),
+        complete=all(every[name].form == "other" for name in missing),
+        base_model_prefix=model.base_model_prefix,
+        config=model.config,
+        live_name=live_name,
+    )
+
+
+def _loader(model: PreTrainedModel) -> Callable[[str], tuple[str | None, bool]]:
+    """Where a tensor of a checkpoint goes: its name in the model, None if nowhere; whether it is merged with others."""
+    prefix: str = model.base_model_prefix
+    tensors = model.state_dict(keep_vars=True)
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:  # transformers 4: the model's modules are named as its files are
-        return lambda name: name
+    except ImportError:  # transformers 4: each class has its own patterns, and modules are never merged
+        patterns: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+
+        def renamed(name: str) -> tuple[str | None, bool]:
+            for pattern, replacement in patterns.items():
+                name = re.sub(pattern, replacement, name)
+            for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+                if candidate in tensors:
+                    return candidate, False
+            return None, False
+
+        return renamed
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
 
-    def rename(name: str) -> str:
-        renamed, converter = rename_source_key(name, renamings, converters)
-        # A converter merges or splits tensors, so what comes out is another matrix than this one.
-        return name if converter is not None else str(renamed)
+    def loads_into(name: str) -> tuple[str | None, bool]:
+        live, converter = rename_source_key(name, renamings, converters, prefix, tensors)
+        if live not in tensors and name in tensors:
+            live, converter = rename_source_key(name, [], [], prefix, tensors)
+        return (live if live in tensors else None), converter is not None
 
-    return rename
+    return loads_into
 
 
 def _layers(model: PreTrainedModel) -> dict[str, Layer]:
@@ -151,24 +238,46 @@ def _layers(model: PreTrainedModel) -> dict[str, Layer]:
     return layers
 
 
-def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
+def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
+    """The model of a config.json on the meta device. kind: its class, an auto class or one of transformers' own."""
     import transformers
 
-    # The attention kernel does not matter here, and the one asked for may not be installed.
-    plain = {key: value for key, value in config.items() if "attn_implementation" not in key}
-    model_class = getattr(transformers, str((config.get("architectures") or [None])[0]), None)
+    # The attention kernel does not matter here, and the one asked for may not be installed. Without `auto_map` no
+    # class comes from the model's folder.
+    plain = {key: value for key, value in config.items() if "attn_implementation" not in key and key != "auto_map"}
     try:
+        model_class: Any = getattr(transformers, kind, None)
         if config.get("model_type") in transformers.CONFIG_MAPPING:
             settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(plain)
-        elif model_class is not None:
+        elif getattr(model_class, "config_class", None) is not None:
             settings = model_class.config_class.from_dict(plain)
         else:
             return None
+        if model_class is None or kind.startswith("Auto"):
+            auto_class = getattr(transformers, kind if kind.startswith("Auto") else "AutoModel")
+            if type(settings) not in auto_class._model_mapping:
+                return None
+            build: Any = functools.partial(auto_class.from_config, trust_remote_code=False)
+        else:
+            # As the auto classes do for the text model of a vision-language config.
+            if type(settings) is not model_class.config_class and model_class.config_class in _sub_configs(settings):
+                settings = settings.get_text_config()
+            build = model_class
         with torch.device("meta"):
-            build: Any = model_class or transformers.AutoModel.from_config
-            model = build(settings)
-            model.get_output_embeddings()
-            return model  # type: ignore[no-any-return]
-    except Exception:
-        # A config may be anything, and a model class may raise anything on it or want a package not here.
+            model: PreTrainedModel = build(settings)
+        model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return model.eval()
+    except Exception as error:
+        # A config may be anything, and a class may raise anything on it, or want a package that is not here.
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"transformers {transformers.__version__} cannot build {kind} of model_type {config.get('model_type')!r} "
+            f"({type(error).__name__}: {reason}), so modules are known by their names in the checkpoint alone; mend "
+            f"the installation or config.json, or name the target_modules",
+            stacklevel=4,
+        )
         return None
+
+
+def _sub_configs(settings: Any) -> list[type]:
+    return list(getattr(settings, "sub_configs", {}).values())

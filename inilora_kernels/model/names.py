@@ -2,46 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ..errors import TargetError
 
 
 def match_names(wanted: Sequence[str], available: Collection[str], where: str) -> dict[str, str]:
-    """The name among `available` of each wanted name: itself, or with one prefix for all added or taken away.
+    """Return the name among `available` of each wanted name: itself, or with one prefix for all added or taken away.
+
+    Takes time in proportion to the number of names, not to its square: a model of experts has 40,000.
 
     Raises TargetError if there is no such prefix, or more than one.
 
     >>> match_names(["encoder.query"], {"bert.encoder.query", "classifier"}, "model")
     {'encoder.query': 'bert.encoder.query'}
     """
+    there = frozenset(available)
     first = wanted[0]
-    added = sorted(name.removesuffix(first) for name in available if f".{name}".endswith(f".{first}"))
-    removed = sorted(first.removesuffix(name) for name in available if first.endswith(f".{name}"))
-    prefixes = [("", prefix) for prefix in added] + [(prefix, "") for prefix in removed]
+    added = sorted(name.removesuffix(first) for name in there if f".{name}".endswith(f".{first}"))
+    removed = [first.removesuffix(end) for end in _endings(first) if end != first and end in there]
     mappings = []
-    for old, new in prefixes:
-        mapping = {name: new + name.removeprefix(old) for name in wanted if name.startswith(old)}
-        if len(mapping) == len(wanted) and all(name in available for name in mapping.values()):
-            if mapping == {name: name for name in wanted}:
-                return mapping
-            mappings.append(mapping)
+    for old, new in [("", prefix) for prefix in added] + [(prefix, "") for prefix in sorted(removed)]:
+        if all(name.startswith(old) and new + name.removeprefix(old) in there for name in wanted):
+            if old == new:
+                return {name: name for name in wanted}
+            mappings.append({name: new + name.removeprefix(old) for name in wanted})
     if not mappings:
-        missing = next((name for name in wanted if not _has(name, available)), first)
         raise TargetError(
-            f"{where}: no linear module {missing}, for which there are factors; there are "
+            f"{where}: no linear module {_missing(wanted, there)}, for which there are factors; there are "
             f"{_some(available)}. Use the factors of this model"
         )
     if len(mappings) > 1:
         raise TargetError(
             f"{where}: {first} fits {' and '.join(mapping[first] for mapping in mappings[:3])}; "
-            f"give the submodel that the factors were made of"
+            f"give the submodel that the factors were computed from"
         )
     return mappings[0]
 
 
-def _has(name: str, available: Collection[str]) -> bool:
-    return any(f".{other}".endswith(f".{name}") or name.endswith(f".{other}") for other in available)
+def shortest_endings(chosen: Collection[str], available: Iterable[str]) -> list[str] | None:
+    """Return the shortest endings of one to three parts that select `chosen` among `available` and nothing else.
+
+    None if there are none.
+
+    >>> shortest_endings({"0.attn.q", "1.attn.q"}, ["0.attn.q", "0.attn.k", "1.attn.q", "pooler"])
+    ['q']
+    >>> shortest_endings({"a.0.attn.q"}, ["a.0.attn.q", "b.0.attn.q"]) is None
+    True
+    """
+    chosen = frozenset(chosen)
+    others = frozenset(available) - chosen
+    for parts in (1, 2, 3):
+        endings = {_last_parts(name, parts) for name in chosen}
+        if not any(_last_parts(name, parts) in endings for name in others):
+            return sorted(endings)
+    return None
+
+
+def _last_parts(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The name, then what is left of it after each dot."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def _missing(wanted: Sequence[str], there: frozenset[str]) -> str:
+    """The first name that no prefix could find, or the first of all."""
+    endings = {end for name in there for end in _endings(name)}
+    return next(
+        (name for name in wanted if name not in endings and not any(e in there for e in _endings(name))), wanted[0]
+    )
 
 
 def _some(names: Iterable[str], most: int = 4) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ VALUES = frozenset(QUERY_AND_VALUE.values())
 FUSED_IN_ORDER = frozenset(
     {("phi3", "qkv_proj"), ("phi4_multimodal", "qkv_proj"), ("modernbert", "Wqkv"), ("mpt", "Wqkv")}
 )
-FUSED = re.compile(r"c_attn|query_key_value|W?qkv(_proj)?|in_proj|attn_qkv")
+FUSED = re.compile(r"c_attn|query_key_value|W?qkv(_proj)?|attn_qkv")
 
 # What modules without a known architecture are, by the last part of their name.
 EMBEDDING = re.compile(r"\w*embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias")
@@ -82,6 +83,9 @@ def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str |
     Names are those in the checkpoint, those that transformers gives the modules when it loads it, and both
     with the base model's prefix (`bert.`), so what works in a `LoraConfig` works here.
 
+    A target is a matrix that the model will load as a linear layer. What transformers does not load (the layers for
+    multi-token prediction), or merges with others into one parameter (experts), is left out with a warning.
+
     Raises TargetError: nothing is selected, or something that is no linear layer or shares its weight, or the
     expression is invalid. WeightError: a selected weight is quantized or not floating point. CheckpointError:
     a weight's shape contradicts config.json.
@@ -89,22 +93,31 @@ def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str |
     >>> import tempfile
     >>> from pathlib import Path
     >>> from safetensors.torch import save_file
-    >>> from inilora_kernels.checkpoint import open_checkpoint
+    >>> from inilora_kernels.model.checkpoint import open_checkpoint
     >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
     >>> save_file({f"0.{name}.weight": torch.zeros(4, 6) for name in ("q_proj", "k_proj", "v_proj")}, path)
     >>> [target.module for target in find_targets(open_checkpoint(path))]
     ['0.q_proj', '0.v_proj']
     """
-    modules = _modules(checkpoint)
+    every = _modules(checkpoint)
+    modules = [module for module in every if module.left_out is None]
+    left_out = [module for module in every if module.left_out is not None]
     if target_modules is None:
         targets = list(_query_and_value(modules))
+        left_out = [module for module in left_out if _last(module.name) in QUERIES | VALUES]
     elif isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         targets = [_target(module) for module in modules if module.is_inner_linear]
+        left_out = [module for module in left_out if module.form != "other" and not _is_output_by_name(module.name)]
     else:
         selects = _selector(target_modules)
         targets = [_target(module) for module in modules if selects(module)]
+        left_out = [module for module in left_out if selects(module)]
+        _require_each_loaded(checkpoint, target_modules, modules, left_out)
     if not targets:
         raise _nothing_found(checkpoint, modules, target_modules)
+    for reason in dict.fromkeys(module.left_out for module in left_out):
+        names = [module.name for module in left_out if module.left_out == reason]
+        warnings.warn(f"{checkpoint.path}: left out {_some(names)}: {reason}", stacklevel=2)
     return targets
 
 
@@ -132,6 +145,7 @@ class _Module:
 
     entry: its `.weight`; None where a quantizer stored something else instead.
     layer: what transformers says; None if it knows no such module.
+    left_out: why it cannot be a target, whatever is asked for; None if it can.
     """
 
     path: Path
@@ -142,6 +156,7 @@ class _Module:
     is_inner_linear: bool
     layer: Layer | None
     architecture: Architecture | None
+    left_out: str | None
 
     @property
     def aliases(self) -> set[str]:
@@ -185,9 +200,26 @@ def _modules(checkpoint: Checkpoint) -> list[_Module]:
                 is_inner_linear=inner,
                 layer=layer,
                 architecture=architecture,
+                left_out=architecture.left_out(name) if architecture else None,
             )
         )
     return modules
+
+
+def _require_each_loaded(
+    checkpoint: Checkpoint, target_modules: Collection[str] | str, loaded: list[_Module], left_out: list[_Module]
+) -> None:
+    """Raise TargetError where a name in `target_modules` selects nothing but modules that cannot be targets."""
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    for name in names:
+        selects = _selector(name if isinstance(target_modules, str) else [name])
+        refused = next((module for module in left_out if selects(module)), None)
+        if refused is not None and not any(selects(module) for module in loaded):
+            others = [other for other in names if other != name]
+            raise TargetError(
+                f"{checkpoint.path}: {name} selects {refused.name} alone or its like, and {refused.left_out}; "
+                f"leave {name} out of target_modules{f': {others}' if others else ''}"
+            )
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
@@ -341,6 +373,11 @@ def _nothing_found(
     asked = "no query and value projections found" if target_modules is None else "nothing selected"
     shown = "" if target_modules is None else f" by target_modules={target_modules!r}"
     return TargetError(f"{checkpoint.path}: {asked}{shown}; {there}. In target_modules {how}")
+
+
+def _some(names: Collection[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + rest
 
 
 def _last(name: str) -> str:
