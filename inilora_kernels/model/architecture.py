@@ -266,7 +266,8 @@ def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
         with torch.device("meta"):
             model: PreTrainedModel = build(settings)
         model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return model.eval()
+        model.eval()  # type: ignore[no-untyped-call]
+        return model
     except Exception as error:
         # A config may be anything, and a class may raise anything on it, or want a package that is not here.
         reason = " ".join(str(error).split())[:200]
