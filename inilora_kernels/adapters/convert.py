@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import FactorFileError, OptionError, TargetError
+from ..errors import FactorFileError, OptionError, TargetError, WeightError
 from ..factors import FactorSet
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..storage.atomic import require_new_folder, whole_folder
@@ -105,6 +105,13 @@ def export_merged(trained: str | Path, factors: FactorSet, out: str | Path, base
     updates = _updates(trained, adapter, factors, checkpoint, on_residual)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}
     by_tensor = dict(zip(dict.fromkeys(tensors.values()), updates, strict=True))
+    for tensor in by_tensor:
+        weight = checkpoint.weights[tensor]
+        if weight.is_quantized:
+            raise WeightError(
+                f"{checkpoint.path}: {tensor} is quantized ({weight.dequantization}), so W + ΔW cannot be written in "
+                f"its place; use `inilora convert`, and merge the adapter into the original model"
+            )
     whole = _trained_whole(adapter, checkpoint, next(iter(by_tensor.items())))
 
     def change(tensor: str, W: Tensor) -> Tensor:

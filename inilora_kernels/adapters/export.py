@@ -89,9 +89,12 @@ def export_residual(
     for name, part in factors.items():
         by_tensor.setdefault(plan.tensors[module_of(name)], {})[name] = part
     for tensor in by_tensor:
-        dtype = plan.checkpoint.tensors[tensor].dtype
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise WeightError(f"{plan.checkpoint.path}: {tensor} is quantized ({dtype}); use export_delta")
+        weight = plan.checkpoint.weights[tensor]
+        if weight.is_quantized:
+            raise WeightError(
+                f"{plan.checkpoint.path}: {tensor} is quantized ({weight.dequantization}); R = W − BA would have to be "
+                f"quantized anew, which is another model: use export_delta, or the original model"
+            )
 
     def residual(tensor: str, stored: Tensor) -> Tensor:
         transposed = next(iter(by_tensor[tensor].values())).transposed
@@ -192,7 +195,7 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
     Raises FactorFileError if the factors were made of other weights, or do not say of which.
     """
     modules = list(dict.fromkeys(module_of(name) for name in factors))
-    weights = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
+    weights = {name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")}
     try:
         names = match_names(modules, weights, str(checkpoint.path))
     except TargetError as error:
@@ -280,7 +283,7 @@ def _plan(
     live_names = _live_names(checkpoint, task_type)
     shapes = {}
     for name, part in factors.items():
-        stored = checkpoint.tensors[tensors[module_of(name)]].shape
+        stored = checkpoint.weights[tensors[module_of(name)]].shape
         out_features, in_features = reversed(stored) if part.transposed else stored
         shapes[live_names[tensors[module_of(name)].removesuffix(".weight")]] = (out_features, in_features)
     starts = _starts(shapes, factors, tensors, live_names, checkpoint)
@@ -317,7 +320,7 @@ def _starts(
 
 def _live_names(checkpoint: Checkpoint, task_type: TaskType | None) -> dict[str, str]:
     """The name in the model that the trainer will load of each module with a weight; its own where that is unknown."""
-    modules = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
+    modules = [name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")]
     names = {module: module for module in modules}
     if checkpoint.config is None:
         return names

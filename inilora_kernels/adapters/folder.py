@@ -141,7 +141,7 @@ def copy_model(
         assert entry.offset is not None
         with (folder / entry.file.name).open("r+b") as stream:
             stream.seek(entry.offset)
-            stream.write(_bytes(_checked(change, name, checkpoint.read(name))))
+            stream.write(_bytes(_checked(change, name, entry.read())))
 
 
 def _rewrite_bin(
@@ -157,7 +157,7 @@ def _rewrite_bin(
         tensors = {}
         for name, entry in checkpoint.tensors.items():
             if entry.file == shard:
-                tensor = checkpoint.read(name)
+                tensor = entry.read()
                 tensors[name] = _checked(change, name, tensor) if name in changed else tensor
         save_tensors(folder / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))

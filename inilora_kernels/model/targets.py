@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, WeightError
 from .architecture import HEADS, Architecture, Layer, describe
-from .checkpoint import Checkpoint, TensorEntry
+from .checkpoint import Checkpoint
+from .formats.weight import StoredWeight
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,6 +28,8 @@ QUERY_AND_VALUE = {
     "q": "v",  # T5, MPNet
     "linear_q": "linear_v",  # Conformers
     "wq": "wv",  # LLaMA's and Mistral's own files
+    "to_q": "to_v",  # diffusers
+    "add_q_proj": "add_v_proj",  # diffusers' transformers, of the text's tokens
 }
 QUERIES = frozenset(QUERY_AND_VALUE) | {"q_attn"}
 VALUES = frozenset(QUERY_AND_VALUE.values())
@@ -42,9 +45,6 @@ FUSED = re.compile(r"c_attn|query_key_value|W?qkv(_proj)?|attn_qkv")
 EMBEDDING = re.compile(r"\w*embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias")
 OUTPUT = re.compile(r"lm_head|embed_out|output_projection|proj_out|output|cls\.predictions\.decoder")
 CONV1D = re.compile(r"c_attn|c_proj|c_fc|q_attn")
-
-# Where quantizers put a weight that is not called `.weight` any more: GPTQ and AWQ, compressed-tensors, HQQ.
-QUANTIZED = ("qweight", "weight_packed", "W_q")
 
 _STRIP_BYTES = 1 << 24
 
@@ -131,7 +131,7 @@ def read_target(checkpoint: Checkpoint, target: Target) -> Tensor:
     d, k = target.shape
     start, stop = target.rows or (0, d)
     W = torch.empty(d, k, dtype=target.dtype)
-    stored_row_bytes = checkpoint.tensors[target.tensor].shape[1] * target.dtype.itemsize
+    stored_row_bytes = checkpoint.weights[target.tensor].shape[1] * target.dtype.itemsize
     step = max(1, _STRIP_BYTES // stored_row_bytes)
     for column in range(0, k, step):
         strip = checkpoint.read(target.tensor, slice(column, column + step))
@@ -143,15 +143,14 @@ def read_target(checkpoint: Checkpoint, target: Target) -> Tensor:
 class _Module:
     """A module of the checkpoint with a weight, and what is known about it.
 
-    entry: its `.weight`; None where a quantizer stored something else instead.
+    entry: its weight.
     layer: what transformers says; None if it knows no such module.
     left_out: why it cannot be a target, whatever is asked for; None if it can.
     """
 
     path: Path
     name: str
-    entry: TensorEntry | None
-    quantized: bool
+    entry: StoredWeight
     form: Literal["linear", "conv1d", "other"]
     is_inner_linear: bool
     layer: Layer | None
@@ -169,15 +168,9 @@ class _Module:
 
 def _modules(checkpoint: Checkpoint) -> list[_Module]:
     """Every module of the checkpoint that has a weight, layer 2 before layer 10."""
-    entries: dict[str, TensorEntry | None] = {}
-    quantized = {name.split(".weight.")[0] for name in checkpoint.tensors if ".weight." in name}
-    for name, entry in checkpoint.tensors.items():
-        module, _, parameter = name.rpartition(".")
-        if parameter == "weight":
-            entries[module] = entry
-        elif parameter in QUANTIZED:
-            entries.setdefault(module, None)
-            quantized.add(module)
+    entries = {
+        name.removesuffix(".weight"): weight for name, weight in checkpoint.weights.items() if name.endswith(".weight")
+    }
     architecture = describe(checkpoint.config, entries) if checkpoint.config else None
     stored_transposed = _looks_like_gpt2(checkpoint, entries)
     modules = []
@@ -195,7 +188,6 @@ def _modules(checkpoint: Checkpoint) -> list[_Module]:
                 path=checkpoint.path,
                 name=name,
                 entry=entries[name],
-                quantized=name in quantized,
                 form=form,
                 is_inner_linear=inner,
                 layer=layer,
@@ -237,10 +229,8 @@ def _looks_like_gpt2(checkpoint: Checkpoint, modules: Iterable[str]) -> bool:
     return False
 
 
-def _form_by_name(
-    name: str, entry: TensorEntry | None, stored_transposed: bool
-) -> Literal["linear", "conv1d", "other"]:
-    if EMBEDDING.fullmatch(_last(name)) or (entry is not None and len(entry.shape) != 2):
+def _form_by_name(name: str, entry: StoredWeight, stored_transposed: bool) -> Literal["linear", "conv1d", "other"]:
+    if EMBEDDING.fullmatch(_last(name)) or (not entry.refusal and len(entry.shape) != 2):
         return "other"
     return "conv1d" if stored_transposed and CONV1D.fullmatch(_last(name)) else "linear"
 
@@ -286,10 +276,10 @@ def _query_and_value(modules: list[_Module]) -> Iterator[Target]:
 def _parts_in_order(module: _Module, name: str) -> dict[str, tuple[int, int]]:
     """The rows of query and value in a fused weight that keeps each in one piece; empty for any other."""
     last = _last(name)
-    if module.entry is None or len(module.entry.shape) != 2:
+    if len(module.entry.shape) != 2:
         return {}
     if module.form == "conv1d" and last == "c_attn":
-        d = module.entry.shape[1]
+        d = module.entry.shape[0 if module.entry.is_quantized else 1]
         if "crossattention" in name:  # keys and values only; the queries are q_attn's
             return {"value": (d // 2, d)}
         return {"query": (0, d // 3), "value": (2 * d // 3, d)}
@@ -311,11 +301,10 @@ def _parts_in_order(module: _Module, name: str) -> dict[str, tuple[int, int]]:
 def _target(module: _Module, part: str | None = None, rows: tuple[int, int] | None = None) -> Target:
     where = f"{module.path}: {module.name}"
     entry = module.entry
-    if entry is None or module.quantized or entry.dtype not in FLOAT_DTYPES:
-        found = f"stored as {_dtype(entry)}" if entry else "stored without a `.weight`"
+    if entry.refusal or entry.dtype not in FLOAT_DTYPES:
         raise WeightError(
-            f"{where} is quantized or not floating point ({found}); use the original model in float32, "
-            f"float16 or bfloat16: its factors fit the quantized one too"
+            f"{where} is quantized or not floating point ({entry.refusal or f'stored as {_dtype(entry)}'}); use the "
+            f"original model in float32, float16 or bfloat16: its factors fit the quantized one too"
         )
     if len(entry.shape) != 2:
         raise TargetError(f"{where} has a weight of shape {entry.shape}, not a matrix; leave it out of target_modules")
@@ -327,12 +316,13 @@ def _target(module: _Module, part: str | None = None, rows: tuple[int, int] | No
             f"{where} shares its weight with {', '.join(module.layer.shared_with)}, so it cannot have "
             f"factors of its own; leave it out of target_modules"
         )
-    if module.layer is not None and module.layer.shape != entry.shape:
+    turned = module.form == "conv1d" and entry.is_quantized
+    if module.layer is not None and module.layer.shape != (entry.shape[::-1] if turned else entry.shape):
         raise CheckpointError(
             f"{where} has shape {entry.shape}, but config.json makes it {module.layer.shape}; "
             f"config.json and weights do not belong together"
         )
-    transposed = module.form == "conv1d"
+    transposed = module.form == "conv1d" and not entry.is_quantized
     d, k = reversed(entry.shape) if transposed else entry.shape
     last = _last(module.name)
     kind = part or ("query" if last in QUERIES else "value" if last in VALUES else last)
@@ -384,5 +374,5 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _dtype(entry: TensorEntry) -> str:
+def _dtype(entry: StoredWeight) -> str:
     return str(entry.dtype).removeprefix("torch.")

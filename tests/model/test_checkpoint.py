@@ -137,7 +137,7 @@ def test_rows_are_read_alone(tmp_path: Path, suffix: str) -> None:
 def test_sha256_of_a_tensor_longer_than_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(37, 11)
     save_file({"w": tensor}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("inilora_kernels.model.checkpoint._HASH_CHUNK", 200)
+    monkeypatch.setattr("inilora_kernels.model.files.tensor._HASH_CHUNK", 200)
     assert open_checkpoint(tmp_path).sha256("w") == stored_sha256(tensor)
 
 
@@ -218,8 +218,8 @@ def test_folder_without_weights(tmp_path: Path) -> None:
 
 
 def test_other_kinds_of_file(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "neither a folder nor a .safetensors" in refusal(tmp_path / "model.gguf")
+    (tmp_path / "model.onnx").write_bytes(b"ONNX")
+    assert "neither a folder nor a .safetensors" in refusal(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -275,8 +275,8 @@ def test_torch_file_that_is_no_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save([torch.ones(2)], path)
     assert "holds a list" in refusal(tmp_path)
-    torch.save({"epoch": 3, "state_dict": {"w": torch.ones(2)}}, path)
-    assert "epoch (int), state_dict (dict)" in refusal(tmp_path)
+    torch.save({"epoch": 3, "optimizer": {"w": torch.ones(2)}}, path)
+    assert "epoch (int), optimizer (dict)" in refusal(tmp_path)
 
 
 def sharded(tmp_path: Path) -> Path:

@@ -527,7 +527,7 @@ def test_untied_output_layer_may_be_named(tmp_path: Path) -> None:
 def test_integer_weight(tmp_path: Path) -> None:
     write(tmp_path, {f"0.{name}.weight": torch.zeros(4, 4, dtype=torch.uint8) for name in ("q_proj", "v_proj")})
     message = refusal(tmp_path, WeightError)
-    assert "0.q_proj is quantized" in message
+    assert "0.q_proj is quantized or not floating point" in message
     assert "stored as uint8" in message
     assert "use the original model" in message
 
@@ -538,7 +538,7 @@ def test_eight_bit_float_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target_modules", [None, "all-linear", ["v_proj"], r".*v_proj"])
-def test_gptq(tmp_path: Path, target_modules: Any) -> None:
+def test_gptq_without_its_zero_points(tmp_path: Path, target_modules: Any) -> None:
     model = build("LlamaForCausalLM", **DECODER)
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -549,7 +549,9 @@ def test_gptq(tmp_path: Path, target_modules: Any) -> None:
             tensors[name] = tensor
     config = {**model.config.to_dict(), "quantization_config": {"quant_method": "gptq", "bits": 4}}
     write(tmp_path, tensors, config)
-    assert "stored without a `.weight`" in refusal(tmp_path, WeightError, target_modules)
+    message = refusal(tmp_path, WeightError, target_modules)
+    assert "by gptq, stored as qweight int32, scales float16" in message
+    assert "use the original model" in message
 
 
 def test_four_bit_packed_into_floats(tmp_path: Path) -> None:
@@ -561,7 +563,7 @@ def test_four_bit_packed_into_floats(tmp_path: Path) -> None:
 def test_unknown_quantization(tmp_path: Path) -> None:
     config = {"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}
     write(tmp_path, {"q_proj.codes": torch.zeros(8, 1, dtype=torch.int16)}, config)
-    assert "is quantized (aqlm)" in refusal(tmp_path, WeightError, ["q_proj"])
+    assert "by aqlm, stored as codes int16" in refusal(tmp_path, WeightError, ["q_proj"])
 
 
 def test_config_of_another_model(tmp_path: Path) -> None:

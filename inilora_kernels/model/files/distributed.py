@@ -1,0 +1,110 @@
+"""Folders of torch.distributed.checkpoint (DCP), as FSDP and Lightning write them, by torch's own reader.
+
+torch unpickles a folder's `.metadata` whatever is in it; here it may hold the classes of torch's own description alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pickle
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from .tensor import tensor_sha256
+
+METADATA = ".metadata"
+
+_SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_SAFE_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib", "Path"),
+    ("pathlib._local", "PosixPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+@dataclass(frozen=True)
+class DistributedTensor:
+    """A tensor of a DCP folder; see `StoredTensor`. It may be in pieces in several files."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: None = None
+
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        try:
+            with _quiet():
+                checkpoint.load({self.name: whole}, storage_reader=_reader(self.file), no_dist=True)
+        except Exception as error:
+            raise CheckpointError(f"{self.file}: cannot read {self.name} ({_reason(error)})") from error
+        return whole[rows].clone() if whole.ndim and rows != slice(None) else whole
+
+    def sha256(self) -> str:
+        return tensor_sha256(self.read())
+
+
+def open_distributed(folder: Path) -> dict[str, DistributedTensor]:
+    """The tensors of a DCP folder by name. Raises CheckpointError."""
+    described: Any = importlib.import_module("torch.distributed.checkpoint.metadata")
+    try:
+        metadata = _reader(folder).read_metadata()
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder / METADATA}: damaged, or holds more than torch's description of tensors ({_reason(error)})"
+        ) from error
+    return {
+        name: DistributedTensor(name, folder, entry.properties.dtype, tuple(entry.size))
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, described.TensorStorageMetadata)
+    }
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or module in _SAFE_MODULES or (module, name) in _SAFE_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+def _reader(folder: Path) -> Any:
+    filesystem: Any = importlib.import_module("torch.distributed.checkpoint.filesystem")
+    described: Any = importlib.import_module("torch.distributed.checkpoint.metadata")
+
+    class Reader(filesystem.FileSystemReader):  # type: ignore[misc]
+        def read_metadata(self, *_: Any, **__: Any) -> Any:
+            with (folder / METADATA).open("rb") as stream:
+                metadata = _Unpickler(stream).load()
+            if getattr(metadata, "storage_meta", None) is None:
+                metadata.storage_meta = described.StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Reader(folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns that it reads in one process, which is what is asked of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

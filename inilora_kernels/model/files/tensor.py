@@ -1,0 +1,139 @@
+"""What every kind of file offers for each tensor in it, and what the kinds share."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+
+_HASH_CHUNK = 1 << 20
+
+
+class StoredTensor(Protocol):
+    """One tensor as a file stores it, without its values.
+
+    name: in its file.
+    file: where it is; of a live model's tensor, what to call the model in messages.
+    offset: of its first byte, where the file holds the values row after row in one piece; None otherwise.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file(self) -> Path: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> int | None: ...
+
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or rows of it (no step), contiguous, on the CPU, in memory of its own and in the stored dtype.
+
+        Raises CheckpointError if the file has changed or vanished since it was opened.
+        """
+
+    def sha256(self) -> str:
+        """sha256 (hex) of the values as stored, row by row: the same in every kind of file. Raises as `read` does."""
+
+
+@dataclass(frozen=True)
+class ContiguousTensor:
+    """A tensor whose values a file holds row after row in one piece; see `StoredTensor`.
+
+    It is read from the file into memory of its own, so that the peak is that tensor: a memory map would count the
+    file's pages on top.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        shape, start = self.shape, 0
+        if shape:
+            start, stop, _ = rows.indices(shape[0])
+            shape = (max(stop - start, 0), *shape[1:])
+        tensor = torch.empty(shape, dtype=self.dtype)
+        skipped = start * math.prod(shape[1:]) * self.dtype.itemsize
+        with self._reading() as stream:
+            stream.seek(self.offset + skipped)
+            self._fill(stream, tensor_bytes(tensor))
+        return tensor
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_HASH_CHUNK))
+        left = math.prod(self.shape) * self.dtype.itemsize
+        with self._reading() as stream:
+            stream.seek(self.offset)
+            while left:
+                chunk = buffer[: min(left, _HASH_CHUNK)]
+                self._fill(stream, chunk)
+                digest.update(chunk)
+                left -= len(chunk)
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[io.FileIO]:
+        try:
+            with io.FileIO(self.file) as stream:
+                yield stream
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot read {self.name}: {error.strerror or error}") from error
+
+    def _fill(self, stream: io.FileIO, buffer: memoryview) -> None:
+        while buffer:
+            count = stream.readinto(buffer)
+            if not count:
+                raise CheckpointError(f"{self.file}: ends within {self.name}; the file changed since it was opened")
+            buffer = buffer[count:]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor's values."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor.contiguous())).hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: a JSON {type(content).__name__}, not an object; download it again")
+    return content
+
+
+def what_it_is(file: Path) -> str:
+    """The end of a sentence about a file that cannot be read."""
+    with file.open("rb") as stream:
+        if stream.read(19) == b"version https://git":
+            return "; this is a Git LFS pointer, not the weights: run `git lfs pull`"
+    return ""
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

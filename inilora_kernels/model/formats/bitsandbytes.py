@@ -1,0 +1,85 @@
+"""bitsandbytes' 4 bits (NF4 and FP4, with or without double quantization) and 8 bits.
+
+4 bits   by the library's own dequantize_4bit, with the state that it stores next to the weight
+8 bits   W = weight · SCB / 127, a scale for each row
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import WeightError
+from .weight import StoredModule, StoredWeight, in_strips, unreadable
+
+_STATE = "weight.quant_state.bitsandbytes__"
+# As the library multiplies: by the float nearest to 1/127.
+_ONE_127TH = 7.874015718698502e-3
+
+
+def find(module: StoredModule) -> StoredWeight | None:
+    """The weight of a module in this format; None of any other."""
+    if module.has("weight", "weight.absmax"):
+        return _four_bits(module)
+    if module.has("weight", "SCB"):
+        return _eight_bits(module)
+    return None
+
+
+def _four_bits(module: StoredModule) -> StoredWeight:
+    state = next((part for part in module.tensors if part.startswith(_STATE)), None)
+    if state is None:
+        return unreadable(module, "bitsandbytes' quant_state is missing next to it")
+    record = json.loads(bytes(module.tensors[state].read().tolist()))
+    shape, dtype = tuple(record["shape"]), getattr(torch, record["dtype"])
+    if len(shape) != 2:
+        return unreadable(module, f"its quant_state says it has the shape {shape}")
+
+    def dequantize(rows: slice) -> Tensor:
+        functional = _library("bitsandbytes.functional", module)
+        companions = {f"{part}": module.tensors[part].read() for part in module.tensors if part.startswith("weight.")}
+        quant_state = functional.QuantState.from_dict(companions, device=torch.device("cpu"))
+        values: Tensor = functional.dequantize_4bit(module.tensors["weight"].read(), quant_state)
+        return values[rows] if rows != slice(0, shape[0]) else values
+
+    nested = ", double quantization" if module.has("weight.nested_absmax") else ""
+    return StoredWeight(
+        name=f"{module.name}.weight",
+        shape=shape,
+        dtype=dtype,
+        dequantization=f"bitsandbytes {state.removeprefix(_STATE)}{nested}",
+        stored={part: tensor for part, tensor in module.tensors.items() if part.partition(".")[0] == "weight"},
+        dequantize=dequantize,
+    )
+
+
+def _eight_bits(module: StoredModule) -> StoredWeight:
+    weight, scale = module.tensors["weight"], module.tensors["SCB"]
+    if weight.dtype != torch.int8 or len(weight.shape) != 2 or scale.shape != weight.shape[:1]:
+        return unreadable(module, f"its weight {weight.shape} and SCB {scale.shape} are not bitsandbytes' 8 bits")
+    shape = (weight.shape[0], weight.shape[1])
+
+    def dequantize(rows: slice) -> Tensor:
+        return weight.read(rows) * scale.read(rows).to(torch.float32).unsqueeze(1) * _ONE_127TH
+
+    return StoredWeight(
+        name=f"{module.name}.weight",
+        shape=shape,
+        dtype=module.dtype,
+        dequantization="bitsandbytes int8",
+        stored={"weight": weight, "SCB": scale},
+        dequantize=in_strips(shape, module.dtype, dequantize),
+    )
+
+
+def _library(name: str, module: StoredModule) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise WeightError(
+            f"{module.name}: stored by bitsandbytes, which is needed to read it; pip install bitsandbytes"
+        ) from error

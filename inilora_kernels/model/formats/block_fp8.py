@@ -1,0 +1,66 @@
+"""8-bit floats with a scale for each block of 128×128 values, as DeepSeek, Qwen and MiniMax ship them.
+
+    W = weight · weight_scale_inv[row // 128, column // 128]
+
+`weight_scale_inv` is multiplied with, whatever its name says. A scale without dimensions is that of the whole matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .weight import StoredModule, StoredWeight, exponents, in_strips, unreadable
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def find(module: StoredModule) -> StoredWeight | None:
+    """The weight of a module in this format; None of any other."""
+    if not module.has("weight", "weight_scale_inv") or module.tensors["weight"].dtype not in FLOAT8:
+        return None
+    weight, scale = module.tensors["weight"], module.tensors["weight_scale_inv"]
+    block = _block(weight.shape, scale.shape, module.quantization.get("weight_block_size"))
+    if block is None:
+        return unreadable(
+            module,
+            f"its weight_scale_inv of shape {scale.shape} does not fit blocks of "
+            f"{module.quantization.get('weight_block_size')} in a weight of shape {weight.shape}",
+        )
+    shape = (weight.shape[0], weight.shape[1])
+
+    def dequantize(rows: slice) -> Tensor:
+        return block_scaled(weight.read(rows), exponents(scale.read()), rows, block)
+
+    return StoredWeight(
+        name=f"{module.name}.weight",
+        shape=shape,
+        dtype=module.dtype,
+        dequantization=f"fp8 in blocks of {block[0]}×{block[1]}",
+        stored={"weight": weight, "weight_scale_inv": scale},
+        dequantize=in_strips(shape, module.dtype, dequantize),
+    )
+
+
+def block_scaled(values: Tensor, scale: Tensor, rows: slice, block: tuple[int, int]) -> Tensor:
+    """Rows of a matrix (rows, k) times the scales of the whole one's blocks, float32."""
+    k = values.shape[1]
+    scale = scale.reshape(-1, 1 if scale.ndim < 2 else scale.shape[-1])
+    own = scale[torch.arange(rows.start, rows.stop) // block[0]]
+    product = values.to(torch.float32, copy=True)
+    if k % block[1]:
+        return product.mul_(own.repeat_interleave(block[1], dim=1)[:, :k])
+    product.view(len(product), -1, block[1]).mul_(own.unsqueeze(-1))
+    return product
+
+
+def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: object) -> tuple[int, int] | None:
+    if len(shape) != 2:
+        return None
+    if scale in ((), (1,), (1, 1)):
+        return (shape[0], shape[1])
+    sizes = stated if isinstance(stated, list) and len(stated) == 2 else [128, 128]
+    fits = len(scale) == 2 and all(
+        -(-side // size) == count for side, size, count in zip(shape, sizes, scale, strict=True)
+    )
+    return (sizes[0], sizes[1]) if fits else None

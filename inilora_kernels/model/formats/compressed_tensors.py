@@ -1,0 +1,106 @@
+"""What llm-compressor and its library compressed-tensors write, and what others write alike (fbgemm, ModelOpt's FP8).
+
+    8 bits a value   W = (weight − zero_point) · weight_scale             float8 or int8
+    packed           W = (codes(weight_packed) − 2^(bits−1) − zero_point) · weight_scale
+
+The scale is one number, one for each row, one for each group of columns, or one for each block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block_fp8 import FLOAT8, block_scaled
+from .weight import StoredModule, StoredWeight, as_bytes, codes, exponents, in_strips, unreadable
+
+
+def find(module: StoredModule) -> StoredWeight | None:
+    """The weight of a module in this format; None of any other."""
+    if module.has("weight", "weight_scale") and module.tensors["weight"].dtype in (*FLOAT8, torch.int8):
+        return _one_byte_each(module)
+    if module.has("weight_packed", "weight_scale") and module.tensors["weight_packed"].dtype == torch.int32:
+        return _packed(module)
+    return None
+
+
+def _one_byte_each(module: StoredModule) -> StoredWeight:
+    weight, scale = module.tensors["weight"], module.tensors["weight_scale"]
+    zero_point = module.tensors.get("weight_zero_point")
+    if len(weight.shape) != 2:
+        return unreadable(module, f"its weight has the shape {weight.shape}")
+    shape = (weight.shape[0], weight.shape[1])
+    block = _block(shape, scale.shape)
+    if block is None:
+        return unreadable(module, f"its weight_scale of shape {scale.shape} does not fit a weight of shape {shape}")
+    dtype = scale.dtype if scale.dtype in (torch.float16, torch.bfloat16) else module.dtype
+
+    def dequantize(rows: slice) -> Tensor:
+        values = weight.read(rows)
+        if zero_point is None:
+            return block_scaled(values, exponents(scale.read()), rows, block)
+        ones = torch.ones(len(values), shape[1])
+        offset = block_scaled(ones, zero_point.read().to(torch.float32), rows, block)
+        return block_scaled(values.to(torch.float32) - offset, exponents(scale.read()), rows, block)
+
+    kind = "int8" if weight.dtype == torch.int8 else "fp8"
+    stored = {"weight": weight, "weight_scale": scale} | ({"weight_zero_point": zero_point} if zero_point else {})
+    return StoredWeight(
+        name=f"{module.name}.weight",
+        shape=shape,
+        dtype=dtype,
+        dequantization=f"{kind}, a scale for {block[0]}×{block[1]}",
+        stored=stored,
+        dequantize=in_strips(shape, dtype, dequantize),
+    )
+
+
+def _block(shape: tuple[int, int], scale: tuple[int, ...]) -> tuple[int, int] | None:
+    """The rows and columns that one scale stands for."""
+    counts = (*scale, 1) if len(scale) == 1 else scale or (1, 1)
+    if len(counts) != 2 or 0 in counts:
+        return None
+    # Blocks may be cut off at the end: 128 is what all such models have.
+    sizes = [side // count if side % count == 0 else 128 for side, count in zip(shape, counts, strict=True)]
+    fits = all(-(-side // size) == count for side, size, count in zip(shape, sizes, counts, strict=True))
+    return (sizes[0], sizes[1]) if fits else None
+
+
+def _packed(module: StoredModule) -> StoredWeight:
+    packed, scale = module.tensors["weight_packed"], module.tensors["weight_scale"]
+    zero_point, g_idx = module.tensors.get("weight_zero_point"), module.tensors.get("weight_g_idx")
+    if not module.has("weight_shape") or len(packed.shape) != 2 or len(scale.shape) > 2:
+        return unreadable(module, "it has no weight_shape, or is packed in other than two dimensions")
+    d, k = (int(side) for side in module.tensors["weight_shape"].read())
+    bits = next((bits for bits in range(1, 9) if -(-k * bits // 32) == packed.shape[1]), None)
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    if bits is None or packed.shape[0] != d or (k % groups and g_idx is None):
+        return unreadable(module, f"its weight_packed {packed.shape} and weight_scale {scale.shape} do not fit {d}×{k}")
+    dtype = scale.dtype if scale.dtype.itemsize > 1 else module.dtype
+
+    def dequantize(rows: slice) -> Tensor:
+        values = codes(as_bytes(packed.read(rows)), bits, k).to(torch.float32) - (1 << bits - 1)
+        own = _rows_of(scale.read(), rows)
+        group = g_idx.read().long() if g_idx is not None else torch.arange(k) // (k // groups)
+        if zero_point is not None:
+            # Packed along the rows: (words of d values, groups).
+            zeros = codes(as_bytes(zero_point.read().T), bits, d).T.to(torch.float32) - (1 << bits - 1)
+            values -= _rows_of(zeros, rows)[:, group]
+        return values.mul_(own.to(torch.float32)[:, group])
+
+    stored = {"weight_packed": packed, "weight_scale": scale}
+    stored |= {part: module.tensors[part] for part in ("weight_zero_point", "weight_g_idx") if part in module.tensors}
+    return StoredWeight(
+        name=f"{module.name}.weight",
+        shape=(d, k),
+        dtype=dtype,
+        dequantization=f"compressed-tensors int{bits}, {groups} groups a row",
+        stored=stored,
+        dequantize=in_strips((d, k), dtype, dequantize),
+    )
+
+
+def _rows_of(scale: Tensor, rows: slice) -> Tensor:
+    """The rows' own scales; a single one stands for all rows."""
+    scale = scale.reshape(-1, scale.shape[1] if scale.ndim == 2 else 1)
+    return scale if len(scale) == 1 else scale[rows]

@@ -1,0 +1,92 @@
+"""Which weights a checkpoint holds: its stored tensors, module by module, shown to each format in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..files.tensor import StoredTensor
+from . import bitsandbytes, block_fp8, compressed_tensors, fp4, gguf, gptq, mlx, torchao
+from .weight import Format, StoredModule, StoredWeight, unreadable
+
+# The first that knows a module's tensors has it.
+FORMATS: tuple[Format, ...] = (
+    gguf.find,
+    block_fp8.find,
+    fp4.find,
+    compressed_tensors.find,
+    bitsandbytes.find,
+    gptq.find,
+    mlx.find,
+    torchao.find,
+)
+
+# What quantizers that none of the formats knows store in a weight's place, or next to it: HQQ, AQLM, VPTQ, HIGGS.
+_UNKNOWN = ("qweight", "weight_packed", "W_q", "blocks")
+_UNKNOWN_IF_QUANTIZED = ("codes", "indices", "weight_scale", "weight_scale_inv")
+
+
+def find_weights(
+    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any] | None, metadata: Mapping[str, str]
+) -> dict[str, StoredWeight]:
+    """Every weight by its name in the model, in the order of the tensors.
+
+    tensors: those stored, by name.
+    config: config.json.
+    metadata: of the weight files, where torchao describes its tensors.
+    """
+    config = config or {}
+    quantization = config.get("quantization_config") or config.get("quantization") or {}
+    dtype = _dtype(config)
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        module, part = _module_and_part(name, tensors)
+        modules.setdefault(module, {})[part] = tensor
+    weights = {}
+    for name, parts in modules.items():
+        weight = _weight(StoredModule(name, parts, quantization, dtype, metadata))
+        if weight is not None:
+            weights[weight.name] = weight
+    return weights
+
+
+def _module_and_part(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
+    """The module that a tensor belongs to, and what it is in it; of a fused parameter of experts, the parameter."""
+    module, within, rest = name.partition(".weight.")
+    if within:
+        return module, f"weight.{rest}"
+    for ending in ("_blocks", "_scales"):
+        parameter = name.removesuffix(ending)
+        if parameter != name and f"{parameter}_blocks" in tensors and f"{parameter}_scales" in tensors:
+            return parameter, ending[1:]
+    module, _, part = name.rpartition(".")
+    return module, part
+
+
+def _weight(module: StoredModule) -> StoredWeight | None:
+    for find in FORMATS:
+        weight = find(module)
+        if weight is not None:
+            return weight
+    method = module.quantization.get("quant_method")
+    unknown = _UNKNOWN + (_UNKNOWN_IF_QUANTIZED if method else ())
+    if any(part in module.tensors for part in unknown):
+        found = ", ".join(f"{part} {tensor.dtype}".replace("torch.", "") for part, tensor in module.tensors.items())
+        return unreadable(module, f"{f'by {method}, ' if method else ''}stored as {found}")
+    values = module.tensors.get("weight")
+    return _plain(f"{module.name}.weight" if module.name else "weight", values) if values is not None else None
+
+
+def _plain(name: str, tensor: StoredTensor) -> StoredWeight:
+    return StoredWeight(name, tensor.shape, tensor.dtype, "", {"weight": tensor})
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which the model computes, which is what formats that do not say it themselves are read as."""
+    for own in (config, config.get("text_config") or {}):
+        dtype = getattr(torch, str(own.get("dtype") or own.get("torch_dtype")).removeprefix("torch."), None)
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2:
+            return dtype
+    return torch.bfloat16

@@ -1,0 +1,42 @@
+"""MLX's affine quantization: integers of 2 to 8 bits, a scale and a bias for each group of a row.
+
+W = codes(weight) · scales + biases                                   rounded to the scales' dtype after each step
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .weight import StoredModule, StoredWeight, as_bytes, codes, in_strips, unreadable
+
+
+def find(module: StoredModule) -> StoredWeight | None:
+    """The weight of a module in this format; None of any other."""
+    if not module.has("weight", "scales") or module.tensors["weight"].dtype != torch.uint32:
+        return None
+    weight, scales, biases = module.tensors["weight"], module.tensors["scales"], module.tensors.get("biases")
+    stated = module.quantization.get(module.name, {})
+    settings = {**module.quantization, **(stated if isinstance(stated, dict) else {})}
+    size = settings.get("group_size")
+    if biases is None or settings.get("mode", "affine") != "affine" or not isinstance(size, int):
+        return unreadable(module, f"of MLX's quantizations only the affine one is read, not {settings.get('mode')!r}")
+    if len(weight.shape) != 2 or scales.shape != biases.shape:
+        return unreadable(module, f"its weight has the shape {weight.shape}, its scales {scales.shape}")
+    d, k = weight.shape[0], scales.shape[1] * size
+    bits, rest = divmod(32 * weight.shape[1], k)
+    if rest or not 2 <= bits <= 8:
+        return unreadable(module, f"its weight {weight.shape} and scales {scales.shape} do not fit groups of {size}")
+
+    def dequantize(rows: slice) -> Tensor:
+        values = codes(as_bytes(weight.read(rows)), bits, k).to(scales.dtype).view(-1, k // size, size)
+        return values.mul_(scales.read(rows).unsqueeze(-1)).add_(biases.read(rows).unsqueeze(-1)).view(-1, k)
+
+    return StoredWeight(
+        name=f"{module.name}.weight",
+        shape=(d, k),
+        dtype=scales.dtype,
+        dequantization=f"mlx int{bits}, groups of {size}",
+        stored={"weight": weight, "scales": scales, "biases": biases},
+        dequantize=in_strips((d, k), scales.dtype, dequantize),
+    )

@@ -1,0 +1,147 @@
+"""What every kind of stored weight offers, and what the quantized kinds share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..files.tensor import StoredTensor
+
+# Values dequantized at a time: small enough for a core's cache with all that the arithmetic needs next to them.
+STRIP_VALUES = 1 << 18
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight of a module as a checkpoint stores it, and how to read its values.
+
+    name: of the parameter in the model ("layers.0.self_attn.q_proj.weight").
+    shape: of the parameter's values, usually (out_features, in_features).
+    dtype: of what `read` returns.
+    dequantization: names the format and what its arithmetic depends on besides the stored tensors; "" where the values
+        are stored as they are.
+    stored: the tensors that make it up, by what each is called within the module; the values come first.
+    dequantize: the values of a range of rows, from the stored tensors. None where they are stored as they are. Those of
+        a quantized weight are (out_features, in_features) whatever the module's class, as quantizers see to.
+    refusal: why it cannot be read; "" where it can.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dequantization: str
+    stored: Mapping[str, StoredTensor]
+    dequantize: Callable[[slice], Tensor] | None = None
+    refusal: str = ""
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dequantization != ""
+
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        """The values, or rows of them (no step), contiguous and in memory of their own. Raises CheckpointError."""
+        if self.dequantize is None:
+            return next(iter(self.stored.values())).read(rows)
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.dequantize(slice(start, max(start, stop)))
+
+    def sha256(self) -> str:
+        """sha256 (hex) of the stored bytes.
+
+        Of one tensor, that of its bytes; of a quantized weight, that of its dequantization, and of the name and the
+        sha256 of each tensor, a line each: whoever has the same value has the same matrix.
+        """
+        if self.dequantize is None:
+            return next(iter(self.stored.values())).sha256()
+        lines = [self.dequantization, *(f"{part} {tensor.sha256()}" for part, tensor in self.stored.items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """The stored tensors of one module, by their names in it ("weight", "weight_scale"), and what config.json says.
+
+    quantization: config.json's `quantization_config`, or MLX's `quantization`; empty where there is none.
+    metadata: the weight file's own.
+    """
+
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    quantization: Mapping[str, Any]
+    dtype: torch.dtype
+    metadata: Mapping[str, str]
+
+    def has(self, *parts: str) -> bool:
+        return all(part in self.tensors for part in parts)
+
+
+# A format: the weight of a module that is stored so, None of any other. Raises WeightError where it is stored so, but
+# in a variant that cannot be read.
+Format: TypeAlias = Callable[[StoredModule], "StoredWeight | None"]
+
+
+def in_strips(
+    shape: tuple[int, int], dtype: torch.dtype, dequantize: Callable[[slice], Tensor]
+) -> Callable[[slice], Tensor]:
+    """Dequantize rows a strip at a time into the result, so that nothing else of its size is in memory."""
+    step = max(1, STRIP_VALUES // max(1, shape[1]))
+
+    def read(rows: slice) -> Tensor:
+        values = torch.empty(rows.stop - rows.start, shape[1], dtype=dtype)
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            values[start - rows.start : stop - rows.start] = dequantize(slice(start, stop))
+        return values
+
+    return read
+
+
+def scaled(values: Tensor, scale: Tensor) -> Tensor:
+    """values (rows, k) times scale (rows or 1, groups), whose columns stand for k/groups of values each; float32."""
+    rows, k = values.shape
+    groups = scale.shape[1]
+    product = values.to(torch.float32, copy=True).view(rows, groups, k // groups)
+    return product.mul_(scale.to(torch.float32).unsqueeze(-1)).view(rows, k)
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """The 4-bit codes of bytes (rows, n) as uint8 (rows, 2n), the low half of each byte first."""
+    codes = torch.empty(*packed.shape, 2, dtype=torch.uint8)
+    torch.bitwise_and(packed, 0x0F, out=codes[..., 0])
+    torch.bitwise_right_shift(packed, 4, out=codes[..., 1])
+    return codes.view(packed.shape[0], -1)
+
+
+def codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of each row of bytes (rows, n), a dense stream with the lowest bits first; uint8."""
+    if bits == 4:
+        return nibbles(packed)[:, :count]
+    if bits == 8:
+        return packed[:, :count]
+    first = torch.arange(count) * bits
+    place, shift = first // 8, (first % 8).to(torch.int32)
+    padded = torch.nn.functional.pad(packed, (0, 1)).to(torch.int32)
+    return ((padded[:, place] | padded[:, place + 1] << 8) >> shift & (1 << bits) - 1).to(torch.uint8)
+
+
+def as_bytes(packed: Tensor) -> Tensor:
+    """Packed words (rows, n) as bytes (rows, 4n), in the order of a little-endian machine."""
+    return packed.contiguous().view(torch.uint8)
+
+
+def exponents(scale: Tensor) -> Tensor:
+    """A scale as float32; one stored as a bare exponent (uint8, E8M0) is 2^(byte − 127)."""
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    return scale.to(torch.float32)
+
+
+def unreadable(module: StoredModule, reason: str) -> StoredWeight:
+    """A weight that is there and cannot be read."""
+    tensors = module.tensors
+    return StoredWeight(f"{module.name}.weight", (), torch.uint8, "unreadable", tensors, refusal=reason)

@@ -1,0 +1,231 @@
+"""Where a model's weights are: the files of a folder, under the names that libraries and trainers give them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .files.distributed import METADATA
+from .files.tensor import read_json, some
+from .files.torch_file import SUFFIXES
+
+INDEX_SUFFIX = ".index.json"
+
+# transformers, diffusers, open_clip and the models' own authors; the earlier of two that are there has the weights.
+SINGLE_FILES = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+    "consolidated.safetensors",
+    "consolidated.00.pth",
+)
+
+# What a pipeline of diffusers trains: the denoiser and the text encoders, not the autoencoder.
+_TRAINED = re.compile(r"transformer(_\d+)?|unet|prior|text_encoder(_\d+)?")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<place>\d+)-of-(?P<count>\d+)(?P<variant>\.\w+)?\.(safetensors|bin)")
+_VARIANT = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.(?P<variant>[\w-]+)\.(safetensors|bin)")
+_VARIANT_INDEX = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.\w+\.index\.(?P<variant>[\w-]+)\.json")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a folder.
+
+    name: what its tensors' names begin with in a pipeline; "" for a model alone.
+    files: with its weights; a folder for a distributed checkpoint.
+    config: its config.json, where there is one.
+    index: the name of the file that says which tensor is in which shard, and weight_map what it says; None without one.
+    """
+
+    name: str
+    folder: Path
+    files: tuple[Path, ...]
+    config: Path | None
+    index: str | None = None
+    weight_map: Mapping[str, str] | None = None
+
+
+def find_components(path: Path) -> tuple[Component, ...]:
+    """The models of a path, one or a pipeline's several, and their files.
+
+    Raises CheckpointError: no weights there, a shard is missing, or what is there is not a model.
+    """
+    if not path.is_dir():
+        if path.suffix not in (".safetensors", ".gguf", *SUFFIXES):
+            raise CheckpointError(
+                f"{path}: neither a folder nor a .safetensors, .gguf, .bin, .pt, .pth or .ckpt file; give the model's "
+                f"folder or its weight file"
+            )
+        return (Component("", path.parent, (path,), _config(path.parent)),)
+    if (path / "model_index.json").is_file():
+        return tuple(_pipeline(path))
+    component = _model(path)
+    if component is None:
+        _refuse_adapter(path)
+        component = _model(_sentence_transformer(path) or path)
+    if component is None:
+        _refuse_deepspeed(path)
+        raise _nothing(path)
+    return (component,)
+
+
+def _model(folder: Path) -> Component | None:
+    """The weights right in a folder."""
+    config = _config(folder)
+    names = sorted(entry.name for entry in folder.iterdir())
+    for file in SINGLE_FILES:
+        if file in names:
+            if file == "consolidated.00.pth" and "consolidated.01.pth" in names:
+                raise CheckpointError(
+                    f"{folder}: LLaMA's own weights in several parts, each with a piece of every matrix; convert them "
+                    f"with transformers' convert_llama_weights_to_hf.py and give that folder"
+                )
+            return Component("", folder, (folder / file,), config)
+        if f"{file}{INDEX_SUFFIX}" in names:
+            return _indexed(folder, f"{file}{INDEX_SUFFIX}", config)
+    return (
+        _variant(folder, names, config)
+        or _shards_without_index(folder, names, config)
+        or _distributed(folder, names, config)
+        or _only_file(folder, names, config)
+    )
+
+
+def _indexed(folder: Path, index: str, config: Path | None) -> Component:
+    weight_map = read_json(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{folder / index}: no `weight_map` from tensor to shard in it; download the index again")
+    files = []
+    for shard in sorted(set(weight_map.values())):
+        # An index is data from somewhere else: it may not point outside its own folder.
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{folder / index}: shard {shard!r} is not in the index's own folder")
+        if not (folder / shard).is_file():
+            names = [name for name, file in weight_map.items() if file == shard]
+            raise CheckpointError(
+                f"{folder / shard}: shard is missing; {index} expects {len(names)} tensors in it: {some(names)}. "
+                f"Download it again"
+            )
+        files.append(folder / shard)
+    return Component("", folder, tuple(files), config, index, weight_map)
+
+
+def _variant(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
+    """`model.fp16.safetensors` and the like: a variant where nothing else is there, and it is the only one."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        match = _VARIANT.fullmatch(name) or _VARIANT_INDEX.fullmatch(name)
+        if match:
+            found.setdefault(match["variant"], []).append(name)
+    if len(found) > 1:
+        files = [name for variant in found.values() for name in variant]
+        raise CheckpointError(f"{folder}: several variants of the weights ({some(files, 6)}); give one of the files")
+    if not found:
+        return None
+    # safetensors before bin.
+    name = sorted(next(iter(found.values())), key=lambda name: ".bin" in name)[0]
+    if name.endswith(".json"):
+        return _indexed(folder, name, config)
+    return Component("", folder, (folder / name,), config)
+
+
+def _shards_without_index(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
+    shards = [match for match in map(_SHARD.fullmatch, names) if match]
+    if not shards:
+        return None
+    sets = {(match["stem"], match["count"], match["variant"], match[4]) for match in shards}
+    if len(sets) > 1:
+        raise CheckpointError(f"{folder}: shards of {len(sets)} sets of weights; keep those of one")
+    places = {int(match["place"]): match[0] for match in shards}
+    missing = [place for place in range(1, int(shards[0]["count"]) + 1) if place not in places]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: shard {missing[0]} of {shards[0]['count']} is missing next to {shards[0][0]}, and no index "
+            f"says what is in it; download the rest"
+        )
+    return Component("", folder, tuple(folder / name for _, name in sorted(places.items())), config)
+
+
+def _distributed(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
+    """A folder of torch.distributed.checkpoint, or one that FSDP's trainers put next to the config."""
+    for name in ("", *names):
+        if (folder / name / METADATA).is_file() and any((folder / name).glob("*.distcp")):
+            return Component("", folder, (folder / name,), config)
+    return None
+
+
+def _only_file(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
+    """A weight file of whatever name, where it is the only one of its kind."""
+    for suffixes in ((".safetensors",), (".gguf",), (".ckpt", ".pth", ".pt")):
+        files = [name for name in names if name.endswith(suffixes) and not name.startswith("adapter_model")]
+        if len(files) == 1 and not _is_deepspeed(files[0]):
+            return Component("", folder, (folder / files[0],), config)
+        if len(files) > 1 and suffixes == (".gguf",):
+            raise CheckpointError(f"{folder}: several GGUF files ({some(files, 6)}); give one of them")
+    return None
+
+
+def _pipeline(folder: Path) -> Iterable[Component]:
+    """A diffusers pipeline's denoiser and text encoders."""
+    names = [name for name in read_json(folder / "model_index.json") if _TRAINED.fullmatch(name)]
+    there = [name for name in names if (folder / name).is_dir()]
+    if not there:
+        raise CheckpointError(
+            f"{folder}: a pipeline without the folders of {some(names) or 'a transformer or unet'}; download it again"
+        )
+    for name in there:
+        component = _model(folder / name)
+        if component is None:
+            raise _nothing(folder / name)
+        yield Component(
+            name, component.folder, component.files, component.config, component.index, component.weight_map
+        )
+
+
+def _sentence_transformer(folder: Path) -> Path | None:
+    """The folder of the transformer in sentence-transformers' older layout, `0_Transformer`."""
+    modules = folder / "modules.json"
+    found = re.findall(r'"path":\s*"([^"/\\]+)"', modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    return next((folder / name for name in found if name.startswith("0_") and (folder / name).is_dir()), None)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    config = folder / "adapter_config.json"
+    if config.is_file():
+        base = read_json(config).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder}: an adapter, not a model; give its base model"
+            + (f", {base}" if base else ", which its adapter_config.json does not name")
+        )
+
+
+def _refuse_deepspeed(folder: Path) -> None:
+    inner = [path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith("global_step")]
+    if inner or (folder / "zero_to_fp32.py").is_file() or any(_is_deepspeed(path.name) for path in folder.iterdir()):
+        where = folder if (folder / "zero_to_fp32.py").is_file() or inner else folder.parent
+        raise CheckpointError(
+            f"{folder}: DeepSpeed's checkpoint, in pieces by process; put it together with "
+            f"`python {where / 'zero_to_fp32.py'} {where} OUT --safe_serialization` and give OUT"
+        )
+
+
+def _is_deepspeed(name: str) -> bool:
+    return bool(re.fullmatch(r"(zero_pp_rank_\d+_|bf16_zero_pp_rank_\d+_)?mp_rank_\d+_\w+_states\.pt", name))
+
+
+def _config(folder: Path) -> Path | None:
+    return folder / "config.json" if (folder / "config.json").is_file() else None
+
+
+def _nothing(folder: Path) -> CheckpointError:
+    found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    return CheckpointError(
+        f"{folder}: no weights here: no {', '.join(SINGLE_FILES[:2])} or pytorch_model.bin, nor their "
+        f"{INDEX_SUFFIX[1:]}; found {some(found, 12) or 'an empty folder'}. Give the folder or the weight file itself"
+    )

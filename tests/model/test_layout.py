@@ -1,0 +1,237 @@
+"""Where libraries and trainers put weights: folders that they wrote, or files under the names that they use."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inilora_kernels.errors import CheckpointError
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.targets import find_targets
+
+TENSORS = {f"layers.{layer}.{name}.weight": torch.randn(6, 4) for layer in (0, 1) for name in ("q_proj", "v_proj")}
+
+
+def holds(path: Path, prefix: str = "") -> bool:
+    checkpoint = open_checkpoint(path)
+    return all(torch.equal(checkpoint.read(prefix + name), tensor) for name, tensor in TENSORS.items())
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "open_clip_model.safetensors",
+        "consolidated.safetensors",
+        "a-model-by-hand.safetensors",
+    ],
+)
+def test_safetensors_under_any_name(tmp_path: Path, name: str) -> None:
+    save_file(TENSORS, tmp_path / name)
+    assert holds(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "pytorch_model.fp16.bin", "open_clip_pytorch_model.bin", "consolidated.00.pth", "m.pt"],
+)
+def test_torch_files_under_any_name(tmp_path: Path, name: str) -> None:
+    torch.save(TENSORS, tmp_path / name)
+    assert holds(tmp_path)
+    assert holds(tmp_path / name)
+
+
+def test_plain_weights_go_before_a_variant(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    save_file({"other": torch.ones(1)}, tmp_path / "model.fp16.safetensors")
+    assert holds(tmp_path)
+
+
+def test_several_variants_are_not_chosen_from(tmp_path: Path) -> None:
+    for variant in ("fp16", "bf16"):
+        save_file(TENSORS, tmp_path / f"model.{variant}.safetensors")
+    assert "several variants" in refusal(tmp_path)
+    assert holds(tmp_path / "model.bf16.safetensors")
+
+
+def shards(folder: Path, *, variant: str = "") -> dict[str, str]:
+    weight_map = {}
+    for place, (name, tensor) in enumerate(TENSORS.items(), 1):
+        shard = f"model-{place:05}-of-{len(TENSORS):05}{variant}.safetensors"
+        save_file({name: tensor}, folder / shard)
+        weight_map[name] = shard
+    return weight_map
+
+
+def test_shards_of_a_variant(tmp_path: Path) -> None:
+    weight_map = shards(tmp_path, variant=".fp16")
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert holds(tmp_path)
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    shards(tmp_path)
+    assert holds(tmp_path)
+
+
+def test_missing_shard_without_an_index(tmp_path: Path) -> None:
+    (tmp_path / sorted(shards(tmp_path).values())[2]).unlink()
+    assert "shard 3 of 00004 is missing" in refusal(tmp_path)
+
+
+def test_same_tensor_in_two_shards_without_an_index(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(TENSORS, tmp_path / "model-00002-of-00002.safetensors")
+    assert "stand in another shard too" in refusal(tmp_path)
+
+
+def test_llamas_own_parts(tmp_path: Path) -> None:
+    for part in ("00", "01"):
+        torch.save(TENSORS, tmp_path / f"consolidated.{part}.pth")
+    assert "convert_llama_weights_to_hf" in refusal(tmp_path)
+
+
+# Pipelines
+
+
+def pipeline(folder: Path) -> Path:
+    """A diffusers pipeline: an index, and a folder for each model."""
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    for name, file in (
+        ("unet", "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "model.safetensors"),
+        ("vae", "diffusion_pytorch_model.safetensors"),
+    ):
+        (folder / name).mkdir(parents=True)
+        ends = ("q_proj", "v_proj") if name == "text_encoder" else ("to_q", "to_v")
+        save_file({f"blocks.0.attn.{end}.weight": torch.randn(6, 4) for end in ends}, folder / name / file)
+        index[name] = ["diffusers", "Model"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_pipeline_of_diffusers(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(pipeline(tmp_path))
+    assert [target.module for target in find_targets(checkpoint)] == [
+        "text_encoder.blocks.0.attn.q_proj",
+        "text_encoder.blocks.0.attn.v_proj",
+        "unet.blocks.0.attn.to_q",
+        "unet.blocks.0.attn.to_v",
+    ]
+    alone = open_checkpoint(tmp_path / "unet")
+    name = "blocks.0.attn.to_q.weight"
+    assert torch.equal(checkpoint.read(f"unet.{name}"), alone.read(name))
+    assert checkpoint.sha256(f"unet.{name}") == alone.sha256(name)
+
+
+def test_pipeline_without_its_denoiser(tmp_path: Path) -> None:
+    pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "FluxTransformer2DModel"]}))
+    assert "without the folders of transformer" in refusal(tmp_path)
+
+
+# sentence-transformers
+
+
+@pytest.mark.parametrize("inner", ["", "0_Transformer"])
+def test_both_layouts_of_sentence_transformers(tmp_path: Path, inner: str) -> None:
+    (tmp_path / inner).mkdir(exist_ok=True)
+    save_file(TENSORS, tmp_path / inner / "model.safetensors")
+    (tmp_path / inner / "config.json").write_text('{"model_type": "of-its-own"}')
+    modules = [{"idx": 0, "name": "0", "path": inner, "type": "sentence_transformers.models.Transformer"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert holds(tmp_path)
+    config = open_checkpoint(tmp_path).config
+    assert config is not None
+    assert config["model_type"] == "of-its-own"
+
+
+# Trainers' checkpoints
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 6), "v_proj": torch.nn.Linear(4, 6)})
+        self.save_hyperparameters({"rate": 1e-3})
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return torch.stack([layer(batch).sum() for layer in self.model.values()]).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoint_of_lightning(tmp_path: Path) -> None:
+    module = Module()
+    trainer = lightning.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(torch.ones(2, 4)))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for path in (tmp_path, tmp_path / "last.ckpt"):
+        checkpoint = open_checkpoint(path)
+        assert [target.module for target in find_targets(checkpoint)] == ["model.q_proj", "model.v_proj"]
+        assert torch.equal(checkpoint.read("model.q_proj.weight"), module.model["q_proj"].weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inner", ["", "pytorch_model_fsdp_0"])
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_checkpoint(tmp_path: Path, inner: str) -> None:
+    dcp.save(dict(TENSORS), checkpoint_id=tmp_path / inner, no_dist=True)
+    assert holds(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    name = "layers.0.q_proj.weight"
+    assert torch.equal(checkpoint.read(name, slice(1, 3)), TENSORS[name][1:3])
+    save_file(TENSORS, tmp_path.parent / f"{tmp_path.name}.safetensors")
+    same = open_checkpoint(tmp_path.parent / f"{tmp_path.name}.safetensors")
+    assert checkpoint.sha256(name) == same.sha256(name)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+        return (Path.touch, (Path("hostile-code-ran"),))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_code_in_distributed_metadata_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dcp.save(dict(TENSORS), checkpoint_id=tmp_path / "model", no_dist=True)
+    (tmp_path / "model" / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    assert "more than torch's description" in refusal(tmp_path / "model")
+    assert not Path("hostile-code-ran").exists()
+
+
+def test_deepspeed_is_answered_with_its_converter(tmp_path: Path) -> None:
+    (tmp_path / "global_step10").mkdir()
+    (tmp_path / "latest").write_text("global_step10")
+    (tmp_path / "zero_to_fp32.py").touch()
+    torch.save({}, tmp_path / "global_step10" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    command = f"python {tmp_path / 'zero_to_fp32.py'} {tmp_path} OUT"
+    assert command in refusal(tmp_path)
+    assert command in refusal(tmp_path / "global_step10")
+
+
+def test_adapter_is_answered_with_its_base(tmp_path: Path) -> None:
+    save_file({"a.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/model"}')
+    assert "give its base model, org/model" in refusal(tmp_path)
