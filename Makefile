@@ -34,12 +34,15 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 demo: .venv/demo
 	$(BIN)/python -m bench.demo
 
+# A process a core, at most four: each imports torch and transformers again. A file's tests share its fixtures.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/dev
 	$(BIN)/python -m bench.smollm2
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check

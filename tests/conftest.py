@@ -3,6 +3,15 @@ cache of the test's own."""
 
 from __future__ import annotations
 
+import os
+
+# Before anything loads a thread pool. On matrices as small as the tests' the threads of torch and BLAS spend five times
+# the work itself on waiting for one another, and the test processes side by side keep the cores busy. What depends on
+# the number of threads is tested with that number given; processes that tests start inherit these.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -268,7 +268,7 @@ SYNTAX: list[Any] = [
     ["dense"],
     ["encoder.layer.1.attention.self.query"],
     ["uery"],
-    {"value", "nothing-like-it"},
+    pytest.param({"value", "nothing-like-it"}, id="a set"),
     r".*\.(query|value)",
     r"bert\.encoder\.layer\.1\..*dense",
     r"encoder\.layer\.1\..*dense",
