@@ -17,6 +17,7 @@ from ..adapters.layer import Form
 from ..errors import InitializationError, OptionError
 from ..factors import FactorSet
 from ..storage.atomic import require_writable
+from .cache import cache_application
 
 application = typer.Typer(
     name="inilora",
@@ -26,6 +27,8 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+application.add_typer(cache_application)
 
 Format = Literal["peft", "inilora-pt"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]

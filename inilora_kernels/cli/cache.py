@@ -1,0 +1,118 @@
+"""`inilora cache`: the finished matrices that later runs find again."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ..errors import FactorFileError, OptionError
+from ..storage import cache_upkeep
+from ..storage.cache_upkeep import Entry
+from ..storage.places import cache_folder
+
+cache_application = typer.Typer(
+    name="cache",
+    help="The finished matrices that runs find again: look at them, check and remove them.",
+    no_args_is_help=True,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@cache_application.command()
+def where() -> None:
+    """Print the cache's folder; INILORA_CACHE sets another one."""
+    folder = cache_folder()
+    if folder is None:
+        raise OptionError("this user has no home folder; set INILORA_CACHE to a folder for the cache")
+    print(folder)
+
+
+@cache_application.command()
+def size(as_json: Json = False) -> None:
+    """Print how many matrices the cache holds, and their size."""
+    _print(cache_upkeep.entries(), "in", as_json)
+
+
+@cache_application.command("list")
+def list_entries(as_json: Json = False) -> None:
+    """List the entries, the one used longest ago first: key, size, last use."""
+    found = cache_upkeep.entries()
+    if as_json:
+        print(json.dumps([{"key": one.key, "bytes": one.size, "last_used": one.last_used} for one in found], indent=2))
+        return
+    for one in found:
+        print(f"{one.key}  {_size(one.size):>9}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(one.last_used))}")
+
+
+@cache_application.command()
+def prune(
+    older_than: Annotated[
+        str | None, typer.Option(help="Remove what was last used longer ago: 30d, 12h, 2w, 90min.")
+    ] = None,
+    to_size: Annotated[
+        str | None, typer.Option(help="Remove the longest unused until this much is left: 500MB, 2GB.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove old entries."""
+    if older_than is None and to_size is None:
+        raise OptionError("give --older-than or --to-size; `inilora cache clear` removes everything")
+    age = None if older_than is None else _measure("--older-than", older_than, _SECONDS, "30d")
+    most = None if to_size is None else int(_measure("--to-size", to_size, _BYTES, "2GB"))
+    _print(cache_upkeep.prune(age, most), "removed from", as_json)
+
+
+@cache_application.command()
+def clear(as_json: Json = False) -> None:
+    """Remove every entry."""
+    doomed = cache_upkeep.entries()
+    cache_upkeep.remove(doomed)
+    _print(doomed, "removed from", as_json)
+
+
+@cache_application.command()
+def verify(
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the damaged ones.")] = False, as_json: Json = False
+) -> None:
+    """Check every entry's checksum; status 2 if one is damaged. Runs never use such an entry."""
+    damaged = cache_upkeep.damaged_entries()
+    if remove:
+        cache_upkeep.remove(damaged)
+    _print(damaged, "damaged and removed from" if remove else "damaged in", as_json)
+    if damaged and not remove:
+        raise FactorFileError(
+            f"{damaged[0].path}{f' and {len(damaged) - 1} more' * (len(damaged) > 1)}: damaged; remove them with "
+            f"`inilora cache verify --remove`"
+        )
+
+
+def _print(entries: Sequence[Entry], what: str, as_json: bool) -> None:
+    total = sum(one.size for one in entries)
+    if as_json:
+        print(json.dumps({"entries": len(entries), "bytes": total, "folder": str(cache_folder())}))
+    else:
+        print(
+            f"{len(entries):,} {'entry' if len(entries) == 1 else 'entries'}, {_size(total)}, {what} {cache_folder()}"
+        )
+
+
+def _size(size: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000 * _BYTES[unit]:
+            return f"{size / _BYTES[unit]:.3g} {unit}"
+    return f"{size / _BYTES['GB']:,.1f} GB"
+
+
+def _measure(name: str, text: str, units: dict[str, int], example: str) -> float:
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d+)?) ?([A-Za-z]*)", text)
+    if found is None or found.group(2) not in units:
+        raise OptionError(f"{name} {text}: give a number and one of {', '.join(filter(None, units))}: {example}")
+    return float(found.group(1)) * units[found.group(2)]

@@ -1,0 +1,127 @@
+"""The JSON that is read from files, one strict schema for each: types, ranges and lengths, checked at the door.
+
+It comes from disks, hubs and other programs. pydantic's own parser reads it, so that deep nesting and huge numbers end
+in an error of ours too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import FactorFileError
+
+# Scalings beyond these leave float32's range when A and B are divided by their square root.
+LEAST_SCALING, MOST_SCALING = 1e-12, 1e12
+
+_MOST = 2**53  # beyond it JSON's numbers are not whole any more
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+    return pattern
+
+
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Rank = Annotated[int, Field(ge=1, le=_MOST)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Alpha = Annotated[float, Field(ge=LEAST_SCALING, le=MOST_SCALING)]
+Expression = Annotated[str, AfterValidator(_expression)]
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+class ModuleRecord(BaseModel):
+    """What a factor file says of one matrix; see Factors and Certificate.
+
+    loss, optimum and energy are NaN only where it is not known which weights the factors were computed from.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    loss: float
+    optimum: float
+    energy: float
+    steps: Count
+    source_sha256: Sha256 | Literal[""]
+    rows: tuple[Count, Count] | None
+    transposed: bool
+    history: list[tuple[Count, Finite]]
+    checkpoint_steps: list[Count]
+    singular_values: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModuleRecord:
+        numbers = (self.loss, self.optimum, self.energy)
+        if not all(0 <= number < math.inf for number in numbers) and (
+            self.source_sha256 or not all(math.isnan(number) for number in numbers)
+        ):
+            raise ValueError("loss, optimum and energy have to be finite and not negative")
+        if self.rows is not None and self.rows[0] >= self.rows[1]:
+            raise ValueError(f"rows {self.rows} are none")
+        if not set(self.checkpoint_steps) <= {step for step, _ in self.history}:
+            raise ValueError("a step of checkpoint_steps has no loss in history")
+        return self
+
+
+class FactorFileHeader(BaseModel):
+    """A factor file's one metadata entry."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    format_version: Literal[1]
+    options: dict[str, Any]
+    modules: Annotated[dict[str, ModuleRecord], Field(min_length=1)]
+
+
+class AdapterConfig(BaseModel):
+    """Of PEFT's adapter_config.json what decides on the update that A and B stand for; the rest is kept as it is."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    peft_type: str
+    r: Rank
+    lora_alpha: Alpha
+    rank_pattern: dict[Expression, Rank] | None = None
+    alpha_pattern: dict[Expression, Alpha] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    bias: str | None = None
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    base_model_name_or_path: str | None = None
+
+
+class ResidualRecord(BaseModel):
+    """inilora_residual.json: which model and which factors a residual folder was computed from."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    base: Annotated[str, Field(min_length=1)]
+    source_sha256: dict[str, Sha256]
+    factors_sha256: Sha256
+
+
+def parse(schema: type[AnyModel], content: str | bytes, where: str) -> AnyModel:
+    """`content`, JSON in UTF-8, as a schema's value. Raises FactorFileError, naming the first field that is wrong."""
+    try:
+        return schema.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) + ": " * bool(first["loc"])
+        found = "" if first["type"] in ("missing", "json_invalid") else f", found {_short(first['input'])}"
+        raise FactorFileError(
+            f"{where}: damaged, or of another format: {place}{first['msg']}{found}; write it again"
+        ) from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
