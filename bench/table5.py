@@ -28,7 +28,7 @@ from inilora_kernels.kernels.backend import Problem, Schedule, load_backend
 from inilora_kernels.kernels.gpu.cost_model import Matrix, Plan, plan
 from inilora_kernels.kernels.gpu.gpus import GPUS
 from inilora_kernels.model.checkpoint import open_checkpoint
-from inilora_kernels.model.targets import find_targets, read_target
+from inilora_kernels.model.targets import find_targets
 
 from .harness import RESULTS, PeakMemory, Row, in_own_process, machine, publish, seconds
 from .paper_way import PaperWay
@@ -102,7 +102,7 @@ def loaders(model: Model, checkpoint: Path | None) -> Loaders:
         dtype = getattr(torch, model.dtype)
         return [(shape, partial(synthetic, shape, dtype, place % DISTINCT)) for place, shape in enumerate(model.shapes)]
     opened = open_checkpoint(checkpoint)
-    return [(target.shape, partial(read_target, opened, target)) for target in find_targets(opened)]
+    return [(target.shape, target.read) for target in find_targets(opened)]
 
 
 def run_ours(matrices: Loaders, steps: int, device: str) -> float:

@@ -8,9 +8,11 @@ factors.save("factors.safetensors")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .approximate import approximate, approximate_model
+from .approximate import approximate, approximate_model, approximate_ranks
 from .errors import InitializationError
-from .factors import Certificate, Factors, FactorSet
+from .factor_set import FactorSet
+from .factors import Certificate, Factors
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapters.convert import convert, export_merged
@@ -35,6 +37,7 @@ __all__ = [
     "adapter_state_dict",
     "approximate",
     "approximate_model",
+    "approximate_ranks",
     "attach",
     "convert",
     "detach",
@@ -51,7 +54,7 @@ __all__ = [
     "unmerge",
 ]
 
-# Imported when first used: transformers and peft take seconds, and whoever only makes factors needs neither.
+# Imported when first used: transformers and peft take seconds, and computing factors needs neither.
 _MODULES = {
     "adapter_state_dict": "adapters.layer",
     "attach": "adapters.layer",
@@ -80,3 +83,7 @@ def __getattr__(name: str) -> Any:
         if error.name != "peft":
             raise
         raise ImportError(f"{name} needs peft: pip install 'inilora-kernels[peft]'") from error
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -2,111 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, cast, overload
 
-import torch
 from torch import Tensor
 
 from .display.progress import ProgressBar
 from .errors import OptionError, WeightError
-from .factors import Factors, FactorSet
+from .factor_set import FactorSet
+from .factors import Factors
+from .initializations import settled, solver_of
 from .kernels.backend import load_backend
 from .model.checkpoint import open_checkpoint
-from .model.survey import Source, Surveyed, start_stds, survey
-from .model.targets import FLOAT_DTYPES, find_targets, read_target
-from .options import Options, Rank, require_count
+from .model.in_memory import target_in_memory
+from .model.survey import start_stds, survey
+from .model.targets import Target, find_targets
+from .options import ModelOptions, Options, P, takes
 from .solvers.optimum import rank_for_energy
-from .solvers.run import Task, solve_by_adam, solve_directly
-from .storage import cache as finished_matrices
+from .solvers.run import Task
+from .storage import cache, factor_file
+from .version import __version__
 
 
-@overload
-def approximate_model(
-    path: str | Path,
-    rank: int | str = ...,
-    target_modules: Collection[str] | str | None = ...,
-    *,
-    rank_pattern: Mapping[str, int] | None = ...,
-    method: str = ...,
-    solver: str | None = ...,
-    gauge: str = ...,
-    start: Mapping[str, Factors] | None = ...,
-    steps: int = ...,
-    lr: float = ...,
-    step_size: int = ...,
-    gamma: float = ...,
-    loss: str = ...,
-    init_std: str | float | None = ...,
-    tol: float | None = ...,
-    checkpoint_steps: Sequence[int] = ...,
-    backend: str = ...,
-    concurrency: int = ...,
-    seed: int = ...,
-    device: str | torch.device | None = ...,
-    cache: bool = ...,
-    progress: bool = ...,
-) -> FactorSet: ...
-
-
-@overload
-def approximate_model(
-    path: str | Path,
-    rank: Sequence[int],
-    target_modules: Collection[str] | str | None = ...,
-    *,
-    rank_pattern: Mapping[str, int] | None = ...,
-    method: str = ...,
-    solver: str | None = ...,
-    gauge: str = ...,
-    start: Mapping[str, Factors] | None = ...,
-    steps: int = ...,
-    lr: float = ...,
-    step_size: int = ...,
-    gamma: float = ...,
-    loss: str = ...,
-    init_std: str | float | None = ...,
-    tol: float | None = ...,
-    checkpoint_steps: Sequence[int] = ...,
-    backend: str = ...,
-    concurrency: int = ...,
-    seed: int = ...,
-    device: str | torch.device | None = ...,
-    cache: bool = ...,
-    progress: bool = ...,
-) -> dict[int, FactorSet]: ...
-
-
-def approximate_model(
-    path: str | Path,
-    rank: Rank = 8,
-    target_modules: Collection[str] | str | None = None,
-    *,
-    rank_pattern: Mapping[str, int] | None = None,
-    method: str = "inilora",
-    solver: str | None = None,
-    gauge: str = "nearest",
-    start: Mapping[str, Factors] | None = None,
-    steps: int = 20_000,
-    lr: float = 5e-4,
-    step_size: int = 5_000,
-    gamma: float = 0.9,
-    loss: str = "mse",
-    init_std: str | float | None = None,
-    tol: float | None = None,
-    checkpoint_steps: Sequence[int] = (),
-    backend: str = "auto",
-    concurrency: int = 64,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    cache: bool = True,
-    progress: bool = True,
-) -> FactorSet | dict[int, FactorSet]:
+@takes(ModelOptions)
+def approximate_model(path: str | Path, options: ModelOptions) -> FactorSet:
     """Find B (d×r) and A (r×k), the start of a LoRA, for each target matrix W (d×k) of a checkpoint.
 
     The paper's IniLoRA, the default, minimizes f = ||W − BA||_F² (paper, Eq. 3) by Adam from A, B ~ N(0, σ̄²). Every
@@ -114,36 +35,11 @@ def approximate_model(
 
     path: a Hugging Face model folder (one safetensors file, or shards with their index, or torch .bin files, read
         with weights_only), or one such file. float32, float16, bfloat16 or float64 weights.
-    rank: r, from 1 to min(d, k); "energy:0.2", the smallest rank of each matrix that can keep that share of ||W||²; or
-        a list of ranks, which share the readings of W (by Adam: those for f*) and return a dict, rank → FactorSet.
-    rank_pattern: as in PEFT's LoraConfig, other ranks for some modules, by name ending or regular expression.
-    target_modules: PEFT's syntax: a list of name endings, a regular expression, or "all-linear"; None: the query and
-        value projections.
-    method: "inilora" and others of the paper; `inilora_kernels.initializations` has the formula and source of each.
-    solver: of "inilora": "adam", the paper's trajectory, is the default; "krylov", the same minimum in seconds;
-        "exact", by a full SVD. Of "pissa": "krylov", the default, or "exact".
-    gauge: which factors of the one best product "inilora" takes by krylov or exact: "nearest", the balanced pair
-        nearest to the random start; "svd", B = U√Σ and A = √ΣVᵀ, which is PiSSA.
-    start: factors for gauge="nearest" to be near to, those of a short Adam run for example.
-    steps, lr, step_size, gamma: Adam's steps and rate; StepLR multiplies the rate by gamma every step_size steps.
-    loss: "mse", the mean over W's entries, is the paper's trajectory; "frobenius", the sum, keeps Adam's eps from
-        damping the steps of large matrices and converges better.
-    init_std: σ̄: "kind", the mean of the matrices' standard deviations for each kind of matrix apart (query, value);
-        "global", one mean for all (paper, Eq. 2); or a number. None: "kind", but 0.5 for "inilora-alpha" and 0.01 for
-        "normal".
-    tol: end a matrix once its excess f/f* − 1 is at most this; looked at every 100 steps.
-    checkpoint_steps: keep the factors of these steps too (paper, Figure 2); see FactorSet.at_step.
-    backend: "triton" (GPU), "cpu", "reference" (plain torch), or "auto": triton where there is a GPU, else cpu.
-    concurrency: most matrices in memory at once.
-    seed: of the random start. A matrix's start depends on this and on the matrix, not on its place in the model.
-    device: a torch device for the triton and reference backends.
-    cache: find finished matrices again, and keep new ones as soon as each is finished; see `cache_folder`.
-    progress: show a progress bar on standard error.
 
     Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work but one: a
     WeightError for a run that diverged.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> from safetensors.torch import save_file
     >>> model = Path(tempfile.mkdtemp()) / "model.safetensors"
     >>> save_file({"layer.0.query.weight": torch.eye(6), "layer.0.value.weight": torch.ones(6, 4)}, model)
@@ -153,288 +49,199 @@ def approximate_model(
     >>> round(factors["layer.0.query"].certificate.loss, 3)
     5.0
     """
-    options = Options(
-        rank=rank,
-        rank_pattern=dict(rank_pattern or {}),
-        method=method,
-        solver=solver,
-        gauge=gauge,
-        start=_name_of(start),
-        steps=steps,
-        lr=lr,
-        step_size=step_size,
-        gamma=gamma,
-        loss=loss,
-        init_std=init_std,
-        tol=tol,
-        checkpoint_steps=checkpoint_steps,
-        backend=load_backend(backend, device).name,
-        seed=seed,
-    )
-    require_count("concurrency", concurrency)
-    checkpoint = open_checkpoint(path)
-    targets = find_targets(checkpoint, target_modules)
-    hashes: dict[str, str] = {}
-
-    def sha256_of(tensor: str) -> str:
-        if tensor not in hashes:
-            hashes[tensor] = checkpoint.sha256(tensor)
-        return hashes[tensor]
-
-    sources = [
-        Source(
-            module=target.module,
-            kind=target.kind,
-            shape=target.shape,
-            dtype=target.dtype,
-            read=partial(read_target, checkpoint, target),
-            sha256=partial(sha256_of, target.tensor),
-            rows=target.rows,
-            transposed=target.transposed,
-        )
-        for target in targets
-    ]
-    found = _factorize(sources, options, start, concurrency=concurrency, device=device, cache=cache, progress=progress)
-    return found if isinstance(options.rank, tuple) else found[0]
+    _require_one_rank(options)
+    return _factorize(_targets(path, options), options, options.start, keeps=True)[0]
 
 
-def approximate(
-    W: Tensor | Sequence[Tensor],
-    rank: Rank = 8,
-    *,
-    method: str = "inilora",
-    solver: str | None = None,
-    gauge: str = "nearest",
-    start: Factors | Sequence[Factors] | None = None,
-    steps: int = 20_000,
-    lr: float = 5e-4,
-    step_size: int = 5_000,
-    gamma: float = 0.9,
-    loss: str = "mse",
-    init_std: str | float | None = None,
-    tol: float | None = None,
-    checkpoint_steps: Sequence[int] = (),
-    backend: str = "auto",
-    concurrency: int = 64,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    cache: bool = False,
-    progress: bool = False,
-) -> Factors | list[Factors] | dict[int, Factors] | dict[int, list[Factors]]:
-    """The same as `approximate_model` on matrices W (d×k) in memory: Factors for one, a list of them for several.
+@takes(ModelOptions)
+def approximate_ranks(path: str | Path, options: ModelOptions) -> dict[int, FactorSet]:
+    """`approximate_model` for a list of ranks, rank=[8, 16, 32], as a dict from rank to FactorSet.
 
-    A list of ranks gives a dict of those by rank. All matrices count as one kind for init_std. Options and errors are
-    those of `approximate_model`.
+    The ranks share the readings of W (by Adam: those for f*). Errors are those of `approximate_model`.
 
+    >>> import tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> model = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> save_file({"a.query.weight": torch.eye(6), "a.value.weight": torch.ones(6, 4)}, model)
+    >>> sets = approximate_ranks(model, rank=[1, 2], solver="krylov", cache=False, progress=False)
+    >>> {rank: round(factors["a.query"].certificate.loss) for rank, factors in sets.items()}
+    {1: 5, 2: 4}
+    """
+    if not isinstance(options.rank, tuple):
+        raise OptionError(f"rank={options.rank!r}: give a list of ranks, or call approximate_model for one")
+    return _factorize(_targets(path, options), options, options.start, keeps=True)
+
+
+class _Approximate(Protocol[P]):
+    @overload
+    def __call__(self, W: Tensor, *args: P.args, **kwargs: P.kwargs) -> Factors: ...
+    @overload
+    def __call__(self, W: Sequence[Tensor], *args: P.args, **kwargs: P.kwargs) -> list[Factors]: ...
+
+
+def _approximate(W: Any, options: Options) -> Any:
+    """`approximate_model` for matrices W (d×k) in memory: Factors for one, a list of them for several.
+
+    All matrices count as one kind for init_std; the options are those of `approximate_model` but target_modules, and
+    `start` is Factors, or a list of them. Errors are those of `approximate_model`.
+
+    >>> import torch
     >>> W = torch.outer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0]))
     >>> factors = approximate(W, rank=1, steps=5000, lr=1e-2)
     >>> bool((factors.product() - W).norm() < 1e-3)
     True
     """
-    matrices = [W] if isinstance(W, Tensor) else list(W)
-    if not matrices:
+    _require_one_rank(options)
+    matrices = [W] if isinstance(W, Tensor) else W
+    targets = [target_in_memory(_name(place), matrix) for place, matrix in enumerate(matrices)]
+    if not targets:
         raise WeightError("no matrix was given; give a tensor or a list of them")
-    starts = _named([start] if isinstance(start, Factors) else start)
-    options = Options(
-        rank=rank,
-        rank_pattern={},
-        method=method,
-        solver=solver,
-        gauge=gauge,
-        start=_name_of(starts),
-        steps=steps,
-        lr=lr,
-        step_size=step_size,
-        gamma=gamma,
-        loss=loss,
-        init_std=init_std,
-        tol=tol,
-        checkpoint_steps=checkpoint_steps,
-        backend=load_backend(backend, device).name,
-        seed=seed,
-    )
-    require_count("concurrency", concurrency)
-    sources = []
-    for place, matrix in enumerate(matrices):
-        name = _name(place)
-        if matrix.ndim != 2 or matrix.dtype not in FLOAT_DTYPES:
-            raise WeightError(
-                f"{name}: {matrix.dtype} of shape {tuple(matrix.shape)}; give a float matrix of two dimensions"
-            )
-        if matrix.is_meta or matrix.layout != torch.strided:
-            kind = "on the meta device, without values" if matrix.is_meta else f"stored as {matrix.layout}"
-            raise WeightError(f"{name} is {kind}; give a dense matrix")
-        sources.append(
-            Source(
-                module=name,
-                kind="matrix",
-                shape=(matrix.shape[0], matrix.shape[1]),
-                dtype=matrix.dtype,
-                read=partial(_on_cpu, matrix),
-                sha256=partial(_sha256, matrix),
-            )
-        )
-    found = _factorize(sources, options, starts, concurrency=concurrency, device=device, cache=cache, progress=progress)
-    results = {rank: [factors[source.module] for source in sources] for rank, factors in found.items()}
-    if isinstance(W, Tensor):
-        alone = {rank: factors[0] for rank, factors in results.items()}
-        return alone if isinstance(options.rank, tuple) else alone[0]
-    return results if isinstance(options.rank, tuple) else results[0]
+    starts = [options.start] if isinstance(options.start, Factors) else options.start
+    named = None if starts is None else {_name(place): one for place, one in enumerate(starts)}
+    found = list(_factorize(targets, options, named, keeps=False)[0].values())
+    return found[0] if isinstance(W, Tensor) else found
 
 
-def _factorize(
-    sources: Sequence[Source],
-    options: Options,
-    start: Mapping[str, Factors] | None,
-    *,
-    concurrency: int,
-    device: str | torch.device | None,
-    cache: bool,
-    progress: bool,
-) -> dict[int, FactorSet]:
-    """A FactorSet for each rank asked for; one, under the key 0, where the rank is a matrix's own."""
-    for source in sources:
-        _require_fitting(source, options.ranks_of(source.module) or (), start)
+def _overloaded(options: Callable[P, Options]) -> _Approximate[P]:
+    return cast(Any, takes(options)(_approximate))  # type: ignore[no-any-return]
+
+
+_approximate.__name__ = _approximate.__qualname__ = "approximate"
+approximate = _overloaded(Options)
+
+
+def _targets(path: str | Path, options: ModelOptions) -> list[Target]:
+    return find_targets(open_checkpoint(path), options.target_modules)
+
+
+def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps: bool) -> dict[int, FactorSet]:
+    """A FactorSet for each of several ranks; one, under the key 0, where the rank is each matrix's own.
+
+    start: factors by module. keeps: whether to use the cache and show progress where the options leave it open.
+    """
+    options = settled(options)
+    if not (start is None or (isinstance(start, Mapping) and all(isinstance(one, Factors) for one in start.values()))):
+        raise OptionError("start: give Factors for each matrix: a FactorSet, or for matrices in memory a list")
+    for target in targets:
+        _require_fitting(target, options, start)
+    record = {**options.record(), "package_version": __version__}
+    if "start" in record:
+        record["start"] = None if start is None else factor_file.digest(start)
+    cached = keeps if options.cache is None else options.cache
     results: dict[tuple[str, int], Factors] = {}
     keys: dict[tuple[str, int], str] = {}
-    with ProgressBar(progress) as bar:
-        surveyed = survey(sources, bar)
-        assert options.init_std is not None
-        stds = start_stds(surveyed, options.init_std)
-        ranks = _settled_ranks(surveyed, options, bar)
-        tasks = []
-        for one, std, own in zip(surveyed, stds, ranks, strict=True):
-            module = one.source.module
-            task = Task(one, own, std, start[module] if start is not None else None)
-            keys.update({(module, rank): _cache_key(task, rank, options) for rank in own})
-            if cache:
-                known = {rank: finished_matrices.find(keys[module, rank], one.sha256) for rank in own}
-                results.update({(module, rank): factors for rank, factors in known.items() if factors is not None})
-            if any((module, rank) not in results for rank in own):
-                tasks.append(task)
+    with ProgressBar(keeps if options.progress is None else options.progress) as bar:
+        tasks = _tasks(targets, options, start, bar)
+        for task in tasks:
+            for rank in task.ranks:
+                place = (task.target.module, rank)
+                keys[place] = _cache_key(task, rank, options, record)
+                known = cache.find(keys[place], task.sha256) if cached else None
+                if known is not None:
+                    results[place] = known
 
         def finished(task: Task, rank: int, factors: Factors) -> None:
-            module, loss = task.matrix.source.module, factors.certificate.loss
-            if not math.isfinite(loss):
-                raise WeightError(
-                    f"{module}: the run diverged, its loss is {loss}; take a smaller lr, or divide the weights if they "
-                    f"are near the end of float32's range"
-                )
-            place = module, rank
+            place = (task.target.module, rank)
+            _require_converged(task.target.module, factors)
             if place not in results:
                 results[place] = factors
-                if cache:
-                    finished_matrices.keep(keys[place], factors)
+                if cached:
+                    cache.keep(keys[place], factors)
 
-        solve = solve_by_adam if options.solver == "adam" else solve_directly
-        for first in range(0, len(tasks), concurrency):
-            solve(tasks[first : first + concurrency], options, device, finished, bar)
-    record = {**options.record(), "package_version": _package_version()}
-    modules = [source.module for source in sources]
+        solve = solver_of(options)
+        missing = [task for task in tasks if any((task.target.module, rank) not in results for rank in task.ranks)]
+        for first in range(0, len(missing), options.concurrency):
+            solve(missing[first : first + options.concurrency], options, finished, bar)
     if not isinstance(options.rank, tuple):
-        own_ranks = {module: own[0] for module, own in zip(modules, ranks, strict=True)}
-        return {0: FactorSet({module: results[module, own_ranks[module]] for module in modules}, record)}
+        ranked = {task.target.module: task.ranks[0] for task in tasks}
+        return {0: FactorSet({module: results[module, rank] for module, rank in ranked.items()}, record)}
     return {
         rank: FactorSet(
-            {module: results[module, rank] for module in modules},
+            {target.module: results[target.module, rank] for target in targets},
             {**record, "rank": rank, "ranks": list(options.rank)},
         )
         for rank in options.rank
     }
 
 
-def _require_fitting(source: Source, ranks: Sequence[int], start: Mapping[str, Factors] | None) -> None:
-    if min(source.shape) == 0:
-        raise WeightError(
-            f"{source.module}: a {source.shape[0]}×{source.shape[1]} matrix has no entries; leave the module out of "
-            f"target_modules"
-        )
-    for rank in ranks:
-        if rank > min(source.shape):
-            raise WeightError(
-                f"{source.module}: rank {rank} is more than this {source.shape[0]}×{source.shape[1]} matrix "
-                f"has; take rank ≤ {min(source.shape)} or leave the module out of target_modules"
-            )
-    if start is None:
-        return
-    if source.module not in start:
-        raise OptionError(f"start has no factors for {source.module}; make them with the same target_modules")
-    given = start[source.module]
-    shape = (int(given.B.shape[0]), int(given.A.shape[1]))
-    if shape != source.shape or tuple(ranks) != (given.rank,):
-        raise OptionError(
-            f"start's factors for {source.module} are of shape {shape[0]}×{shape[1]} and rank {given.rank}; "
-            f"give the same shape, and the same rank as here"
-        )
-
-
-def _settled_ranks(surveyed: Sequence[Surveyed], options: Options, bar: ProgressBar) -> list[tuple[int, ...]]:
-    """Each matrix's ranks, found from its energy where they are to follow from that."""
+def _tasks(targets: Sequence[Target], options: Options, start: Any, bar: ProgressBar) -> list[Task]:
+    """Each matrix surveyed, with its ranks and its start settled."""
+    hashes, own_stds = survey(targets, bar)
+    assert options.init_std is not None
+    stds = start_stds(targets, own_stds, options.init_std)
     share = options.energy_share
     if share is not None:
-        bar.phase("ranks", len(surveyed), len(surveyed))
-    settled = []
-    for one in surveyed:
-        ranks = options.ranks_of(one.source.module)
+        bar.phase("ranks", len(targets), len(targets))
+    tasks = []
+    for target, sha256, std in zip(targets, hashes, stds, strict=True):
+        ranks = options.ranks_of(target.module)
         if ranks is None:
             assert share is not None
-            ranks = (rank_for_energy(one.source.read(), share),)
-        settled.append(ranks)
+            ranks = (rank_for_energy(target.read(), share),)
         if share is not None:
             bar.advance(1, matrices=1)
-    return settled
+        tasks.append(Task(target, sha256, ranks, std, None if start is None else start[target.module]))
+    return tasks
 
 
-def _cache_key(task: Task, rank: int, options: Options) -> str:
-    one = task.matrix
-    ingredients: dict[str, Any] = {
-        **options.record(),
+def _cache_key(task: Task, rank: int, options: Options, record: Mapping[str, Any]) -> str:
+    target = task.target
+    ingredients = {
+        **record,
         "rank": rank,
         "ranks": list(task.ranks),
         "rank_pattern": None,
         "init_std": task.std,
-        "sha256": one.sha256,
-        "shape": one.source.shape,
-        "dtype": str(one.source.dtype),
-        "rows": one.source.rows,
-        "transposed": one.source.transposed,
+        "sha256": task.sha256,
+        "shape": target.shape,
+        "dtype": str(target.dtype),
+        "rows": target.rows,
+        "transposed": target.transposed,
+        # On the reference backend torch's products are other bits on another kind of device.
+        "device": load_backend(options.backend, options.device).device.type,
+        # A release that changes bits raises RESULT_VERSION; any other finds the results of the one before.
+        "package_version": None,
     }
-    return finished_matrices.cache_key(ingredients)
+    return cache.cache_key(ingredients)
+
+
+def _require_one_rank(options: Options) -> None:
+    if isinstance(options.rank, tuple):
+        raise OptionError(f"rank={list(options.rank)!r}: give one rank; approximate_ranks takes a list, for a model")
+
+
+def _require_fitting(target: Target, options: Options, start: Mapping[str, Factors] | None) -> None:
+    d, k = target.shape
+    if min(d, k) == 0:
+        raise WeightError(f"{target.module}: a {d}×{k} matrix has no entries; leave the module out of target_modules")
+    ranks = options.ranks_of(target.module) or ()
+    for rank in ranks:
+        if rank > min(d, k):
+            raise WeightError(
+                f"{target.module}: rank {rank} is more than this {d}×{k} matrix has; take rank ≤ {min(d, k)} or "
+                f"leave the module out of target_modules"
+            )
+    if start is None:
+        return
+    if target.module not in start:
+        raise OptionError(f"start has no factors for {target.module}; compute them with the same target_modules")
+    given = start[target.module]
+    shape = (int(given.B.shape[0]), int(given.A.shape[1]))
+    if shape != target.shape or tuple(ranks) != (given.rank,):
+        raise OptionError(
+            f"start's factors for {target.module} are of shape {shape[0]}×{shape[1]} and rank {given.rank}; "
+            f"give the same shape, and the same rank as here"
+        )
+
+
+def _require_converged(module: str, factors: Factors) -> None:
+    loss = factors.certificate.loss
+    if not math.isfinite(loss):
+        raise WeightError(
+            f"{module}: the run diverged, its loss is {loss}; take a smaller lr, or divide the weights if they are "
+            f"near the end of float32's range"
+        )
 
 
 def _name(place: int) -> str:
     return f"matrix {place}"
-
-
-def _named(start: Sequence[Factors] | None) -> dict[str, Factors] | None:
-    if start is None:
-        return None
-    if not all(isinstance(one, Factors) for one in start):
-        raise OptionError("start: give Factors, as approximate returns them, one for each matrix")
-    return {_name(place): one for place, one in enumerate(start)}
-
-
-def _name_of(start: Mapping[str, Factors] | None) -> str | None:
-    """What stands for the given factors in the record: the sha256 of them all."""
-    if start is None:
-        return None
-    digest = hashlib.sha256()
-    # Each on its own: one file may not hold the same tensor twice, but two matrices may start from the same factors.
-    for module in sorted(start):
-        digest.update(FactorSet({module: start[module]}, {}).to_bytes())
-    return digest.hexdigest()
-
-
-def _on_cpu(W: Tensor) -> Tensor:
-    return W.detach().cpu().contiguous()
-
-
-def _sha256(W: Tensor) -> str:
-    return hashlib.sha256(_on_cpu(W).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _package_version() -> str:
-    try:
-        return version("inilora-kernels")
-    except PackageNotFoundError:  # vendored, or frozen into a program
-        return "unknown"

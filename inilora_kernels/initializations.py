@@ -1,4 +1,6 @@
-"""Every initialization of the paper's tables and figures: one function each, and the list of them.
+"""Every initialization of the paper's tables and figures: a function for each, and what computes it.
+
+A new one is a function with its formula here, and a row of METHODS.
 
 The convention for all: W (d×k) is the pretrained weight, B (d×r), A (r×k), float32, and the adapted layer computes
 W x + s·(BA − B0A0) x with s = lora_alpha/r, where B0A0 is the product at the start. So the model's output at step 0 is
@@ -9,14 +11,34 @@ the base, is the same in exact arithmetic). The paper trains with s = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Shape = tuple[int, int]
-Pair = tuple[Tensor, Tensor]
+from .errors import OptionError
+from .factors import Factors
+from .kernels.backend import Backend
+from .options import Options, require_choice
+from .solvers.krylov import TOLERANCE, Principal, dense, principal
+from .solvers.run import (
+    Pair,
+    RandomStart,
+    Shape,
+    Solve,
+    Task,
+    against_optimum,
+    against_triplets,
+    by_adam,
+    directly,
+)
+from .solvers.smallest import minor
+
+# Of PiSSA more than the loss is promised: the very product BA of the full SVD. Its error is of the order of the square
+# root of the excess, where the gap behind σ_r is small.
+PISSA_TOLERANCE = 1e-11
 
 
 def gaussian(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
@@ -215,49 +237,148 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> Pair:
     return (G.T @ A).float(), (B @ G).float()
 
 
-RandomStart = Callable[[Shape, int, float, torch.Generator], Pair]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of `inilora methods`.
-
-    formula, source: as its function above says. solvers: what can compute it, the default first; empty for a random
-    start. random: draws the start; None where it comes from W's singular vectors. std: the deviation that init_std
-    stands for when it is not given: a number, or the mean of the weights' own, by "kind".
-    """
-
-    formula: str
-    source: str
-    solvers: tuple[str, ...] = ()
-    random: RandomStart | None = None
-    std: str | float = "kind"
-
-
-METHODS: Mapping[str, Method] = {
-    "inilora": Method(
-        "B, A ~ N(0, σ̄²), then min ‖W − BA‖²; with --steps 0 the start alone",
-        "Eq. 2 and 3; 0 steps: Table 7",
-        ("adam", "krylov", "exact"),
-        gaussian,
-    ),
-    "inilora-alpha": Method("B, A ~ N(0, 0.5²); --init-std sets 0.5", "Table 3, Figure 3", (), inilora_alpha, 0.5),
-    "inilora-beta-normal": Method("A ~ N(0, 2/k), B ~ N(0, 2/r)", "Table 3, Figure 4", (), inilora_beta_normal),
-    "inilora-beta-uniform": Method("A ~ U(±√(6/k)), B ~ U(±√(6/r))", "Table 3, Figure 4", (), inilora_beta_uniform),
-    "lora": Method("A ~ U(±1/√k), B = 0", "Hu et al. 2022; all tables", (), lora),
-    "pissa": Method("B = U√Σ, A = √ΣVᵀ of the r largest σ", "Meng et al. 2024; Tables 2, 6", ("krylov", "exact"), None),
-    "milora": Method("B = U√Σ, A = √ΣVᵀ of the r smallest σ", "Wang et al. 2024; Tables 2, 6", ("exact",), None),
-    "normal": Method("B, A ~ N(0, 0.01²); --init-std sets 0.01", "Figure 4", (), normal, 0.01),
-    "uniform": Method("B, A ~ U(±0.1)", "Figure 4", (), uniform),
-    "xavier-normal": Method("A ~ N(0, 2/(r+k)), B ~ N(0, 2/(d+r))", "Figure 4", (), xavier_normal),
-    "xavier-uniform": Method("A ~ U(±√(6/(r+k))), B ~ U(±√(6/(d+r)))", "Figure 4", (), xavier_uniform),
-    "orthogonal": Method("AAᵀ = I, BᵀB = I", "Figure 4", (), orthogonal),
-    "sparse": Method("B, A ~ N(0, 0.01²), a tenth of each column 0", "Figure 4", (), sparse),
-    "constant": Method("every entry 0.001", "Figure 4", (), constant),
-}
-
-
 def _filled(shape: Shape, rank: int, fill: Callable[[Tensor], Tensor]) -> Pair:
     """A, then B, each filled by the same distribution."""
     A, B = torch.empty(rank, shape[1]), torch.empty(shape[0], rank)
     return fill(A), fill(B)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """One way to compute an initialization. reads_gauge: it has a product to choose the factors of; see Options."""
+
+    solve: Solve
+    reads_gauge: bool = False
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """A row of `inilora methods`.
+
+    formula, source: as its function above says. solvers: what can compute it, the default first; the name of a random
+    start's is "". std: the deviation that init_std stands for when it is not given: a number, or the mean of the
+    weights' own, by "kind".
+    """
+
+    formula: str
+    source: str
+    solvers: Mapping[str, Solver]
+    std: str | float = "kind"
+
+
+def _drawn(draw: RandomStart) -> Mapping[str, Solver]:
+    """A random start, and nothing else."""
+
+    def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
+        return against_optimum(W, task, {rank: task.random_start(draw, rank, options.seed) for rank in task.ranks})
+
+    return {"": Solver(directly(factorize))}
+
+
+def _pissa_by(found: Triplets) -> Solver:
+    def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
+        triplets = found(W, task.ranks, backend)
+        return against_triplets(W, task, {rank: _leading(triplets, rank) for rank in task.ranks}, triplets)
+
+    return Solver(directly(factorize))
+
+
+def _inilora_by(found: Triplets) -> Solver:
+    """The best product of the triplets, in the gauge asked for."""
+
+    def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
+        triplets = found(W, task.ranks, backend)
+        pairs = {}
+        for rank in task.ranks:
+            pairs[rank] = _leading(triplets, rank)
+            if options.gauge == "nearest":
+                A_start, B_start = task.random_start(gaussian, rank, options.seed)
+                if task.start is not None:
+                    A_start, B_start = task.start.A, task.start.B
+                pairs[rank] = nearest(*pairs[rank], A_start, B_start)
+        return against_triplets(W, task, pairs, triplets)
+
+    return Solver(directly(factorize), reads_gauge=True)
+
+
+def _minor(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
+    U, S, V = minor(W, max(task.ranks))
+    return against_optimum(W, task, {rank: milora(U[:, -rank:], S[-rank:], V[:, -rank:]) for rank in task.ranks})
+
+
+# (W, ranks, backend) ↦ the leading singular triplets
+Triplets = Callable[[Tensor, Sequence[int], Backend], Principal]
+
+
+def _leading(found: Principal, rank: int) -> Pair:
+    return pissa(found.U[:, :rank], found.S[:rank], found.V[:, :rank])
+
+
+def _by_krylov(tolerance: float) -> Triplets:
+    return lambda W, ranks, backend: principal(W, ranks, dtype=backend.direct_dtype, tolerance=tolerance)
+
+
+def _by_svd(W: Tensor, ranks: Sequence[int], backend: Backend) -> Principal:
+    return dense(W, ranks)
+
+
+METHODS: Mapping[str, Initialization] = {
+    "inilora": Initialization(
+        "B, A ~ N(0, σ̄²), then min ‖W − BA‖²; with --steps 0 the start alone",
+        "Eq. 2 and 3; 0 steps: Table 7",
+        {
+            "adam": Solver(by_adam(gaussian)),
+            "krylov": _inilora_by(_by_krylov(TOLERANCE)),
+            "exact": _inilora_by(_by_svd),
+        },
+    ),
+    "inilora-alpha": Initialization(
+        "B, A ~ N(0, 0.5²); --init-std sets 0.5", "Table 3, Figure 3", _drawn(inilora_alpha), std=0.5
+    ),
+    "inilora-beta-normal": Initialization(
+        "A ~ N(0, 2/k), B ~ N(0, 2/r)", "Table 3, Figure 4", _drawn(inilora_beta_normal)
+    ),
+    "inilora-beta-uniform": Initialization(
+        "A ~ U(±√(6/k)), B ~ U(±√(6/r))", "Table 3, Figure 4", _drawn(inilora_beta_uniform)
+    ),
+    "lora": Initialization("A ~ U(±1/√k), B = 0", "Hu et al. 2022; all tables", _drawn(lora)),
+    "pissa": Initialization(
+        "B = U√Σ, A = √ΣVᵀ of the r largest σ",
+        "Meng et al. 2024; Tables 2, 6",
+        {"krylov": _pissa_by(_by_krylov(PISSA_TOLERANCE)), "exact": _pissa_by(_by_svd)},
+    ),
+    "milora": Initialization(
+        "B = U√Σ, A = √ΣVᵀ of the r smallest σ", "Wang et al. 2024; Tables 2, 6", {"exact": Solver(directly(_minor))}
+    ),
+    "normal": Initialization("B, A ~ N(0, 0.01²); --init-std sets 0.01", "Figure 4", _drawn(normal), std=0.01),
+    "uniform": Initialization("B, A ~ U(±0.1)", "Figure 4", _drawn(uniform)),
+    "xavier-normal": Initialization("A ~ N(0, 2/(r+k)), B ~ N(0, 2/(d+r))", "Figure 4", _drawn(xavier_normal)),
+    "xavier-uniform": Initialization("A ~ U(±√(6/(r+k))), B ~ U(±√(6/(d+r)))", "Figure 4", _drawn(xavier_uniform)),
+    "orthogonal": Initialization("AAᵀ = I, BᵀB = I", "Figure 4", _drawn(orthogonal)),
+    "sparse": Initialization("B, A ~ N(0, 0.01²), a tenth of each column 0", "Figure 4", _drawn(sparse)),
+    "constant": Initialization("every entry 0.001", "Figure 4", _drawn(constant)),
+}
+
+_Options = TypeVar("_Options", bound=Options)
+
+
+def settled(options: _Options) -> _Options:
+    """The options with the method's own solver and σ̄ where none is given.
+
+    Raises OptionError for a method or solver that there is not, or a `start` that nothing would read.
+    """
+    require_choice("method", options.method, METHODS)
+    method = METHODS[options.method]
+    solver = next(iter(method.solvers)) if options.solver is None else options.solver
+    if solver not in method.solvers and "" in method.solvers:
+        raise OptionError(f"solver={solver!r}: method={options.method!r} solves nothing; leave solver out")
+    require_choice("solver", solver, method.solvers, f"for method={options.method!r}")
+    reads_start = method.solvers[solver].reads_gauge and options.gauge == "nearest"
+    if options.start is not None and not reads_start:
+        raise OptionError('start is what gauge="nearest" is near to: for method="inilora" by krylov or exact only')
+    return replace(options, solver=solver, init_std=method.std if options.init_std is None else options.init_std)
+
+
+def solver_of(options: Options) -> Solve:
+    """What runs a batch of matrices with these settled options."""
+    return METHODS[options.method].solvers[str(options.solver)].solve

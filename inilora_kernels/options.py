@@ -1,108 +1,179 @@
-"""The options that decide a result, checked before any work; they are the factor file's `options`."""
+"""Every option of a run: its name, type, default and meaning stand here and nowhere else.
+
+The functions' signatures and docstrings, the command line, the factor file's record and the cache key are all made from
+these fields. To add an option, add a field and read it where it acts.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import torch
 
 from .errors import OptionError
-from .initializations import METHODS, Method
-from .kernels.backend import Schedule
+from .factors import Factors
+from .kernels.backend import Schedule, load_backend
 
 LOSSES = ("mse", "frobenius")
 GAUGES = ("nearest", "svd")
 _ENERGY = "energy:"
-# What only Adam reads; the record of another solver leaves it out.
-_OF_ADAM = ("steps", "lr", "step_size", "gamma", "loss", "tol", "checkpoint_steps")
 
 Rank = int | str | Sequence[int]
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+def option(default: _T, meaning: str, *, decides: bool = True, ignored_by: Collection[str] = ()) -> _T:
+    """A field of Options.
+
+    decides: whether the result depends on it, so that it belongs to the record and the cache key.
+    ignored_by: the solvers that do not read it; "" is the solver of a random start.
+    """
+    return field(default=default, metadata={"meaning": meaning, "decides": decides, "ignored_by": ignored_by})
+
+
+_NOT_ADAM = ("krylov", "exact", "")
+
+
+@dataclass(frozen=True, eq=False)
 class Options:
-    """Everything but the weights that a result depends on; see `approximate_model` for each one's meaning.
+    """The options of `approximate`, checked when they are made. Raises OptionError or BackendError.
 
-    solver and init_std: None is the method's own, which stands in its place from then on; "" is the solver of a random
-    start. start: a name for the factors to be near to, None for the random start.
+    >>> Options(rank=4).steps
+    20000
+    >>> Options(lr=-1.0)
+    Traceback (most recent call last):
+    inilora_kernels.errors.OptionError: lr=-1.0: give a number above 0
     """
 
-    rank: Rank
-    rank_pattern: Mapping[str, int]
-    method: str
-    solver: str | None
-    gauge: str
-    start: str | None
-    steps: int
-    lr: float
-    step_size: int
-    gamma: float
-    loss: str
-    init_std: str | float | None
-    tol: float | None
-    checkpoint_steps: Sequence[int]
-    backend: str
-    seed: int
+    rank: Rank = option(
+        8,
+        'Rank r, from 1 to min(d, k); or "energy:0.2", the smallest rank of each matrix that can keep that share of '
+        "||W||².",
+    )
+    _: KW_ONLY
+    rank_pattern: Mapping[str, int] | None = option(
+        None, "As in PEFT's LoraConfig: other ranks for some modules, by name ending or regular expression."
+    )
+    method: str = option("inilora", "The initialization; `inilora methods` lists each with its formula and source.")
+    solver: str | None = option(
+        None,
+        'Of inilora: "adam", the paper\'s trajectory; "krylov", the same minimum in seconds; "exact", by a full SVD. '
+        "Default: the method's first in `inilora methods`.",
+    )
+    gauge: str = option(
+        "nearest",
+        'Which factors of the one best product inilora takes by krylov or exact: "nearest", the balanced pair nearest '
+        'to the random start; "svd", B = U√Σ and A = √ΣVᵀ, which is PiSSA.',
+        ignored_by=("adam",),
+    )
+    start: Mapping[str, Factors] | Sequence[Factors] | Factors | None = option(
+        None,
+        'Factors for gauge="nearest" to be near to, those of a short Adam run for example.',
+        ignored_by=("adam",),
+    )
+    steps: int = option(20_000, "Adam steps for each matrix.", ignored_by=_NOT_ADAM)
+    lr: float = option(5e-4, "Adam's learning rate.", ignored_by=_NOT_ADAM)
+    step_size: int = option(5_000, "StepLR: steps between two decays.", ignored_by=_NOT_ADAM)
+    gamma: float = option(0.9, "StepLR: the factor of a decay.", ignored_by=_NOT_ADAM)
+    loss: str = option(
+        "mse",
+        '"mse", the mean over W\'s entries, is the paper\'s trajectory; "frobenius", the sum, keeps Adam\'s eps from '
+        "damping the steps of large matrices and converges better.",
+        ignored_by=_NOT_ADAM,
+    )
+    init_std: str | float | None = option(
+        None,
+        'σ̄ of the random start: "kind", the mean of the matrices\' standard deviations for each kind of matrix '
+        '(query, value); "global", one mean for all (paper, Eq. 2); or a number. Default: the method\'s own.',
+    )
+    tol: float | None = option(
+        None, "Stop a matrix once its excess f/f* − 1 is at most this; checked every 100 steps.", ignored_by=_NOT_ADAM
+    )
+    checkpoint_steps: Sequence[int] = option(
+        (), "Keep the factors of these steps too (paper, Figure 2); see FactorSet.at_step.", ignored_by=_NOT_ADAM
+    )
+    backend: str = option(
+        "auto", '"triton" (a GPU), "cpu", "reference" (plain torch), or "auto": triton where there is a GPU, or cpu.'
+    )
+    seed: int = option(
+        0,
+        "Seed of the random start. A matrix's start depends on this and on the matrix, not on its place in the model.",
+    )
+    concurrency: int = option(64, "At most this many matrices in memory at once.", decides=False)
+    device: str | torch.device | None = option(
+        None, "A torch device for the triton and reference backends, such as cuda:1.", decides=False
+    )
+    cache: bool | None = option(
+        None,
+        "Find finished matrices again, and keep new ones as soon as each is finished. Default: on for a model, off for "
+        "matrices in memory.",
+        decides=False,
+    )
+    progress: bool | None = option(
+        None,
+        "Show a progress bar on standard error. Default: on for a model, off for matrices in memory.",
+        decides=False,
+    )
 
     def __post_init__(self) -> None:
         self._check_rank()
+        self._check_rank_pattern()
         _require_integer("steps", self.steps, least=0)
         _require_integer("step_size", self.step_size, least=1)
         _require_integer("seed", self.seed, least=0)
-        _require_choice("loss", self.loss, LOSSES)
-        _require_choice("method", self.method, tuple(METHODS))
-        self._settle_solver(METHODS[self.method])
-        _require_choice("gauge", self.gauge, GAUGES)
-        if self.start is not None and (self.method != "inilora" or self.solver == "adam" or self.gauge != "nearest"):
-            raise OptionError('start is what gauge="nearest" is near to: for method="inilora" by krylov or exact only')
+        _require_integer("concurrency", self.concurrency, least=1)
+        require_choice("loss", self.loss, LOSSES)
+        require_choice("gauge", self.gauge, GAUGES)
         _require_positive("lr", self.lr)
         _require_positive("gamma", self.gamma)
         if self.tol is not None:
             _require_positive("tol", self.tol)
-        if self.init_std is None:
-            object.__setattr__(self, "init_std", METHODS[self.method].std)
         if isinstance(self.init_std, str):
-            _require_choice("init_std", self.init_std, ("kind", "global"), "or a number above 0")
-        else:
+            require_choice("init_std", self.init_std, ("kind", "global"), "or a number above 0")
+        elif self.init_std is not None:
             _require_positive("init_std", self.init_std)
         if not isinstance(self.checkpoint_steps, Sequence) or isinstance(self.checkpoint_steps, str):
             raise OptionError(f"checkpoint_steps={self.checkpoint_steps!r}: give a list of steps")
-        object.__setattr__(self, "checkpoint_steps", tuple(self.checkpoint_steps))
         for step in self.checkpoint_steps:
             _require_integer("checkpoint_steps", step, least=0)
             if step > self.steps:
                 raise OptionError(f"checkpoint_steps has {step}, but the run ends at steps={self.steps}")
+        settled = {
+            "rank_pattern": dict(self.rank_pattern or {}),
+            "checkpoint_steps": tuple(self.checkpoint_steps),
+            "backend": load_backend(self.backend, self.device).name,
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
 
     def _check_rank(self) -> None:
         if isinstance(self.rank, str):
             if not self.rank.startswith(_ENERGY) or self.energy_share is None:
-                raise OptionError(f'rank={self.rank!r}: give a whole number, a list, or "energy:0.2" (a share up to 1)')
+                raise OptionError(f'rank={self.rank!r}: give a whole number, or "energy:0.2" (a share up to 1)')
         elif isinstance(self.rank, Sequence):
             if not self.rank or len(set(self.rank)) < len(self.rank):
                 raise OptionError(f"rank={list(self.rank)!r}: give different ranks, at least one")
             for rank in self.rank:
                 _require_integer("rank", rank, least=1)
-            object.__setattr__(self, "rank", tuple(self.rank))
             if self.rank_pattern:
                 raise OptionError("rank_pattern goes with one rank, not with a list of them")
+            object.__setattr__(self, "rank", tuple(self.rank))
         else:
             _require_integer("rank", self.rank, least=1)
-        for pattern, rank in self.rank_pattern.items():
+
+    def _check_rank_pattern(self) -> None:
+        for pattern, rank in (self.rank_pattern or {}).items():
             _require_integer(f"rank_pattern[{pattern!r}]", rank, least=1)
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise OptionError(f"rank_pattern: {pattern!r} is no regular expression ({error})") from error
-
-    def _settle_solver(self, method: Method) -> None:
-        if self.solver is None:
-            object.__setattr__(self, "solver", method.solvers[0] if method.solvers else "")
-        elif method.solvers:
-            _require_choice("solver", self.solver, method.solvers, f"for method={self.method!r}")
-        elif self.solver != "":
-            raise OptionError(f"solver={self.solver!r}: method={self.method!r} solves nothing; leave solver out")
 
     @property
     def energy_share(self) -> float | None:
@@ -120,7 +191,7 @@ class Options:
 
         As in PEFT, a key of rank_pattern is the end of a module's name or a regular expression for it.
         """
-        for pattern, rank in self.rank_pattern.items():
+        for pattern, rank in (self.rank_pattern or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return (rank,)
         if isinstance(self.rank, str):
@@ -129,24 +200,81 @@ class Options:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.steps, self.lr, self.step_size, self.gamma, self.loss)
+        return Schedule(steps=self.steps, lr=self.lr, step_size=self.step_size, gamma=self.gamma, loss=self.loss)
 
     def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        record = {**asdict(self), "checkpoint_steps": list(self.checkpoint_steps)}
-        if isinstance(self.rank, tuple):
-            record["rank"] = list(self.rank)
-        if self.solver == "adam":
-            del record["gauge"], record["start"]
-        else:
-            for name in _OF_ADAM:
-                del record[name]
-        return record
+        """What the result depends on besides the weights, as JSON values; `start` stands for itself."""
+        names = [
+            one.name
+            for one in fields(self)
+            if one.metadata.get("decides") and self.solver not in one.metadata["ignored_by"]
+        ]
+        values = {name: getattr(self, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOptions(Options):
+    """The options of `approximate_model`: those of `approximate`, and which of the model's matrices."""
+
+    target_modules: Collection[str] | str | None = option(
+        None,
+        'In PEFT\'s syntax: a list of name endings, a regular expression, or "all-linear". Default: the query and '
+        "value projections.",
+        decides=False,
+    )
+
+
+P = ParamSpec("P")
+_Input = TypeVar("_Input")
+_Chosen = TypeVar("_Chosen")
+_Result = TypeVar("_Result")
+
+
+def takes(
+    options: Callable[P, _Chosen],
+) -> Callable[[Callable[[_Input, _Chosen], _Result]], Callable[Concatenate[_Input, P], _Result]]:
+    """Let a function of (input, options) be called with the options' fields as keywords, each one typed and documented.
+
+    `options` is the class: the decorated function has its signature after the input, and its fields' meanings at the
+    end of its docstring.
+    """
+
+    def decorate(function: Callable[[_Input, _Chosen], _Result]) -> Callable[Concatenate[_Input, P], _Result]:
+        own = inspect.signature(function)
+        given = next(iter(own.parameters.values()))
+        parameters = [given, *inspect.signature(options).parameters.values()]
+        signature = inspect.Signature(parameters, return_annotation=own.return_annotation)
+
+        @functools.wraps(function)
+        def keywords(*args: Any, **kwargs: Any) -> _Result:
+            arguments = signature.bind(*args, **kwargs).arguments
+            return function(arguments.pop(given.name), cast(Any, options)(**arguments))
+
+        keywords.__signature__ = signature  # type: ignore[attr-defined]
+        described = [one for one in fields(cast(Any, options)) if "meaning" in one.metadata]
+        meanings = "\n".join(f"    {one.name}: {meaning(one)}" for one in described)
+        keywords.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{meanings}\n"
+        return cast(Any, keywords)  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def meaning(one: Field[Any]) -> str:
+    """An option's meaning in a line, with its default."""
+    text: str = one.metadata["meaning"]
+    return text if "Default:" in text or one.default is None else f"{text} Default: {one.default!r}."
 
 
 def require_count(name: str, value: object) -> None:
     """Raise OptionError unless value is a whole number of at least 1."""
     _require_integer(name, value, least=1)
+
+
+def require_choice(name: str, value: object, choices: Collection[str], more: str = "") -> None:
+    """Raise OptionError unless value is one of the choices."""
+    if value not in choices:
+        raise OptionError(f"{name}={value!r}: choose one of {', '.join(choices)} {more}".rstrip())
 
 
 def _require_integer(name: str, value: object, least: int) -> None:
@@ -157,8 +285,3 @@ def _require_integer(name: str, value: object, least: int) -> None:
 def _require_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise OptionError(f"{name}={value!r}: give a number above 0")
-
-
-def _require_choice(name: str, value: object, choices: tuple[str, ...], more: str = "") -> None:
-    if value not in choices:
-        raise OptionError(f"{name}={value!r}: choose one of {', '.join(choices)} {more}".rstrip())

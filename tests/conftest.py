@@ -20,7 +20,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bench.movie_reviews import Review, movie_reviews
-from inilora_kernels.factors import FactorSet
+from inilora_kernels.factor_set import FactorSet
 
 from .factorized import factorize, inilora_alpha
 

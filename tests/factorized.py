@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inilora_kernels.factors import Certificate, Factors, FactorSet
+from inilora_kernels.factor_set import FactorSet
+from inilora_kernels.factors import Certificate, Factors
 from inilora_kernels.model.checkpoint import open_checkpoint
 
 RANK = 8

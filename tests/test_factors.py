@@ -84,7 +84,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FactorFileError, match="no such"):
         FactorSet.load(path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(FactorFileError, match="not one of factors"):
+    with pytest.raises(FactorFileError, match="without factors in it"):
         FactorSet.load(path)
     save_file({"weight": torch.zeros(2)}, path, {"inilora_kernels": '{"format_version": 99}'})
     with pytest.raises(FactorFileError, match="format 99"):

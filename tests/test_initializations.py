@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inilora_kernels import Factors, FactorSet, approximate, approximate_model
+from inilora_kernels import Factors, FactorSet, approximate, approximate_model, approximate_ranks
 from inilora_kernels.errors import OptionError, WeightError
 from inilora_kernels.initializations import METHODS
 
@@ -120,8 +120,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_several_ranks_give_a_set_each_that_is_cached_and_saved(model: Path, tmp_path: Path) -> None:
-    sets = approximate_model(model, [2, 4], solver="krylov", progress=False)
-    again = approximate_model(model, [2, 4], solver="krylov", progress=False, cache=False)
+    sets = approximate_ranks(model, [2, 4], solver="krylov", progress=False)
+    again = approximate_ranks(model, [2, 4], solver="krylov", progress=False, cache=False)
     assert list(sets) == [2, 4]
     for rank, factors in sets.items():
         assert {one.rank for one in factors.values()} == {rank}
@@ -137,7 +137,7 @@ def test_several_ranks_give_a_set_each_that_is_cached_and_saved(model: Path, tmp
 
 
 def test_several_ranks_by_adam_are_those_of_single_runs(model: Path) -> None:
-    sets = approximate_model(model, [2, 3], steps=200, progress=False)
+    sets = approximate_ranks(model, [2, 3], steps=200, progress=False)
     alone = approximate_model(model, 3, steps=200, progress=False)
     for name, factors in alone.items():
         assert torch.equal(sets[3][name].A, factors.A)
@@ -167,7 +167,8 @@ def test_the_same_bytes_whatever_the_batch(model: Path) -> None:
         ({"rank": "much"}, OptionError, "much"),
         ({"rank": []}, OptionError, "at least one"),
         ({"rank": [2, 2]}, OptionError, "different"),
-        ({"rank": [2, 100]}, WeightError, "rank 100"),
+        ({"rank": 100}, WeightError, "rank 100"),
+        ({"rank": [2, 4]}, OptionError, "approximate_ranks"),
         ({"rank": [2, 4], "rank_pattern": {"q": 3}}, OptionError, "rank_pattern"),
         ({"rank_pattern": {"q(": 3}}, OptionError, "regular expression"),
         ({"rank_pattern": {"q": 0}}, OptionError, "rank_pattern"),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import FactorFileError, OptionError, TargetError, WeightError
-from ..factors import FactorSet
+from ..factor_set import FactorSet
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..storage.atomic import require_new_folder, whole_folder
 from .export import RESIDUAL_RECORD, factors_sha256, require_same_base

@@ -22,7 +22,8 @@ import transformers
 from torch import Tensor, nn
 
 from ..errors import FactorFileError, OptionError, TargetError, WeightError
-from ..factors import Factors, FactorSet
+from ..factor_set import FactorSet
+from ..factors import Factors
 from ..model.architecture import HEADS, describe
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.names import match_names

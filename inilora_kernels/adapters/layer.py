@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import OptionError, TargetError, WeightError
-from ..factors import FactorSet
+from ..factor_set import FactorSet
 from .modules import Start, find_starts, is_conv1d, linear_shape
 
 Form = Literal["delta", "residual"]

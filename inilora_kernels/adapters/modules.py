@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, TargetError
-from ..factors import Factors, FactorSet
+from ..factor_set import FactorSet
+from ..factors import Factors
 from ..model.architecture import describe
 from ..model.names import match_names
 

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from ..errors import OptionError, TargetError
-from ..factors import FactorSet
+from ..factor_set import FactorSet
 from .layer import Form, difference, model_config, require_plain_weight, warn_if_rounded_away
 from .modules import Start, find_starts, is_conv1d
 

@@ -1,5 +1,1 @@
 """The command line: `inilora`."""
-
-from .main import main
-
-__all__ = ["main"]

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from rich.console import Console
@@ -15,8 +15,9 @@ from rich.console import Console
 from ..adapters.folder import TaskType
 from ..adapters.layer import Form
 from ..errors import InitializationError, OptionError
-from ..factors import FactorSet
+from ..factor_set import FactorSet
 from ..storage.atomic import require_writable
+from .arguments import options_from, target_modules_from, with_options
 from .cache import cache_application
 
 application = typer.Typer(
@@ -43,70 +44,25 @@ Plot = Annotated[
 
 
 @application.command()
+@with_options
 def approximate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .safetensors or a torch .bin file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The factor file to write (.safetensors).")],
-    rank: Annotated[
-        str, typer.Option(help="Rank r; 8,16,32: a file each, by one reading; energy:0.2: each matrix's own.")
-    ] = "8",
-    rank_pattern: Annotated[
-        list[str] | None,
-        typer.Option(help="As in PEFT: PATTERN=RANK for the modules of that name ending or expression (repeat)."),
-    ] = None,
-    target_modules: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target-modules",
-            "-t",
-            help="As in PEFT: a name (repeat the option for more), one regular expression, or all-linear. "
-            "Default: query and value projections.",
-        ),
-    ] = None,
-    method: Annotated[str, typer.Option(help="Initialization; `inilora methods` lists them.")] = "inilora",
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            help="adam: the paper's trajectory; krylov: the same minimum in seconds; exact: by a full SVD. "
-            "Default: the method's first in `inilora methods`."
-        ),
-    ] = None,
-    gauge: Annotated[
-        str, typer.Option(help="krylov, exact: the factors nearest to the random start, or svd, PiSSA's.")
-    ] = "nearest",
-    start: Annotated[
-        Path | None, typer.Option(help="A factor file for gauge nearest to be near to, a short Adam run's, say.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Adam steps a matrix.")] = 20_000,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-4,
-    step_size: Annotated[int, typer.Option(help="StepLR: steps between two decays.")] = 5_000,
-    gamma: Annotated[float, typer.Option(help="StepLR: factor of a decay.")] = 0.9,
-    loss: Annotated[
-        str, typer.Option(help="mse: the paper's mean; frobenius: the sum, which converges better.")
-    ] = "mse",
-    init_std: Annotated[
-        str | None, typer.Option(help="Start's deviation: kind, global, or a number. Default: the method's.")
-    ] = None,
-    tol: Annotated[float | None, typer.Option(help="Stop a matrix once its excess is below this.")] = None,
-    checkpoint_steps: Annotated[
-        list[int] | None, typer.Option(help="Keep the factors of this step too (repeat for more).")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, triton, cpu or reference.")] = "auto",
-    concurrency: Annotated[int, typer.Option(help="Most matrices in memory at once.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
-    device: Annotated[str | None, typer.Option(help="A torch device, such as cuda:1.")] = None,
-    cache: Annotated[bool, typer.Option(help="Find finished matrices again, keep new ones.")] = True,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar on standard error.")] = True,
     plot: Plot = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Factorize a model's weights and write the factor file."""
-    from ..approximate import approximate_model
+    from ..approximate import approximate_model, approximate_ranks
     from ..model.checkpoint import open_checkpoint
 
-    ranks = _ranks(rank)
+    options = options_from(given)
+    ranks = options["rank"]
     outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
     plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
-    inputs = [entry.file for entry in open_checkpoint(model).tensors.values()] + ([start] if start else [])
+    inputs = [entry.file for entry in open_checkpoint(model).tensors.values()]
+    if given["start"] is not None:
+        inputs.append(given["start"])
     for one, path in outputs.items():
         picture = plots[one]
         _require_no_input(path, inputs)
@@ -114,31 +70,10 @@ def approximate(
         if picture is not None:
             _require_no_input(picture, [*inputs, path])
         _require_plot(picture)
-    found = approximate_model(
-        model,
-        ranks,
-        _target_modules(target_modules),
-        rank_pattern=_rank_pattern(rank_pattern or []),
-        method=method,
-        solver=solver,
-        gauge=gauge,
-        start=FactorSet.load(start) if start is not None else None,
-        steps=steps,
-        lr=lr,
-        step_size=step_size,
-        gamma=gamma,
-        loss=loss,
-        init_std=None if init_std is None else _number_or_name(init_std),
-        tol=tol,
-        checkpoint_steps=tuple(checkpoint_steps or ()),
-        backend=backend,
-        concurrency=concurrency,
-        seed=seed,
-        device=device,
-        cache=cache,
-        progress=progress,
-    )
-    results = {0: found} if isinstance(found, FactorSet) else found
+    if isinstance(ranks, list):
+        results = approximate_ranks(model, **options)
+    else:
+        results = {0: approximate_model(model, **options)}
     for one, factors in results.items():
         factors.save(outputs[one])
         _draw(factors, plots[one])
@@ -252,7 +187,7 @@ def merge(trained: Trained, init: Init, output: Folder, base: Base = None) -> No
 @application.command()
 def methods(as_json: Json = False) -> None:
     """List the initializations that --method takes, with their formula and source."""
-    from ..display.tables import methods_json, methods_table
+    from .methods import methods_json, methods_table
 
     if as_json:
         print(json.dumps(methods_json(), indent=2, ensure_ascii=False))
@@ -264,46 +199,9 @@ def _say(text: str) -> None:
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
-def _ranks(text: str) -> int | str | list[int]:
-    """8, energy:0.2 as it is, or 8,16,32; what is none of them is left to be refused."""
-    try:
-        ranks = [int(one) for one in text.split(",")]
-    except ValueError:
-        return text
-    return ranks if "," in text else ranks[0]
-
-
 def _of_rank(path: Path, rank: int) -> Path:
     """factors.safetensors → factors-r8.safetensors."""
     return path.with_name(f"{path.stem}-r{rank}{path.suffix}")
-
-
-def _rank_pattern(given: list[str]) -> dict[str, int]:
-    pattern = {}
-    for one in given:
-        name, _, rank = one.rpartition("=")
-        if not name or not rank.isdecimal():
-            raise OptionError(f"--rank-pattern {one}: give PATTERN=RANK, value=4 for example")
-        pattern[name] = int(rank)
-    return pattern
-
-
-def _target_modules(given: list[str] | None) -> list[str] | str | None:
-    """One plain name is a suffix; one that is no plain name is a regular expression, as PEFT takes a string."""
-    if (
-        given
-        and len(given) == 1
-        and (given[0] == "all-linear" or not given[0].replace(".", "").replace("_", "").isalnum())
-    ):
-        return given[0]
-    return given or None
-
-
-def _number_or_name(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _require_no_input(path: Path, inputs: Sequence[Path]) -> None:
@@ -329,14 +227,14 @@ def _draw(factors: FactorSet, path: Path | None) -> None:
 
 def _show(results: list[FactorSet], as_json: bool) -> None:
     """Tables; or one JSON value, a list of them where there are several sets."""
-    from ..display.tables import json_report, table
+    from ..display.tables import json_report
 
     if as_json:
-        reports = [json_report(factors) for factors in results]
+        reports = [json_report(factors, factors.options) for factors in results]
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
         for factors in results:
-            Console().print(table(factors))
+            Console().print(factors.table())
 
 
 @application.command()
@@ -362,7 +260,7 @@ def plan(
     require_count("rank", rank)
     require_count("steps", steps)
     chosen = gpu_named(gpu)
-    targets = find_targets(open_checkpoint(model), _target_modules(target_modules))
+    targets = find_targets(open_checkpoint(model), target_modules_from(target_modules))
     smallest = min(targets, key=lambda target: min(target.shape))
     if rank > min(smallest.shape):
         raise OptionError(f"rank={rank}: {smallest.module} has {min(smallest.shape)} at most")

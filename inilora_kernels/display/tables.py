@@ -12,8 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import OptionError
-from ..factors import Factors, FactorSet
-from ..initializations import METHODS
+from ..factors import Factors
 from ..storage.atomic import write_whole
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -23,13 +22,13 @@ _MOST_LABELS = 40
 _SPARKS = 8
 
 
-def table(factors: FactorSet) -> Table:
+def table(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> Table:
     """One row a matrix: shape, rank, loss, share of energy kept, excess over the optimum, steps; totals below."""
     certificates = [one.certificate for one in factors.values()]
     energy = math.fsum(certificate.energy for certificate in certificates)
     loss = math.fsum(certificate.loss for certificate in certificates)
     labels, pattern = _labels(list(factors))
-    result = Table(title=f"{len(factors)} matrices by {factors.options['method']}: {pattern}", show_footer=True)
+    result = Table(title=f"{len(factors)} matrices by {options['method']}: {pattern}", show_footer=True)
     worst = max(certificate.excess for certificate in certificates)
     result.add_column("module", "all", overflow="fold")
     result.add_column("out×in", justify="right")
@@ -52,7 +51,7 @@ def table(factors: FactorSet) -> Table:
     return result
 
 
-def spectrum_table(factors: FactorSet) -> Table | None:
+def spectrum_table(factors: Mapping[str, Factors]) -> Table | None:
     """One row a matrix: its leading singular values, and the energy that the best approximation of each rank keeps.
 
     None where the file carries no singular values.
@@ -92,33 +91,10 @@ def _sparkline(values: Sequence[float]) -> str:
     return "".join("▁▂▃▄▅▆▇█"[max(0, min(7, math.ceil(8 * value / highest) - 1))] for value in values)
 
 
-def methods_table() -> Table:
-    """One row an initialization: what `--method` and `--solver` take, formula, source, and the convention for all."""
-    result = Table(
-        title="Initializations (--method)",
-        caption="W x + s(BA − B₀A₀) x at the start is W x for all; s = lora_alpha/r. d×k = out×in, B: d×r, A: r×k.",
-    )
-    result.add_column("method", no_wrap=True)
-    result.add_column("start of B and A")
-    result.add_column("solver, the default first")
-    result.add_column("source")
-    for name, method in METHODS.items():
-        result.add_row(name, method.formula, ", ".join(method.solvers) or "none: random", method.source)
-    return result
-
-
-def methods_json() -> dict[str, Any]:
-    """The table's content as JSON values."""
-    return {
-        name: {"formula": method.formula, "solvers": list(method.solvers), "source": method.source}
-        for name, method in METHODS.items()
-    }
-
-
-def json_report(factors: FactorSet) -> dict[str, Any]:
+def json_report(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> dict[str, Any]:
     """The table's content, and the options, as JSON values."""
     return {
-        "options": dict(factors.options),
+        "options": dict(options),
         "modules": {
             name: {
                 "shape": [one.B.shape[0], one.A.shape[1]],
@@ -159,7 +135,7 @@ def require_plot_path(path: Path) -> None:
         raise OptionError("--plot needs matplotlib: pip install 'inilora-kernels[plot]'") from error
 
 
-def plot(factors: FactorSet, path: Path) -> None:
+def plot(factors: Mapping[str, Factors], path: Path) -> None:
     """Draw the error by layer, ‖W−BA‖²/‖W‖² beside its least at this rank, the spectra and the convergence curves."""
     from matplotlib.figure import Figure
 

@@ -19,7 +19,7 @@ from ..errors import BackendError, OptionError
 BACKENDS = ("triton", "cpu", "reference")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """One matrix W (d×k) to approximate, and the factors A (r×k), B (d×r), float32, to start from.
 
@@ -67,7 +67,7 @@ class Schedule:
         return self.eps * shape[0] * shape[1] if self.loss == "mse" else self.eps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """A matrix's state after `step` steps: float32 factors on the CPU and f = ||W − BA||_F² in float64."""
 
@@ -85,6 +85,14 @@ class Backend(Protocol):
     def name(self) -> str:
         """As in `load_backend`."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where its matrices are worked on."""
+
+    @property
+    def direct_dtype(self) -> torch.dtype:
+        """The dtype of the direct solver's products with W."""
+
     def adam(
         self,
         problems: Sequence[Problem],
@@ -101,7 +109,10 @@ class Backend(Protocol):
 
 
 def load_backend(name: str, device: str | torch.device | None = None) -> Backend:
-    """The backend of that name; "auto" is triton on a CUDA device, else cpu. Raises BackendError or OptionError."""
+    """The backend of that name; "auto" is triton on a CUDA device, cpu otherwise.
+
+    Raises BackendError or OptionError.
+    """
     if name not in ("auto", *BACKENDS):
         raise OptionError(f"backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
     try:

@@ -89,6 +89,7 @@ class ReferenceBackend:
     device: torch.device
     dtype: torch.dtype = torch.float32
     name: str = "reference"
+    direct_dtype: torch.dtype = torch.float64
 
     def adam(
         self,

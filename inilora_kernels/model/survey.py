@@ -1,11 +1,9 @@
-"""The matrices of a run before it: read through once, refused if unfit, with all that their starts and names need."""
+"""One reading of every matrix before the work: refused if unfit, with its hash and its standard deviation."""
 
 from __future__ import annotations
 
-import hashlib
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import fsum
 
 import torch
@@ -14,40 +12,21 @@ from torch import Tensor
 from ..display.progress import ProgressBar
 from ..errors import WeightError
 from ..kernels.streaming import strips
+from .targets import Target
 
 
-@dataclass(frozen=True)
-class Source:
-    """One matrix W (d×k) to factorize and how to get it; see Target and Factors for the fields."""
+def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list[float]]:
+    """The sha256 and the standard deviation of every matrix, each read once before any long work.
 
-    module: str
-    kind: str
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    sha256: Callable[[], str]
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Surveyed:
-    """A source that was read through once: fit to be factorized, with its hash and standard deviation."""
-
-    source: Source
-    sha256: str
-    std: float
-
-
-def survey(sources: Sequence[Source], bar: ProgressBar) -> list[Surveyed]:
-    """Read every matrix once, before any long work, and refuse what cannot be factorized. Raises WeightError."""
-    bar.phase("reading", len(sources), len(sources))
-    surveyed = []
-    for source in sources:
-        std = _deviation(source.read(), source.module)
-        surveyed.append(Surveyed(source, source.sha256(), std))
+    Raises WeightError for one that cannot be factorized.
+    """
+    bar.phase("reading", len(targets), len(targets))
+    hashes, stds = [], []
+    for target in targets:
+        stds.append(_deviation(target.read(), target.module))
+        hashes.append(target.sha256())
         bar.advance(1, matrices=1)
-    return surveyed
+    return hashes, stds
 
 
 def _deviation(W: Tensor, module: str) -> float:
@@ -78,20 +57,12 @@ def _refuse(W: Tensor, module: str) -> None:
     )
 
 
-def start_stds(surveyed: Sequence[Surveyed], init_std: str | float) -> list[float]:
+def start_stds(targets: Sequence[Target], stds: Sequence[float], init_std: str | float) -> list[float]:
     """σ̄ of each matrix's start: the mean of the standard deviations of its kind, or of all (paper, Eq. 2)."""
     if not isinstance(init_std, str):
-        return [float(init_std)] * len(surveyed)
-    kinds = [one.source.kind if init_std == "kind" else "" for one in surveyed]
+        return [float(init_std)] * len(targets)
+    kinds = [target.kind if init_std == "kind" else "" for target in targets]
     means = {
-        kind: statistics.fmean(one.std for one, own in zip(surveyed, kinds, strict=True) if own == kind)
-        for kind in set(kinds)
+        kind: statistics.fmean(std for std, own in zip(stds, kinds, strict=True) if own == kind) for kind in set(kinds)
     }
     return [means[kind] for kind in kinds]
-
-
-def random_stream(one: Surveyed, seed: int) -> torch.Generator:
-    """A matrix's own random stream, the same wherever in a model, batch or list the matrix stands."""
-    text = f"{seed} {one.sha256} {one.source.rows}"
-    start = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(start)

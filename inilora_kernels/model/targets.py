@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -51,24 +53,26 @@ _STRIP_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix W (d×k) of a checkpoint, d = out_features, k = in_features.
+    """One matrix W (d×k) to factorize, d = out_features, k = in_features, and how to read it.
 
     module: the tensor's name without `.weight`; a part of a fused weight adds `:query` or `:value`.
-    tensor: the name in the checkpoint.
     kind: "query", "value", or the last part of any other name ("k_proj").
     shape: (d, k) of W, after orientation and slicing.
     dtype: the checkpoint's.
+    read: W, contiguous, in its own dtype and memory. Raises CheckpointError if the file changed since it was opened.
+    sha256: of the stored tensor's bytes, the whole one for a part of it.
     transposed: the tensor is stored as (in_features, out_features), as GPT-2's Conv1D does.
     rows: the rows [start, stop) of the whole W that this part covers; None for all of it.
     """
 
     module: str
-    tensor: str
     kind: str
     shape: tuple[int, int]
     dtype: torch.dtype
-    transposed: bool
-    rows: tuple[int, int] | None
+    read: Callable[[], Tensor] = field(compare=False)
+    sha256: Callable[[], str] = field(compare=False)
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
 
 
 def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str | None = None) -> list[Target]:
@@ -99,18 +103,19 @@ def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str |
     >>> [target.module for target in find_targets(open_checkpoint(path))]
     ['0.q_proj', '0.v_proj']
     """
+    target = partial(_target, checkpoint, functools.cache(checkpoint.sha256))
     every = _modules(checkpoint)
     modules = [module for module in every if module.left_out is None]
     left_out = [module for module in every if module.left_out is not None]
     if target_modules is None:
-        targets = list(_query_and_value(modules))
+        targets = list(_query_and_value(modules, target))
         left_out = [module for module in left_out if _last(module.name) in QUERIES | VALUES]
     elif isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        targets = [_target(module) for module in modules if module.is_inner_linear]
+        targets = [target(module) for module in modules if module.is_inner_linear]
         left_out = [module for module in left_out if module.form != "other" and not _is_output_by_name(module.name)]
     else:
         selects = _selector(target_modules)
-        targets = [_target(module) for module in modules if selects(module)]
+        targets = [target(module) for module in modules if selects(module)]
         left_out = [module for module in left_out if selects(module)]
         _require_each_loaded(checkpoint, target_modules, modules, left_out)
     if not targets:
@@ -119,24 +124,6 @@ def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str |
         names = [module.name for module in left_out if module.left_out == reason]
         warnings.warn(f"{checkpoint.path}: left out {_some(names)}: {reason}", stacklevel=2)
     return targets
-
-
-def read_target(checkpoint: Checkpoint, target: Target) -> Tensor:
-    """W (d×k), contiguous, in the checkpoint's dtype and in its own memory; the peak is about that.
-
-    Raises CheckpointError if the file changed since it was opened.
-    """
-    if not target.transposed:
-        return checkpoint.read(target.tensor, slice(*target.rows) if target.rows else slice(None))
-    d, k = target.shape
-    start, stop = target.rows or (0, d)
-    W = torch.empty(d, k, dtype=target.dtype)
-    stored_row_bytes = checkpoint.weights[target.tensor].shape[1] * target.dtype.itemsize
-    step = max(1, _STRIP_BYTES // stored_row_bytes)
-    for column in range(0, k, step):
-        strip = checkpoint.read(target.tensor, slice(column, column + step))
-        W[:, column : column + step] = strip[:, start:stop].T
-    return W
 
 
 @dataclass(frozen=True)
@@ -257,7 +244,7 @@ def _selector(target_modules: Collection[str] | str) -> Callable[[_Module], bool
     )
 
 
-def _query_and_value(modules: list[_Module]) -> Iterator[Target]:
+def _query_and_value(modules: list[_Module], target: Callable[..., Target]) -> Iterator[Target]:
     # transformers' names where it knows the module: they are more uniform than those in files.
     by_name = {module.layer.name if module.layer else module.name: module for module in modules}
     for name, module in by_name.items():
@@ -268,9 +255,9 @@ def _query_and_value(modules: list[_Module]) -> Iterator[Target]:
         if any(f"{block}.{partner}" in by_name for partner in partners) or (
             last == "q_attn" and f"{block}.c_attn" in by_name
         ):
-            yield _target(module)
+            yield target(module)
         for part, rows in _parts_in_order(module, name).items():
-            yield _target(module, part, rows)
+            yield target(module, part, rows)
 
 
 def _parts_in_order(module: _Module, name: str) -> dict[str, tuple[int, int]]:
@@ -298,7 +285,13 @@ def _parts_in_order(module: _Module, name: str) -> dict[str, tuple[int, int]]:
     return {"query": (0, heads * head_size), "value": (d - grouped * head_size, d)}
 
 
-def _target(module: _Module, part: str | None = None, rows: tuple[int, int] | None = None) -> Target:
+def _target(
+    checkpoint: Checkpoint,
+    sha256: Callable[[str], str],
+    module: _Module,
+    part: str | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Target:
     where = f"{module.path}: {module.name}"
     entry = module.entry
     if entry.refusal or entry.dtype not in FLOAT_DTYPES:
@@ -326,15 +319,34 @@ def _target(module: _Module, part: str | None = None, rows: tuple[int, int] | No
     d, k = reversed(entry.shape) if transposed else entry.shape
     last = _last(module.name)
     kind = part or ("query" if last in QUERIES else "value" if last in VALUES else last)
+    tensor, shape = f"{module.name}.weight", (rows[1] - rows[0] if rows else d, k)
     return Target(
         module=f"{module.name}:{part}" if part else module.name,
-        tensor=f"{module.name}.weight",
         kind=kind,
-        shape=(rows[1] - rows[0] if rows else d, k),
+        shape=shape,
         dtype=entry.dtype,
+        read=partial(_read, checkpoint, tensor, shape, transposed, rows),
+        sha256=partial(sha256, tensor),
         transposed=transposed,
         rows=rows,
     )
+
+
+def _read(
+    checkpoint: Checkpoint, tensor: str, shape: tuple[int, int], transposed: bool, rows: tuple[int, int] | None
+) -> Tensor:
+    """W (d×k) of a stored tensor, turned and cut out strip by strip; the peak is about W itself."""
+    if not transposed:
+        return checkpoint.read(tensor, slice(*rows) if rows else slice(None))
+    d, k = shape
+    start, stop = rows or (0, d)
+    entry = checkpoint.weights[tensor]
+    W = torch.empty(d, k, dtype=entry.dtype)
+    step = max(1, _STRIP_BYTES // (entry.shape[1] * entry.dtype.itemsize))
+    for column in range(0, k, step):
+        strip = checkpoint.read(tensor, slice(column, column + step))
+        W[:, column : column + step] = strip[:, start:stop].T
+    return W
 
 
 def _nothing_found(

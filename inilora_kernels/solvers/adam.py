@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -12,17 +12,6 @@ from ..kernels.backend import Backend, Problem, Sample, Schedule
 
 # How often a matrix is asked whether it has reached `tol`.
 TOLERANCE_CHECK_STEPS = 100
-
-
-@dataclass(frozen=True)
-class Adam:
-    """What a run of one matrix ended with; see Factors for history and checkpoints."""
-
-    A: Tensor
-    B: Tensor
-    certificate: Certificate
-    history: tuple[tuple[int, float], ...]
-    checkpoints: Mapping[int, tuple[Tensor, Tensor]]
 
 
 def milestones(steps: int, checkpoint_steps: Sequence[int], tol: float | None) -> list[int]:
@@ -41,6 +30,10 @@ def milestones(steps: int, checkpoint_steps: Sequence[int], tol: float | None) -
     return sorted(step for step in wanted if step <= steps)
 
 
+Checkpoints = dict[int, tuple[Tensor, Tensor]]
+History = tuple[tuple[int, float], ...]
+
+
 def adam(
     problems: Sequence[Problem],
     bounds: Sequence[Certificate],
@@ -49,18 +42,18 @@ def adam(
     *,
     tol: float | None,
     checkpoint_steps: Sequence[int],
-    finished: Callable[[int, Adam], None],
+    finished: Callable[[Sample, Certificate, History, Checkpoints], None],
     advanced: Callable[[int, float | None], None],
 ) -> None:
     """Run a batch of matrices to the end of the schedule, or each until its excess is below `tol`.
 
     bounds: what the end is measured against: each matrix's f* and energy; its loss is filled in.
-    finished: called with a matrix's index and result as soon as that matrix is done, in any order.
+    finished: called with a matrix's last sample, its certificate, its (step, loss) curve and the factors kept at
+        `checkpoint_steps`, as soon as that matrix is done, in any order.
     advanced: called with the matrix-steps done since the last call and the excess last seen, for a progress bar.
     """
-    kept: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in problems]
+    kept: list[Checkpoints] = [{} for _ in problems]
     history: list[list[tuple[int, float]]] = [[] for _ in problems]
-    stops = milestones(schedule.steps, checkpoint_steps, tol)
 
     def observe(sample: Sample) -> bool:
         index = sample.index
@@ -71,8 +64,8 @@ def adam(
         at_end = sample.step == schedule.steps or (tol is not None and certificate.excess <= tol)
         advanced(schedule.steps - sample.step if at_end else 0, certificate.excess)
         if at_end:
-            curve = tuple(history[index])
-            finished(index, Adam(sample.A, sample.B, certificate, curve, kept[index]))
+            finished(sample, certificate, tuple(history[index]), kept[index])
         return not at_end
 
+    stops = milestones(schedule.steps, checkpoint_steps, tol)
     backend.adam(problems, schedule, stops, observe, lambda steps: advanced(steps, None))

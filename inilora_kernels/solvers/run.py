@@ -1,7 +1,11 @@
-"""From a surveyed matrix to its factors, by each of the methods."""
+"""From a matrix to its factors: the batch-wise run by Adam, and the matrix by matrix run of every direct method.
+
+An initialization (initializations.py) says which of them computes it, with what start and what direct solver.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,74 +17,86 @@ from torch import Tensor
 
 from ..display.progress import ProgressBar
 from ..factors import Certificate, Factors
-from ..initializations import METHODS, gaussian, milora, nearest, pissa
-from ..kernels.backend import Problem, load_backend
+from ..kernels.backend import Backend, Problem, Sample, load_backend
 from ..kernels.streaming import losses, one_torch_thread
-from ..model.survey import Surveyed, random_stream
+from ..model.targets import Target
 from ..options import Options
-from .adam import Adam, adam
-from .krylov import TOLERANCE, dense, principal
+from .adam import Checkpoints, History, adam
+from .krylov import Principal
 from .optimum import Optimum, least, optima
-from .smallest import minor
 
-# Of PiSSA more than the loss is promised: the very product BA of the full SVD. Its error is of the order of the square
-# root of the excess, where the gap behind σ_r is small.
-PISSA_TOLERANCE = 1e-11
 # Up to this size a second thread is worth more on another matrix than on the same.
 SMALL_MATRIX_ELEMENTS = 1 << 18
 
+Shape = tuple[int, int]
+Pair = tuple[Tensor, Tensor]
+# (shape of W, rank, σ̄, random stream) ↦ A, B
+RandomStart = Callable[[Shape, int, float, torch.Generator], Pair]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Task:
-    """A matrix to factorize, the ranks to do it for, and σ̄ of its start.
+    """A matrix to factorize: what the survey found of it, the ranks to do it for, and its start.
 
-    start: factors that the "nearest" gauge is near to, instead of the random start.
+    std: σ̄ of the random start. start: factors that the "nearest" gauge is near to, instead of the random start.
     """
 
-    matrix: Surveyed
+    target: Target
+    sha256: str
     ranks: tuple[int, ...]
     std: float
     start: Factors | None = None
 
-    def random_start(self, rank: int, options: Options) -> tuple[Tensor, Tensor]:
-        """The method's own start, or IniLoRA's."""
-        draw = METHODS[options.method].random or gaussian
-        return draw(self.matrix.source.shape, rank, self.std, random_stream(self.matrix, options.seed))
+    def random_start(self, draw: RandomStart, rank: int, seed: int) -> Pair:
+        """The start from the matrix's own random stream, the same wherever in a model, batch or list it stands."""
+        text = f"{seed} {self.sha256} {self.target.rows}"
+        first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return draw(self.target.shape, rank, self.std, torch.Generator().manual_seed(first))
 
     def factors(self, A: Tensor, B: Tensor, certificate: Certificate, leading: Sequence[float]) -> Factors:
         """Those of a direct method, on the CPU."""
-        one = self.matrix
         return Factors(
-            A.cpu(), B.cpu(), certificate, one.sha256, one.source.rows, one.source.transposed, (), {}, tuple(leading)
+            A.cpu(),
+            B.cpu(),
+            certificate,
+            self.sha256,
+            rows=self.target.rows,
+            transposed=self.target.transposed,
+            singular_values=tuple(leading),
         )
 
 
+# Called with each result as soon as it is there.
 Finished = Callable[[Task, int, Factors], None]
+Solve = Callable[[Sequence[Task], Options, Finished, ProgressBar], None]
+# (W on the backend's device, its task, the options, the backend) ↦ the factors of each of the task's ranks
+Factorize = Callable[[Tensor, Task, Options, Backend], dict[int, Factors]]
 
 
-def solve_directly(
-    tasks: Sequence[Task], options: Options, device: str | torch.device | None, finished: Finished, bar: ProgressBar
-) -> None:
-    """Every method but IniLoRA by Adam: each matrix read once into memory; small ones on a CPU side by side."""
-    bar.phase("solving", len(tasks), len(tasks))
-    place = torch.device(device) if device is not None else torch.device("cpu")
-    if device is None and options.backend == "triton":
-        place = torch.device("cuda")
+def directly(factorize: Factorize) -> Solve:
+    """A run of a method that reads each matrix once into memory; small ones on a CPU side by side."""
 
-    def solved(task: Task) -> tuple[Task, dict[int, Factors]]:
-        return task, _factors_of(task.matrix.source.read().to(place), task, options)
+    def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
+        bar.phase("solving", len(tasks), len(tasks))
+        backend = load_backend(options.backend, options.device)
 
-    small = [task for task in tasks if place.type == "cpu" and _is_small(task)]
-    large = [task for task in tasks if place.type != "cpu" or not _is_small(task)]
-    for task, by_rank in chain(_side_by_side(solved, small), map(solved, large)):
-        for rank, factors in by_rank.items():
-            finished(task, rank, factors)
-            bar.advance(0, excess=factors.certificate.excess)
-        bar.advance(1, matrices=1)
+        def solved(task: Task) -> tuple[Task, dict[int, Factors]]:
+            return task, factorize(task.target.read().to(backend.device), task, options, backend)
+
+        on_cpu = backend.device.type == "cpu"
+        small = [task for task in tasks if on_cpu and _is_small(task)]
+        large = [task for task in tasks if not (on_cpu and _is_small(task))]
+        for task, by_rank in chain(_side_by_side(solved, small), map(solved, large)):
+            for rank, factors in by_rank.items():
+                finished(task, rank, factors)
+                bar.advance(0, excess=factors.certificate.excess)
+            bar.advance(1, matrices=1)
+
+    return solve
 
 
 def _is_small(task: Task) -> bool:
-    return math.prod(task.matrix.source.shape) <= SMALL_MATRIX_ELEMENTS
+    return math.prod(task.target.shape) <= SMALL_MATRIX_ELEMENTS
 
 
 def _side_by_side(
@@ -96,100 +112,77 @@ def _side_by_side(
                 yield from pool.map(solved, tasks)
 
 
-def _factors_of(W: Tensor, task: Task, options: Options) -> dict[int, Factors]:
-    ranks = task.ranks
-    if options.method in ("inilora", "pissa"):
-        return _principal_factors(W, task, options)
-    if options.method == "milora":
-        U, S, V = minor(W, max(ranks))
-        pairs = [milora(U[:, -rank:], S[-rank:], V[:, -rank:]) for rank in ranks]
-    else:
-        pairs = [task.random_start(rank, options) for rank in ranks]
-    bounds = optima(W, ranks)
-    _, reached = losses(W, pairs)
+def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[int, Factors]:
+    """The factors of each rank, certified against f* as `optima` finds it: for methods that do not approximate W."""
+    bounds = optima(W, task.ranks)
+    _, reached = losses(W, list(pairs.values()))
     return {
         rank: task.factors(A, B, _certificate(loss, bounds[rank]), bounds[rank].leading)
-        for rank, (A, B), loss in zip(ranks, pairs, reached, strict=True)
+        for (rank, (A, B)), loss in zip(pairs.items(), reached, strict=True)
     }
 
 
-def _principal_factors(W: Tensor, task: Task, options: Options) -> dict[int, Factors]:
-    """PiSSA, and IniLoRA by a direct solver: the leading singular triplets in the gauge asked for."""
-    ranks = task.ranks
-    if options.solver == "exact":
-        found = dense(W, ranks)
-    else:
-        dtype = torch.float64 if options.backend == "reference" else torch.float32
-        tolerance = PISSA_TOLERANCE if options.method == "pissa" else TOLERANCE
-        found = principal(W, ranks, dtype=dtype, tolerance=tolerance)
-    pairs = []
-    for rank in ranks:
-        A, B = pissa(found.U[:, :rank], found.S[:rank], found.V[:, :rank])
-        if options.method == "inilora" and options.gauge == "nearest":
-            A_start, B_start = task.random_start(rank, options)
-            if task.start is not None:
-                A_start, B_start = task.start.A, task.start.B
-            A, B = nearest(A, B, A_start, B_start)
-        pairs.append((A, B))
-    energy, reached = losses(W, pairs)
+def against_triplets(W: Tensor, task: Task, pairs: Mapping[int, Pair], found: Principal) -> dict[int, Factors]:
+    """The factors of each rank, certified by what the triplets that they came from can have left behind."""
+    energy, reached = losses(W, list(pairs.values()))
     return {
         rank: task.factors(
             A, B, Certificate(loss, least(loss, found.shortfalls[rank], energy), energy, steps=0), found.leading
         )
-        for rank, (A, B), loss in zip(ranks, pairs, reached, strict=True)
+        for (rank, (A, B)), loss in zip(pairs.items(), reached, strict=True)
     }
 
 
-def solve_by_adam(
-    tasks: Sequence[Task], options: Options, device: str | torch.device | None, finished: Finished, bar: ProgressBar
-) -> None:
-    """IniLoRA: f* of each matrix, its Gaussian start, then Adam on the whole batch; a rank after the other."""
-    bar.phase("certifying", len(tasks), len(tasks))
-    bounds: list[Mapping[int, Optimum]] = []
-    for task in tasks:
-        bounds.append(optima(task.matrix.source.read(), task.ranks))
-        bar.advance(1, matrices=1)
-    for rank in dict.fromkeys(rank for task in tasks for rank in task.ranks):
-        mine = [i for i, task in enumerate(tasks) if rank in task.ranks]
-        _adam([tasks[i] for i in mine], [bounds[i][rank] for i in mine], rank, options, device, finished, bar)
+def by_adam(draw: RandomStart) -> Solve:
+    """A run of Adam on whole batches: f* of each matrix, its random start, then the steps; a rank after the other."""
+
+    def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
+        bar.phase("certifying", len(tasks), len(tasks))
+        bounds: list[Mapping[int, Optimum]] = []
+        for task in tasks:
+            bounds.append(optima(task.target.read(), task.ranks))
+            bar.advance(1, matrices=1)
+        for rank in dict.fromkeys(rank for task in tasks for rank in task.ranks):
+            mine = [i for i, task in enumerate(tasks) if rank in task.ranks]
+            name = "solving" if rank == options.rank else f"rank {rank}"
+            bar.phase(name, len(mine), len(mine) * options.steps)
+            problems = []
+            for i in mine:
+                A, B = tasks[i].random_start(draw, rank, options.seed)
+                problems.append(Problem(tasks[i].target.read, tasks[i].target.shape, A, B))
+            _adam(problems, [(tasks[i], bounds[i][rank]) for i in mine], options, finished, bar)
+
+    return solve
 
 
 def _adam(
-    tasks: Sequence[Task],
-    bounds: Sequence[Optimum],
-    rank: int,
+    problems: Sequence[Problem],
+    tasks: Sequence[tuple[Task, Optimum]],
     options: Options,
-    device: str | torch.device | None,
     finished: Finished,
     bar: ProgressBar,
 ) -> None:
-    problems = []
-    for task in tasks:
-        A, B = task.random_start(rank, options)
-        problems.append(Problem(task.matrix.source.read, task.matrix.source.shape, A, B))
-
-    def done(index: int, result: Adam) -> None:
-        one = tasks[index].matrix
+    def done(sample: Sample, certificate: Certificate, history: History, checkpoints: Checkpoints) -> None:
+        task, bound = tasks[sample.index]
         factors = Factors(
-            result.A,
-            result.B,
-            result.certificate,
-            one.sha256,
-            one.source.rows,
-            one.source.transposed,
-            result.history,
-            result.checkpoints,
-            bounds[index].leading,
+            sample.A,
+            sample.B,
+            certificate,
+            task.sha256,
+            rows=task.target.rows,
+            transposed=task.target.transposed,
+            history=history,
+            checkpoints=checkpoints,
+            singular_values=bound.leading,
         )
-        finished(tasks[index], rank, factors)
+        finished(task, factors.rank, factors)
         bar.advance(0, matrices=1)
 
-    bar.phase("solving" if rank == options.rank else f"rank {rank}", len(tasks), len(tasks) * options.steps)
     adam(
         problems,
-        [_certificate(0.0, bound) for bound in bounds],
+        [_certificate(0.0, bound) for _, bound in tasks],
         options.schedule,
-        load_backend(options.backend, device),
+        load_backend(options.backend, options.device),
         tol=options.tol,
         checkpoint_steps=options.checkpoint_steps,
         finished=done,

@@ -7,6 +7,7 @@ it may lie `{module}.weight.loss.pt` with {'loss': the mean squared error of eac
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FactorFileError, OptionError, TargetError
-from ..factors import Certificate, Factors, FactorSet
+from ..factors import Certificate, Factors
 from ..kernels.streaming import losses
 from ..model.checkpoint import open_checkpoint
 from ..model.names import match_names
@@ -26,7 +27,7 @@ SUFFIX = ".weight.pt"
 LOSS_SUFFIX = ".weight.loss.pt"
 
 
-def save_inilora_pt(factors: FactorSet, folder: str | Path) -> None:
+def save_inilora_pt(factors: Mapping[str, Factors], folder: str | Path) -> None:
     """Write a folder that the authors' training code reads, with the sampled losses.
 
     Raises OptionError for a part of a fused weight or a Conv1D, for which the format has no place, and OutputError.
@@ -44,8 +45,8 @@ def save_inilora_pt(factors: FactorSet, folder: str | Path) -> None:
                 _save(whole / f"{name}{LOSS_SUFFIX}", {"loss": [loss / entries for _, loss in part.history]})
 
 
-def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> FactorSet:
-    """Read such a folder; tensors only, nothing in it is run.
+def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> tuple[dict[str, Factors], dict[str, Any]]:
+    """The factors by module, and the options, of such a folder; tensors only, nothing in it is run.
 
     base: the model that the factors are of. With it the certificates and the sha256 of the weights are computed, and
         `convert` and the exports can check that factors and model belong together; without it the certificates are
@@ -58,11 +59,11 @@ def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> Facto
     if not files:
         raise FactorFileError(f"{folder}: no *{SUFFIX} in it; give the folder that the authors' decomposition wrote")
     modules = {file.name.removesuffix(SUFFIX): _load(file) for file in files}
-    factors = FactorSet(modules, {"method": "inilora", "source": "inilora-pt"})
-    return factors if base is None else _certified(factors, Path(base))
+    options = {"method": "inilora", "source": "inilora-pt"}
+    return (modules if base is None else _certified(modules, Path(base))), options
 
 
-def _certified(factors: FactorSet, base: Path) -> FactorSet:
+def _certified(factors: Mapping[str, Factors], base: Path) -> dict[str, Factors]:
     checkpoint = open_checkpoint(base)
     weights = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
     try:
@@ -81,7 +82,7 @@ def _certified(factors: FactorSet, base: Path) -> FactorSet:
         energy, (loss,) = losses(W, [(part.A, part.B)])
         certificate = Certificate(loss, optimum(W, part.rank).loss, energy, part.certificate.steps)
         certified[names[module]] = replace(part, certificate=certificate, source_sha256=checkpoint.sha256(tensor))
-    return FactorSet(certified, factors.options)
+    return certified
 
 
 def _load(file: Path) -> Factors:

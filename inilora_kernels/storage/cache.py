@@ -1,4 +1,4 @@
-"""Finished matrices, found again by what they were made from.
+"""Finished matrices, found again by what they were computed from.
 
 An entry's name is the sha256 of everything that decides its content: the source tensor's bytes, shape and dtype, and
 every option that changes the result. So a model may move or be renamed, a run may crash half-way, and no matrix is
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FactorFileError, OutputError
-from ..factors import FORMAT_VERSION, Factors, FactorSet
+from ..factors import Factors
+from . import factor_file
 from .atomic import write_whole
 from .places import cache_folder
 
@@ -41,7 +42,7 @@ def cache_key(ingredients: Mapping[str, Any]) -> str:
     >>> cache_key({"rank": 8, "seed": 0}) == cache_key({"seed": 0, "rank": 8}) != cache_key({"rank": 8, "seed": 1})
     True
     """
-    versioned = {**ingredients, "format_version": FORMAT_VERSION, "result_version": RESULT_VERSION}
+    versioned = {**ingredients, "format_version": factor_file.FORMAT_VERSION, "result_version": RESULT_VERSION}
     return hashlib.sha256(json.dumps(versioned, sort_keys=True).encode()).hexdigest()
 
 
@@ -70,9 +71,8 @@ def keep(key: str, factors: Factors) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not durable: what a power cut leaves of an entry, its checksum tells.
-        write_whole(
-            path, _sealed(FactorSet({_ENTRY: factors}, {"key": key, "checksum": _ZEROS}).to_bytes()), durable=False
-        )
+        entry = factor_file.encode({_ENTRY: factors}, {"key": key, "checksum": _ZEROS})
+        write_whole(path, _sealed(entry), durable=False)
     except OSError as error:
         _warn(error.strerror or str(error))
     except OutputError as error:
@@ -88,10 +88,10 @@ def read_entry(path: Path, key: str) -> Factors:
         raise FactorFileError(
             f"{path}: damaged, its checksum is another; `inilora cache verify` finds all such entries"
         )
-    found = FactorSet.load(path)
-    if found.options.get("key") != key:
-        raise FactorFileError(f"{path}: the entry of another matrix, {str(found.options.get('key'))[:12]}…")
-    return found[_ENTRY]
+    modules, options = factor_file.read(path)
+    if options.get("key") != key:
+        raise FactorFileError(f"{path}: the entry of another matrix, {str(options.get('key'))[:12]}…")
+    return modules[_ENTRY]
 
 
 def entry_path(key: str) -> Path | None:

@@ -16,7 +16,7 @@ from inilora_kernels.adapters.convert import convert, export_merged, recompress
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.peft import initialize_peft, load_delta
 from inilora_kernels.errors import FactorFileError, OptionError, OutputError
-from inilora_kernels.factors import FactorSet
+from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import factorize, inilora_alpha
 

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.peft import load_delta
 from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError, OutputError
-from inilora_kernels.factors import FactorSet
+from inilora_kernels.factor_set import FactorSet
 from inilora_kernels.model.checkpoint import open_checkpoint
 
 from ..factorized import factorize, inilora_alpha

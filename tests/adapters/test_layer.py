@@ -26,7 +26,8 @@ from inilora_kernels.adapters.layer import (
     unmerge,
 )
 from inilora_kernels.errors import OptionError, TargetError, WeightError
-from inilora_kernels.factors import Certificate, Factors, FactorSet
+from inilora_kernels.factor_set import FactorSet
+from inilora_kernels.factors import Certificate, Factors
 
 from ..factorized import factorize, inilora_alpha, truncated_svd
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, BitsAndBytesConfig, GPT2LMHeadModel
 from inilora_kernels.adapters.layer import Form
 from inilora_kernels.adapters.peft import initialize_peft
 from inilora_kernels.errors import OptionError, TargetError, WeightError
-from inilora_kernels.factors import FactorSet
+from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import factorize
 

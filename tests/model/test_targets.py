@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from inilora_kernels.errors import CheckpointError, TargetError, WeightError
 from inilora_kernels.model.architecture import loaded_names
 from inilora_kernels.model.checkpoint import open_checkpoint
-from inilora_kernels.model.targets import Target, find_targets, read_target
+from inilora_kernels.model.targets import Target, find_targets
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 40,
@@ -61,7 +61,7 @@ def found(model: transformers.PreTrainedModel, folder: Path, target_modules: Any
     model.save_pretrained(folder)
     checkpoint = open_checkpoint(folder)
     targets = find_targets(checkpoint, target_modules)
-    names = [target.tensor.removesuffix(".weight") for target in targets]
+    names = [target.module.partition(":")[0] for target in targets]
     live = loaded_names(model, names)
     assert live.keys() == set(names)
     for target, name in zip(targets, names, strict=True):
@@ -69,7 +69,7 @@ def found(model: transformers.PreTrainedModel, folder: Path, target_modules: Any
         weight = module.weight.detach()
         assert target.transposed == isinstance(module, Conv1D)
         expected = weight.T if target.transposed else weight
-        W = read_target(checkpoint, target)
+        W = target.read()
         assert torch.equal(W, expected[slice(*target.rows)] if target.rows else expected)
         assert W.shape == target.shape
         assert W.is_contiguous()
@@ -184,18 +184,17 @@ def live_attention_parts(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 def test_gpt2_slices_give_the_live_models_query_and_value(tmp_path: Path) -> None:
     model = build("GPT2Model", **GPT2)
     query, value = found(model, tmp_path)[:2]
-    checkpoint = open_checkpoint(tmp_path)
     hidden = torch.randn(1, 3, 24)
     bias = model.h[0].attn.c_attn.bias.detach()
     live_query, live_value = live_attention_parts(model, hidden)
-    torch.testing.assert_close(hidden @ read_target(checkpoint, query).T + bias[:24], live_query)
-    torch.testing.assert_close(hidden @ read_target(checkpoint, value).T + bias[48:], live_value)
+    torch.testing.assert_close(hidden @ query.read().T + bias[:24], live_query)
+    torch.testing.assert_close(hidden @ value.read().T + bias[48:], live_value)
 
 
 def test_phi3_value_slice_gives_the_live_models_value(tmp_path: Path) -> None:
     model: Any = build("Phi3ForCausalLM", **{**DECODER, "num_hidden_layers": 1}).model
     value = found(model, tmp_path)[1]
-    W = read_target(open_checkpoint(tmp_path), value)
+    W = value.read()
     hidden = torch.randn(1, 3, 24)
     _, live_value = live_attention_parts(model, hidden)
     torch.testing.assert_close(model.layers[0].input_layernorm(hidden).detach() @ W.T, live_value)
@@ -231,7 +230,7 @@ def test_weight_that_transformers_splits_on_loading(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     target = find_targets(checkpoint, ["weights_in"])[0]
     stored = checkpoint.read("encoder.layer.0.mlp.weights_in.weight")
-    assert torch.equal(read_target(checkpoint, target), stored)
+    assert torch.equal(target.read(), stored)
     live: Any = model
     gate_and_up = [live.encoder.layer[0].mlp.gate_proj.weight, live.encoder.layer[0].mlp.up_proj.weight]
     assert torch.equal(stored, torch.cat(gate_and_up).detach())
@@ -250,12 +249,12 @@ def test_shards_and_torch_file_give_the_same(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     model.config.save_pretrained(tmp_path / "bin")
     torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
-    one = open_checkpoint(tmp_path / "one")
     for other in (open_checkpoint(tmp_path / "shards"), open_checkpoint(tmp_path / "bin")):
-        assert find_targets(other) == targets
-        for target in targets:
-            assert torch.equal(read_target(other, target), read_target(one, target))
-            assert other.sha256(target.tensor) == one.sha256(target.tensor)
+        found_again = find_targets(other)
+        assert found_again == targets
+        for again, target in zip(found_again, targets, strict=True):
+            assert torch.equal(again.read(), target.read())
+            assert again.sha256() == target.sha256()
 
 
 # PEFT's own choice

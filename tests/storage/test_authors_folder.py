@@ -13,8 +13,8 @@ from inilora_kernels.adapters.convert import convert
 from inilora_kernels.adapters.export import export_delta
 from inilora_kernels.adapters.peft import load_delta
 from inilora_kernels.errors import FactorFileError, OptionError
-from inilora_kernels.factors import FactorSet
-from inilora_kernels.storage.authors_folder import load_inilora_pt, save_inilora_pt
+from inilora_kernels.factor_set import FactorSet
+from inilora_kernels.storage.authors_folder import save_inilora_pt
 
 QUERY = "encoder.layer.0.attention.self.query"
 
@@ -38,7 +38,7 @@ def test_a_folder_of_theirs_is_read_and_certified(minilm: Path, minilm_factors: 
     for name, part in minilm_factors.items():
         torch.save({"A": part.B, "B": part.A.T.clone().T}, tmp_path / f"{name}.weight.pt")
     torch.save({"loss": [0.1, 0.01, 0.001]}, tmp_path / f"{QUERY}.weight.loss.pt")
-    bare, certified = load_inilora_pt(tmp_path), load_inilora_pt(tmp_path, minilm)
+    bare, certified = FactorSet.load(tmp_path), FactorSet.load(tmp_path, minilm)
     assert set(bare) == set(certified) == set(minilm_factors)
     for name, part in minilm_factors.items():
         assert torch.equal(bare[name].A, part.A)
@@ -59,7 +59,7 @@ def test_a_folder_of_theirs_is_read_and_certified(minilm: Path, minilm_factors: 
 
 def test_there_and_back_and_into_peft(minilm: Path, minilm_alpha: FactorSet, tmp_path: Path) -> None:
     save_inilora_pt(minilm_alpha, tmp_path / "pt")
-    factors = load_inilora_pt(tmp_path / "pt", minilm)
+    factors = FactorSet.load(tmp_path / "pt", minilm)
     export_delta(minilm, factors, tmp_path / "delta")
     model = load_delta(AutoModel.from_pretrained(minilm), tmp_path / "delta").eval()
     original = AutoModel.from_pretrained(minilm).eval()
@@ -68,7 +68,7 @@ def test_there_and_back_and_into_peft(minilm: Path, minilm_alpha: FactorSet, tmp
     convert(tmp_path / "delta/adapter", factors, tmp_path / "lora")
     assert torch.equal(PeftModel.from_pretrained(original, tmp_path / "lora").eval()(ids)[0], model(ids)[0])
     with pytest.raises(FactorFileError, match="do not record which weight they are of"):
-        convert(tmp_path / "delta/adapter", load_inilora_pt(tmp_path / "pt"), tmp_path / "other")
+        convert(tmp_path / "delta/adapter", FactorSet.load(tmp_path / "pt"), tmp_path / "other")
 
 
 def test_what_is_no_such_folder_is_refused(
@@ -77,10 +77,10 @@ def test_what_is_no_such_folder_is_refused(
     with pytest.raises(OptionError, match="does not fit into the authors' format"):
         save_inilora_pt(gpt2_factors, tmp_path / "pt")
     with pytest.raises(FactorFileError, match=r"no \*\.weight\.pt in it"):
-        load_inilora_pt(tmp_path)
+        FactorSet.load(tmp_path)
     save_inilora_pt(minilm_factors, tmp_path / "pt")
     with pytest.raises(FactorFileError, match="not of this model"):
-        load_inilora_pt(tmp_path / "pt", gpt2)
+        FactorSet.load(tmp_path / "pt", gpt2)
     file = tmp_path / "pt" / f"{QUERY}.weight.pt"
     for content, match in (
         ({"A": torch.zeros(384, 8)}, "no 'A' .d×r. and 'B'"),
@@ -90,10 +90,10 @@ def test_what_is_no_such_folder_is_refused(
     ):
         torch.save(content, file)
         with pytest.raises(FactorFileError, match=match):
-            load_inilora_pt(tmp_path / "pt")
+            FactorSet.load(tmp_path / "pt")
     torch.save({"A": torch.zeros(380, 8), "B": torch.zeros(8, 384)}, file)
     with pytest.raises(FactorFileError, match=r"is \(384, 384\), but the factors make \(380, 384\)"):
-        load_inilora_pt(tmp_path / "pt", minilm)
+        FactorSet.load(tmp_path / "pt", minilm)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(FactorFileError, match="damaged"):
-        load_inilora_pt(tmp_path / "pt")
+        FactorSet.load(tmp_path / "pt")

@@ -135,6 +135,8 @@ class CpuBackend:
 
     threads: int
     name: str = "cpu"
+    device: torch.device = torch.device("cpu")
+    direct_dtype: torch.dtype = torch.float32
 
     def adam(
         self,

@@ -63,6 +63,7 @@ class TritonBackend:
 
     device: torch.device
     name: str = "triton"
+    direct_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if not isinstance(triton_kernels.adam_kernel, JITFunction):

@@ -206,7 +206,7 @@ class Choice:
 def choose(matrix: Matrix, gpu: Gpu) -> Choice:
     """Waves in the cache where a matrix and its state fit and the model predicts a gain; else all at once.
 
-    >>> from inilora_kernels.kernels.gpus import GPUS
+    >>> from inilora_kernels.kernels.gpu.gpus import GPUS
     >>> choose(Matrix((768, 768), 2, 8), GPUS["rtx4090"]).resident
     True
     """
@@ -234,7 +234,7 @@ def even_wave(count: int, most: int) -> int:
 def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int = 20_000) -> Plan:
     """Predict the run of these matrices. Raises OptionError for none, or a rank or dtype the kernels do not take.
 
-    >>> from inilora_kernels.kernels.gpus import gpu_named
+    >>> from inilora_kernels.kernels.gpu.gpus import gpu_named
     >>> small = plan([Matrix((768, 768), 4, 8)] * 24, gpu_named("rtx4090"))
     >>> small.groups[0].count, small.launches
     (24, 80000)

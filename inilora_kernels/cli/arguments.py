@@ -1,0 +1,117 @@
+"""The command line's spelling of the options: one flag for each field of options.py, with its meaning and default."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ..errors import OptionError
+from ..factor_set import FactorSet
+from ..options import ModelOptions, meaning
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def with_options(command: _Command) -> _Command:
+    """Give a command a flag for each of approximate_model's options; it takes them as keywords, as typed."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    flags = [_flag(one) for one in fields(ModelOptions) if "meaning" in one.metadata]
+    named = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    command.__signature__ = inspect.Signature([*named, *flags])  # type: ignore[attr-defined]
+    return command
+
+
+def options_from(given: Mapping[str, Any]) -> dict[str, Any]:
+    """approximate_model's keywords of the flags that `with_options` made. Raises OptionError or FactorFileError."""
+    return {name: _SPELLED[name].read(value) if name in _SPELLED else value for name, value in given.items()}
+
+
+def _flag(one: Field[Any]) -> inspect.Parameter:
+    spelled = _SPELLED.get(one.name)
+    kind: Any = spelled.kind if spelled is not None else _PLAIN[one.name] if one.name in _PLAIN else type(one.default)
+    help_text = meaning(one).removesuffix(f" Default: {one.default!r}.") + (spelled.more if spelled is not None else "")
+    declarations = [f"--{one.name.replace('_', '-')}"]
+    if one.name == "target_modules":
+        declarations.append("-t")
+    if kind is bool:
+        declarations = [f"{declarations[0]}/--no-{one.name}"]
+    default = spelled.default if spelled is not None else one.default if kind is not bool else True
+    return inspect.Parameter(
+        one.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, typer.Option(*declarations, help=help_text)],
+    )
+
+
+class _Spelled:
+    """How a flag is written: its type on the command line, its default there, and what makes a value of its text."""
+
+    def __init__(self, kind: Any, default: Any, read: Callable[[Any], Any], more: str = "") -> None:
+        self.kind, self.default, self.read, self.more = kind, default, read, more
+
+
+def _rank(text: str) -> int | str | list[int]:
+    """8, energy:0.2 as it is, or 8,16,32; what is none of them is left to be refused."""
+    try:
+        ranks = [int(one) for one in text.split(",")]
+    except ValueError:
+        return text
+    return ranks if "," in text else ranks[0]
+
+
+def _rank_pattern(given: list[str] | None) -> dict[str, int]:
+    pattern = {}
+    for one in given or []:
+        name, _, rank = one.rpartition("=")
+        if not name or not rank.isdecimal():
+            raise OptionError(f"--rank-pattern {one}: give PATTERN=RANK, value=4 for example")
+        pattern[name] = int(rank)
+    return pattern
+
+
+def target_modules_from(given: list[str] | None) -> list[str] | str | None:
+    """One plain name is a suffix; one that is no plain name is a regular expression, as PEFT takes a string."""
+    if given and len(given) == 1:
+        (only,) = given
+        if only == "all-linear" or not only.replace(".", "").replace("_", "").isalnum():
+            return only
+    return given or None
+
+
+def _number_or_name(text: str | None) -> str | float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _factors(path: Path | None) -> FactorSet | None:
+    return None if path is None else FactorSet.load(path)
+
+
+_PLAIN: Mapping[str, Any] = {
+    "solver": str | None,
+    "tol": float | None,
+    "device": str | None,
+    "cache": bool,
+    "progress": bool,
+}
+_SPELLED: Mapping[str, _Spelled] = {
+    "rank": _Spelled(str, "8", _rank, " 8,16,32: a file for each, by one reading."),
+    "rank_pattern": _Spelled(list[str] | None, None, _rank_pattern, " PATTERN=RANK; repeat for more."),
+    "start": _Spelled(Path | None, None, _factors, " A factor file."),
+    "init_std": _Spelled(str | None, None, _number_or_name),
+    "checkpoint_steps": _Spelled(list[int] | None, None, lambda steps: tuple(steps or ()), " Repeat for more."),
+    "target_modules": _Spelled(
+        list[str] | None,
+        None,
+        target_modules_from,
+        " Repeat for more names; one that is no plain name is an expression.",
+    ),
+}

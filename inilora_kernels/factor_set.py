@@ -1,0 +1,106 @@
+"""The factors of a model as one value that users hold: by module name, saved, loaded and shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .display import tables
+from .errors import OptionError
+from .factors import Factors
+from .storage import factor_file
+from .storage.atomic import write_whole
+from .storage.authors_folder import load_inilora_pt
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FactorSet(Mapping[str, Factors]):
+    """The factors of a model by module name, and the options they were computed with.
+
+    The module name is the checkpoint's tensor name without `.weight`; a part of a fused weight adds `:query` or
+    `:value` to it.
+
+    >>> import tempfile, torch
+    >>> from inilora_kernels import Certificate
+    >>> certificate = Certificate(loss=0.0, optimum=0.0, energy=2.0, steps=0)
+    >>> one = Factors(torch.ones(1, 2), torch.ones(1, 1), certificate, source_sha256="")
+    >>> path = Path(tempfile.mkdtemp()) / "factors.safetensors"
+    >>> FactorSet({"layer.0.query": one}, {"method": "inilora"}).save(path)
+    >>> FactorSet.load(path)["layer.0.query"].A
+    tensor([[1., 1.]])
+    >>> FactorSet.load(path)
+    FactorSet(1 matrix, inilora, rank 1, keeps 100.00% of the energy, excess ≤ 0.0e+00)
+
+    Two sets are equal only if they are the same object.
+    """
+
+    modules: Mapping[str, Factors]
+    options: Mapping[str, Any]
+
+    def __getitem__(self, module: str) -> Factors:
+        return self.modules[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def at_step(self, step: int) -> FactorSet:
+        """The factors as they were at a step of `checkpoint_steps`, with that step's loss. Raises OptionError."""
+        modules = {}
+        for name, factors in self.modules.items():
+            if step not in factors.checkpoints:
+                raise OptionError(
+                    f"{name}: no factors were kept at step {step}; "
+                    f"there are {sorted(factors.checkpoints)}: ask for it in checkpoint_steps"
+                )
+            A, B = factors.checkpoints[step]
+            history = tuple(sample for sample in factors.history if sample[0] <= step)
+            certificate = replace(factors.certificate, loss=dict(history)[step], steps=step)
+            modules[name] = replace(factors, A=A, B=B, certificate=certificate, history=history, checkpoints={})
+        return FactorSet(modules, self.options)
+
+    def table(self) -> Table:
+        """What `inilora inspect` shows, for rich to print: a row for each matrix, and totals."""
+        return tables.table(self.modules, self.options)
+
+    def to_bytes(self) -> bytes:
+        """The factor file's bytes; the same set gives the same bytes."""
+        return factor_file.encode(self.modules, self.options)
+
+    def save(self, path: str | Path) -> None:
+        """Write the factor file, whole or not at all. Raises OutputError."""
+        write_whole(Path(path), self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path, base: str | Path | None = None) -> FactorSet:
+        """Read a factor file, or a folder of `{module}.weight.pt` files as the paper's authors write them.
+
+        base: only for such a folder, which does not say which weights its factors were computed from: their model, for
+            the certificates and the sha256 that exports and conversions compare.
+
+        Raises FactorFileError: no factor file, a damaged one, one of a newer format, or factors of another model.
+        """
+        path = Path(path)
+        return cls(*(load_inilora_pt(path, base) if path.is_dir() else factor_file.read(path)))
+
+    def __repr__(self) -> str:
+        count = f"{len(self)} matrix" if len(self) == 1 else f"{len(self)} matrices"
+        if not self.modules:
+            return f"FactorSet({count})"
+        ranks = sorted({one.rank for one in self.values()})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        certificates = [one.certificate for one in self.values()]
+        energy, loss = (math.fsum(values) for values in zip(*((c.energy, c.loss) for c in certificates), strict=True))
+        kept = f"keeps {1 - loss / energy if energy else 1:.2%} of the energy"
+        excess = f"excess ≤ {max(certificate.excess for certificate in certificates):.1e}"
+        return f"FactorSet({count}, {self.options.get('method', 'unknown method')}, {rank}, {kept}, {excess})"
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
