@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from inilora_kernels.kernels.backend import Problem, Schedule, load_backend
+from inilora_kernels.kernels.backend import Problem, Schedule
 from inilora_kernels.kernels.gpu.cost_model import Matrix, Plan, plan
 from inilora_kernels.kernels.gpu.gpus import GPUS
+from inilora_kernels.kernels.loading import load_backend
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets
 

@@ -14,7 +14,7 @@ from .errors import OptionError, WeightError
 from .factor_set import FactorSet
 from .factors import Factors
 from .initializations import settled, solver_of
-from .kernels.backend import load_backend
+from .kernels.loading import load_backend
 from .model.checkpoint import open_checkpoint
 from .model.in_memory import target_in_memory
 from .model.survey import start_stds, survey

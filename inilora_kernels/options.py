@@ -18,7 +18,8 @@ import torch
 
 from .errors import OptionError
 from .factors import Factors
-from .kernels.backend import Schedule, load_backend
+from .kernels.backend import Schedule
+from .kernels.loading import load_backend
 
 LOSSES = ("mse", "frobenius")
 GAUGES = ("nearest", "svd")

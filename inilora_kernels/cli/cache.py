@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from ..errors import FactorFileError, OptionError
+from ..places import cache_folder
 from ..storage import cache_upkeep
 from ..storage.cache_upkeep import Entry
-from ..storage.places import cache_folder
 
 cache_application = typer.Typer(
     name="cache",

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..display.progress import ProgressBar
 from ..factors import Certificate, Factors
-from ..kernels.backend import Backend, Problem, Sample, load_backend
+from ..kernels.backend import Backend, Problem, Sample
+from ..kernels.loading import load_backend
 from ..kernels.streaming import losses, one_torch_thread
 from ..model.targets import Target
 from ..options import Options

@@ -23,9 +23,9 @@ from typing import Any
 
 from ..errors import FactorFileError, OutputError
 from ..factors import Factors
+from ..places import cache_folder
 from . import factor_file
 from .atomic import write_whole
-from .places import cache_folder
 
 # Raised whenever a kernel or solver gives different bits for the same options.
 RESULT_VERSION = 3

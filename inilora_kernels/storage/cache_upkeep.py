@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FactorFileError, OutputError
+from ..places import cache_folder
 from .cache import read_entry
-from .places import cache_folder
 from .temporary import sweep
 
 _NAME = re.compile(r"[0-9a-f]{64}")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from inilora_kernels import Certificate, Factors
+from inilora_kernels.places import cache_folder
 from inilora_kernels.storage import cache, cache_upkeep
-from inilora_kernels.storage.places import cache_folder
 
 FIRST, SECOND = "ab" * 32, "cd" * 32
 

@@ -10,7 +10,7 @@ import numba
 from numba.core import config as numba_config
 from numba.core.caching import FunctionCache
 
-from ...storage.places import private_folder
+from ...places import private_folder
 
 
 def njit(

@@ -13,11 +13,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from inilora_kernels.errors import BackendError
-from inilora_kernels.kernels.backend import Problem, Sample, Schedule, load_backend
+from inilora_kernels.kernels.backend import Problem, Sample, Schedule
 from inilora_kernels.kernels.gpu import backend as triton_backend
 from inilora_kernels.kernels.gpu.backend import TritonBackend
 from inilora_kernels.kernels.gpu.tiles import RANKS, padded_rank
 from inilora_kernels.kernels.gpu.wave import Wave
+from inilora_kernels.kernels.loading import load_backend
 from inilora_kernels.kernels.reference import AdamState, adam_step, residual_loss
 
 from .cases import CPU, PRODUCT_ERROR, make, relative

@@ -1,0 +1,39 @@
+"""The backend of a name and a device; each is imported when it is asked for, as numba and triton take a second."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import BackendError, OptionError
+from .backend import Backend
+
+BACKENDS = ("triton", "cpu", "reference")
+
+
+def load_backend(name: str, device: str | torch.device | None = None) -> Backend:
+    """The backend of that name; "auto" is triton on a CUDA device, cpu otherwise.
+
+    Raises BackendError or OptionError.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise OptionError(f"backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
+    try:
+        chosen = torch.device(device) if device is not None else None
+    except RuntimeError as error:
+        raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    if name == "auto":
+        on_gpu = chosen.type == "cuda" if chosen is not None else torch.cuda.is_available()
+        name = "triton" if on_gpu else "cpu"
+    if name == "cpu":
+        if chosen is not None and chosen.type != "cpu":
+            raise BackendError(f'backend="cpu" does not run on device {str(chosen)!r}; leave device out')
+        from .cpu.backend import CpuBackend
+
+        return CpuBackend(threads=torch.get_num_threads())
+    if name == "triton":
+        from .gpu.backend import TritonBackend
+
+        return TritonBackend(device=chosen or torch.device("cuda"))
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend(device=chosen or torch.device("cpu"))

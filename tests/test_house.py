@@ -1,0 +1,93 @@
+"""What CONTRIBUTING.md promises of the structure: imports go one way, files stay short, calls stay readable."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import inilora_kernels
+
+PACKAGE = Path(inilora_kernels.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES, MOST_LINES_OF_THE_MAIN_JOB = 400, 250
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(file: Path, names: set[str]) -> Iterator[str]:
+    """The package's modules that a file imports, wherever the import stands, but for type checkers alone."""
+    package = module_of(file) if file.name == "__init__.py" else module_of(file).rpartition(".")[0]
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in typing_only:
+            continue
+        above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+        source = ".".join([*above, *([node.module] if node.module else [])])
+        for alias in node.names:
+            inner = f"{source}.{alias.name}"
+            if inner in names:
+                yield inner
+            elif source in names and source != module_of(file):
+                yield source
+
+
+def imports() -> dict[str, set[str]]:
+    names = {module_of(file) for file in FILES}
+    return {module_of(file): set(imported(file, names)) - {module_of(file)} for file in FILES}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The first path found that comes back to where it began; empty where there is none."""
+    done: set[str] = set()
+
+    def follow(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for other in sorted(graph[node]):
+            if found := follow(other, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in graph if (found := follow(node, []))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_imports_go_one_way() -> None:
+    graph = imports()
+    assert graph["inilora_kernels.approximate"] > {"inilora_kernels.options", "inilora_kernels.factors"}
+    assert circle(graph) == []
+    for room, below in {"solvers": ("cli", "adapters"), "kernels": ("cli", "adapters", "solvers", "storage")}.items():
+        for module, others in graph.items():
+            if module.startswith(f"inilora_kernels.{room}."):
+                assert not [other for other in others if other.split(".")[1] in below], module
+
+
+def test_files_are_short() -> None:
+    lengths = {module_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert lengths["inilora_kernels.approximate"] < MOST_LINES_OF_THE_MAIN_JOB
+    assert {module: lines for module, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_the_package_shows_its_public_names_alone() -> None:
+    code = "import inilora_kernels as package; print(sorted(dir(package)) == sorted([*package.__all__, '__version__']))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "True"
