@@ -15,14 +15,13 @@ from math import ceil, fsum
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backend import Problem, Sample, Schedule
-from .simd import LOADS_FLOAT16, PANEL, SMALL_GROUP, kernel_view, round_up
-from .step import A_CHUNK_PANELS, B_BLOCK_ROWS, gram_of_A, gram_of_B, run_steps, strip_residual
-
-Array = NDArray[np.float32]
+from ..rounding import round_up
+from .products import B_BLOCK_ROWS
+from .simd import LOADS_FLOAT16, PANEL, SMALL_GROUP, kernel_view
+from .step import A_CHUNK_PANELS, Array, Member, Side, Steps, gram_of_A, gram_of_B, run_steps, strip_residual
 
 STRIP_ROWS = 192
 MOST_SLOTS = 16
@@ -62,6 +61,18 @@ def pack(W: Tensor) -> PackedMatrix:
     return PackedMatrix(tiles, (d, k))
 
 
+def _side(value: Array, products: tuple[int, ...], shares: int, rank: int) -> Side:
+    """A factor before its first step: its moments and its work space are zero."""
+    zeros = np.zeros
+    return Side(
+        value,
+        mean=zeros(value.shape, np.float32),
+        square=zeros(value.shape, np.float32),
+        products=zeros(products, np.float32),
+        shares=zeros((shares, rank, rank), np.float32),
+    )
+
+
 class Run:
     """One matrix under way: the packed W, the factors with their moments, and the kernel's work space."""
 
@@ -78,19 +89,16 @@ class Run:
         A[:k, : self.rank] = problem.A.T
         B = torch.zeros(n_strips * strip_rows, rank)
         B[:d, : self.rank] = problem.B
-        self.A: Array = np.ascontiguousarray(A.view(n_panels, PANEL, rank).transpose(1, 2).numpy())
-        self.B: Array = B.numpy()
-        self.moments = [np.zeros_like(x) for x in (self.A, self.A, self.B, self.B)]
-        self.P: Array = np.zeros((ceil(n_strips / self.slot_strips), *self.A.shape), np.float32)
-        self.Q: Array = np.zeros_like(self.B)
-        self.A_shares: Array = np.zeros((ceil(n_panels / A_CHUNK_PANELS), rank, rank), np.float32)
-        self.B_shares: Array = np.zeros((n_strips, rank, rank), np.float32)
+        panels = np.ascontiguousarray(A.view(n_panels, PANEL, rank).transpose(1, 2).numpy())
+        slots, chunks = ceil(n_strips / self.slot_strips), ceil(n_panels / A_CHUNK_PANELS)
+        self.A = _side(panels, (slots, *panels.shape), chunks, rank)
+        self.B = _side(B.numpy(), tuple(B.shape), n_strips, rank)
         self.barrier = np.zeros(32, np.int64)
-        for chunk in range(len(self.A_shares)):
+        for chunk in range(chunks):
             first = chunk * A_CHUNK_PANELS
-            gram_of_A(self.A, first, min(first + A_CHUNK_PANELS, n_panels), self.A_shares[chunk])
+            gram_of_A(self.A.value, first, min(first + A_CHUNK_PANELS, n_panels), self.A.shares[chunk])
         for strip in range(n_strips):
-            gram_of_B(self.B, strip * strip_rows, (strip + 1) * strip_rows, self.B_shares[strip])
+            gram_of_B(self.B.value, strip * strip_rows, (strip + 1) * strip_rows, self.B.shares[strip])
 
     @property
     def steps_a_call(self) -> int:
@@ -99,26 +107,33 @@ class Run:
 
     def advance(self, steps: int, member: int, team: int) -> None:
         """Run the kernel as one member of a team; the caller moves `self.step` when all are back."""
-        schedule, rank = self.schedule, self.A.shape[1]
+        schedule, rank = self.schedule, self.A.value.shape[1]
         rates = np.array([schedule.learning_rate(self.step + i) for i in range(steps)])
-        work = np.empty(rank * max(PANEL, B_BLOCK_ROWS), np.float32)
-        grams = np.empty((2, rank, rank), np.float32)
-        A_mean, A_square, B_mean, B_square = self.moments
         run_steps(
-            kernel_view(self.W.tiles), self.A, A_mean, A_square, self.B, B_mean, B_square, self.P, self.Q,
-            self.slot_strips, self.A_shares, self.B_shares, grams, work, self.step, rates,
-            schedule.eps_for(self.W.shape), schedule.beta1, schedule.beta2, member, team, self.barrier,
-        )  # fmt: skip
+            kernel_view(self.W.tiles),
+            self.A,
+            self.B,
+            self.slot_strips,
+            Steps(self.step, rates, schedule.eps_for(self.W.shape), schedule.beta1, schedule.beta2),
+            Member(
+                member,
+                team,
+                self.barrier,
+                grams=np.empty((2, rank, rank), np.float32),
+                work=np.empty(rank * max(PANEL, B_BLOCK_ROWS), np.float32),
+            ),
+        )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         d, k = self.W.shape
-        A = torch.from_numpy(self.A).transpose(0, 1).reshape(self.A.shape[1], -1)
-        return A[: self.rank, :k].clone(), torch.from_numpy(self.B)[:d, : self.rank].clone()
+        panels = self.A.value
+        A = torch.from_numpy(panels).transpose(0, 1).reshape(panels.shape[1], -1)
+        return A[: self.rank, :k].clone(), torch.from_numpy(self.B.value)[:d, : self.rank].clone()
 
     def strip_loss(self, strip: int) -> float:
         strip_rows = self.W.tiles.shape[2]
         rows = slice(strip * strip_rows, (strip + 1) * strip_rows)
-        return float(strip_residual(self.W.tiles[strip].float().numpy(), self.A, self.B[rows]))
+        return float(strip_residual(self.W.tiles[strip].float().numpy(), self.A.value, self.B.value[rows]))
 
     def sample(self, index: int, losses: Iterable[float]) -> Sample:
         A, B = self.factors()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..rounding import round_up
 from .jit import njit
 from .simd import (
     GROUP,
@@ -34,7 +35,6 @@ from .simd import (
     inner_products,
     kernel_view,
     outer_products,
-    round_up,
 )
 
 MOST_SLOTS = 12

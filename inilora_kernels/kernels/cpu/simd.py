@@ -35,10 +35,6 @@ LOADS_FLOAT16 = "+f16c" in _features.split(",") or "+neon" in _features.split(",
 PANEL = LANES * VECTORS
 
 
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def kernel_view(tensor: Tensor) -> NDArray[np.generic]:
     """The same memory as the kernels take it: bfloat16 as uint16, float16 as int16."""
     bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}

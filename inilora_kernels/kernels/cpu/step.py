@@ -15,13 +15,14 @@ the shape alone, never by the number of threads, so any number of threads gives 
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .jit import njit
+from .products import B_BLOCK_ROWS, add_block_times_gram, add_gram_rows, add_panel, add_rows
 from .simd import (
-    GROUP,
     LANES,
     PANEL,
     ROWS,
@@ -36,8 +37,54 @@ from .simd import (
 
 TILE_PANELS = 8
 A_CHUNK_PANELS = 8
-B_BLOCK_ROWS = 6
 SPINS_BEFORE_YIELD = 4000
+Array = NDArray[np.float32]
+
+
+class Side(NamedTuple):
+    """One factor under way: its value, Adam's two moments, what W gives for it, and its shares of the Gram matrix.
+
+    products: P slots (slots, panels, r, PANEL) for A, Q for B. shares: (chunks, r, r) of AAᵀ, (strips, r, r) of BᵀB.
+    """
+
+    value: Array
+    mean: Array
+    square: Array
+    products: Array
+    shares: Array
+
+
+class Steps(NamedTuple):
+    """The steps of one call: the first, the learning rate of each, and Adam's constants."""
+
+    first: int
+    rates: NDArray[np.float64]
+    eps: float
+    beta1: float
+    beta2: float
+
+
+class Member(NamedTuple):
+    """One of the threads that make a call together, and the work space that is its own.
+
+    barrier: shared by the team. grams: (2, r, r). work: r·max(PANEL, B_BLOCK_ROWS).
+    """
+
+    number: int
+    team: int
+    barrier: NDArray[np.int64]
+    grams: Array
+    work: Array
+
+
+class Rate(NamedTuple):
+    """One step's rate lr/(1−β₁ⁱ) and root 1/√(1−β₂ⁱ), and Adam's constants."""
+
+    rate: float
+    root: float
+    eps: float
+    beta1: float
+    beta2: float
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -63,13 +110,8 @@ def slot_products(W: Any, A: Any, B: Any, P: Any, Q: Any, first: int, last: int)
     """P = BᵀW over strips [first, last) and Q = WAᵀ for their rows. Reads W once from memory, once more from L2."""
     n_panels, strip_rows = W.shape[1], W.shape[2]
     rank = A.shape[1]
-    W_flat, A_flat, B_flat, P_flat, Q_flat = (
-        W.reshape(-1),
-        A.reshape(-1),
-        B.reshape(-1),
-        P.reshape(-1),
-        Q.reshape(-1),
-    )
+    W_flat, A_flat, B_flat = W.reshape(-1), A.reshape(-1), B.reshape(-1)
+    P_flat, Q_flat = P.reshape(-1), Q.reshape(-1)
     tile = strip_rows * PANEL
     P_flat[:] = 0
     for strip in range(first, last):
@@ -79,51 +121,19 @@ def slot_products(W: Any, A: Any, B: Any, P: Any, Q: Any, first: int, last: int)
             right = min(left + TILE_PANELS, n_panels)
             for panel in range(left, right):
                 tile_at = (strip * n_panels + panel) * tile
-                for p in range(0, rank, GROUP):
-                    P_at = (panel * rank + p) * PANEL
-                    if rank - p >= GROUP:
-                        outer_products(
-                            P_flat, P_at, PANEL, B_flat, row * rank + p, rank, 1, W_flat, tile_at, PANEL,
-                            strip_rows, GROUP, LANES, VECTORS,
-                        )  # fmt: skip
-                    else:
-                        outer_products(
-                            P_flat, P_at, PANEL, B_flat, row * rank + p, rank, 1, W_flat, tile_at, PANEL,
-                            strip_rows, SMALL_GROUP, LANES, VECTORS,
-                        )  # fmt: skip
+                add_panel(P_flat, panel * rank * PANEL, B_flat, row * rank, W_flat, tile_at, strip_rows, rank)
             tile_at = (strip * n_panels + left) * tile
             for i in range(0, strip_rows, ROWS):
-                for p in range(0, rank, GROUP):
-                    Q_at = (row + i) * rank + p
-                    A_at = (left * rank + p) * PANEL
-                    if rank - p >= GROUP:
-                        inner_products(
-                            Q_flat, Q_at, rank, W_flat, tile_at + i * PANEL, tile, A_flat, A_at, rank * PANEL,
-                            right - left, ROWS, GROUP,
-                        )  # fmt: skip
-                    else:
-                        inner_products(
-                            Q_flat, Q_at, rank, W_flat, tile_at + i * PANEL, tile, A_flat, A_at, rank * PANEL,
-                            right - left, ROWS, SMALL_GROUP,
-                        )  # fmt: skip
+                Q_at, W_at = (row + i) * rank, tile_at + i * PANEL
+                add_rows(Q_flat, Q_at, W_flat, W_at, tile, A_flat, left * rank * PANEL, right - left, rank)
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _adam(
-    x: Any,
-    mean: Any,
-    square: Any,
-    half_gradient: Any,
-    rate: Any,
-    root: Any,
-    eps: Any,
-    beta1: float,
-    beta2: float,
-) -> None:
-    """x ← x − rate·m / (√v·root + eps), rate = lr/(1−β₁ⁱ), root = 1/√(1−β₂ⁱ), for the gradient 2·half_gradient."""
-    keep1, take1 = np.float32(beta1), np.float32(1 - beta1)
-    keep2, take2 = np.float32(beta2), np.float32(1 - beta2)
-    rate, root, eps = np.float32(rate), np.float32(root), np.float32(eps)
+def _adam(x: Any, mean: Any, square: Any, half_gradient: Any, now: Any) -> None:
+    """x ← x − rate·m / (√v·root + eps) for the gradient 2·half_gradient; see Rate."""
+    keep1, take1 = np.float32(now.beta1), np.float32(1 - now.beta1)
+    keep2, take2 = np.float32(now.beta2), np.float32(1 - now.beta2)
+    rate, root, eps = np.float32(now.rate), np.float32(now.root), np.float32(now.eps)
     for j in range(x.size):
         gradient = half_gradient[j] + half_gradient[j]
         m = keep1 * mean[j] + take1 * gradient
@@ -134,21 +144,18 @@ def _adam(
 
 
 @njit(cache=True, nogil=True)
-def update_A(
-    A: Any, A_mean: Any, A_square: Any, P: Any, gram_B: Any, work: Any, first: int, last: int, rate: float, root: float,
-    eps: float, beta1: float, beta2: float,
-) -> None:  # fmt: skip
-    """Adam's step on panels [first, last) of A with the gradient 2((BᵀB)A − Σ P)."""
-    rank = A.shape[1]
+def update_A(A: Any, gram_B: Any, work: Any, first: int, last: int, now: Any) -> None:
+    """Adam's step on panels [first, last) of A, a Side, with the gradient 2((BᵀB)A − Σ P)."""
+    slots, rank = A.products.shape[0], A.value.shape[1]
     size = rank * PANEL
-    A_flat, gram = A.reshape(-1), gram_B.reshape(-1)
-    mean, square, P_flat = A_mean.reshape(-1), A_square.reshape(-1), P.reshape(P.shape[0], -1)
+    A_flat, gram = A.value.reshape(-1), gram_B.reshape(-1)
+    mean, square, P_flat = A.mean.reshape(-1), A.square.reshape(-1), A.products.reshape(slots, -1)
     half = work[:size]
     for panel in range(first, last):
         at = panel * size
         for j in range(size):
             half[j] = -P_flat[0, at + j]
-        for slot in range(1, P.shape[0]):
+        for slot in range(1, slots):
             for j in range(size):
                 half[j] -= P_flat[slot, at + j]
         for p in range(0, rank, SMALL_GROUP):
@@ -156,31 +163,24 @@ def update_A(
                 half, p * PANEL, PANEL, gram, p, rank, 1, A_flat, at, PANEL, rank, SMALL_GROUP, LANES, VECTORS
             )
         end = at + size
-        _adam(A_flat[at:end], mean[at:end], square[at:end], half, rate, root, eps, beta1, beta2)
+        _adam(A_flat[at:end], mean[at:end], square[at:end], half, now)
 
 
 @njit(cache=True, nogil=True)
-def update_B(
-    B: Any, B_mean: Any, B_square: Any, Q: Any, gram_A: Any, work: Any, first: int, last: int, rate: float, root: float,
-    eps: float, beta1: float, beta2: float,
-) -> None:  # fmt: skip
-    """Adam's step on rows [first, last) of B with the gradient 2(B(AAᵀ) − Q); a multiple of B_BLOCK_ROWS rows."""
-    rank = B.shape[1]
+def update_B(B: Any, gram_A: Any, work: Any, first: int, last: int, now: Any) -> None:
+    """Adam's step on rows [first, last) of B, a Side, with the gradient 2(B(AAᵀ) − Q); a multiple of B_BLOCK_ROWS."""
+    rank = B.value.shape[1]
     size = B_BLOCK_ROWS * rank
-    B_flat, gram = B.reshape(-1), gram_A.reshape(-1)
-    mean, square, Q_flat = B_mean.reshape(-1), B_square.reshape(-1), Q.reshape(-1)
+    B_flat, gram = B.value.reshape(-1), gram_A.reshape(-1)
+    mean, square, Q_flat = B.mean.reshape(-1), B.square.reshape(-1), B.products.reshape(-1)
     half = work[:size]
     for row in range(first, last, B_BLOCK_ROWS):
         at = row * rank
         for j in range(size):
             half[j] = -Q_flat[at + j]
-        for p in range(0, rank, GROUP):
-            if rank - p >= GROUP:
-                outer_products(half, p, rank, B_flat, at, 1, rank, gram, p, rank, rank, B_BLOCK_ROWS, GROUP, 1)
-            else:
-                outer_products(half, p, rank, B_flat, at, 1, rank, gram, p, rank, rank, B_BLOCK_ROWS, SMALL_GROUP, 1)
+        add_block_times_gram(half, B_flat, at, gram, rank)
         end = at + size
-        _adam(B_flat[at:end], mean[at:end], square[at:end], half, rate, root, eps, beta1, beta2)
+        _adam(B_flat[at:end], mean[at:end], square[at:end], half, now)
 
 
 @njit(cache=True, nogil=True)
@@ -204,19 +204,8 @@ def gram_of_B(B: Any, first: int, last: int, gram: Any) -> None:
     rank = B.shape[1]
     B_flat, out = B.reshape(-1), gram.reshape(-1)
     out[:] = 0
-    at = first * rank
     for i in range(0, rank, SMALL_GROUP):
-        for p in range(0, rank, GROUP):
-            if rank - p >= GROUP:
-                outer_products(
-                    out, i * rank + p, rank, B_flat, at + i, rank, 1, B_flat, at + p, rank, last - first,
-                    SMALL_GROUP, GROUP, 1,
-                )  # fmt: skip
-            else:
-                outer_products(
-                    out, i * rank + p, rank, B_flat, at + i, rank, 1, B_flat, at + p, rank, last - first,
-                    SMALL_GROUP, SMALL_GROUP, 1,
-                )  # fmt: skip
+        add_gram_rows(out, i * rank, B_flat, first * rank, i, last - first, rank)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -227,39 +216,37 @@ def _sum_shares(shares: Any, total: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def run_steps(
-    W: Any, A: Any, A_mean: Any, A_square: Any, B: Any, B_mean: Any, B_square: Any, P: Any, Q: Any,
-    slot_strips: int, A_shares: Any, B_shares: Any, grams: Any, work: Any, first_step: int, rates: Any, eps: float,
-    beta1: float, beta2: float, member: int, team: int, barrier: Any,
-) -> None:  # fmt: skip
-    """len(rates) steps of Adam from step `first_step` on, as `member` of a `team` of threads calling this at once.
+def run_steps(W: Any, A: Side, B: Side, slot_strips: int, steps: Steps, member: Member) -> None:
+    """len(steps.rates) steps of Adam, as one of the threads that call this at once.
 
-    Needs the Gram shares of the A and B that it starts from. grams and work are this member's own: grams (2, r, r).
+    Needs the Gram shares of the A and B that it starts from. slot_strips: strips of W that share a slot of P.
     """
     n_strips, n_panels, strip_rows = W.shape[0], W.shape[1], W.shape[2]
-    n_slots, n_chunks = P.shape[0], A_shares.shape[0]
-    gram_A, gram_B = grams[0], grams[1]
-    for offset in range(rates.size):
-        for slot in range(n_slots * member // team, n_slots * (member + 1) // team):
+    n_slots, n_chunks = A.products.shape[0], A.shares.shape[0]
+    number, team = member.number, member.team
+    gram_A, gram_B = member.grams[0], member.grams[1]
+    for offset in range(steps.rates.size):
+        for slot in range(n_slots * number // team, n_slots * (number + 1) // team):
             first = slot * slot_strips
-            slot_products(W, A, B, P[slot], Q, first, min(first + slot_strips, n_strips))
-        _sum_shares(A_shares, gram_A)
-        _sum_shares(B_shares, gram_B)
-        _barrier(barrier, team)
-        power = first_step + offset + 1
-        rate = rates[offset] / (1 - beta1**power)
-        root = 1 / sqrt(1 - beta2**power)
-        for chunk in range(n_chunks * member // team, n_chunks * (member + 1) // team):
+            last = min(first + slot_strips, n_strips)
+            slot_products(W, A.value, B.value, A.products[slot], B.products, first, last)
+        _sum_shares(A.shares, gram_A)
+        _sum_shares(B.shares, gram_B)
+        _barrier(member.barrier, team)
+        power = steps.first + offset + 1
+        rate = steps.rates[offset] / (1 - steps.beta1**power)
+        now = Rate(rate, 1 / sqrt(1 - steps.beta2**power), steps.eps, steps.beta1, steps.beta2)
+        for chunk in range(n_chunks * number // team, n_chunks * (number + 1) // team):
             first = chunk * A_CHUNK_PANELS
             last = min(first + A_CHUNK_PANELS, n_panels)
-            update_A(A, A_mean, A_square, P, gram_B, work, first, last, rate, root, eps, beta1, beta2)
-            gram_of_A(A, first, last, A_shares[chunk])
-        for strip in range(n_strips * member // team, n_strips * (member + 1) // team):
+            update_A(A, gram_B, member.work, first, last, now)
+            gram_of_A(A.value, first, last, A.shares[chunk])
+        for strip in range(n_strips * number // team, n_strips * (number + 1) // team):
             first = strip * strip_rows
             last = first + strip_rows
-            update_B(B, B_mean, B_square, Q, gram_A, work, first, last, rate, root, eps, beta1, beta2)
-            gram_of_B(B, first, last, B_shares[strip])
-        _barrier(barrier, team)
+            update_B(B, gram_A, member.work, first, last, now)
+            gram_of_B(B.value, first, last, B.shares[strip])
+        _barrier(member.barrier, team)
 
 
 @njit(cache=True, nogil=True)

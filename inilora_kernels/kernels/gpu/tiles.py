@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..rounding import round_up
+
 RANKS = (8, 16, 32, 64, 128)
 ALIGNMENT = 16  # elements: rows are padded to it, so that every load is 128 bits wide
 
@@ -169,4 +171,4 @@ def aligned(count: int) -> int:
     >>> aligned(1), aligned(16), aligned(17)
     (16, 16, 32)
     """
-    return -(-count // ALIGNMENT) * ALIGNMENT
+    return round_up(count, ALIGNMENT)

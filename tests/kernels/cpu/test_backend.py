@@ -53,12 +53,13 @@ def test_gradient_products(shape: tuple[int, int], rank: int, dtype: torch.dtype
     rank = min(rank, *shape)
     one = problem(*shape, rank, dtype)
     start = Run(one, Schedule(1, 1e-3, 10, 0.9, "mse"))
-    for slot in range(start.P.shape[0]):
+    A, B = start.A, start.B
+    for slot in range(A.products.shape[0]):
         first = slot * start.slot_strips
         last = min(first + start.slot_strips, start.W.tiles.shape[0])
-        slot_products(kernel_view(start.W.tiles), start.A, start.B, start.P[slot], start.Q, first, last)
-    P = start.P.sum(0).transpose(0, 2, 1).reshape(-1, start.A.shape[1])[: shape[1], :rank].T
-    Q = start.Q[: shape[0], :rank]
+        slot_products(kernel_view(start.W.tiles), A.value, B.value, A.products[slot], B.products, first, last)
+    P = A.products.sum(0).transpose(0, 2, 1).reshape(-1, A.value.shape[1])[: shape[1], :rank].T
+    Q = B.products[: shape[0], :rank]
     W = one.load().double()
     P_true, Q_true = gradient_products(W, one.A.double(), one.B.double())
     # A dot product of n float32 terms errs by at most n·2⁻²⁴·Σ|terms|; float64 weights are rounded once more.
@@ -195,6 +196,7 @@ def test_steps_report_every_matrix_step() -> None:
 def test_zero_padding_stays_zero() -> None:
     one = Run(problem(65, 49, 3), Schedule(20, 1e-2, 10, 0.9, "frobenius"))
     one.advance(20, 0, 1)
-    A = one.A.transpose(1, 0, 2).reshape(one.A.shape[1], -1)
+    A, B = one.A.value, one.B.value
+    A = A.transpose(1, 0, 2).reshape(A.shape[1], -1)
     assert not np.any(A[3:]) and not np.any(A[:, 49:])  # noqa: PT018
-    assert not np.any(one.B[65:]) and not np.any(one.B[:, 3:])  # noqa: PT018
+    assert not np.any(B[65:]) and not np.any(B[:, 3:])  # noqa: PT018
