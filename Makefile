@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all lint bench bench-table5 bench-solvers bench-finetune bench-finetune-quick bench-finetune-adapters clean
+.PHONY: demo test test-all lint docs dist bench bench-table5 bench-solvers bench-finetune bench-finetune-quick bench-finetune-adapters clean
 
 .venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,14 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 .venv/dev: .venv/torch pyproject.toml
 	$(PIP) --editable '.[dev,bench]'
 	$(BIN)/python -m bench.movie_reviews
+	touch $@
+
+.venv/docs: .venv/torch pyproject.toml
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+.venv/dist: .venv/torch pyproject.toml
+	$(PIP) --editable '.[dist]'
 	touch $@
 
 .venv/finetune: .venv/torch pyproject.toml
@@ -48,6 +56,19 @@ lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "the site is in build/site: open build/site/index.html"
+
+# The wheel and the sdist of a release, checked as PyPI checks them and tried in an empty environment.
+dist: .venv/dist
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist .
+	$(BIN)/twine check --strict build/dist/*
+	$(PYTHON) -m venv --clear build/empty
+	build/empty/bin/pip install --quiet --constraint constraints.txt build/dist/*.whl
+	cd build && empty/bin/inilora --version && empty/bin/python -m inilora_kernels methods > /dev/null
 
 bench: .venv/dev
 	$(BIN)/python -m pytest bench --benchmark-only

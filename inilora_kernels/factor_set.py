@@ -66,9 +66,9 @@ class FactorSet(Mapping[str, Factors]):
             modules[name] = replace(factors, A=A, B=B, certificate=certificate, history=history, checkpoints={})
         return FactorSet(modules, self.options)
 
-    def table(self) -> Table:
-        """What `inilora inspect` shows, for rich to print: a row for each matrix, and totals."""
-        return tables.table(self.modules, self.options)
+    def table(self, *, every: bool = False) -> Table:
+        """What `inilora inspect` shows, for rich to print: a row for each kind of matrix, or for every one; totals."""
+        return tables.result_table(self.modules, self.options, every=every)
 
     def to_bytes(self) -> bytes:
         """The factor file's bytes; the same set gives the same bytes."""

@@ -1,4 +1,4 @@
-"""The pages on trainers, run from their own text.
+"""The README and the pages on trainers, run from their own text.
 
 Blocks are run in order, in one folder with `model` and `reviews.csv` in it. A block marked `not-run-here` needs a
 program that these tests have not; before one marked `after-training` its result is put in place by PEFT, which those
@@ -49,7 +49,8 @@ Run = Callable[[Block], dict[str, Any]]
 
 
 def blocks(page: str) -> list[Block]:
-    text = (DOCS / "trainers" / page).read_text(encoding="utf-8")
+    folder = DOCS.parent if page == "README.md" else DOCS / "trainers"
+    text = (folder / page).read_text(encoding="utf-8")
     return [Block(language, mark, content) for language, mark, content in _FENCE.findall(text)]
 
 
@@ -99,6 +100,25 @@ def output(model: nn.Module) -> Tensor:
 
 def same(one: nn.Module, other: nn.Module) -> bool:
     return torch.allclose(output(one), output(other), rtol=0, atol=1e-4)
+
+
+def test_readme(run: Run, minilm: Path, folder: Path) -> None:
+    (folder / "model").symlink_to(minilm)
+    for block in blocks("README.md"):
+        if block.mark == "after-training":
+            trained = PeftModel.from_pretrained(AutoModel.from_pretrained("start/base"), "start/adapter")
+            trained.save_pretrained("trained")
+        names = run(block)
+        if "model" in names:
+            assert torch.equal(output(names["model"]), output(AutoModel.from_pretrained(minilm)))
+            assert names["optimizer"].param_groups[0]["params"]
+    assert same(AutoModel.from_pretrained("merged"), AutoModel.from_pretrained(minilm))
+
+
+def test_contributing_lists_every_make_target() -> None:
+    targets = re.findall(r"^([\w-]+):", (DOCS.parent / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert [target for target in targets if f"`make {target}`" not in listed] == []
 
 
 def test_peft(run: Run, minilm: Path, folder: Path) -> None:

@@ -43,12 +43,16 @@ Plot = Annotated[
 ]
 
 
+Every = Annotated[bool, typer.Option("--all", help="A row for each matrix, not for each kind.")]
+
+
 @application.command()
 @with_options
 def approximate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .safetensors or a torch .bin file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The factor file to write (.safetensors).")],
     plot: Plot = None,
+    every: Every = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -76,8 +80,8 @@ def approximate(
         results = {0: approximate_model(model, **options)}
     for one, factors in results.items():
         factors.save(outputs[one])
-        _draw(factors, plots[one])
-    _show(list(results.values()), as_json)
+        _draw(factors, plots[one], model)
+    _show(list(results.values()), as_json, every)
     if not as_json:
         for path in outputs.values():
             _say(f"wrote {path}")
@@ -90,6 +94,7 @@ def inspect(
         Path | None, typer.Option(help="For an authors' folder: the model's folder, to compare with.")
     ] = None,
     plot: Plot = None,
+    every: Every = False,
     as_json: Json = False,
 ) -> None:
     """Show what is in a factor file, how good it is, and how far its rank captures the singular spectrum."""
@@ -97,9 +102,9 @@ def inspect(
 
     _require_plot(plot)
     factors = FactorSet.load(file, base)
-    _draw(factors, plot)
-    _show([factors], as_json)
-    spectrum = spectrum_table(factors)
+    _draw(factors, plot, base or file)
+    _show([factors], as_json, every)
+    spectrum = spectrum_table(factors, every=every)
     if spectrum is not None and not as_json:
         Console().print(spectrum)
 
@@ -160,6 +165,7 @@ def convert(
     rank: Annotated[
         int | None, typer.Option(help="Recompress to this rank. Default: exact, at twice the rank.")
     ] = None,
+    every: Every = False,
     as_json: Json = False,
 ) -> None:
     """Make a plain LoRA for the original model of a trained adapter."""
@@ -171,7 +177,7 @@ def convert(
     elif rank is not None:
         from ..display.tables import truncation_table
 
-        Console().print(truncation_table(errors, rank))
+        Console().print(truncation_table(errors, rank, every=every))
     _say(f"wrote {output}")
 
 
@@ -212,29 +218,29 @@ def _require_no_input(path: Path, inputs: Sequence[Path]) -> None:
 
 def _require_plot(path: Path | None) -> None:
     if path is not None:
-        from ..display.tables import require_plot_path
+        from ..display.plots import require_plot_path
 
         require_plot_path(path)
         require_writable(path)
 
 
-def _draw(factors: FactorSet, path: Path | None) -> None:
+def _draw(factors: FactorSet, path: Path | None, model: Path) -> None:
     if path is not None:
-        from ..display.tables import plot
+        from ..display.plots import plot
 
-        plot(factors, path)
+        plot(factors, factors.options, path, model.resolve().stem)
 
 
-def _show(results: list[FactorSet], as_json: bool) -> None:
+def _show(results: list[FactorSet], as_json: bool, every: bool) -> None:
     """Tables; or one JSON value, a list of them where there are several sets."""
-    from ..display.tables import json_report
+    from ..display.reports import json_report
 
     if as_json:
         reports = [json_report(factors, factors.options) for factors in results]
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
         for factors in results:
-            Console().print(factors.table())
+            Console().print(factors.table(every=every))
 
 
 @application.command()

@@ -16,9 +16,9 @@ def methods_table() -> Table:
         caption="W x + s(BA − B₀A₀) x at the start is W x for all; s = lora_alpha/r. d×k = out×in, B: d×r, A: r×k.",
     )
     result.add_column("method", no_wrap=True)
-    result.add_column("start of B and A")
-    result.add_column("solver, the default first")
-    result.add_column("source")
+    result.add_column("start of B and A", overflow="fold")
+    result.add_column("solver, the default first", overflow="fold")
+    result.add_column("source", overflow="fold")
     for name, method in METHODS.items():
         result.add_row(name, method.formula, ", ".join(filter(None, method.solvers)) or "none: random", method.source)
     return result

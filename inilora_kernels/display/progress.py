@@ -1,31 +1,76 @@
-"""What a run shows while it works: matrices done, steps a second, the excess last seen, time left."""
+"""What a run shows while it works: one bar for all of it on a terminal, lines at a calm pace elsewhere, and a log.
+
+Every line also goes to the logger `inilora_kernels` at level INFO, which is quiet unless a program listens:
+
+    logging.basicConfig(level=logging.INFO)
+"""
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+
+from .sentences import duration_in_words
+
+logger = logging.getLogger("inilora_kernels")
+
+# Seconds between two lines where there is no terminal: more in a long run, so that a night fits on a screen or two.
+FIRST_LINE = 5.0
+SLOWER = 1.3
+LAST_LINE = 300.0
+# Time left is not told from less than this share of the run.
+TOO_EARLY = 0.01
+
+
+@dataclass
+class Stage:
+    """A part of the run. weight: its predicted seconds; units: of work in all, of which `done` are."""
+
+    weight: float
+    units: int
+    done: int = 0
 
 
 class ProgressBar:
-    """A bar on standard error for each phase of a run; with shown=False, nothing at all.
+    """One bar over all stages of a run, on standard error; lines in its place where that is no terminal.
 
-    Use as a context manager; `phase` begins a phase, `advance` moves it on.
+    Use as a context manager. `expect` announces the stages, so that the bar and the time left cover the whole run;
+    `phase` begins one, `advance` moves it on, `note` leaves a line.
+
+    shown: with False only the logger hears of the run.
+    clock: seconds, for tests.
     """
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = Console(stderr=True)
+        self._drawn = shown and (self._console.is_terminal or self._console.is_jupyter)
+        self._written = shown and not self._drawn
+        self._clock = clock
+        self._started = self._last_line = clock()
+        self._pace = FIRST_LINE
+        self._stages: dict[str, Stage] = {}
+        self._name = ""
+        self._matrices = self._total_matrices = 0
+        self._excess: float | None = None
+        self._speed = ""
+        self._speed_since = (self._started, 0)
         self._progress = Progress(
-            TextColumn("{task.description:>11}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[matrices]}/{task.fields[total_matrices]}"),
-            TextColumn("{task.fields[speed]}"),
-            TextColumn("{task.fields[excess]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
-            disable=not shown,
+            TextColumn("{task.fields[text]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[rest]}"),
+            console=self._console,
+            disable=not self._drawn,
+            transient=False,
         )
-        self._task: TaskID | None = None
+        self._task = self._progress.add_task("", total=1.0, text="", rest="")
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -34,22 +79,83 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and self._stages:
+            took = duration_in_words(self._clock() - self._started)
+            self._progress.update(self._task, completed=1.0, text="finished", rest=f"in {took}")
+            self._line(f"finished in {took}")
         self._progress.stop()
 
+    def expect(self, name: str, units: int, seconds: float) -> None:
+        """Announce a stage of so many units of work, predicted to take so long; again to correct it."""
+        done = self._stages[name].done if name in self._stages else 0
+        self._stages[name] = Stage(weight=max(seconds, 1e-6), units=units, done=done)
+
     def phase(self, name: str, matrices: int, units: int) -> None:
-        """Begin a phase over so many matrices, of so many units of work in all."""
-        self._task = self._progress.add_task(
-            name, total=units, matrices=0, total_matrices=matrices, speed="", excess=""
-        )
+        """Begin a stage over so many matrices, of so many units of work in all."""
+        if name not in self._stages:
+            # Not announced: it counts as much as all that was.
+            self.expect(name, units, sum(stage.weight for stage in self._stages.values()) or 1.0)
+        self._name, self._matrices, self._total_matrices = name, 0, matrices
+        self._excess, self._speed = None, ""
+        self._speed_since = (self._clock(), 0)
+        self._show()
+        self._line(f"{name} {matrices} {'matrix' if matrices == 1 else 'matrices'}")
 
     def advance(self, units: int, *, matrices: int = 0, excess: float | None = None, unit: str = "") -> None:
         """Move on by units of work and by finished matrices; show the excess and, for a named unit, the speed."""
-        if self._task is None:
+        if not self._name:
             return
-        task = self._progress.tasks[self._task]
-        task.fields["matrices"] += matrices
-        if excess is not None:
-            task.fields["excess"] = f"excess {excess:.1e}"
-        self._progress.advance(self._task, units)
-        if unit and task.speed:
-            task.fields["speed"] = f"{task.speed:,.0f} {unit}/s"
+        stage = self._stages[self._name]
+        stage.done = min(stage.units, stage.done + units)
+        self._matrices += matrices
+        self._excess = self._excess if excess is None else excess
+        if unit:
+            since, before = self._speed_since
+            self._speed_since = (since, before + units)
+            if (passed := self._clock() - since) > 0:
+                self._speed = f"{(before + units) / passed:,.0f} {unit}/s"
+        self._show()
+        if self._clock() - self._last_line >= self._pace:
+            self._pace = min(LAST_LINE, SLOWER * self._pace)
+            self._line(f"{self._name}: {self._matrices} of {self._total_matrices} matrices, {self._state()}")
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if self._drawn:
+            self._progress.console.print(text, highlight=False, soft_wrap=True)
+        self._line(text)
+
+    @property
+    def fraction(self) -> float:
+        """The share of the run that is done, by predicted seconds."""
+        weight = sum(stage.weight for stage in self._stages.values())
+        done = sum(stage.weight * stage.done / stage.units for stage in self._stages.values() if stage.units)
+        return done / weight if weight else 0.0
+
+    @property
+    def left(self) -> str:
+        """The time left, from the time taken; nothing as long as too little is done to tell."""
+        fraction, passed = self.fraction, self._clock() - self._started
+        if fraction < TOO_EARLY or passed <= 0:
+            return ""
+        return f"about {duration_in_words(passed * (1 - fraction) / fraction)} left"
+
+    def _state(self) -> str:
+        excess = "" if self._excess is None else f"excess {self._excess:.1e}"
+        return ", ".join(part for part in (f"{self.fraction:.0%}", self.left, self._speed, excess) if part)
+
+    def _show(self) -> None:
+        if self._drawn:
+            excess = "" if self._excess is None else f"excess {self._excess:.1e}"
+            self._progress.update(
+                self._task,
+                completed=self.fraction,
+                text=f"{self._name} {self._matrices}/{self._total_matrices}",
+                rest="  ".join(part for part in (self.left, self._speed, excess) if part),
+            )
+
+    def _line(self, text: str) -> None:
+        self._last_line = self._clock()
+        logger.info(text)
+        if self._written and not logger.isEnabledFor(logging.INFO):
+            print(f"inilora: {text}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from inilora_kernels import FactorSet
 
 
 def inilora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from inilora_kernels.cli.main import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "inilora_kernels", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

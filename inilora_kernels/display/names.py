@@ -1,0 +1,84 @@
+"""Module names as a table or a figure shows them: what all share, which kind each is, and in which layer it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# A kind's name of more parts than this is shown by its first and its last.
+_MOST_PARTS = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module stands. kind: its name without the numbers, shortened; layer: the first number that varies."""
+
+    kind: str
+    layer: int
+
+
+def places_of(names: Sequence[str]) -> list[Place]:
+    """Each module's kind and layer.
+
+    >>> [(place.kind, place.layer) for place in places_of(["h.0.attn.q", "h.0.mlp.fc", "h.1.attn.q", "h.1.mlp.fc"])]
+    [('q', 0), ('fc', 0), ('q', 1), ('fc', 1)]
+    """
+    rows = [name.replace(":", ".").split(".") for name in names]
+    varying = _varying_numbers(rows)
+    patterns = [
+        tuple("*" if (tuple(row[:place]), place) in varying else part for place, part in enumerate(row)) for row in rows
+    ]
+    # Numbers within numbers: a layer's experts share the layer's pattern only once both numbers are starred.
+    patterns = [_starred(row, pattern) for row, pattern in zip(rows, patterns, strict=True)]
+    kinds = _shortest_endings(list(dict.fromkeys(patterns)))
+    return [
+        Place(kinds[pattern], next((int(part) for part, star in zip(row, pattern, strict=True) if star == "*"), 0))
+        for row, pattern in zip(rows, patterns, strict=True)
+    ]
+
+
+def labels_of(names: Sequence[str]) -> tuple[list[str], str]:
+    """What tells each name from the others, and the pattern they share.
+
+    >>> labels_of(["layer.0.self.query", "layer.1.self.query"])
+    (['0', '1'], 'layer.*.self.query')
+    """
+    rows = [name.split(".") for name in names]
+    if len(names) == 1 or len({len(row) for row in rows}) > 1:
+        return list(names), "*"
+    differs = [len(set(column)) > 1 for column in zip(*rows, strict=True)]
+    labels = [".".join(part for part, own in zip(row, differs, strict=True) if own) for row in rows]
+    pattern = ".".join("*" if own else part for part, own in zip(rows[0], differs, strict=True))
+    return labels, pattern
+
+
+def _varying_numbers(rows: Sequence[Sequence[str]]) -> set[tuple[tuple[str, ...], int]]:
+    """(parts before it, place) of each number that takes more than one value there."""
+    seen: dict[tuple[tuple[str, ...], int], set[str]] = {}
+    for row in rows:
+        for place, part in enumerate(row):
+            if part.isdecimal():
+                seen.setdefault((tuple(row[:place]), place), set()).add(part)
+    return {where for where, values in seen.items() if len(values) > 1}
+
+
+def _starred(row: Sequence[str], pattern: Sequence[str]) -> tuple[str, ...]:
+    """The pattern with every number behind its first star starred too."""
+    first = pattern.index("*") if "*" in pattern else len(pattern)
+    return tuple("*" if place > first and row[place].isdecimal() else part for place, part in enumerate(pattern))
+
+
+def _shortest_endings(patterns: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """For each pattern the fewest of its last parts that no other ends in, without stars at the front."""
+    endings = {}
+    for pattern in patterns:
+        count = 1
+        while count < len(pattern) and any(
+            other != pattern and other[-count:] == pattern[-count:] for other in patterns
+        ):
+            count += 1
+        parts = [part for part in pattern[-count:] if part != "*"]
+        endings[pattern] = f"{parts[0]}…{parts[-1]}" if len(parts) > _MOST_PARTS else ".".join(parts) or "matrix"
+    if len(set(endings.values())) < len(endings):
+        return {pattern: ".".join(pattern) for pattern in patterns}
+    return endings
