@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast, overload
 from torch import Tensor
 
 from .display.progress import ProgressBar
-from .errors import OptionError, WeightError
+from .errors import CheckpointError, OptionError, WeightError
 from .factor_set import FactorSet
 from .factors import Factors
 from .initializations import settled, solver_of
@@ -143,6 +143,7 @@ def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps
         def finished(task: Task, rank: int, factors: Factors) -> None:
             place = (task.target.module, rank)
             _require_converged(task.target.module, factors)
+            _require_unchanged(task)
             if place not in results:
                 results[place] = factors
                 if cached:
@@ -240,6 +241,14 @@ def _require_converged(module: str, factors: Factors) -> None:
         raise WeightError(
             f"{module}: the run diverged, its loss is {loss}; take a smaller lr, or divide the weights if they are "
             f"near the end of float32's range"
+        )
+
+
+def _require_unchanged(task: Task) -> None:
+    if not task.target.unchanged(task.sha256):
+        raise CheckpointError(
+            f"{task.target.module}: its weights changed while they were factorized, so the result belongs to neither; "
+            f"run again when nobody writes to the model"
         )
 
 

@@ -23,6 +23,10 @@ from .kernels.loading import load_backend
 
 LOSSES = ("mse", "frobenius")
 GAUGES = ("nearest", "svd")
+MOST_STEPS = 100_000_000
+# Beyond these the squares of a start's entries leave float32's range.
+LEAST_STD, MOST_STD = 1e-18, 1e18
+_FLOAT32_MOST = torch.finfo(torch.float32).max
 _ENERGY = "energy:"
 
 Rank = int | str | Sequence[int]
@@ -126,6 +130,8 @@ class Options:
         self._check_rank()
         self._check_rank_pattern()
         _require_integer("steps", self.steps, least=0)
+        if self.steps > MOST_STEPS:
+            raise OptionError(f"steps={self.steps}: give at most {MOST_STEPS:,}")
         _require_integer("step_size", self.step_size, least=1)
         _require_integer("seed", self.seed, least=0)
         _require_integer("concurrency", self.concurrency, least=1)
@@ -133,12 +139,15 @@ class Options:
         require_choice("gauge", self.gauge, GAUGES)
         _require_positive("lr", self.lr)
         _require_positive("gamma", self.gamma)
+        _require_finite_rate(self)
         if self.tol is not None:
             _require_positive("tol", self.tol)
         if isinstance(self.init_std, str):
             require_choice("init_std", self.init_std, ("kind", "global"), "or a number above 0")
         elif self.init_std is not None:
             _require_positive("init_std", self.init_std)
+            if not LEAST_STD <= self.init_std <= MOST_STD:
+                raise OptionError(f"init_std={self.init_std}: give a number from {LEAST_STD} to {MOST_STD}")
         if not isinstance(self.checkpoint_steps, Sequence) or isinstance(self.checkpoint_steps, str):
             raise OptionError(f"checkpoint_steps={self.checkpoint_steps!r}: give a list of steps")
         for step in self.checkpoint_steps:
@@ -286,3 +295,15 @@ def _require_integer(name: str, value: object, least: int) -> None:
 def _require_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise OptionError(f"{name}={value!r}: give a number above 0")
+
+
+def _require_finite_rate(options: Options) -> None:
+    try:
+        last = options.schedule.learning_rate(options.steps)
+    except OverflowError:
+        last = math.inf
+    if not last < _FLOAT32_MOST or not options.lr < _FLOAT32_MOST:
+        raise OptionError(
+            f"lr={options.lr}, gamma={options.gamma}, step_size={options.step_size}: the rate leaves float32's range; "
+            f"give a smaller lr or a gamma below 1"
+        )

@@ -14,6 +14,8 @@ from ..errors import WeightError
 from ..kernels.streaming import strips
 from .targets import Target
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list[float]]:
     """The sha256 and the standard deviation of every matrix, each read once before any long work.
@@ -31,17 +33,28 @@ def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list
 
 def _deviation(W: Tensor, module: str) -> float:
     """W's unbiased standard deviation, a strip at a time."""
-    sums, squares = [], []
+    sums, squares, max_entry = [], [], 0.0
     for rows in strips(W):
         strip = W[rows]
         low, high = (float(bound) for bound in torch.aminmax(strip))
         largest = max(abs(low), abs(high))
         if not largest < float("inf"):
             _refuse(W, module)
+        if largest > _FLOAT32.max:
+            raise WeightError(
+                f"{module}: an entry of {largest:.3g} is beyond float32, in which factors are stored; divide the "
+                f"weights by a number first"
+            )
+        max_entry = max(max_entry, largest)
         # float32 row sums are good to 1e-7; squares of very large or small entries leave its range.
         strip = strip.to(torch.float32 if strip.dtype != torch.float64 and 1e-12 < largest < 1e15 else torch.float64)
         sums.append(float(strip.sum(dim=1).double().sum()))
         squares.append(float(torch.linalg.vector_norm(strip, dim=1).double().square().sum()))
+    if 0 < max_entry < _FLOAT32.tiny:
+        raise WeightError(
+            f"{module}: its largest entry, {max_entry:.3g}, is too small for float32, in which factors are stored; "
+            f"multiply the weights by a number first"
+        )
     count, total, square = W.numel(), fsum(sums), fsum(squares)
     variance = max(0.0, square - total**2 / count) / max(1, count - 1)
     # A constant matrix has no deviation, and a start of zeros would stay there: its root mean square stands in. What

@@ -18,6 +18,7 @@ from ..errors import CheckpointError, TargetError, WeightError
 from .architecture import HEADS, Architecture, Layer, describe
 from .checkpoint import Checkpoint
 from .formats.weight import StoredWeight
+from .unchanged import watch
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -61,6 +62,7 @@ class Target:
     dtype: the checkpoint's.
     read: W, contiguous, in its own dtype and memory. Raises CheckpointError if the file changed since it was opened.
     sha256: of the stored tensor's bytes, the whole one for a part of it.
+    unchanged: whether it still has the sha256 that was found before; see `watch`.
     transposed: the tensor is stored as (in_features, out_features), as GPT-2's Conv1D does.
     rows: the rows [start, stop) of the whole W that this part covers; None for all of it.
     """
@@ -73,6 +75,7 @@ class Target:
     sha256: Callable[[], str] = field(compare=False)
     transposed: bool = False
     rows: tuple[int, int] | None = None
+    unchanged: Callable[[str], bool] = field(default=lambda sha256: True, compare=False)
 
 
 def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str | None = None) -> list[Target]:
@@ -329,6 +332,7 @@ def _target(
         sha256=partial(sha256, tensor),
         transposed=transposed,
         rows=rows,
+        unchanged=watch((part.file for part in entry.stored.values()), partial(checkpoint.sha256, tensor)),
     )
 
 

@@ -145,8 +145,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         os.close(descriptor)
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        save_file(unshared(tensors), path, metadata={"format": "pt"})
         os.chmod(path, mode)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous and each in memory of its own, as safetensors demands; copies where two share it."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return separate
 
 
 def _require_replaceable(path: Path) -> None:

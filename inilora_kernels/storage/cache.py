@@ -85,11 +85,9 @@ def read_entry(path: Path, key: str) -> Factors:
     content = path.read_bytes()
     place = _CHECKSUM.search(content)
     if place is None or place.group(1) != _checksum(content, place.span(1)):
-        raise FactorFileError(
-            f"{path}: damaged, its checksum is another; `inilora cache verify` finds all such entries"
-        )
-    modules, options = factor_file.read(path)
-    if options.get("key") != key:
+        raise FactorFileError(f"{path}: damaged, its checksum is not that of its content")
+    modules, options = factor_file.decode(content, str(path))
+    if options.get("key") != key or _ENTRY not in modules:
         raise FactorFileError(f"{path}: the entry of another matrix, {str(options.get('key'))[:12]}…")
     return modules[_ENTRY]
 

@@ -14,12 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import FactorFileError
 from ..factors import Certificate, Factors
+from .atomic import unshared
+from .schema import FactorFileHeader, FormatVersion, ModuleRecord, parse
 
 FORMAT_VERSION = 1
 METADATA_KEY = "inilora_kernels"
@@ -30,14 +33,14 @@ def encode(modules: Mapping[str, Factors], options: Mapping[str, Any]) -> bytes:
     tensors: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
     for name, factors in modules.items():
-        tensors[f"{name}.lora_A.weight"] = factors.A.contiguous()
-        tensors[f"{name}.lora_B.weight"] = factors.B.contiguous()
+        tensors[f"{name}.lora_A.weight"] = factors.A
+        tensors[f"{name}.lora_B.weight"] = factors.B
         for step, (A, B) in factors.checkpoints.items():
-            tensors[f"{name}.lora_A.step_{step}.weight"] = A.contiguous()
-            tensors[f"{name}.lora_B.step_{step}.weight"] = B.contiguous()
+            tensors[f"{name}.lora_A.step_{step}.weight"] = A
+            tensors[f"{name}.lora_B.step_{step}.weight"] = B
         records[name] = _record(factors)
     header = {"format_version": FORMAT_VERSION, "options": dict(options), "modules": records}
-    return bytes(save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+    return bytes(save(unshared(tensors), metadata={METADATA_KEY: json.dumps(header)}))
 
 
 def digest(modules: Mapping[str, Factors]) -> str:
@@ -74,38 +77,68 @@ def read(path: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
     if not path.is_file():
         raise FactorFileError(f"{path}: no such factor file; `inilora approximate MODEL -o FILE` writes one")
     try:
-        with safe_open(path, framework="pt") as reader:
-            header = json.loads((reader.metadata() or {}).get(METADATA_KEY, "null"))
-            if header is None:
-                raise FactorFileError(f"{path}: a safetensors file without factors in it; no {METADATA_KEY} entry")
-            if header["format_version"] != FORMAT_VERSION:
-                raise FactorFileError(
-                    f"{path}: factor file format {header['format_version']}, this version reads "
-                    f"{FORMAT_VERSION}; use the inilora_kernels that wrote it, or a newer one"
-                )
-            modules = {name: _read(reader, name, record) for name, record in header["modules"].items()}
-            if not modules:
-                raise FactorFileError(f"{path}: a factor file without any factors; make it again")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FactorFileError(f"{path}: damaged factor file ({error}); make it again") from error
-    return modules, dict(header["options"])
+        return decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise FactorFileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read(reader: Any, name: str, record: Mapping[str, Any]) -> Factors:
+def decode(content: bytes, where: str) -> tuple[dict[str, Factors], dict[str, Any]]:
+    """The same from the file's bytes. Every record and every tensor is checked. where: names the file in messages."""
+    try:
+        # Before anything is looked up by what the metadata says, safetensors checks the file as such.
+        tensors = load(content)
+        entry = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"][METADATA_KEY]
+    except KeyError as error:
+        raise FactorFileError(f"{where}: a safetensors file without factors in it; no {METADATA_KEY} entry") from error
+    except (SafetensorError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        raise FactorFileError(f"{where}: damaged factor file ({error}); compute the factors again") from error
+    version = parse(FormatVersion, entry, where).format_version
+    if version != FORMAT_VERSION:
+        raise FactorFileError(
+            f"{where}: factor file format {version}, this version reads {FORMAT_VERSION}; use the inilora_kernels "
+            f"that wrote it, or a newer one"
+        )
+    header = parse(FactorFileHeader, entry, where)
+    return {name: _factors(tensors, name, record, where) for name, record in header.modules.items()}, header.options
+
+
+def _factors(tensors: Mapping[str, Tensor], name: str, record: ModuleRecord, where: str) -> Factors:
+    A, B = _pair(tensors, name, "", record, where)
     return Factors(
-        A=reader.get_tensor(f"{name}.lora_A.weight"),
-        B=reader.get_tensor(f"{name}.lora_B.weight"),
-        certificate=Certificate(record["loss"], record["optimum"], record["energy"], record["steps"]),
-        source_sha256=record["source_sha256"],
-        rows=tuple(record["rows"]) if record["rows"] else None,
-        transposed=record["transposed"],
-        history=tuple((step, loss) for step, loss in record["history"]),
-        checkpoints={
-            step: (
-                reader.get_tensor(f"{name}.lora_A.step_{step}.weight"),
-                reader.get_tensor(f"{name}.lora_B.step_{step}.weight"),
-            )
-            for step in record["checkpoint_steps"]
-        },
-        singular_values=tuple(record.get("singular_values", ())),
+        A=A,
+        B=B,
+        certificate=Certificate(record.loss, record.optimum, record.energy, record.steps),
+        source_sha256=record.source_sha256,
+        rows=record.rows,
+        transposed=record.transposed,
+        history=tuple(record.history),
+        checkpoints={step: _pair(tensors, name, f"step_{step}.", record, where) for step in record.checkpoint_steps},
+        singular_values=tuple(record.singular_values),
     )
+
+
+def _pair(
+    tensors: Mapping[str, Tensor], name: str, step: str, record: ModuleRecord, where: str
+) -> tuple[Tensor, Tensor]:
+    """A (r×k) and B (d×r) of a module, float32 and finite, that fit each other. Raises FactorFileError."""
+    keys = [f"{name}.lora_{letter}.{step}weight" for letter in "AB"]
+    missing = [key for key in keys if key not in tensors]
+    if missing:
+        raise FactorFileError(f"{where}: damaged factor file, no {missing[0]} in it; compute the factors again")
+    A, B = (tensors[key] for key in keys)
+    for key, factor in zip(keys, (A, B), strict=True):
+        if factor.dtype != torch.float32 or factor.ndim != 2 or 0 in factor.shape:
+            raise FactorFileError(
+                f"{where}: {key} is {str(factor.dtype).removeprefix('torch.')} of shape {tuple(factor.shape)}, not a "
+                f"float32 matrix; compute the factors again"
+            )
+        if not factor.isfinite().all():
+            raise FactorFileError(f"{where}: {key} has NaN or Inf in it; compute the factors again")
+    rows = record.rows[1] - record.rows[0] if record.rows else B.shape[0]
+    if A.shape[0] != B.shape[1] or B.shape[0] != rows:
+        raise FactorFileError(
+            f"{where}: {name} has A {tuple(A.shape)} and B {tuple(B.shape)}"
+            f"{f' for rows {record.rows[0]} to {record.rows[1]}' if record.rows else ''}, which do not fit each other; "
+            f"compute the factors again"
+        )
+    return A, B

@@ -64,10 +64,18 @@ class ModuleRecord(BaseModel):
         ):
             raise ValueError("loss, optimum and energy have to be finite and not negative")
         if self.rows is not None and self.rows[0] >= self.rows[1]:
-            raise ValueError(f"rows {self.rows} are none")
+            raise ValueError(f"rows {self.rows[0]} to {self.rows[1]} are none")
         if not set(self.checkpoint_steps) <= {step for step, _ in self.history}:
             raise ValueError("a step of checkpoint_steps has no loss in history")
         return self
+
+
+class FormatVersion(BaseModel):
+    """Of a factor file's metadata what every version has."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    format_version: int
 
 
 class FactorFileHeader(BaseModel):
@@ -75,7 +83,6 @@ class FactorFileHeader(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    format_version: Literal[1]
     options: dict[str, Any]
     modules: Annotated[dict[str, ModuleRecord], Field(min_length=1)]
 
