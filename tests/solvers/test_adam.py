@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from inilora_kernels import approximate
+from inilora_kernels import FactorSet, approximate
 from inilora_kernels.factors import Factors
 
 
@@ -51,6 +53,17 @@ def test_checkpoints_are_the_factors_of_a_run_that_ends_there() -> None:
     assert torch.equal(B, short.B)
     assert dict(long.history)[150] == short.certificate.loss
     assert set(long.checkpoints) == {0, 150}
+
+
+@pytest.mark.parametrize("options", [{"steps": 100}, {"steps": 400, "tol": 1e9}])
+def test_factors_kept_at_the_last_step_are_written_too(tmp_path: Path, options: dict[str, float]) -> None:
+    """A run that ends on a step to keep, by `steps` or by `tol`, ended in a RuntimeError and wrote nothing."""
+    factors = one(matrix(), rank=3, checkpoint_steps=(1, 100), cache=True, **options)
+    FactorSet({"0.q": factors}, {}).save(tmp_path / "factors.safetensors")
+    loaded = FactorSet.load(tmp_path / "factors.safetensors")["0.q"]
+    last = loaded.certificate.steps
+    assert last in loaded.checkpoints
+    assert torch.equal(loaded.checkpoints[last][0], loaded.A)
 
 
 def test_zero_steps_give_the_gaussian_start() -> None:
