@@ -1,4 +1,4 @@
-"""Factorize the real model that the demo extra brings, by the public command line, and draw the result."""
+"""Say what factorizing the real model of the demo extra will take, do it, and draw the result: by the command line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ def main() -> None:
     model = Path(spec.origin).parent / "model"
     output = Path("demo-output")
     output.mkdir(exist_ok=True)
-    command = ["approximate", str(model), "-o", str(output / "factors.safetensors"), "--plot", str(output / "plot.png")]
-    print("inilora", *command, flush=True)
-    status = subprocess.run([Path(sys.executable).parent / "inilora", *command], check=False).returncode
-    if status == 0:
-        print(f"the plot is in {output / 'plot.png'}")
-    sys.exit(status)
+    for command in (
+        ["plan", str(model)],
+        ["approximate", str(model), "-o", str(output / "factors.safetensors"), "--plot", str(output / "plot.png")],
+    ):
+        print("inilora", *command, flush=True)
+        status = subprocess.run([sys.executable, "-m", "inilora_kernels", *command], check=False).returncode
+        if status:
+            sys.exit(status)
+    print(f"the plot is in {output / 'plot.png'}")
 
 
 if __name__ == "__main__":

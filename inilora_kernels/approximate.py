@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
 
 from torch import Tensor
 
+from .announcements import announce_reading, announce_solving, stopped
 from .display.progress import ProgressBar
-from .errors import CheckpointError, OptionError, WeightError
+from .errors import OptionError, WeightError
 from .factor_set import FactorSet
 from .factors import Factors
 from .initializations import settled, solver_of
@@ -20,6 +20,14 @@ from .model.in_memory import target_in_memory
 from .model.survey import start_stds, survey
 from .model.targets import Target, find_targets
 from .options import ModelOptions, Options, P, takes
+from .refusals import (
+    require_converged,
+    require_factors,
+    require_fitting,
+    require_one_rank,
+    require_patterns_used,
+    require_unchanged,
+)
 from .solvers.optimum import rank_for_energy
 from .solvers.run import Task
 from .storage import cache, factor_file
@@ -49,7 +57,7 @@ def approximate_model(path: str | Path, options: ModelOptions) -> FactorSet:
     >>> round(factors["layer.0.query"].certificate.loss, 3)
     5.0
     """
-    _require_one_rank(options)
+    require_one_rank(options)
     return _factorize(_targets(path, options), options, options.start, keeps=True)[0]
 
 
@@ -91,7 +99,7 @@ def _approximate(W: Any, options: Options) -> Any:
     >>> bool((factors.product() - W).norm() < 1e-3)
     True
     """
-    _require_one_rank(options)
+    require_one_rank(options)
     matrices = [W] if isinstance(W, Tensor) else W
     targets = [target_in_memory(_name(place), matrix) for place, matrix in enumerate(matrices)]
     if not targets:
@@ -120,10 +128,10 @@ def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps
     start: factors by module. keeps: whether to use the cache and show progress where the options leave it open.
     """
     options = settled(options)
-    if not (start is None or (isinstance(start, Mapping) and all(isinstance(one, Factors) for one in start.values()))):
-        raise OptionError("start: give Factors for each matrix: a FactorSet, or for matrices in memory a list")
+    require_factors(start)
+    require_patterns_used(targets, options)
     for target in targets:
-        _require_fitting(target, options, start)
+        require_fitting(target, options, start)
     record = {**options.record(), "package_version": __version__}
     if "start" in record:
         record["start"] = None if start is None else factor_file.digest(start)
@@ -131,6 +139,7 @@ def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps
     results: dict[tuple[str, int], Factors] = {}
     keys: dict[tuple[str, int], str] = {}
     with ProgressBar(keeps if options.progress is None else options.progress) as bar:
+        announce_reading(targets, bar)
         tasks = _tasks(targets, options, start, bar)
         for task in tasks:
             for rank in task.ranks:
@@ -142,8 +151,8 @@ def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps
 
         def finished(task: Task, rank: int, factors: Factors) -> None:
             place = (task.target.module, rank)
-            _require_converged(task.target.module, factors)
-            _require_unchanged(task)
+            require_converged(task.target.module, factors)
+            require_unchanged(task)
             if place not in results:
                 results[place] = factors
                 if cached:
@@ -151,8 +160,12 @@ def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps
 
         solve = solver_of(options)
         missing = [task for task in tasks if any((task.target.module, rank) not in results for rank in task.ranks)]
-        for first in range(0, len(missing), options.concurrency):
-            solve(missing[first : first + options.concurrency], options, finished, bar)
+        announce_solving(missing, options, len(tasks), bar)
+        try:
+            for first in range(0, len(missing), options.concurrency):
+                solve(missing[first : first + options.concurrency], options, finished, bar)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(stopped(len(results), len(keys), cached)) from None
     if not isinstance(options.rank, tuple):
         ranked = {task.target.module: task.ranks[0] for task in tasks}
         return {0: FactorSet({module: results[module, rank] for module, rank in ranked.items()}, record)}
@@ -204,52 +217,6 @@ def _cache_key(task: Task, rank: int, options: Options, record: Mapping[str, Any
         "package_version": None,
     }
     return cache.cache_key(ingredients)
-
-
-def _require_one_rank(options: Options) -> None:
-    if isinstance(options.rank, tuple):
-        raise OptionError(f"rank={list(options.rank)!r}: give one rank; approximate_ranks takes a list, for a model")
-
-
-def _require_fitting(target: Target, options: Options, start: Mapping[str, Factors] | None) -> None:
-    d, k = target.shape
-    if min(d, k) == 0:
-        raise WeightError(f"{target.module}: a {d}×{k} matrix has no entries; leave the module out of target_modules")
-    ranks = options.ranks_of(target.module) or ()
-    for rank in ranks:
-        if rank > min(d, k):
-            raise WeightError(
-                f"{target.module}: rank {rank} is more than this {d}×{k} matrix has; take rank ≤ {min(d, k)} or "
-                f"leave the module out of target_modules"
-            )
-    if start is None:
-        return
-    if target.module not in start:
-        raise OptionError(f"start has no factors for {target.module}; compute them with the same target_modules")
-    given = start[target.module]
-    shape = (int(given.B.shape[0]), int(given.A.shape[1]))
-    if shape != target.shape or tuple(ranks) != (given.rank,):
-        raise OptionError(
-            f"start's factors for {target.module} are of shape {shape[0]}×{shape[1]} and rank {given.rank}; "
-            f"give the same shape, and the same rank as here"
-        )
-
-
-def _require_converged(module: str, factors: Factors) -> None:
-    loss = factors.certificate.loss
-    if not math.isfinite(loss):
-        raise WeightError(
-            f"{module}: the run diverged, its loss is {loss}; take a smaller lr, or divide the weights if they are "
-            f"near the end of float32's range"
-        )
-
-
-def _require_unchanged(task: Task) -> None:
-    if not task.target.unchanged(task.sha256):
-        raise CheckpointError(
-            f"{task.target.module}: its weights changed while they were factorized, so the result belongs to neither; "
-            f"run again when nobody writes to the model"
-        )
 
 
 def _name(place: int) -> str:

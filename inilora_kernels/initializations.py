@@ -11,6 +11,7 @@ the base, is the same in exact arithmetic). The paper trains with s = 1.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -376,7 +377,15 @@ def settled(options: _Options) -> _Options:
     reads_start = method.solvers[solver].reads_gauge and options.gauge == "nearest"
     if options.start is not None and not reads_start:
         raise OptionError('start is what gauge="nearest" is near to: for method="inilora" by krylov or exact only')
-    return replace(options, solver=solver, init_std=method.std if options.init_std is None else options.init_std)
+    chosen = replace(options, solver=solver, init_std=method.std if options.init_std is None else options.init_std)
+    unread = chosen.unread()
+    if unread:
+        reader = f"solver={solver!r}" if solver else f"method={options.method!r}"
+        warnings.warn(
+            f"{reader} does not read {', '.join(unread)}; leave {'it' if len(unread) == 1 else 'them'} out",
+            stacklevel=4,
+        )
+    return chosen
 
 
 def solver_of(options: Options) -> Solve:

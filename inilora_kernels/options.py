@@ -20,6 +20,7 @@ from .errors import OptionError
 from .factors import Factors
 from .kernels.backend import Schedule
 from .kernels.loading import load_backend
+from .suggestions import did_you_mean
 
 LOSSES = ("mse", "frobenius")
 GAUGES = ("nearest", "svd")
@@ -201,12 +202,25 @@ class Options:
 
         As in PEFT, a key of rank_pattern is the end of a module's name or a regular expression for it.
         """
-        for pattern, rank in (self.rank_pattern or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return (rank,)
+        pattern = self.pattern_of(module)
+        if pattern is not None and self.rank_pattern is not None:
+            return (self.rank_pattern[pattern],)
         if isinstance(self.rank, str):
             return None
         return (self.rank,) if isinstance(self.rank, int) else tuple(self.rank)
+
+    def pattern_of(self, module: str) -> str | None:
+        """The first pattern of rank_pattern that fits a module's name."""
+        fits = (pattern for pattern in self.rank_pattern or {} if re.match(rf"(.*\.)?({pattern})$", module))
+        return next(fits, None)
+
+    def unread(self) -> list[str]:
+        """The options that were set to something else than their default, though the solver does not read them."""
+        return [
+            one.name
+            for one in fields(self)
+            if self.solver in one.metadata.get("ignored_by", ()) and getattr(self, one.name) != one.default
+        ]
 
     @property
     def schedule(self) -> Schedule:
@@ -284,7 +298,8 @@ def require_count(name: str, value: object) -> None:
 def require_choice(name: str, value: object, choices: Collection[str], more: str = "") -> None:
     """Raise OptionError unless value is one of the choices."""
     if value not in choices:
-        raise OptionError(f"{name}={value!r}: choose one of {', '.join(choices)} {more}".rstrip())
+        chosen = f"choose one of {', '.join(filter(None, choices))} {more}".rstrip()
+        raise OptionError(f"{name}={value!r}: {chosen}{did_you_mean(value, choices)}")
 
 
 def _require_integer(name: str, value: object, least: int) -> None:

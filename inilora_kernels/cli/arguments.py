@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
@@ -76,11 +77,12 @@ def _rank_pattern(given: list[str] | None) -> dict[str, int]:
 
 
 def target_modules_from(given: list[str] | None) -> list[str] | str | None:
-    """One plain name is a suffix; one that is no plain name is a regular expression, as PEFT takes a string."""
+    """A plain name is a suffix, as are names with commas between; else it is a regular expression, as PEFT's string."""
     if given and len(given) == 1:
-        (only,) = given
-        if only == "all-linear" or not only.replace(".", "").replace("_", "").isalnum():
-            return only
+        names = given[0].split(",")
+        if given[0] == "all-linear" or not all(re.fullmatch(r"[\w.]+", name) for name in names):
+            return given[0]
+        return names
     return given or None
 
 

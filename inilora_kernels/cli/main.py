@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from ..adapters.layer import Form
 from ..errors import InitializationError, OptionError
 from ..factor_set import FactorSet
 from ..storage.atomic import require_writable
-from .arguments import options_from, target_modules_from, with_options
+from .arguments import options_from, with_options
 from .cache import cache_application
+from .plan import plan
 
 application = typer.Typer(
     name="inilora",
@@ -30,6 +32,7 @@ application = typer.Typer(
 )
 
 application.add_typer(cache_application)
+application.command()(plan)
 
 Format = Literal["peft", "inilora-pt"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]
@@ -74,10 +77,14 @@ def approximate(
         if picture is not None:
             _require_no_input(picture, [*inputs, path])
         _require_plot(picture)
-    if isinstance(ranks, list):
-        results = approximate_ranks(model, **options)
-    else:
-        results = {0: approximate_model(model, **options)}
+    try:
+        if isinstance(ranks, list):
+            results = approximate_ranks(model, **options)
+        else:
+            results = {0: approximate_model(model, **options)}
+    except KeyboardInterrupt as interrupted:
+        print(f"inilora: {interrupted or 'stopped'}", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
     for one, factors in results.items():
         factors.save(outputs[one])
         _draw(factors, plots[one], model)
@@ -241,42 +248,6 @@ def _show(results: list[FactorSet], as_json: bool, every: bool) -> None:
     else:
         for factors in results:
             Console().print(factors.table(every=every))
-
-
-@application.command()
-def plan(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .safetensors or a torch .bin file.")],
-    gpu: Annotated[str, typer.Option(help="rtx4090, a100, h100, h200, b200 or mi300x.")] = "rtx4090",
-    rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
-    steps: Annotated[int, typer.Option(help="Adam steps a matrix.")] = 20_000,
-    target_modules: Annotated[
-        list[str] | None,
-        typer.Option("--target-modules", "-t", help="As for `approximate`. Default: query and value projections."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Predict what the adam solver would cost on a GPU: launches, bytes a step, time, and what bounds it."""
-    from ..kernels.gpu.cost_model import Matrix, json_plan, plan_table
-    from ..kernels.gpu.cost_model import plan as predict
-    from ..kernels.gpu.gpus import gpu_named
-    from ..model.checkpoint import open_checkpoint
-    from ..model.targets import find_targets
-    from ..options import require_count
-
-    require_count("rank", rank)
-    require_count("steps", steps)
-    chosen = gpu_named(gpu)
-    targets = find_targets(open_checkpoint(model), target_modules_from(target_modules))
-    smallest = min(targets, key=lambda target: min(target.shape))
-    if rank > min(smallest.shape):
-        raise OptionError(f"rank={rank}: {smallest.module} has {min(smallest.shape)} at most")
-    # The backend reads float64 weights as float32.
-    matrices = [Matrix(target.shape, min(4, target.dtype.itemsize), rank) for target in targets]
-    result = predict(matrices, chosen, steps)
-    if as_json:
-        print(json.dumps(json_plan(result), indent=2))
-    else:
-        Console().print(plan_table(result))
 
 
 def _show_warning(

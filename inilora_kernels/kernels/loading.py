@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..errors import BackendError, OptionError
+from ..suggestions import did_you_mean
 from .backend import Backend
+from .gpu.gpus import Gpu
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -16,11 +18,14 @@ def load_backend(name: str, device: str | torch.device | None = None) -> Backend
     Raises BackendError or OptionError.
     """
     if name not in ("auto", *BACKENDS):
-        raise OptionError(f"backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
+        known = ("auto", *BACKENDS)
+        raise OptionError(f"backend={name!r}: choose one of {', '.join(known)}{did_you_mean(name, known)}")
     try:
         chosen = torch.device(device) if device is not None else None
     except RuntimeError as error:
         raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here; leave device out")
     if name == "auto":
         on_gpu = chosen.type == "cuda" if chosen is not None else torch.cuda.is_available()
         name = "triton" if on_gpu else "cpu"
@@ -37,3 +42,12 @@ def load_backend(name: str, device: str | torch.device | None = None) -> Backend
     from .reference import ReferenceBackend
 
     return ReferenceBackend(device=chosen or torch.device("cpu"))
+
+
+def card_of(name: str, device: str | torch.device | None) -> Gpu | None:
+    """The cost model's view of the GPU that a backend, by its own name, runs on; None for a processor."""
+    if name != "triton":
+        return None
+    from .gpu.backend import TritonBackend
+
+    return TritonBackend(device=torch.device(device or "cuda")).gpu()

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, WeightError
+from ..suggestions import did_you_mean, did_you_mean_names
 from .architecture import HEADS, Architecture, Layer, describe
 from .checkpoint import Checkpoint
+from .files.tensor import some
 from .formats.weight import StoredWeight
 from .unchanged import watch
 
@@ -120,12 +122,12 @@ def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str |
         selects = _selector(target_modules)
         targets = [target(module) for module in modules if selects(module)]
         left_out = [module for module in left_out if selects(module)]
-        _require_each_loaded(checkpoint, target_modules, modules, left_out)
+        _require_each_selects(checkpoint, target_modules, modules, left_out)
     if not targets:
         raise _nothing_found(checkpoint, modules, target_modules)
     for reason in dict.fromkeys(module.left_out for module in left_out):
         names = [module.name for module in left_out if module.left_out == reason]
-        warnings.warn(f"{checkpoint.path}: left out {_some(names)}: {reason}", stacklevel=2)
+        warnings.warn(f"{checkpoint.path}: left out {some(names)}: {reason}", stacklevel=2)
     return targets
 
 
@@ -188,20 +190,28 @@ def _modules(checkpoint: Checkpoint) -> list[_Module]:
     return modules
 
 
-def _require_each_loaded(
+def _require_each_selects(
     checkpoint: Checkpoint, target_modules: Collection[str] | str, loaded: list[_Module], left_out: list[_Module]
 ) -> None:
-    """Raise TargetError where a name in `target_modules` selects nothing but modules that cannot be targets."""
+    """Raise TargetError, or warn, where a name in `target_modules` selects nothing, or nothing fit to be a target."""
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     for name in names:
         selects = _selector(name if isinstance(target_modules, str) else [name])
+        if any(selects(module) for module in loaded):
+            continue
         refused = next((module for module in left_out if selects(module)), None)
-        if refused is not None and not any(selects(module) for module in loaded):
+        if refused is not None:
             others = [other for other in names if other != name]
             raise TargetError(
                 f"{checkpoint.path}: {name} selects {refused.name} alone or its like, and {refused.left_out}; "
                 f"leave {name} out of target_modules{f': {others}' if others else ''}"
             )
+        if len(names) > 1:
+            endings = {_last(module.name) for module in loaded if module.is_inner_linear}
+            problem = f"{checkpoint.path}: {name!r} in target_modules selects nothing{did_you_mean(name, endings)}"
+            if did_you_mean(name, endings):
+                raise TargetError(f"{problem}; names here end in {', '.join(sorted(endings))}")
+            warnings.warn(problem, stacklevel=3)  # PEFT takes a list that is meant for several models
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
@@ -378,12 +388,8 @@ def _nothing_found(
         )
     asked = "no query and value projections found" if target_modules is None else "nothing selected"
     shown = "" if target_modules is None else f" by target_modules={target_modules!r}"
-    return TargetError(f"{checkpoint.path}: {asked}{shown}; {there}. In target_modules {how}")
-
-
-def _some(names: Collection[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + rest
+    near = did_you_mean_names(target_modules, {_last(name) for name in linear})
+    return TargetError(f"{checkpoint.path}: {asked}{shown}{near}; {there}. In target_modules {how}")
 
 
 def _last(name: str) -> str:

@@ -145,8 +145,7 @@ def by_adam(draw: RandomStart) -> Solve:
             bar.advance(1, matrices=1)
         for rank in dict.fromkeys(rank for task in tasks for rank in task.ranks):
             mine = [i for i, task in enumerate(tasks) if rank in task.ranks]
-            name = "solving" if rank == options.rank else f"rank {rank}"
-            bar.phase(name, len(mine), len(mine) * options.steps)
+            bar.phase("solving", len(mine), len(mine) * options.steps)
             problems = []
             for i in mine:
                 A, B = tasks[i].random_start(draw, rank, options.seed)

@@ -111,6 +111,8 @@ def test_target_modules_may_be_a_regular_expression_or_all_linear(model: Path, t
         (["approximate", "{model}", "-o", "{tmp}/out", "--steps", "300", "--lr", "1e30", "--no-progress"], "diverged"),
         (["plan", "{model}", "--steps", "-5"], "steps=-5"),
         (["plan", "{model}", "--rank", "9999"], "rank=9999"),
+        (["plan", "{model}", "--kernels"], "give --gpu"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "-t", "q_porj", "-t", "v_proj"], 'did you mean "q_proj"'),
         (["inspect", "{model}"], "without factors in it"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...errors import OptionError
+from ...suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def gpu_named(name: str) -> Gpu:
     """
     key = name.lower().replace(" ", "").replace("-", "").replace("_", "")
     if key not in GPUS:
-        raise OptionError(f"gpu={name!r}: the cost model knows {', '.join(GPUS)}")
+        raise OptionError(f"gpu={name!r}: the cost model knows {', '.join(GPUS)}{did_you_mean(key, GPUS)}")
     return GPUS[key]
 
 

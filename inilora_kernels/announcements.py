@@ -1,0 +1,63 @@
+"""What a run says before, and when it is cut off: what it will take, what the cache already has, what is kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from . import estimate
+from .display.progress import ProgressBar
+from .estimate import Work
+from .kernels.cpu.cost_model import speed_of_torch_mm
+from .kernels.loading import card_of
+from .model.targets import Target
+from .options import Options
+from .places import cache_folder
+from .solvers.run import Task
+
+# FLOPs a second that any machine has at least, and a usual one about: torch.mm is timed only if at the first the run
+# might be worth a word.
+_SLOW, _USUAL = 1e10, 1e11
+
+
+def announce_reading(targets: Sequence[Target], bar: ProgressBar) -> None:
+    """Tell the bar of the one reading of all matrices, and of as long a time again until more is known."""
+    seconds = sum(estimate.reading_seconds(_work(target, 8)) for target in targets)
+    bar.expect("reading", len(targets), seconds)
+    bar.expect("solving", len(targets), seconds)
+
+
+def announce_solving(missing: Sequence[Task], options: Options, tasks: int, bar: ProgressBar) -> None:
+    """Say how many matrices the cache has, and what the rest will take if that is more than half a minute.
+
+    A UserWarning, once a run; the bar learns how long each stage will last.
+    """
+    if len(missing) < tasks:
+        bar.note(f"{tasks - len(missing)} of {tasks} matrices found in the cache")
+    works = [_work(task.target, rank) for task in missing for rank in task.ranks]
+    steps = options.steps if options.solver == "adam" else 0
+    solver = options.solver or ""
+    worth_timing = estimate.seconds(works, solver, steps, speed=_SLOW) > estimate.WORTH_SAYING
+    speed = speed_of_torch_mm() if worth_timing else _USUAL
+    card = card_of(options.backend, options.device)
+    if options.backend != "reference":
+        notice = estimate.notice(works, solver, steps, speed=speed, card=card)
+        if notice:
+            warnings.warn(notice, stacklevel=4)
+    certifying = sum(estimate.direct_seconds(work, solver, speed) for work in works)
+    if solver == "adam":
+        bar.expect("certifying", len(missing), certifying)
+        bar.expect("solving", len(works) * steps, estimate.adam_seconds(works, steps, speed, card))
+    else:
+        bar.expect("solving", len(missing), certifying)
+
+
+def stopped(finished: int, total: int, cached: bool) -> str:
+    """What is kept of a run that was cut off, and how to go on."""
+    if not cached:
+        return "stopped; nothing is kept, as this run used no cache"
+    return f"stopped: {finished} of {total} matrices are finished and kept in {cache_folder()}; run it again to go on"
+
+
+def _work(target: Target, rank: int) -> Work:
+    return Work(target.shape, target.dtype.itemsize, rank)

@@ -1,0 +1,114 @@
+"""`inilora plan`: what a run would take, before it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import estimate
+from ..display.sentences import duration_in_words
+from ..errors import OptionError
+from ..estimate import Work
+from ..kernels.cpu.cost_model import speed_of_torch_mm
+from ..kernels.gpu.cost_model import Matrix, Plan, json_plan, plan_table
+from ..kernels.gpu.cost_model import plan as predict
+from ..kernels.gpu.gpus import GPUS, Gpu, gpu_named
+from ..model.checkpoint import open_checkpoint
+from ..model.targets import find_targets
+from ..options import require_count
+from .arguments import target_modules_from
+
+_SOLVERS = {
+    "adam": "the paper's trajectory",
+    "krylov": "the same product BA, certified",
+    "exact": "the same, by full SVDs",
+}
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or one weight file.")],
+    gpu: Annotated[str | None, typer.Option(help=f"Predict for a GPU too: {', '.join(GPUS)}.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
+    steps: Annotated[int, typer.Option(help="Adam steps for each matrix.")] = 20_000,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option("--target-modules", "-t", help="As for `approximate`. Default: query and value projections."),
+    ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="With --gpu: launches, bytes and what bounds each, for tuning them."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")
+    ] = False,
+) -> None:
+    """Predict what a run would take: time and memory of each solver, on this machine or a GPU."""
+    require_count("rank", rank)
+    require_count("steps", steps)
+    card = None if gpu is None else gpu_named(gpu)
+    if kernels and card is None:
+        raise OptionError(f"--kernels describes a GPU's kernels; give --gpu too: {', '.join(GPUS)}")
+    targets = find_targets(open_checkpoint(model), target_modules_from(target_modules))
+    smallest = min(targets, key=lambda target: min(target.shape))
+    if rank > min(smallest.shape):
+        raise OptionError(f"rank={rank}: {smallest.module} has {min(smallest.shape)} at most")
+    works = [Work(target.shape, target.dtype.itemsize, rank) for target in targets]
+    # The backend reads float64 weights as float32.
+    on_card = (
+        None if card is None else predict([Matrix(one.shape, min(4, one.itemsize), rank) for one in works], card, steps)
+    )
+    speed = speed_of_torch_mm()
+    if as_json:
+        print(json.dumps(_json(works, steps, speed, on_card), indent=2))
+    elif kernels and on_card is not None:
+        Console().print(plan_table(on_card))
+    else:
+        Console().print(_table(works, steps, speed, card, on_card))
+
+
+def _table(works: Sequence[Work], steps: int, speed: float, card: Gpu | None, on_card: Plan | None) -> Table:
+    count = f"{len(works)} {'matrix' if len(works) == 1 else 'matrices'}"
+    table = Table(
+        title=f"Predicted for {count} at rank {works[0].rank}",
+        caption=f"An estimate, from this processor's {speed / 1e9:.0f} GFLOP/s in torch.mm.",
+        min_width=80,
+    )
+    table.add_column("--solver")
+    table.add_column("finds", ratio=1)
+    table.add_column("here", justify="right", no_wrap=True)
+    if card is not None:
+        table.add_column(card.name, justify="right", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
+    for solver, finds in _SOLVERS.items():
+        here = estimate.seconds(works, solver, steps, speed=speed)
+        row = [solver, f"{finds}, {steps:,} steps" if solver == "adam" else finds, duration_in_words(here)]
+        memory = _size(estimate.memory(works))
+        if card is not None and on_card is not None:
+            there = estimate.seconds(works, solver, steps, speed=speed, card=card)
+            row.append(duration_in_words(there) if solver == "adam" else "")
+            memory += f" + {_size(on_card.memory)}" if solver == "adam" else ""
+        table.add_row(*row, memory)
+    return table
+
+
+def _json(works: Sequence[Work], steps: int, speed: float, on_card: Plan | None) -> dict[str, Any]:
+    return {
+        "predicted": True,
+        "matrices": len(works),
+        "rank": works[0].rank,
+        "steps": steps,
+        "torch_mm_flops": speed,
+        "seconds": {solver: estimate.seconds(works, solver, steps, speed=speed) for solver in _SOLVERS},
+        "memory": estimate.memory(works),
+        "gpu": None if on_card is None else json_plan(on_card),
+    }
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

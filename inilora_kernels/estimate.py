@@ -1,0 +1,85 @@
+"""What a run will take, before it: seconds and bytes, on this processor or on a GPU, from the two cost models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .display.sentences import duration_in_words
+from .kernels.cpu import cost_model as cpu
+from .kernels.gpu import cost_model as gpu
+from .kernels.gpu.gpus import Gpu
+
+# Runs that are predicted to be shorter are not spoken of.
+WORTH_SAYING = 30.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One matrix to factorize at one rank: W's shape (d, k), the bytes of an element as stored, the rank."""
+
+    shape: tuple[int, int]
+    itemsize: int
+    rank: int
+
+
+def seconds(works: Sequence[Work], solver: str, steps: int, *, speed: float, card: Gpu | None = None) -> float:
+    """Predicted seconds of a whole run.
+
+    solver: "adam", "krylov", "exact", or "" for a random start, of which only f* is computed.
+    steps: Adam's.
+    speed: FLOPs a second of this machine's torch.mm.
+    card: Adam's steps run there instead of on the processor.
+
+    >>> seven_billion = [Work((4096, 4096), 2, 8)] * 64
+    >>> [round(seconds(seven_billion, solver, 20_000, speed=188e9)) for solver in ("adam", "krylov")]
+    [4891, 17]
+    """
+    total = sum(reading_seconds(work) + direct_seconds(work, solver, speed) for work in works)
+    return total + (adam_seconds(works, steps, speed, card) if solver == "adam" else 0.0)
+
+
+def reading_seconds(work: Work) -> float:
+    """Reading and hashing the stored weight."""
+    return cpu.reading_seconds(work.shape[0] * work.shape[1] * work.itemsize)
+
+
+def direct_seconds(work: Work, solver: str, speed: float) -> float:
+    """A full SVD for "exact"; a Krylov space for the rest, where Adam and random starts take f* from it."""
+    if solver == "exact":
+        return cpu.full_svd_seconds(work.shape, speed)
+    return cpu.krylov_seconds(work.shape, work.rank, speed)
+
+
+def adam_seconds(works: Sequence[Work], steps: int, speed: float, card: Gpu | None = None) -> float:
+    """The steps of all matrices, on the processor or on a card."""
+    if card is None:
+        return sum(cpu.adam_seconds(work.shape, work.rank, steps, speed) for work in works)
+    if not works:
+        return 0.0
+    matrices = [gpu.Matrix(work.shape, min(4, work.itemsize), work.rank) for work in works]
+    return gpu.plan(matrices, card, steps).seconds
+
+
+def memory(works: Sequence[Work]) -> int:
+    """Bytes at the peak on the processor: about three float32 copies of the largest matrix, and the factors."""
+    largest = max(4 * work.shape[0] * work.shape[1] for work in works)
+    factors = sum(4 * work.rank * sum(work.shape) for work in works)
+    return 3 * largest + 3 * factors + (10 << 20)
+
+
+def notice(works: Sequence[Work], solver: str, steps: int, *, speed: float, card: Gpu | None = None) -> str | None:
+    """One sentence about a run of more than half a minute, and the solver that finds the same product sooner."""
+    takes = seconds(works, solver, steps, speed=speed, card=card)
+    if takes < WORTH_SAYING:
+        return None
+    where = "this processor" if card is None else card.name
+    what = f"{steps:,} Adam steps" if solver == "adam" else f"solver {solver}" if solver else "certificates"
+    count = f"{len(works)} {'matrix' if len(works) == 1 else 'matrices'}"
+    sentence = f"this run will take about {duration_in_words(takes)} on {where} ({what}, {count}; an estimate)"
+    if solver in ("adam", "exact"):
+        krylov = seconds(works, "krylov", steps, speed=speed)
+        if krylov < takes / 2:
+            soon = f"{'about ' if krylov >= 1 else ''}{duration_in_words(krylov)}"
+            sentence += f"; solver krylov finds the same product BA in {soon}"
+    return sentence

@@ -1,0 +1,78 @@
+"""What a run refuses once it knows the matrices: before any long work, but for a run that diverged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import CheckpointError, OptionError, WeightError
+from .factors import Factors
+from .model.targets import Target
+from .options import Options
+from .solvers.run import Task
+from .suggestions import did_you_mean
+
+
+def require_one_rank(options: Options) -> None:
+    if isinstance(options.rank, tuple):
+        raise OptionError(f"rank={list(options.rank)!r}: give one rank; approximate_ranks takes a list, for a model")
+
+
+def require_fitting(target: Target, options: Options, start: Mapping[str, Factors] | None) -> None:
+    d, k = target.shape
+    if min(d, k) == 0:
+        raise WeightError(f"{target.module}: a {d}×{k} matrix has no entries; leave the module out of target_modules")
+    ranks = options.ranks_of(target.module) or ()
+    for rank in ranks:
+        if rank > min(d, k):
+            raise WeightError(
+                f"{target.module}: rank {rank} is more than this {d}×{k} matrix has; take rank ≤ {min(d, k)} or "
+                f"leave the module out of target_modules"
+            )
+    if start is None:
+        return
+    if target.module not in start:
+        raise OptionError(f"start has no factors for {target.module}; compute them with the same target_modules")
+    given = start[target.module]
+    shape = (int(given.B.shape[0]), int(given.A.shape[1]))
+    if shape != target.shape or tuple(ranks) != (given.rank,):
+        raise OptionError(
+            f"start's factors for {target.module} are of shape {shape[0]}×{shape[1]} and rank {given.rank}; "
+            f"give the same shape, and the same rank as here"
+        )
+
+
+def require_converged(module: str, factors: Factors) -> None:
+    loss = factors.certificate.loss
+    if not math.isfinite(loss):
+        raise WeightError(
+            f"{module}: the run diverged, its loss is {loss}; take a smaller lr, or divide the weights if they are "
+            f"near the end of float32's range"
+        )
+
+
+def require_factors(start: Any) -> None:
+    """Raise OptionError unless `start` is nothing, or Factors by module."""
+    if not (start is None or (isinstance(start, Mapping) and all(isinstance(one, Factors) for one in start.values()))):
+        raise OptionError("start: give Factors for each matrix: a FactorSet, or for matrices in memory a list")
+
+
+def require_patterns_used(targets: Sequence[Target], options: Options) -> None:
+    """Raise OptionError for a pattern of rank_pattern that fits none of the matrices."""
+    modules = [target.module for target in targets]
+    for pattern in options.rank_pattern or {}:
+        if not any(options.pattern_of(module) == pattern for module in modules):
+            endings = {part for module in modules for part in module.replace(":", ".").split(".")}
+            raise OptionError(
+                f"rank_pattern: {pattern!r} fits none of the {len(modules)} matrices{did_you_mean(pattern, endings)}; "
+                f"the first is {modules[0]}"
+            )
+
+
+def require_unchanged(task: Task) -> None:
+    if not task.target.unchanged(task.sha256):
+        raise CheckpointError(
+            f"{task.target.module}: its weights changed while they were factorized, so the result belongs to neither; "
+            f"run again when nobody writes to the model"
+        )

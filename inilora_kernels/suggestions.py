@@ -1,0 +1,31 @@
+"""The nearest valid name, for errors about a name that is none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+def did_you_mean(given: object, known: Collection[str]) -> str:
+    """'; did you mean "query"?' if a known name is near enough to be a slip, otherwise nothing.
+
+    >>> did_you_mean("qurey", ["query", "key", "value"])
+    '; did you mean "query"?'
+    >>> did_you_mean("conv", ["query", "key", "value"])
+    ''
+    """
+    by_lower_case = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(given).lower(), by_lower_case, n=1, cutoff=0.7)
+    return f'; did you mean "{by_lower_case[near[0]]}"?' if near else ""
+
+
+def did_you_mean_names(given: Collection[str] | str | None, known: Collection[str]) -> str:
+    """The same for several names, or for a string that was taken for a regular expression but is a list of names.
+
+    >>> did_you_mean_names("query,value", ["query", "value"])
+    "; did you mean the list ['query', 'value']?"
+    """
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given or ())
+    if isinstance(given, str) and all(name in known for name in names):
+        return f"; did you mean the list {names}?"
+    return next((near for name in names if (near := did_you_mean(name, known))), "")
