@@ -18,7 +18,7 @@ from .kernels.loading import load_backend
 from .model.checkpoint import open_checkpoint
 from .model.in_memory import target_in_memory
 from .model.survey import start_stds, survey
-from .model.targets import Target, find_targets
+from .model.targets import Target, find_targets, tensors_of
 from .options import ModelOptions, Options, P, takes
 from .refusals import (
     require_converged,
@@ -41,8 +41,9 @@ def approximate_model(path: str | Path, options: ModelOptions) -> FactorSet:
     The paper's IniLoRA, the default, minimizes f = ||W − BA||_F² (paper, Eq. 3) by Adam from A, B ~ N(0, σ̄²). Every
     result, of whatever method, comes with f and the least that the rank allows, f* = Σ_{i>r} σ_i². float32.
 
-    path: a Hugging Face model folder (one safetensors file, or shards with their index, or torch .bin files, read
-        with weights_only), or one such file. float32, float16, bfloat16 or float64 weights.
+    path: a model's folder, one weight file (safetensors, GGUF, or of torch, read with weights_only), or the id of a
+        model on the Hugging Face hub, of which config and the files with targets are downloaded. Quantized weights are
+        dequantized, one matrix at a time.
 
     Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work but one: a
     WeightError for a run that diverged.
@@ -119,7 +120,8 @@ approximate = _overloaded(Options)
 
 
 def _targets(path: str | Path, options: ModelOptions) -> list[Target]:
-    return find_targets(open_checkpoint(path), options.target_modules)
+    checkpoint = open_checkpoint(path, options.revision, options.token, tensors_of(options.target_modules))
+    return find_targets(checkpoint, options.target_modules, lambda module: max(options.ranks_of(module) or (1,)))
 
 
 def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps: bool) -> dict[int, FactorSet]:

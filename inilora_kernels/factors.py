@@ -53,7 +53,8 @@ class Factors:
     """Factors of one matrix W (d×k): B (d×r) and A (r×k), float32 on the CPU, with BA ≈ W.
 
     source_sha256: of the bytes of the source tensor, as stored in the checkpoint.
-    rows: for a part of a fused weight, the rows [start, stop) of W (in out_features) that it covers; None for all.
+    rows: for a part of a fused weight, the rows of W (in out_features) that it covers: [start, stop), or with a third
+        number those of every so many rows, for architectures that mix heads; None for all.
     transposed: the checkpoint stores W as (in_features, out_features), as GPT-2's Conv1D does.
     history: (step, loss) pairs in order, as sampled during the run.
     checkpoints: (A, B) kept at earlier steps, by step.
@@ -67,7 +68,7 @@ class Factors:
     certificate: Certificate
     source_sha256: str
     _: KW_ONLY
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int] | tuple[int, int, int] | None = None
     transposed: bool = False
     history: tuple[tuple[int, float], ...] = ()
     checkpoints: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

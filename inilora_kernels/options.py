@@ -247,6 +247,10 @@ class ModelOptions(Options):
         "value projections.",
         decides=False,
     )
+    revision: str | None = option(None, "Of a model on the hub: its branch, tag or commit.", decides=False)
+    token: str | None = option(
+        None, "Of a model on the hub: the access token. Default: the one that huggingface_hub has.", decides=False
+    )
 
 
 P = ParamSpec("P")

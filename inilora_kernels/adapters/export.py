@@ -26,6 +26,7 @@ from ..factor_set import FactorSet
 from ..factors import Factors
 from ..model.architecture import HEADS, describe
 from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..model.fused import row_index
 from ..model.names import match_names
 from ..storage.atomic import require_new_folder, whole_folder
 from .folder import KEY_PREFIX, Adapter, TaskType, copy_model, write_adapter
@@ -102,7 +103,7 @@ def export_residual(
         W = stored.T if transposed else stored
         R = W.to(torch.float32, copy=True)
         for part in by_tensor[tensor].values():
-            R[slice(*(part.rows or (None,)))] -= part.product()
+            R[row_index(part.rows, len(R))] -= part.product()
         R = R.to(stored.dtype)
         warn_if_rounded_away(W, R, tensor)
         return R.T if transposed else R

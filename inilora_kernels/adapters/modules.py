@@ -14,6 +14,7 @@ from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet
 from ..factors import Factors
 from ..model.architecture import describe
+from ..model.fused import row_count, row_index
 from ..model.names import match_names
 
 
@@ -117,14 +118,15 @@ def _combine(parts: Mapping[str, Factors], shape: tuple[int, int], where: str) -
     out_features, in_features = shape
     blocks = []
     for name, part in parts.items():
-        start, stop = part.rows or (0, out_features)
-        if part.A.shape[1] != in_features or part.B.shape[0] != stop - start or stop > out_features:
+        fits = part.rows is None or (
+            part.rows[1] <= out_features and (len(part.rows) == 2 or out_features % part.rows[2] == 0)
+        )
+        if not fits or part.A.shape[1] != in_features or part.B.shape[0] != row_count(part.rows, out_features):
             raise TargetError(
                 f"{where} is {out_features}×{in_features}, but {name} has A {tuple(part.A.shape)} and "
-                f"B {tuple(part.B.shape)}{f' for rows {start} to {stop}' if part.rows else ''}; "
-                f"use the factors of this model"
+                f"B {tuple(part.B.shape)}{f' for rows {part.rows}' if part.rows else ''}; use the factors of this model"
             )
         block = torch.zeros(out_features, part.rank)
-        block[start:stop] = part.B
+        block[row_index(part.rows, out_features)] = part.B
         blocks.append(block)
     return Start(tuple(parts), torch.cat([part.A for part in parts.values()]), torch.cat(blocks, dim=1))

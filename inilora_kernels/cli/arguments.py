@@ -101,6 +101,8 @@ _PLAIN: Mapping[str, Any] = {
     "solver": str | None,
     "tol": float | None,
     "device": str | None,
+    "revision": str | None,
+    "token": str | None,
     "cache": bool,
     "progress": bool,
 }

@@ -52,7 +52,7 @@ Every = Annotated[bool, typer.Option("--all", help="A row for each matrix, not f
 @application.command()
 @with_options
 def approximate(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .safetensors or a torch .bin file.")],
+    model: Annotated[Path, typer.Argument(help="A model's folder, a weight file, or its hub id (org/name@revision).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The factor file to write (.safetensors).")],
     plot: Plot = None,
     every: Every = False,
@@ -67,7 +67,7 @@ def approximate(
     ranks = options["rank"]
     outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
     plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
-    inputs = [entry.file for entry in open_checkpoint(model).tensors.values()]
+    inputs = [entry.file for entry in open_checkpoint(model).tensors.values()] if model.exists() else []
     if given["start"] is not None:
         inputs.append(given["start"])
     for one, path in outputs.items():

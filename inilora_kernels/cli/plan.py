@@ -20,7 +20,7 @@ from ..kernels.gpu.cost_model import Matrix, Plan, json_plan, plan_table
 from ..kernels.gpu.cost_model import plan as predict
 from ..kernels.gpu.gpus import GPUS, Gpu, gpu_named
 from ..model.checkpoint import open_checkpoint
-from ..model.targets import find_targets
+from ..model.targets import find_targets, tensors_of
 from ..options import require_count
 from .arguments import target_modules_from
 
@@ -54,7 +54,8 @@ def plan(
     card = None if gpu is None else gpu_named(gpu)
     if kernels and card is None:
         raise OptionError(f"--kernels describes a GPU's kernels; give --gpu too: {', '.join(GPUS)}")
-    targets = find_targets(open_checkpoint(model), target_modules_from(target_modules))
+    asked = target_modules_from(target_modules)
+    targets = find_targets(open_checkpoint(model, choose=tensors_of(asked)), asked)
     smallest = min(targets, key=lambda target: min(target.shape))
     if rank > min(smallest.shape):
         raise OptionError(f"rank={rank}: {smallest.module} has {min(smallest.shape)} at most")

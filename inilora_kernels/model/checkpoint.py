@@ -21,6 +21,7 @@ from .files.tensor import StoredTensor, read_json, some
 from .files.torch_file import SUFFIXES, open_torch_file
 from .formats.find import find_weights
 from .formats.weight import StoredWeight
+from .hub import Choose, fetch
 from .layout import Component, find_components
 
 
@@ -30,6 +31,8 @@ class Checkpoint:
 
     tensors: by name; a pipeline's have the component's name in front ("unet.").
     weights: by the parameter's name in the model; those of plain checkpoints are the tensors of that name.
+    name: what to call it when a base model is named: the hub's id, or the absolute path.
+    absent: names of tensors in shards that were not downloaded, since nobody asked for them.
 
     >>> import tempfile, torch
     >>> from safetensors.torch import save_file
@@ -47,6 +50,8 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     weights: Mapping[str, StoredWeight]
     config: Mapping[str, Any] | None
+    name: str = ""
+    absent: tuple[str, ...] = ()
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """The values of a weight, dequantized where it is quantized, or of any other tensor; or rows of them.
@@ -65,26 +70,32 @@ class Checkpoint:
         return weight.sha256() if weight is not None else self.tensors[name].sha256()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a model's folder or one weight file, reading headers only.
+def open_checkpoint(
+    path: str | Path, revision: str | None = None, token: str | None = None, choose: Choose | None = None
+) -> Checkpoint:
+    """Open a model's folder, one weight file, or a model of the Hugging Face hub, reading headers only.
 
     A folder holds weights under any of the names that Hugging Face's libraries, their variants and the trainers give
     them; safetensors goes first. A file is a `.safetensors`, a `.gguf`, or what torch.save wrote. The config is the
     `config.json` of the folder, also for a single file in it; None without one.
 
+    path: a folder or file, or an id such as "org/name", with "@revision" after it if wanted.
+    revision, token: of the hub; huggingface_hub's own defaults apply, and its offline mode and cache.
+    choose: of a sharded model on the hub, the tensors that will be read, so that other shards are not downloaded; None
+        downloads the whole model with its tokenizer.
+
     Raises CheckpointError: nothing there, no weights in the folder, a truncated or corrupt file, a file that holds
     code, a missing shard, an index that names a tensor its shard lacks, a config.json that is no JSON object.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder; give a Hugging Face model folder or a .safetensors file"
-        )
-    components = find_components(path)
+    folder, name, kept = Path(path), "", None
+    if not folder.exists() or revision is not None:
+        download = fetch(path, revision, token, choose)
+        folder, name, kept = download.folder, download.name, download.files
+    components = find_components(folder, kept)
     parts = [_open_component(component) for component in components]
-    if len(parts) == 1 and not components[0].name:
-        return replace(parts[0], path=path)
-    return _together(path, components, parts)
+    alone = len(parts) == 1 and not components[0].name
+    whole = parts[0] if alone else _together(folder, components, parts)
+    return replace(whole, path=folder, name=name or str(folder.resolve()))
 
 
 def _open_component(component: Component) -> Checkpoint:
@@ -105,7 +116,8 @@ def _open_component(component: Component) -> Checkpoint:
         config = config or own_config
     if component.weight_map is not None:
         tensors = {name: tensors[name] for name in component.weight_map}
-    return Checkpoint(component.folder, tensors, find_weights(tensors, config, metadata), config)
+    weights = find_weights(tensors, config, metadata)
+    return Checkpoint(component.folder, tensors, weights, config, absent=component.absent)
 
 
 def _open_file(file: Path) -> tuple[Mapping[str, StoredTensor], dict[str, str], dict[str, Any] | None]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -28,7 +28,7 @@ SINGLE_FILES = (
 
 # What a pipeline of diffusers trains: the denoiser and the text encoders, not the autoencoder.
 _TRAINED = re.compile(r"transformer(_\d+)?|unet|prior|text_encoder(_\d+)?")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<place>\d+)-of-(?P<count>\d+)(?P<variant>\.\w+)?\.(safetensors|bin)")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<place>\d+)-of-(?P<count>\d+)(?P<variant>\.\w+)?\.(?P<suffix>safetensors|bin)")
 _VARIANT = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.(?P<variant>[\w-]+)\.(safetensors|bin)")
 _VARIANT_INDEX = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.\w+\.index\.(?P<variant>[\w-]+)\.json")
 
@@ -41,6 +41,7 @@ class Component:
     files: with its weights; a folder for a distributed checkpoint.
     config: its config.json, where there is one.
     index: the name of the file that says which tensor is in which shard, and weight_map what it says; None without one.
+    absent: tensors in shards that were not downloaded.
     """
 
     name: str
@@ -49,10 +50,21 @@ class Component:
     config: Path | None
     index: str | None = None
     weight_map: Mapping[str, str] | None = None
+    absent: tuple[str, ...] = ()
 
 
-def find_components(path: Path) -> tuple[Component, ...]:
+@dataclass(frozen=True)
+class WeightFiles:
+    """The names of a folder's weight files, or of the index that lists them."""
+
+    files: tuple[str, ...]
+    index: str | None = None
+
+
+def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Component, ...]:
     """The models of a path, one or a pipeline's several, and their files.
+
+    kept: of a download, the names of the files that were chosen; None for all that are there.
 
     Raises CheckpointError: no weights there, a shard is missing, or what is there is not a model.
     """
@@ -64,59 +76,69 @@ def find_components(path: Path) -> tuple[Component, ...]:
             )
         return (Component("", path.parent, (path,), _config(path.parent)),)
     if (path / "model_index.json").is_file():
-        return tuple(_pipeline(path))
-    component = _model(path)
+        return tuple(_pipeline(path, kept))
+    component = _model(path, kept)
     if component is None:
         _refuse_adapter(path)
-        component = _model(_sentence_transformer(path) or path)
+        component = _model(_sentence_transformer(path) or path, kept)
     if component is None:
         _refuse_deepspeed(path)
         raise _nothing(path)
     return (component,)
 
 
-def _model(folder: Path) -> Component | None:
-    """The weights right in a folder."""
-    config = _config(folder)
-    names = sorted(entry.name for entry in folder.iterdir())
+def weight_files(names: Sequence[str], where: object) -> WeightFiles | None:
+    """Which files of a folder hold the weights, by their names alone; None if none does. Raises CheckpointError."""
     for file in SINGLE_FILES:
         if file in names:
             if file == "consolidated.00.pth" and "consolidated.01.pth" in names:
                 raise CheckpointError(
-                    f"{folder}: LLaMA's own weights in several parts, each with a piece of every matrix; convert them "
+                    f"{where}: LLaMA's own weights in several parts, each with a piece of every matrix; convert them "
                     f"with transformers' convert_llama_weights_to_hf.py and give that folder"
                 )
-            return Component("", folder, (folder / file,), config)
+            return WeightFiles((file,))
         if f"{file}{INDEX_SUFFIX}" in names:
-            return _indexed(folder, f"{file}{INDEX_SUFFIX}", config)
-    return (
-        _variant(folder, names, config)
-        or _shards_without_index(folder, names, config)
-        or _distributed(folder, names, config)
-        or _only_file(folder, names, config)
+            return WeightFiles((), f"{file}{INDEX_SUFFIX}")
+    return _variant(names, where) or _shards_without_index(names, where) or _only_file(names, where)
+
+
+def _model(folder: Path, kept: Collection[str] | None = None) -> Component | None:
+    """The weights right in a folder. kept: of a download, the files that were chosen; None for all."""
+    config = _config(folder)
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = weight_files(names, folder)
+    if found is None:
+        return _distributed(folder, names, config)
+    if found.index is None:
+        return Component("", folder, tuple(folder / name for name in found.files), config)
+    weight_map = read_weight_map(folder / found.index)
+    here = {name: shard for name, shard in weight_map.items() if kept is None or shard in kept}
+    for shard in sorted(set(here.values())):
+        if not (folder / shard).is_file():
+            tensors = [name for name, file in here.items() if file == shard]
+            raise CheckpointError(
+                f"{folder / shard}: shard is missing; {found.index} expects {len(tensors)} tensors in it: "
+                f"{some(tensors)}. Download it again"
+            )
+    files = tuple(folder / shard for shard in sorted(set(here.values())))
+    return Component(
+        "", folder, files, config, found.index, here, tuple(name for name in weight_map if name not in here)
     )
 
 
-def _indexed(folder: Path, index: str, config: Path | None) -> Component:
-    weight_map = read_json(folder / index).get("weight_map")
+def read_weight_map(index: Path) -> dict[str, str]:
+    """What an index says: the shard of each tensor. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{folder / index}: no `weight_map` from tensor to shard in it; download the index again")
-    files = []
+        raise CheckpointError(f"{index}: no `weight_map` from tensor to shard in it; download the index again")
     for shard in sorted(set(weight_map.values())):
         # An index is data from somewhere else: it may not point outside its own folder.
         if Path(shard).name != shard:
-            raise CheckpointError(f"{folder / index}: shard {shard!r} is not in the index's own folder")
-        if not (folder / shard).is_file():
-            names = [name for name, file in weight_map.items() if file == shard]
-            raise CheckpointError(
-                f"{folder / shard}: shard is missing; {index} expects {len(names)} tensors in it: {some(names)}. "
-                f"Download it again"
-            )
-        files.append(folder / shard)
-    return Component("", folder, tuple(files), config, index, weight_map)
+            raise CheckpointError(f"{index}: shard {shard!r} is not in the index's own folder")
+    return weight_map
 
 
-def _variant(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
+def _variant(names: Iterable[str], where: object) -> WeightFiles | None:
     """`model.fp16.safetensors` and the like: a variant where nothing else is there, and it is the only one."""
     found: dict[str, list[str]] = {}
     for name in names:
@@ -125,31 +147,39 @@ def _variant(folder: Path, names: Iterable[str], config: Path | None) -> Compone
             found.setdefault(match["variant"], []).append(name)
     if len(found) > 1:
         files = [name for variant in found.values() for name in variant]
-        raise CheckpointError(f"{folder}: several variants of the weights ({some(files, 6)}); give one of the files")
+        raise CheckpointError(f"{where}: several variants of the weights ({some(files, 6)}); give one of the files")
     if not found:
         return None
     # safetensors before bin.
     name = sorted(next(iter(found.values())), key=lambda name: ".bin" in name)[0]
-    if name.endswith(".json"):
-        return _indexed(folder, name, config)
-    return Component("", folder, (folder / name,), config)
+    return WeightFiles((), name) if name.endswith(".json") else WeightFiles((name,))
 
 
-def _shards_without_index(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
+def _shards_without_index(names: Iterable[str], where: object) -> WeightFiles | None:
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     if not shards:
         return None
-    sets = {(match["stem"], match["count"], match["variant"], match[4]) for match in shards}
-    if len(sets) > 1:
-        raise CheckpointError(f"{folder}: shards of {len(sets)} sets of weights; keep those of one")
+    if len({(match["stem"], match["count"], match["variant"], match["suffix"]) for match in shards}) > 1:
+        raise CheckpointError(f"{where}: shards of more than one set of weights; keep those of one")
     places = {int(match["place"]): match[0] for match in shards}
     missing = [place for place in range(1, int(shards[0]["count"]) + 1) if place not in places]
     if missing:
         raise CheckpointError(
-            f"{folder}: shard {missing[0]} of {shards[0]['count']} is missing next to {shards[0][0]}, and no index "
+            f"{where}: shard {missing[0]} of {shards[0]['count']} is missing next to {shards[0][0]}, and no index "
             f"says what is in it; download the rest"
         )
-    return Component("", folder, tuple(folder / name for _, name in sorted(places.items())), config)
+    return WeightFiles(tuple(name for _, name in sorted(places.items())))
+
+
+def _only_file(names: Iterable[str], where: object) -> WeightFiles | None:
+    """A weight file of whatever name, where it is the only one of its kind."""
+    for suffixes in ((".safetensors",), (".gguf",), (".ckpt", ".pth", ".pt")):
+        files = [name for name in names if name.endswith(suffixes) and not name.startswith("adapter_model")]
+        if len(files) == 1 and not _is_deepspeed(files[0]):
+            return WeightFiles((files[0],))
+        if len(files) > 1 and suffixes == (".gguf",):
+            raise CheckpointError(f"{where}: several GGUF files ({some(files, 6)}); give one of them")
+    return None
 
 
 def _distributed(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
@@ -160,32 +190,23 @@ def _distributed(folder: Path, names: Iterable[str], config: Path | None) -> Com
     return None
 
 
-def _only_file(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
-    """A weight file of whatever name, where it is the only one of its kind."""
-    for suffixes in ((".safetensors",), (".gguf",), (".ckpt", ".pth", ".pt")):
-        files = [name for name in names if name.endswith(suffixes) and not name.startswith("adapter_model")]
-        if len(files) == 1 and not _is_deepspeed(files[0]):
-            return Component("", folder, (folder / files[0],), config)
-        if len(files) > 1 and suffixes == (".gguf",):
-            raise CheckpointError(f"{folder}: several GGUF files ({some(files, 6)}); give one of them")
-    return None
+def trained_components(model_index: Path) -> list[str]:
+    """The folders of a diffusers pipeline's denoiser and text encoders, as its index names them."""
+    return [name for name in read_json(model_index) if _TRAINED.fullmatch(name)]
 
 
-def _pipeline(folder: Path) -> Iterable[Component]:
-    """A diffusers pipeline's denoiser and text encoders."""
-    names = [name for name in read_json(folder / "model_index.json") if _TRAINED.fullmatch(name)]
+def _pipeline(folder: Path, kept: Collection[str] | None) -> Iterable[Component]:
+    names = trained_components(folder / "model_index.json")
     there = [name for name in names if (folder / name).is_dir()]
     if not there:
         raise CheckpointError(
             f"{folder}: a pipeline without the folders of {some(names) or 'a transformer or unet'}; download it again"
         )
     for name in there:
-        component = _model(folder / name)
+        component = _model(folder / name, kept)
         if component is None:
             raise _nothing(folder / name)
-        yield Component(
-            name, component.folder, component.files, component.config, component.index, component.weight_map
-        )
+        yield replace(component, name=name)
 
 
 def _sentence_transformer(folder: Path) -> Path | None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, WeightError
 from ..suggestions import did_you_mean, did_you_mean_names
-from .architecture import HEADS, Architecture, Layer, describe
+from .architecture import describe
 from .checkpoint import Checkpoint
 from .files.tensor import some
+from .formats.find import module_and_part
 from .formats.weight import StoredWeight
+from .fused import FUSED, Parts, Rows, conv1d_parts, fused_parts, row_count, row_index
+from .hub import Choose
+from .modules import Module, aliases, find_modules, is_output_by_name, last_part, selector
 from .unchanged import watch
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -36,20 +39,16 @@ QUERY_AND_VALUE = {
     "to_q": "to_v",  # diffusers
     "add_q_proj": "add_v_proj",  # diffusers' transformers, of the text's tokens
 }
-QUERIES = frozenset(QUERY_AND_VALUE) | {"q_attn"}
-VALUES = frozenset(QUERY_AND_VALUE.values())
-
-# Fused weights whose rows are all queries, then all keys, then all values, by (model_type, name). Others mix
-# them head by head (GPT-NeoX, BLOOM, Falcon), so no slice of theirs is a query matrix.
-FUSED_IN_ORDER = frozenset(
-    {("phi3", "qkv_proj"), ("phi4_multimodal", "qkv_proj"), ("modernbert", "Wqkv"), ("mpt", "Wqkv")}
-)
-FUSED = re.compile(r"c_attn|query_key_value|W?qkv(_proj)?|attn_qkv")
-
-# What modules without a known architecture are, by the last part of their name.
-EMBEDDING = re.compile(r"\w*embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias")
-OUTPUT = re.compile(r"lm_head|embed_out|output_projection|proj_out|output|cls\.predictions\.decoder")
-CONV1D = re.compile(r"c_attn|c_proj|c_fc|q_attn")
+# GPT-2's cross-attention, and DeepSeek's latent attention: its queries are q_proj's, or q_b_proj's where they are
+# compressed; keys and values come of one latent vector by kv_b_proj, whose heads hold both, so it is taken whole.
+_OTHER_PARTNERS = {
+    "q_attn": ("c_attn",),
+    "q_proj": ("kv_b_proj",),
+    "q_b_proj": ("kv_b_proj",),
+    "kv_b_proj": ("q_proj", "q_b_proj"),
+}
+QUERIES = frozenset(QUERY_AND_VALUE) | {"q_attn", "q_b_proj"}
+VALUES = frozenset(QUERY_AND_VALUE.values()) | {"kv_b_proj"}
 
 _STRIP_BYTES = 1 << 24
 
@@ -66,7 +65,7 @@ class Target:
     sha256: of the stored tensor's bytes, the whole one for a part of it.
     unchanged: whether it still has the sha256 that was found before; see `watch`.
     transposed: the tensor is stored as (in_features, out_features), as GPT-2's Conv1D does.
-    rows: the rows [start, stop) of the whole W that this part covers; None for all of it.
+    rows: the rows of the whole W that this part covers, see model/fused.py; None for all of it.
     """
 
     module: str
@@ -76,19 +75,26 @@ class Target:
     read: Callable[[], Tensor] = field(compare=False)
     sha256: Callable[[], str] = field(compare=False)
     transposed: bool = False
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     unchanged: Callable[[str], bool] = field(default=lambda sha256: True, compare=False)
 
 
-def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str | None = None) -> list[Target]:
+def find_targets(
+    checkpoint: Checkpoint,
+    target_modules: Collection[str] | str | None = None,
+    rank_of: Callable[[str], int] | None = None,
+) -> list[Target]:
     """The matrices that `target_modules` selects, in the order of the layers.
 
     target_modules:
         None: the query and value projection of every attention block. GPT-2's and Phi-3's fused weights give
-            a part for each.
+            a part for each, those of others a pattern of rows (model/fused.py). DeepSeek's latent attention: q_proj or
+            q_b_proj, and kv_b_proj.
         a list: modules whose name is one of these, or ends in one after a dot.
         a string: a regular expression that matches the whole name.
         "all-linear": every linear layer but the output layer.
+    rank_of: the rank that a module will have: "all-linear" leaves out, with a warning, what is thinner.
+
     Names are those in the checkpoint, those that transformers gives the modules when it loads it, and both
     with the base model's prefix (`bert.`), so what works in a `LoraConfig` works here.
 
@@ -109,97 +115,67 @@ def find_targets(checkpoint: Checkpoint, target_modules: Collection[str] | str |
     ['0.q_proj', '0.v_proj']
     """
     target = partial(_target, checkpoint, functools.cache(checkpoint.sha256))
-    every = _modules(checkpoint)
+    every = find_modules(checkpoint)
     modules = [module for module in every if module.left_out is None]
     left_out = [module for module in every if module.left_out is not None]
+    named_all = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     if target_modules is None:
-        targets = list(_query_and_value(modules, target))
-        left_out = [module for module in left_out if _last(module.name) in QUERIES | VALUES]
-    elif isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        targets = list(_query_and_value(modules, target, SimpleNamespace(**(checkpoint.config or {}))))
+        left_out = [module for module in left_out if last_part(module.name) in QUERIES | VALUES]
+    elif named_all:
         targets = [target(module) for module in modules if module.is_inner_linear]
-        left_out = [module for module in left_out if module.form != "other" and not _is_output_by_name(module.name)]
+        left_out = [module for module in left_out if module.form != "other" and not is_output_by_name(module.name)]
     else:
-        selects = _selector(target_modules)
-        targets = [target(module) for module in modules if selects(module)]
-        left_out = [module for module in left_out if selects(module)]
+        selects = selector(target_modules)
+        targets = [target(module) for module in modules if selects(module.aliases)]
+        left_out = [module for module in left_out if selects(module.aliases)]
         _require_each_selects(checkpoint, target_modules, modules, left_out)
+    thin = [one for one in targets if rank_of and min(one.shape) < rank_of(one.module)] if named_all else []
+    targets = [one for one in targets if one not in thin]
     if not targets:
         raise _nothing_found(checkpoint, modules, target_modules)
+    if thin:
+        shapes = f"{some([one.module for one in thin])}: {thin[0].shape[0]}×{thin[0].shape[1]} is thinner than the rank"
+        warnings.warn(f"{checkpoint.path}: left out {shapes}", stacklevel=2)
     for reason in dict.fromkeys(module.left_out for module in left_out):
         names = [module.name for module in left_out if module.left_out == reason]
         warnings.warn(f"{checkpoint.path}: left out {some(names)}: {reason}", stacklevel=2)
     return targets
 
 
-@dataclass(frozen=True)
-class _Module:
-    """A module of the checkpoint with a weight, and what is known about it.
+def tensors_of(target_modules: Collection[str] | str | None) -> Choose:
+    """Which tensors of a checkpoint `find_targets` needs, told by their names and config.json alone.
 
-    entry: its weight.
-    layer: what transformers says; None if it knows no such module.
-    left_out: why it cannot be a target, whatever is asked for; None if it can.
+    At least those: what cannot be told apart by name is included.
     """
 
-    path: Path
-    name: str
-    entry: StoredWeight
-    form: Literal["linear", "conv1d", "other"]
-    is_inner_linear: bool
-    layer: Layer | None
-    architecture: Architecture | None
-    left_out: str | None
+    def choose(names: Collection[str], config: Mapping[str, Any] | None) -> Collection[str]:
+        modules = {name: module_and_part(name, names)[0] for name in names}
+        if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+            return names
+        architecture = describe(config, dict.fromkeys(modules.values())) if config else None
+        selects = _by_default if target_modules is None else selector(target_modules)
+        chosen = {module for module in set(modules.values()) if selects(aliases(module, architecture))}
+        # A selection that misses everything is refused with the names of what is there.
+        return [name for name, module in modules.items() if module in chosen] or names
 
-    @property
-    def aliases(self) -> set[str]:
-        """The names under which PEFT may meet this module."""
-        names = {self.name, self.layer.name if self.layer else self.name}
-        if self.architecture is not None and self.architecture.base_model_prefix:
-            names |= {f"{self.architecture.base_model_prefix}.{name}" for name in names}
-        return names
+    return choose
 
 
-def _modules(checkpoint: Checkpoint) -> list[_Module]:
-    """Every module of the checkpoint that has a weight, layer 2 before layer 10."""
-    entries = {
-        name.removesuffix(".weight"): weight for name, weight in checkpoint.weights.items() if name.endswith(".weight")
-    }
-    architecture = describe(checkpoint.config, entries) if checkpoint.config else None
-    stored_transposed = _looks_like_gpt2(checkpoint, entries)
-    modules = []
-    for name in sorted(entries, key=_natural_order):
-        layer = architecture.layers.get(name) if architecture else None
-        if layer is not None:
-            form = layer.form
-            inner = form != "other" and not layer.is_output and not layer.shared_with
-        else:
-            form = _form_by_name(name, entries[name], stored_transposed)
-            # A tensor that a complete model has no place for is a leftover, such as a pretraining head.
-            inner = form != "other" and not _is_output_by_name(name) and not (architecture and architecture.complete)
-        modules.append(
-            _Module(
-                path=checkpoint.path,
-                name=name,
-                entry=entries[name],
-                form=form,
-                is_inner_linear=inner,
-                layer=layer,
-                architecture=architecture,
-                left_out=architecture.left_out(name) if architecture else None,
-            )
-        )
-    return modules
+def _by_default(names: Collection[str]) -> bool:
+    return any(last in QUERIES | VALUES or FUSED.fullmatch(last) for last in map(last_part, names))
 
 
 def _require_each_selects(
-    checkpoint: Checkpoint, target_modules: Collection[str] | str, loaded: list[_Module], left_out: list[_Module]
+    checkpoint: Checkpoint, target_modules: Collection[str] | str, loaded: list[Module], left_out: list[Module]
 ) -> None:
     """Raise TargetError, or warn, where a name in `target_modules` selects nothing, or nothing fit to be a target."""
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     for name in names:
-        selects = _selector(name if isinstance(target_modules, str) else [name])
-        if any(selects(module) for module in loaded):
+        selects = selector(name if isinstance(target_modules, str) else [name])
+        if any(selects(module.aliases) for module in loaded):
             continue
-        refused = next((module for module in left_out if selects(module)), None)
+        refused = next((module for module in left_out if selects(module.aliases)), None)
         if refused is not None:
             others = [other for other in names if other != name]
             raise TargetError(
@@ -207,103 +183,50 @@ def _require_each_selects(
                 f"leave {name} out of target_modules{f': {others}' if others else ''}"
             )
         if len(names) > 1:
-            endings = {_last(module.name) for module in loaded if module.is_inner_linear}
+            endings = {last_part(module.name) for module in loaded if module.is_inner_linear}
             problem = f"{checkpoint.path}: {name!r} in target_modules selects nothing{did_you_mean(name, endings)}"
             if did_you_mean(name, endings):
                 raise TargetError(f"{problem}; names here end in {', '.join(sorted(endings))}")
             warnings.warn(problem, stacklevel=3)  # PEFT takes a list that is meant for several models
 
 
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def _looks_like_gpt2(checkpoint: Checkpoint, modules: Iterable[str]) -> bool:
-    """Whether modules named as Conv1D's are stored as (in, out): a bias has out_features entries."""
-    for module in modules:
-        weight, bias = checkpoint.tensors.get(f"{module}.weight"), checkpoint.tensors.get(f"{module}.bias")
-        if CONV1D.fullmatch(_last(module)) and weight and bias and len(weight.shape) == 2:
-            rows, columns = weight.shape
-            if rows != columns and bias.shape == (columns,):
-                return True
-    return False
-
-
-def _form_by_name(name: str, entry: StoredWeight, stored_transposed: bool) -> Literal["linear", "conv1d", "other"]:
-    if EMBEDDING.fullmatch(_last(name)) or (not entry.refusal and len(entry.shape) != 2):
-        return "other"
-    return "conv1d" if stored_transposed and CONV1D.fullmatch(_last(name)) else "linear"
-
-
-def _is_output_by_name(name: str) -> bool:
-    return bool(OUTPUT.fullmatch(name) or OUTPUT.fullmatch(_last(name))) or name.split(".")[0] in HEADS
-
-
-def _selector(target_modules: Collection[str] | str) -> Callable[[_Module], bool]:
-    if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise TargetError(
-                f"target_modules={target_modules!r} is no regular expression ({error}); "
-                f'for module names give a list: ["query", "value"]'
-            ) from error
-        return lambda module: any(pattern.fullmatch(name) for name in module.aliases)
-    endings = list(target_modules)
-    if not all(isinstance(ending, str) and ending for ending in endings):
-        raise TargetError(f"target_modules={target_modules!r}: every entry must be a module name")
-    return lambda module: any(
-        name == ending or name.endswith(f".{ending}") for name in module.aliases for ending in endings
-    )
-
-
-def _query_and_value(modules: list[_Module], target: Callable[..., Target]) -> Iterator[Target]:
+def _query_and_value(modules: list[Module], target: Callable[..., Target], config: Any) -> Iterator[Target]:
     # transformers' names where it knows the module: they are more uniform than those in files.
     by_name = {module.layer.name if module.layer else module.name: module for module in modules}
     for name, module in by_name.items():
-        block, last = name.rpartition(".")[0], _last(name)
+        block, last = name.rpartition(".")[0], last_part(name)
         partners = [query for query, value in QUERY_AND_VALUE.items() if value == last]
         if last in QUERY_AND_VALUE:
             partners.append(QUERY_AND_VALUE[last])
-        if any(f"{block}.{partner}" in by_name for partner in partners) or (
-            last == "q_attn" and f"{block}.c_attn" in by_name
-        ):
+        partners += _OTHER_PARTNERS.get(last, ())
+        if any(f"{block}.{partner}" in by_name for partner in partners):
             yield target(module)
-        for part, rows in _parts_in_order(module, name).items():
+        for part, rows in _parts(module, name, config).items():
             yield target(module, part, rows)
 
 
-def _parts_in_order(module: _Module, name: str) -> dict[str, tuple[int, int]]:
-    """The rows of query and value in a fused weight that keeps each in one piece; empty for any other."""
-    last = _last(name)
-    if len(module.entry.shape) != 2:
+def _parts(module: Module, name: str, config: Any) -> Parts:
+    """The rows of query and value in a fused weight; empty for any other."""
+    if len(module.entry.shape) != 2 or not FUSED.fullmatch(last_part(name)):
         return {}
-    if module.form == "conv1d" and last == "c_attn":
-        d = module.entry.shape[0 if module.entry.is_quantized else 1]
-        if "crossattention" in name:  # keys and values only; the queries are q_attn's
-            return {"value": (d // 2, d)}
-        return {"query": (0, d // 3), "value": (2 * d // 3, d)}
-    config = module.architecture.config if module.architecture else None
-    if config is None or (config.model_type, last) not in FUSED_IN_ORDER:
-        return {}
-    heads = config.num_attention_heads
-    d = module.entry.shape[0]
-    grouped = getattr(config, "num_key_value_heads", None) or heads
-    head_size, rest = divmod(d, heads + 2 * grouped)
-    if rest:
+    turned = module.form == "conv1d" and not module.entry.is_quantized
+    k, d = module.entry.shape if turned else module.entry.shape[::-1]
+    try:
+        if module.form == "conv1d" and last_part(name) == "c_attn":
+            return conv1d_parts(name, d)
+        return fused_parts(module.architecture.config if module.architecture else config, name, d, k)
+    except (CheckpointError, AttributeError, StopIteration) as error:
         raise CheckpointError(
-            f"{module.path}: {module.name} has {d} rows, which {heads} query and 2·{grouped} key and value "
-            f"heads do not divide; config.json and weights do not belong together"
-        )
-    return {"query": (0, heads * head_size), "value": (d - grouped * head_size, d)}
+            f"{module.path}: {error or 'config.json does not say how many heads there are'}"
+        ) from error
 
 
 def _target(
     checkpoint: Checkpoint,
     sha256: Callable[[str], str],
-    module: _Module,
+    module: Module,
     part: str | None = None,
-    rows: tuple[int, int] | None = None,
+    rows: Rows | None = None,
 ) -> Target:
     where = f"{module.path}: {module.name}"
     entry = module.entry
@@ -330,9 +253,9 @@ def _target(
         )
     transposed = module.form == "conv1d" and not entry.is_quantized
     d, k = reversed(entry.shape) if transposed else entry.shape
-    last = _last(module.name)
+    last = last_part(module.name)
     kind = part or ("query" if last in QUERIES else "value" if last in VALUES else last)
-    tensor, shape = f"{module.name}.weight", (rows[1] - rows[0] if rows else d, k)
+    tensor, shape = f"{module.name}.weight", (row_count(rows, d), k)
     return Target(
         module=f"{module.name}:{part}" if part else module.name,
         kind=kind,
@@ -346,25 +269,41 @@ def _target(
     )
 
 
-def _read(
-    checkpoint: Checkpoint, tensor: str, shape: tuple[int, int], transposed: bool, rows: tuple[int, int] | None
-) -> Tensor:
-    """W (d×k) of a stored tensor, turned and cut out strip by strip; the peak is about W itself."""
-    if not transposed:
-        return checkpoint.read(tensor, slice(*rows) if rows else slice(None))
-    d, k = shape
-    start, stop = rows or (0, d)
+def _read(checkpoint: Checkpoint, tensor: str, shape: tuple[int, int], transposed: bool, rows: Rows | None) -> Tensor:
+    """W (d×k) of a stored tensor, turned and cut out piece by piece; the peak is about W itself."""
     entry = checkpoint.weights[tensor]
+    if not transposed and (rows is None or len(rows) == 2):
+        return checkpoint.read(tensor, slice(*rows) if rows else slice(None))
+    if not transposed and rows is not None:
+        return _read_periodic(entry, rows)
+    d, k = shape
+    index = row_index(rows, entry.shape[1])
     W = torch.empty(d, k, dtype=entry.dtype)
     step = max(1, _STRIP_BYTES // (entry.shape[1] * entry.dtype.itemsize))
     for column in range(0, k, step):
         strip = checkpoint.read(tensor, slice(column, column + step))
-        W[:, column : column + step] = strip[:, start:stop].T
+        W[:, column : column + step] = strip[:, index].T
+    return W
+
+
+def _read_periodic(entry: StoredWeight, rows: Rows) -> Tensor:
+    """Some rows of every period, a few periods at a time."""
+    out_features, k = entry.shape
+    period = rows[-1]
+    count = rows[1] - rows[0]
+    W = torch.empty(row_count(rows, out_features), k, dtype=entry.dtype)
+    # A quantized weight may have to be unpacked whole for any of its rows.
+    step = out_features if entry.is_quantized else max(1, _STRIP_BYTES // (period * k * entry.dtype.itemsize)) * period
+    for first in range(0, out_features, step):
+        strip = entry.read(slice(first, min(first + step, out_features)))
+        start = first // period * count
+        kept = strip[row_index(rows, len(strip))]
+        W[start : start + len(kept)] = kept
     return W
 
 
 def _nothing_found(
-    checkpoint: Checkpoint, modules: list[_Module], target_modules: Collection[str] | str | None
+    checkpoint: Checkpoint, modules: list[Module], target_modules: Collection[str] | str | None
 ) -> TargetError | WeightError:
     method = ((checkpoint.config or {}).get("quantization_config") or {}).get("quant_method")
     if method:
@@ -377,23 +316,19 @@ def _nothing_found(
         'or "all-linear"'
     )
     linear = [module.name for module in modules if module.is_inner_linear]
-    known = f"{', '.join(linear[:4])}; they end in {', '.join(sorted({_last(name) for name in linear}))}"
+    known = f"{', '.join(linear[:4])}; they end in {', '.join(sorted({last_part(name) for name in linear}))}"
     there = f"linear layers here: {known}" if linear else "it has no linear layers"
-    fused = next((module.name for module in modules if FUSED.fullmatch(_last(module.name))), None)
+    fused = next((module.name for module in modules if FUSED.fullmatch(last_part(module.name))), None)
     if target_modules is None and fused:
         return TargetError(
-            f"{checkpoint.path}: query and value are fused in {fused}, in a layout that mixes them head by "
-            f"head or is not known, so neither can be cut out. Name the modules in target_modules, such as "
-            f'["{_last(fused)}"] for the whole fused weights'
+            f"{checkpoint.path}: query and value are fused in {fused}, in a layout that is not known, so neither can "
+            f"be cut out. Name the modules in target_modules, such as "
+            f'["{last_part(fused)}"] for the whole fused weights'
         )
     asked = "no query and value projections found" if target_modules is None else "nothing selected"
     shown = "" if target_modules is None else f" by target_modules={target_modules!r}"
-    near = did_you_mean_names(target_modules, {_last(name) for name in linear})
+    near = did_you_mean_names(target_modules, {last_part(name) for name in linear})
     return TargetError(f"{checkpoint.path}: {asked}{shown}{near}; {there}. In target_modules {how}")
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _dtype(entry: StoredWeight) -> str:

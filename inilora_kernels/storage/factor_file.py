@@ -134,11 +134,15 @@ def _pair(
             )
         if not factor.isfinite().all():
             raise FactorFileError(f"{where}: {key} has NaN or Inf in it; compute the factors again")
-    rows = record.rows[1] - record.rows[0] if record.rows else B.shape[0]
-    if A.shape[0] != B.shape[1] or B.shape[0] != rows:
+    rows = record.rows
+    # Of every so many rows: as often as the whole weight, which the file does not hold, is long.
+    fits = rows is None or (
+        B.shape[0] == rows[1] - rows[0] if len(rows) == 2 else B.shape[0] % (rows[1] - rows[0]) == 0
+    )
+    if A.shape[0] != B.shape[1] or not fits:
         raise FactorFileError(
             f"{where}: {name} has A {tuple(A.shape)} and B {tuple(B.shape)}"
-            f"{f' for rows {record.rows[0]} to {record.rows[1]}' if record.rows else ''}, which do not fit each other; "
+            f"{f' for rows {rows}' if rows else ''}, which do not fit each other; "
             f"compute the factors again"
         )
     return A, B

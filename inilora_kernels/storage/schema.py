@@ -50,7 +50,7 @@ class ModuleRecord(BaseModel):
     energy: float
     steps: Count
     source_sha256: Sha256 | Literal[""]
-    rows: tuple[Count, Count] | None
+    rows: tuple[Count, Count] | tuple[Count, Count, Count] | None
     transposed: bool
     history: list[tuple[Count, Finite]]
     checkpoint_steps: list[Count]
@@ -63,8 +63,8 @@ class ModuleRecord(BaseModel):
             self.source_sha256 or not all(math.isnan(number) for number in numbers)
         ):
             raise ValueError("loss, optimum and energy have to be finite and not negative")
-        if self.rows is not None and self.rows[0] >= self.rows[1]:
-            raise ValueError(f"rows {self.rows[0]} to {self.rows[1]} are none")
+        if self.rows is not None and not (self.rows[0] < self.rows[1] <= self.rows[-1]):
+            raise ValueError(f"rows {self.rows} are none")
         if not set(self.checkpoint_steps) <= {step for step, _ in self.history}:
             raise ValueError("a step of checkpoint_steps has no loss in history")
         return self

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from inilora_kernels.errors import CheckpointError, TargetError, WeightError
 from inilora_kernels.model.architecture import loaded_names
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.fused import row_index
 from inilora_kernels.model.targets import Target, find_targets
 
 ENCODER: dict[str, Any] = {
@@ -70,7 +71,7 @@ def found(model: transformers.PreTrainedModel, folder: Path, target_modules: Any
         assert target.transposed == isinstance(module, Conv1D)
         expected = weight.T if target.transposed else weight
         W = target.read()
-        assert torch.equal(W, expected[slice(*target.rows)] if target.rows else expected)
+        assert torch.equal(W, expected[row_index(target.rows, len(expected))])
         assert W.shape == target.shape
         assert W.is_contiguous()
         assert W.dtype == target.dtype
@@ -384,12 +385,13 @@ def test_kinds_of_named_modules(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_interleaved_weights_have_to_be_named(tmp_path: Path, name: str, options: dict[str, Any], fused: str) -> None:
-    model = build(name, **options)
-    with pytest.raises(TargetError, match=rf'fused in .*{fused}.*\["{fused}"\]'):
-        found(model, tmp_path)
-    targets = found(model, tmp_path, [fused])
+def test_fused_weights_may_be_named_whole(tmp_path: Path, name: str, options: dict[str, Any], fused: str) -> None:
+    """And have to be where config.json does not say how their rows are mixed."""
+    targets = found(build(name, **options), tmp_path, [fused])
     assert [(target.kind, target.rows) for target in targets] == [(fused, None)] * 2
+    (tmp_path / "config.json").write_text('{"model_type": "of-its-own"}')
+    with pytest.raises(TargetError, match=rf'fused in .*{fused}.*\["{fused}"\]'):
+        find_targets(open_checkpoint(tmp_path))
 
 
 def test_whole_fused_weight_of_gpt2(tmp_path: Path) -> None:
@@ -516,6 +518,16 @@ def test_tied_output_layer(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # writes both names
     assert "shares its weight with model.embed_tokens" in refusal(tmp_path, TargetError, ["lm_head"])
+
+
+def test_all_linear_leaves_out_what_is_thinner_than_the_rank(tmp_path: Path) -> None:
+    """Qwen2-MoE's shared_expert_gate is 1×k."""
+    tensors = {f"0.{name}.weight": torch.zeros(rows, 6) for name, rows in (("up", 4), ("shared_expert_gate", 1))}
+    checkpoint = open_checkpoint(write(tmp_path, tensors))
+    with pytest.warns(UserWarning, match=r"left out 0\.shared_expert_gate: 1×6 is thinner than the rank"):
+        assert [target.module for target in find_targets(checkpoint, "all-linear", lambda _: 2)] == ["0.up"]
+    assert len(find_targets(checkpoint, "all-linear", lambda _: 1)) == 2
+    assert len(find_targets(checkpoint, ["shared_expert_gate"], lambda _: 2)) == 1  # named, so refused later
 
 
 def test_untied_output_layer_may_be_named(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def find_weights(
     dtype = _dtype(config)
     modules: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
-        module, part = _module_and_part(name, tensors)
+        module, part = module_and_part(name, tensors)
         modules.setdefault(module, {})[part] = tensor
     weights = {}
     for name, parts in modules.items():
@@ -52,7 +52,7 @@ def find_weights(
     return weights
 
 
-def _module_and_part(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
+def module_and_part(name: str, tensors: Collection[str]) -> tuple[str, str]:
     """The module that a tensor belongs to, and what it is in it; of a fused parameter of experts, the parameter."""
     module, within, rest = name.partition(".weight.")
     if within:

@@ -1,0 +1,147 @@
+"""Models of the Hugging Face hub: downloaded by huggingface_hub into its own cache, no more of them than is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import CheckpointError
+from .files.tensor import read_json
+from .layout import read_weight_map, trained_components, weight_files
+
+# Given the names of all tensors and config.json: those that will be read.
+Choose: TypeAlias = Callable[[Collection[str], Mapping[str, Any] | None], Collection[str]]
+
+_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+# Small files that say what a repository is.
+_DESCRIBES = re.compile(r"(.*/)?(config|model_index|modules|params|adapter_config|[\w.-]+\.index(\.[\w-]+)?)\.json")
+# Weights for other libraries, and pictures, which no copy of a model wants.
+_NOT_THE_MODELS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "*.pb", "onnx/*", "openvino/*"]
+
+
+@dataclass(frozen=True)
+class Download:
+    """A model in huggingface_hub's cache.
+
+    name: its id on the hub.
+    files: the names of the weight files that were asked for; None for all.
+    """
+
+    folder: Path
+    name: str
+    files: frozenset[str] | None
+
+
+def fetch(path: str | Path, revision: str | None, token: str | None, choose: Choose | None) -> Download:
+    """Download what is not in the cache yet; see `open_checkpoint` for the parameters. Raises CheckpointError."""
+    text = path.as_posix() if isinstance(path, Path) else path
+    match = _ID.fullmatch(text)
+    if match is None or text.startswith((".", "/")) or text.endswith((".safetensors", ".bin", ".gguf")):
+        raise CheckpointError(
+            f"{path}: no such file or folder; give a Hugging Face model folder, a .safetensors file, or the id of a "
+            f"model on the hub, org/name"
+        )
+    name, revision = match["id"], revision or match["revision"]
+    try:
+        if choose is None:
+            return _whole(name, revision, token)
+        return _parts(name, revision, token, choose)
+    except OSError as error:
+        raise CheckpointError(f"{text}: {_reason(error, name, revision)}") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{text}: no such file or folder, and no id of a model on the hub ({error})") from error
+
+
+def _whole(name: str, revision: str | None, token: str | None) -> Download:
+    folder = huggingface_hub.snapshot_download(name, revision=revision, token=token, ignore_patterns=_NOT_THE_MODELS)
+    return Download(Path(folder), name, None)
+
+
+def _parts(name: str, revision: str | None, token: str | None, choose: Choose) -> Download:
+    names = _listed(name, revision, token)
+
+    def get(file: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(name, file, revision=revision, token=token))
+
+    described = {file: get(file) for file in names if _DESCRIBES.fullmatch(file)}
+    if not described and not names:
+        raise CheckpointError(f"{name}: an empty repository; give a model's")
+    chosen: set[str] = set()
+    for folder in _folders(names, described):
+        here = [PurePosixPath(file).name for file in names if str(PurePosixPath(file).parent) == (folder or ".")]
+        found = weight_files(here, f"{name}/{folder}".rstrip("/"))
+        files = found.files if found is not None else ()
+        if found is not None and found.index is not None:
+            files = _shards(described[_join(folder, found.index)], described.get(_join(folder, "config.json")), choose)
+        chosen |= {_join(folder, file) for file in files}
+    if not chosen:
+        raise CheckpointError(f"{name}: no weights in this repository; there are {', '.join(sorted(names)[:12])}")
+    places = {file: get(file) for file in sorted(chosen)}
+    example, place = next(iter(places.items()))
+    root = place.parents[len(PurePosixPath(example).parts) - 1]
+    return Download(root, name, frozenset(PurePosixPath(file).name for file in chosen))
+
+
+def _listed(name: str, revision: str | None, token: str | None) -> list[str]:
+    """The files of a repository; offline, those in the cache, of which indexes name the others."""
+    try:
+        return list(huggingface_hub.list_repo_files(name, revision=revision, token=token))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except OSError:
+        # Offline, or the hub is out of reach: what is in the cache may be enough.
+        config = None
+        for file in ("config.json", "model_index.json", "modules.json", "model.safetensors"):
+            config = config or huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+        if not isinstance(config, str):
+            raise
+        root = Path(config).parent
+        return [file.relative_to(root).as_posix() for file in sorted(root.rglob("*")) if file.is_file()]
+
+
+def _folders(names: Sequence[str], described: Mapping[str, Path]) -> list[str]:
+    """The folders of a repository that hold models: its own, a pipeline's, or sentence-transformers' older one."""
+    if "model_index.json" in described:
+        return [
+            part
+            for part in trained_components(described["model_index.json"])
+            if any(f.startswith(f"{part}/") for f in names)
+        ]
+    if "modules.json" in described and not any("/" not in name and name.startswith("model.") for name in names):
+        return sorted({name.split("/")[0] for name in names if name.startswith("0_")})
+    return [""]
+
+
+def _shards(index: Path, config: Path | None, choose: Choose) -> tuple[str, ...]:
+    weight_map = read_weight_map(index)
+    wanted = choose(list(weight_map), read_json(config) if config is not None else None)
+    return tuple({weight_map[tensor] for tensor in wanted})
+
+
+def _join(folder: str, file: str) -> str:
+    return f"{folder}/{file}" if folder else file
+
+
+def _reason(error: OSError, name: str, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"the hub lets only those in who accepted its terms; accept them at hf.co/{name} and give a token"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the hub's {name} has no revision {revision}"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such file or folder here, and no such model on the hub; a private one needs a token"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "no such file or folder here, not in the hub's cache, and HF_HUB_OFFLINE is set; download it first"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return f"no such file or folder here, and it cannot be downloaded from the hub ({reason})"

@@ -1,0 +1,138 @@
+"""Models of the hub by their id, from a cache that is laid out as huggingface_hub does; the network is never asked."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel
+
+from inilora_kernels import approximate_model
+from inilora_kernels.errors import CheckpointError
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.targets import find_targets, tensors_of
+
+COMMIT, OLDER = "1" * 40, "2" * 40
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """huggingface_hub reads the environment once, when it is imported."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+def cached(cache: Path, name: str = "org/model", commit: str = COMMIT, ref: str = "main") -> Path:
+    """The folder of one revision of a repository in the cache."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / ref).write_text(commit)
+    (repository / "blobs").mkdir(exist_ok=True)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def into_blobs(snapshot: Path) -> None:
+    """Files of a snapshot are links to blobs."""
+    for place, file in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        blob = snapshot.parents[1] / "blobs" / f"{snapshot.name[:3]}{place}"
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+
+
+def bert(folder: Path, seed: int = 0, **options: Any) -> BertModel:
+    torch.manual_seed(seed)
+    model = BertModel(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=36,
+            max_position_embeddings=16,
+        )
+    )
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def test_factors_are_those_of_the_folder(tmp_path: Path, offline: Path) -> None:
+    bert(tmp_path / "local")
+    bert(cached(offline))
+    into_blobs(offline / "models--org--model" / "snapshots" / COMMIT)
+    given: dict[str, Any] = {"rank": 2, "solver": "krylov", "cache": False, "progress": False}
+    local = approximate_model(tmp_path / "local", **given)
+    assert approximate_model("org/model", **given).to_bytes() == local.to_bytes()
+    assert approximate_model(Path("org/model"), **given).to_bytes() == local.to_bytes()
+
+
+def test_revisions(offline: Path) -> None:
+    new, old = bert(cached(offline)), bert(cached(offline, commit=OLDER, ref="v1"), seed=1)
+    name = "pooler.dense.weight"
+    choose = tensors_of(None)
+    assert torch.equal(open_checkpoint("org/model", choose=choose).read(name), new.pooler.dense.weight)
+    for checkpoint in (
+        open_checkpoint("org/model", revision="v1", choose=choose),
+        open_checkpoint("org/model@v1", choose=choose),
+        open_checkpoint("org/model", revision=OLDER, choose=choose),
+    ):
+        assert torch.equal(checkpoint.read(name), old.pooler.dense.weight)
+        assert checkpoint.name == "org/model"
+
+
+def test_shards_without_targets_are_not_needed(tmp_path: Path, offline: Path) -> None:
+    """Embeddings and layer 1 are not in the cache: nothing asked for is in them."""
+    snapshot = cached(offline)
+    model = bert(snapshot)
+    tensors = model.state_dict()
+    (snapshot / "model.safetensors").unlink()
+    layer = {name for name in tensors if ".layer.0." in name}
+    save_file({name: tensors[name] for name in layer}, snapshot / "model-00001-of-00002.safetensors")
+    weight_map = {name: f"model-0000{1 if name in layer else 2}-of-00002.safetensors" for name in tensors}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    asked = [r"encoder.layer.0.attention.self.query"]
+    checkpoint = open_checkpoint("org/model", choose=tensors_of(asked))
+    targets = find_targets(checkpoint, asked)
+    assert [target.module for target in targets] == asked
+    assert set(checkpoint.absent) == tensors.keys() - layer
+    with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE|cannot be downloaded"):
+        open_checkpoint("org/model", choose=tensors_of(None))
+
+
+def test_pipeline(offline: Path) -> None:
+    snapshot = cached(offline, "org/pipeline")
+    for part, end in (("unet", "to_"), ("vae", "to_")):
+        (snapshot / part).mkdir()
+        tensors = {f"attn.{end}{kind}.weight": torch.randn(4, 6) for kind in "qv"}
+        save_file(tensors, snapshot / part / "diffusion_pytorch_model.safetensors")
+    (snapshot / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "U"], "vae": ["diffusers", "V"]}))
+    checkpoint = open_checkpoint("org/pipeline", choose=tensors_of(None))
+    assert [target.module for target in find_targets(checkpoint)] == ["unet.attn.to_q", "unet.attn.to_v"]
+
+
+@pytest.mark.parametrize("name", ["org/nothing", "nothing-here", "org/model@v2"])
+def test_not_in_the_cache(offline: Path, name: str) -> None:
+    bert(cached(offline))
+    with pytest.raises(CheckpointError, match="no such file or folder here") as error:
+        open_checkpoint(name, choose=tensors_of(None))
+    assert name in str(error.value)
+
+
+def test_folders_go_before_ids(tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert(cached(offline))
+    monkeypatch.chdir(tmp_path)
+    local = bert(tmp_path / "org" / "model", seed=1)
+    assert torch.equal(open_checkpoint("org/model").read("pooler.dense.weight"), local.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("path", ["./org/model", "/org/model", "a/b/c", "model.safetensors", "org/model.gguf"])
+def test_paths_are_not_asked_for_on_the_hub(path: str) -> None:
+    with pytest.raises(CheckpointError, match="or the id of a model on the hub"):
+        open_checkpoint(path)
