@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
-
-import huggingface_hub
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from ..errors import CheckpointError
 from .files.tensor import read_json
@@ -60,12 +52,12 @@ def fetch(path: str | Path, revision: str | None, token: str | None, choose: Cho
         return _parts(name, revision, token, choose)
     except OSError as error:
         raise CheckpointError(f"{text}: {_reason(error, name, revision)}") from error
-    except HFValidationError as error:
+    except _library().errors.HFValidationError as error:
         raise CheckpointError(f"{text}: no such file or folder, and no id of a model on the hub ({error})") from error
 
 
 def _whole(name: str, revision: str | None, token: str | None) -> Download:
-    folder = huggingface_hub.snapshot_download(name, revision=revision, token=token, ignore_patterns=_NOT_THE_MODELS)
+    folder = _library().snapshot_download(name, revision=revision, token=token, ignore_patterns=_NOT_THE_MODELS)
     return Download(Path(folder), name, None)
 
 
@@ -73,7 +65,7 @@ def _parts(name: str, revision: str | None, token: str | None, choose: Choose) -
     names = _listed(name, revision, token)
 
     def get(file: str) -> Path:
-        return Path(huggingface_hub.hf_hub_download(name, file, revision=revision, token=token))
+        return Path(_library().hf_hub_download(name, file, revision=revision, token=token))
 
     described = {file: get(file) for file in names if _DESCRIBES.fullmatch(file)}
     if not described and not names:
@@ -97,14 +89,14 @@ def _parts(name: str, revision: str | None, token: str | None, choose: Choose) -
 def _listed(name: str, revision: str | None, token: str | None) -> list[str]:
     """The files of a repository; offline, those in the cache, of which indexes name the others."""
     try:
-        return list(huggingface_hub.list_repo_files(name, revision=revision, token=token))
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return list(_library().list_repo_files(name, revision=revision, token=token))
+    except (_library().errors.RepositoryNotFoundError, _library().errors.RevisionNotFoundError):
         raise
     except OSError:
         # Offline, or the hub is out of reach: what is in the cache may be enough.
         config = None
         for file in ("config.json", "model_index.json", "modules.json", "model.safetensors"):
-            config = config or huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+            config = config or _library().try_to_load_from_cache(name, file, revision=revision)
         if not isinstance(config, str):
             raise
         root = Path(config).parent
@@ -135,13 +127,19 @@ def _join(folder: str, file: str) -> str:
 
 
 def _reason(error: OSError, name: str, revision: str | None) -> str:
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, _library().errors.GatedRepoError):
         return f"the hub lets only those in who accepted its terms; accept them at hf.co/{name} and give a token"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, _library().errors.RevisionNotFoundError):
         return f"the hub's {name} has no revision {revision}"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, _library().errors.RepositoryNotFoundError):
         return "no such file or folder here, and no such model on the hub; a private one needs a token"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, _library().errors.OfflineModeIsEnabled):
         return "no such file or folder here, not in the hub's cache, and HF_HUB_OFFLINE is set; download it first"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return f"no such file or folder here, and it cannot be downloaded from the hub ({reason})"
+
+
+def _library() -> Any:
+    """huggingface_hub, which a run on local files does not need."""
+    importlib.import_module("huggingface_hub.errors")
+    return importlib.import_module("huggingface_hub")
