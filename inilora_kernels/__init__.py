@@ -5,13 +5,11 @@ factors = approximate_model("path/to/model", rank=8)
 factors.save("factors.safetensors")
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .approximate import approximate, approximate_model, approximate_ranks
-from .errors import InitializationError
-from .factor_set import FactorSet
-from .factors import Certificate, Factors
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -27,6 +25,10 @@ if TYPE_CHECKING:
         unmerge,
     )
     from .adapters.peft import initialize_peft, load_delta
+    from .approximate import approximate, approximate_model, approximate_ranks
+    from .errors import InitializationError
+    from .factor_set import FactorSet
+    from .factors import Certificate, Factors
     from .storage.authors_folder import save_inilora_pt
 
 __all__ = [
@@ -54,8 +56,15 @@ __all__ = [
     "unmerge",
 ]
 
-# Imported when first used: transformers and peft take seconds, and computing factors needs neither.
+# Imported when first used: torch, transformers and peft take seconds, and whoever asks for --help needs none of them.
 _MODULES = {
+    "Certificate": "factors",
+    "FactorSet": "factor_set",
+    "Factors": "factors",
+    "InitializationError": "errors",
+    "approximate": "approximate",
+    "approximate_model": "approximate",
+    "approximate_ranks": "approximate",
     "adapter_state_dict": "adapters.layer",
     "attach": "adapters.layer",
     "convert": "adapters.convert",
@@ -72,6 +81,17 @@ _MODULES = {
     "trainable_parameters": "adapters.layer",
     "unmerge": "adapters.layer",
 }
+
+
+class _Package(ModuleType):
+    """`approximate` is the function: importing the module of that name must not put the module in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "approximate" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

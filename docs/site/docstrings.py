@@ -11,6 +11,14 @@ _ENTRY = re.compile(r"([a-z_]\w*(?:, \w+)*|[A-Z]): +(\S.*)")
 
 
 class Markdown(griffe.Extension):
+    """Docstrings as Markdown; and `options: ModelOptions` as the keywords that callers give in its place."""
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        for parameter in func.parameters:
+            if parameter.name == "options" and str(parameter.annotation).endswith("Options"):
+                parameter.name, parameter.kind = "**options", griffe.ParameterKind.var_keyword
+                parameter.annotation = None
+
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,19 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
             return f"{picture}[{text}]({path})"
         return f"`{path}`" if text.strip("`") in path else f"{text} (`{path}`)"
 
-    return _LINK.sub(outside, markdown)
+    return _LINK.sub(outside, markdown).replace("<!-- options -->", _options_table())
+
+
+def _options_table() -> str:
+    """Every option, read from the one place where they stand."""
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    tree = ast.parse((ROOT / "inilora_kernels/options.py").read_text(encoding="utf-8"))
+    for field in ast.walk(tree):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Call):
+            default, meaning = field.value.args
+            text = ast.literal_eval(meaning).replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
+            rows.append(f"| `{ast.unparse(field.target)}` | `{ast.unparse(default)}` | {text} |")
+    return "\n".join(rows)
 
 
 def _at_the_root(source: Path) -> str:

@@ -17,7 +17,7 @@ from ..storage.cache_upkeep import Entry
 
 cache_application = typer.Typer(
     name="cache",
-    help="The finished matrices that runs find again: look at them, check and remove them.",
+    help="Look at, check and remove the finished matrices that runs find again.",
     no_args_is_help=True,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

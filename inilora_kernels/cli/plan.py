@@ -48,7 +48,7 @@ def plan(
         bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")
     ] = False,
 ) -> None:
-    """Predict what a run would take: time and memory of each solver, on this machine or a GPU."""
+    """Predict what a run would take, by each solver, on this machine or a GPU."""
     require_count("rank", rank)
     require_count("steps", steps)
     card = None if gpu is None else gpu_named(gpu)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
 from inilora_kernels import FactorSet
+from inilora_kernels.cli.main import COMMANDS
 
 
 def inilora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -147,3 +151,24 @@ def test_matrices_of_zeros_are_drawn_too(tmp_path: Path, solver: str) -> None:
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    for arguments in (["--help"], ["--version"], ["--show-completion", "bash"]):
+        program = (
+            "import json, sys; from inilora_kernels.cli.main import main\n"
+            f"sys.argv = ['inilora', *{arguments}]\n"
+            "try: main()\nfinally: print(json.dumps(list(sys.modules)), file=sys.stderr)"
+        )
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert not {"torch", "numpy", "transformers", "numba", "matplotlib"} & set(json.loads(result.stderr)), arguments
+    assert re.fullmatch(r"inilora \d+\.\d+\.\d+\S*\n", inilora("--version").stdout)
+
+
+def test_the_list_of_commands_says_what_each_help_says() -> None:
+    listed = " ".join(inilora("--help").stdout.split())
+    for name, (module, attribute, summary) in COMMANDS.items():
+        found = getattr(import_module(f"inilora_kernels.cli.{module}"), attribute)
+        own = found.info.help if isinstance(found, typer.Typer) else found.__doc__.splitlines()[0]
+        assert summary == own
+        assert f"{name} {summary}" in listed

@@ -1,0 +1,96 @@
+"""The commands around training: export before it, convert and merge after it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from ..adapters.convert import convert as convert_folder
+from ..adapters.convert import export_merged
+from ..adapters.export import export_delta, export_residual
+from ..adapters.folder import TaskType
+from ..adapters.layer import Form
+from ..display.tables import truncation_table
+from ..errors import OptionError
+from ..factor_set import FactorSet
+from ..storage.authors_folder import save_inilora_pt
+from .output import Every, Json, say
+
+Format = Literal["peft", "inilora-pt"]
+Base = Annotated[Path | None, typer.Option(help="The original model's folder, of which the factors are.")]
+Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")]
+Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
+Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")]
+Trained = Annotated[Path, typer.Argument(help="The adapter folder that the trainer saved.")]
+
+
+def export(
+    factors: Made,
+    output: Folder,
+    base: Base = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="residual: a base folder with R = W − BA and an adapter, which every trainer takes as they are; "
+            "delta: the adapter, and its frozen negative, for the untouched base."
+        ),
+    ] = "residual",
+    file_format: Annotated[
+        Format, typer.Option("--format", help="peft: folders for trainers; inilora-pt: the authors' factor files.")
+    ] = "peft",
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="PEFT's lora_alpha. Default: the rank, a scaling of 1.")
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by lora_alpha / √r.")] = False,
+    lora_dropout: Annotated[float, typer.Option(help="PEFT's lora_dropout.")] = 0.0,
+    task_type: Annotated[
+        TaskType | None, typer.Option(help="PEFT's task_type. Default: the model's own class, as config.json has it.")
+    ] = None,
+) -> None:
+    """Write factors as folders that a trainer reads."""
+    if file_format == "inilora-pt":
+        if lora_alpha is not None or rslora or lora_dropout or task_type is not None:
+            raise OptionError("the authors' files hold A and B alone: --lora-alpha and the like go with --format peft")
+        save_inilora_pt(FactorSet.load(factors, base), output)
+        say(f"wrote {output}")
+        return
+    if base is None:
+        raise OptionError("give the model's folder, of which the factors are, as --base")
+    write = export_residual if form == "residual" else export_delta
+    write(base, FactorSet.load(factors, base), output, lora_alpha, rslora, lora_dropout, task_type)
+    if form == "residual":
+        say(f"wrote {output / 'base'}, the model to train on, and {output / 'adapter'}, the adapter to go on from")
+    else:
+        say(
+            f"wrote {output / 'adapter'}, the adapter to go on from, and {output / 'initial'}, to stay frozen beside it"
+        )
+
+
+def convert(
+    trained: Trained,
+    init: Init,
+    output: Folder,
+    base: Base = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Recompress to this rank. Default: exact, at twice the rank.")
+    ] = None,
+    every: Every = False,
+    as_json: Json = False,
+) -> None:
+    """Make a plain LoRA for the original model of a trained adapter."""
+    errors = convert_folder(trained, FactorSet.load(init, base), output, base, rank)
+    if as_json:
+        print(json.dumps({"truncation_error": errors}, indent=2))
+    elif rank is not None:
+        Console().print(truncation_table(errors, rank, every=every))
+    say(f"wrote {output}")
+
+
+def merge(trained: Trained, init: Init, output: Folder, base: Base = None) -> None:
+    """Write the original model with a trained adapter merged into it."""
+    export_merged(trained, FactorSet.load(init, base), output, base)
+    say(f"wrote {output}")

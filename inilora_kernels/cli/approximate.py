@@ -1,0 +1,70 @@
+"""`inilora approximate`: from a model to a factor file."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..approximate import approximate_model, approximate_ranks
+from ..errors import OptionError
+from ..model.checkpoint import open_checkpoint
+from ..storage.atomic import require_writable
+from .arguments import options_from, with_options
+from .output import Every, Json, Plot, draw, require_plot, say, show
+
+
+@with_options
+def approximate(
+    model: Annotated[Path, typer.Argument(help="A model's folder, a weight file, or its hub id (org/name@revision).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The factor file to write (.safetensors).")],
+    plot: Plot = None,
+    every: Every = False,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Factorize a model's weights and write the factor file."""
+    options = options_from(given)
+    ranks = options["rank"]
+    outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
+    plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
+    inputs = [entry.file for entry in open_checkpoint(model).tensors.values()] if model.exists() else []
+    if given["start"] is not None:
+        inputs.append(given["start"])
+    for one, path in outputs.items():
+        picture = plots[one]
+        _require_no_input(path, inputs)
+        require_writable(path)
+        if picture is not None:
+            _require_no_input(picture, [*inputs, path])
+        require_plot(picture)
+    try:
+        if isinstance(ranks, list):
+            results = approximate_ranks(model, **options)
+        else:
+            results = {0: approximate_model(model, **options)}
+    except KeyboardInterrupt as interrupted:
+        print(f"inilora: {interrupted or 'stopped'}", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    for one, factors in results.items():
+        factors.save(outputs[one])
+        draw(factors, plots[one], model)
+    show(list(results.values()), as_json, every)
+    if not as_json:
+        for path in outputs.values():
+            say(f"wrote {path}")
+
+
+def _of_rank(path: Path, rank: int) -> Path:
+    """factors.safetensors → factors-r8.safetensors."""
+    return path.with_name(f"{path.stem}-r{rank}{path.suffix}")
+
+
+def _require_no_input(path: Path, inputs: Sequence[Path]) -> None:
+    """Nobody means to write over the model, or the plot over the factors."""
+    if path.resolve() in {one.resolve() for one in inputs}:
+        raise OptionError(f"{path}: this run reads or writes that file already; give another name")

@@ -1,0 +1,44 @@
+"""`inilora inspect` and `inilora methods`: a look at a factor file, and at what there is to choose from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..display.tables import spectrum_table
+from ..factor_set import FactorSet
+from .methods import methods_json, methods_table
+from .output import Every, Json, Plot, draw, require_plot, show
+
+Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")]
+
+
+def inspect(
+    file: Made,
+    base: Annotated[
+        Path | None, typer.Option(help="For an authors' folder: the model's folder, to compare with.")
+    ] = None,
+    plot: Plot = None,
+    every: Every = False,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a factor file, how good it is, and the singular spectrum."""
+    require_plot(plot)
+    factors = FactorSet.load(file, base)
+    draw(factors, plot, base or file)
+    show([factors], as_json, every)
+    spectrum = spectrum_table(factors, every=every)
+    if spectrum is not None and not as_json:
+        Console().print(spectrum)
+
+
+def methods(as_json: Json = False) -> None:
+    """List the initializations that --method takes, with their formula and source."""
+    if as_json:
+        print(json.dumps(methods_json(), indent=2, ensure_ascii=False))
+    else:
+        Console().print(methods_table())

@@ -1,0 +1,47 @@
+"""What the commands print and draw, and the flags that ask for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..display.plots import plot as plot_into
+from ..display.plots import require_plot_path
+from ..display.reports import json_report
+from ..factor_set import FactorSet
+from ..storage.atomic import require_writable
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw error by layer, spectra and convergence into this .png, .svg or .pdf.")
+]
+Every = Annotated[bool, typer.Option("--all", help="A row for each matrix, not for each kind.")]
+
+
+def say(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+def require_plot(path: Path | None) -> None:
+    if path is not None:
+        require_plot_path(path)
+        require_writable(path)
+
+
+def draw(factors: FactorSet, path: Path | None, model: Path) -> None:
+    if path is not None:
+        plot_into(factors, factors.options, path, model.resolve().stem)
+
+
+def show(results: list[FactorSet], as_json: bool, every: bool) -> None:
+    """Tables; or one JSON value, a list of them where there are several sets."""
+    if as_json:
+        reports = [json_report(factors, factors.options) for factors in results]
+        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
+    else:
+        for factors in results:
+            Console().print(factors.table(every=every))
