@@ -9,26 +9,29 @@ of the original W, whichever form they were trained in: a LoRA of rank 2r.
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import FactorFileError, OptionError, TargetError, WeightError
 from ..factor_set import FactorSet
-from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..model.checkpoint import Checkpoint
 from ..storage.atomic import require_new_folder, whole_folder
-from .export import RESIDUAL_RECORD, factors_sha256, require_same_base
-from .folder import KEY_PREFIX, Adapter, copy_model, read_adapter, write_adapter
+from .base import find_original
+from .folder import KEY_PREFIX, Adapter, hub_name, read_adapter, write_adapter
 from .layer import difference
-from .modules import Start, find_starts, module_of
+from .model_copy import Change, copy_model
+from .modules import find_starts, module_of
+from .trained_whole import find_trained_whole
+
+_ABOUT = (
+    "A plain LoRA for the original model, made by `inilora convert` of a LoRA that started from the pretrained weights."
+)
 
 # Below this cosine between the trained A and the factors' A, they are hardly the ones that training started from.
 _UNRELATED = 0.5
@@ -40,6 +43,7 @@ def convert(
     out: str | Path,
     base: str | Path | None = None,
     rank: int | None = None,
+    insist: bool = False,
 ) -> dict[str, float]:
     """Write a trained adapter as a plain LoRA for the original model, which PEFT loads and merges as any other.
 
@@ -53,20 +57,20 @@ def convert(
     base: the original model's folder, or the residual one that the adapter was trained on, if it is not where the
         adapter's config says.
     rank: recompress ΔW to this rank by its singular value decomposition, the nearest there is; None: exactly 2r.
+    insist: take the factors even if the adapter does not look as if it had started from them.
 
     Returns the truncation error of each module, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, all 0 without `rank`.
 
-    Raises FactorFileError (the factors are of another model, or of another run; the folder is no plain LoRA),
+    Raises FactorFileError (the factors are of another model or another run; the folder is no plain LoRA; it holds NaN),
     OptionError (rank; no base to be found), CheckpointError and OutputError; nothing is left behind then.
-    Warns if the adapter does not look as if it had started from these factors.
     """
     trained, out = Path(trained), Path(out)
     if rank is not None and rank < 1:
         raise OptionError(f"rank={rank}: it must be at least 1")
     require_new_folder(out)
     adapter = read_adapter(trained)
-    checkpoint, _, on_residual = _original(adapter, factors, base)
-    updates = _updates(trained, adapter, factors, checkpoint, on_residual)
+    checkpoint, _, on_residual = find_original(adapter.config.get("base_model_name_or_path"), factors, base)
+    updates, _ = _updates(trained, adapter, factors, checkpoint, on_residual, insist)
     errors = dict.fromkeys(updates, 0.0)
     if rank is not None:
         for module, (A, B) in updates.items():
@@ -76,53 +80,80 @@ def convert(
     padded = {module: _pad(A, B, common) for module, (A, B) in updates.items()}
     config = {
         **adapter.config,
-        "base_model_name_or_path": str(checkpoint.path.resolve()),
+        "base_model_name_or_path": hub_name(checkpoint.path),
         "r": common,
         "lora_alpha": common,
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
+        "exclude_modules": None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
     if isinstance(config.get("target_modules"), str):  # SGLang reads a list of names, no regular expression
         config["target_modules"] = sorted(updates)
     with whole_folder(out) as folder:
-        write_adapter(folder, Adapter(config, padded, adapter.others))
+        write_adapter(folder, Adapter(config, padded, adapter.others), _ABOUT)
     return errors
 
 
-def export_merged(trained: str | Path, factors: FactorSet, out: str | Path, base: str | Path | None = None) -> None:
+def export_merged(
+    trained: str | Path,
+    factors: FactorSet,
+    out: str | Path,
+    base: str | Path | None = None,
+    insist: bool = False,
+) -> None:
     """Write the original model with a trained adapter merged into it: W + ΔW, summed in float32, in W's dtype.
 
-    Config, tokenizer and all other tensors are copied as they are, one tensor in memory at a time. Parameters and
-    errors are those of `convert`; FactorFileError too if a module trained whole has no tensor in the base.
+    Config, tokenizer and all other tensors are copied as they are, some rows of one tensor in memory at a time. An
+    embedding that was trained alone, though the model shares it with its output layer, gets a tensor of its own, and
+    config.json then says so.
+
+    Parameters and errors are those of `convert`; FactorFileError too if a module trained whole has no tensor in the
+    base, WeightError if a weight is quantized or the sum leaves the range of its dtype, TargetError if ΔW would change
+    a weight that other modules share.
     """
     trained, out = Path(trained), Path(out)
     require_new_folder(out)
     adapter = read_adapter(trained)
-    checkpoint, tensors, on_residual = _original(adapter, factors, base)
-    updates = _updates(trained, adapter, factors, checkpoint, on_residual)
+    named = adapter.config.get("base_model_name_or_path")
+    checkpoint, tensors, on_residual = find_original(named, factors, base)
+    updates, modules = _updates(trained, adapter, factors, checkpoint, on_residual, insist)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}
-    by_tensor = dict(zip(dict.fromkeys(tensors.values()), updates, strict=True))
-    for tensor in by_tensor:
+    changes: dict[str, Change] = {}
+    live = {}
+    for module, update in updates.items():
+        tensor = tensors[modules[module]]
         weight = checkpoint.weights[tensor]
         if weight.is_quantized:
             raise WeightError(
                 f"{checkpoint.path}: {tensor} is quantized ({weight.dequantization}), so W + ΔW cannot be written in "
                 f"its place; use `inilora convert`, and merge the adapter into the original model"
             )
-    whole = _trained_whole(adapter, checkpoint, next(iter(by_tensor.items())))
-
-    def change(tensor: str, W: Tensor) -> Tensor:
-        if tensor in whole:
-            return whole[tensor].to(W.dtype)
-        A, B = updates[by_tensor[tensor]]
-        update = (B @ A).float()
-        return (W.float() + (update.T if transposed[tensor] else update)).to(W.dtype)
-
+        changes[tensor] = _plus(*update, transposed[tensor])
+        live[f"{module}.weight"] = tensor
+    others = {key.removeprefix(KEY_PREFIX): value for key, value in adapter.others.items()}
+    whole = find_trained_whole(checkpoint, live, others)
+    for tensor, value in whole.values.items():
+        changes[tensor] = functools.partial(_instead, value)
     with whole_folder(out) as folder:
-        copy_model(checkpoint, folder, [*by_tensor, *whole], change)
+        copy_model(checkpoint, folder, changes, whole.untied)
+
+
+def _plus(A: Tensor, B: Tensor, transposed: bool) -> Change:
+    """W's rows, as stored, plus those of BA."""
+
+    def rows(start: int, W: Tensor) -> Tensor:
+        stop = start + len(W)
+        update = A[:, start:stop].T @ B.T if transposed else B[start:stop] @ A
+        return (W.float() + update.float()).to(W.dtype)
+
+    return rows
+
+
+def _instead(value: Tensor, start: int, rows: Tensor) -> Tensor:
+    return (value[start : start + len(rows)] if value.dim() else value).to(rows.dtype)
 
 
 def recompress(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -153,9 +184,13 @@ def _pad(A: Tensor, B: Tensor, rank: int, dtype: torch.dtype = torch.float32) ->
 
 
 def _updates(
-    trained: Path, adapter: Adapter, factors: FactorSet, checkpoint: Checkpoint, on_residual: bool
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors A' (2r, k) and B' (d, 2r) of each module's ΔW, float64, in the factor set's order."""
+    trained: Path, adapter: Adapter, factors: FactorSet, checkpoint: Checkpoint, on_residual: bool, insist: bool
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
+    """Factors A' (2r, k) and B' (d, 2r) of each module's ΔW, float64, and the module's name in the factor set.
+
+    A part of the modules that have factors may have been trained, with the rest left as it was (frozen towers,
+    `layers_to_transform`): a residual base holds R there, of which the adapter says nothing.
+    """
     shapes = {module: (B.shape[0], A.shape[1]) for module, (A, B) in adapter.factors.items()}
     try:
         starts = find_starts(shapes, factors, str(trained), checkpoint.config)
@@ -168,93 +203,56 @@ def _updates(
             f"give the factors that it started from"
         )
     updates = {}
+    ends = {}
     for module, start in starts.items():
-        A, B = adapter.factors[module]
+        scaling = adapter.scaling(module)
+        A0, B0 = start.scaled(scaling)
+        A, B = _own_half(*adapter.factors[module], A0, B0)
         if A.shape[0] != start.rank:
             raise FactorFileError(
                 f"{trained}: {module} has rank {A.shape[0]}, the factors have {start.rank}; "
                 f"give the factors that it started from"
             )
-        scaling = adapter.scaling(module)
-        A0, B0 = start.scaled(scaling)
         if not on_residual:
             # A trainer may keep A and B in bfloat16 (TRL does on a quantized base): then what was subtracted in
             # training is A0 and B0 in bfloat16 too. A residual on disk was made of the float32 ones.
             A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
-        A1, B1 = difference(A.double(), B.double(), A0.double(), B0.double())
+        ends[module] = (A.double(), B.double(), A0.double(), B0.double())
+        A1, B1 = difference(*ends[module])
         root = math.sqrt(scaling)
         updates[module] = (root * A1, root * B1)
-    _warn_if_unrelated(trained, adapter, starts)
-    return updates
+    if not insist:
+        _require_related(trained, ends)
+    return updates, {module: module_of(start.names[0]) for module, start in starts.items()}
 
 
-def _warn_if_unrelated(trained: Path, adapter: Adapter, starts: Mapping[str, Start]) -> None:
-    cosines = [
-        F.cosine_similarity(adapter.factors[module][0].float().flatten(), start.A.flatten(), dim=0)
-        for module, start in starts.items()
-    ]
-    cosine = float(torch.stack(cosines).mean())
-    if cosine < _UNRELATED:
-        warnings.warn(
-            f"{trained}: its A is far from the factors' A (mean cosine {cosine:.2f}); "
-            f"make sure that training started from these factors",
-            stacklevel=4,
-        )
+def _own_half(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a folder with [A; A0] and [B, −B0], the plain LoRA that a model saves which knows its start."""
+    r = A0.shape[0]
+    is_doubled = A.shape[0] == 2 * r and torch.equal(A[r:], A0.to(A.dtype)) and torch.equal(B[:, r:], -B0.to(B.dtype))
+    return (A[:r], B[:, :r]) if is_doubled else (A, B)
 
 
-def _original(adapter: Adapter, factors: FactorSet, base: str | Path | None) -> tuple[Checkpoint, dict[str, str], bool]:
-    """The original model that the factors are of, checked, its tensor of each module, and whether the adapter was
-    trained on a residual folder of it."""
-    named = adapter.config.get("base_model_name_or_path")
-    trained_on = _local(str(named)) if named else None
-    record = _record(trained_on)
-    if record is not None and record.get("factors_sha256") != factors_sha256(factors):
+def _require_related(trained: Path, ends: Mapping[str, tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+    """Raise FactorFileError if neither A nor the product BA is near to where the factors say that it started.
+
+    The product too, since factors of the same product in another basis, another seed's, are as good as the right ones.
+    """
+    nearness = {"A": 0.0, "BA": 0.0}
+    for A, B, A0, B0 in ends.values():
+        nearness["A"] += _cosine(float((A * A0).sum()), float(A.norm() * A0.norm()))
+        # ⟨BA, B0A0⟩ and the norms from r×r matrices.
+        inner = float(((B0.T @ B) * (A0 @ A.T)).sum())
+        norms = [math.sqrt(max(0.0, float(((Y.T @ Y) * (X @ X.T)).sum()))) for X, Y in ((A, B), (A0, B0))]
+        nearness["BA"] += _cosine(inner, norms[0] * norms[1])
+    means = {name: total / len(ends) for name, total in nearness.items()}
+    if max(means.values()) < _UNRELATED:
         raise FactorFileError(
-            f"{trained_on}: the adapter was trained on the residual of other factors than these; "
-            f"give the factor file that `inilora export` read"
+            f"{trained}: neither its A nor its BA is near the factors' (mean cosine {means['A']:.2f} and "
+            f"{means['BA']:.2f}), so it has hardly started from them, and the result would be off by all of their BA; "
+            f"give the factors that training started from, or insist (--insist, insist=True)"
         )
-    original = Path(base) if base is not None else Path(record["base"]) if record is not None else trained_on
-    if original is None or not original.exists():
-        raise OptionError(
-            f"cannot find the original model ({original or named or 'the adapter names none'}); give its folder as base"
-        )
-    given = _record(original)
-    if given is not None:
-        original = Path(given["base"])
-    checkpoint = open_checkpoint(original)
-    return checkpoint, require_same_base(checkpoint, factors), record is not None or given is not None
 
 
-def _record(folder: Path | None) -> dict[str, Any] | None:
-    if folder is None or not (folder / RESIDUAL_RECORD).is_file():
-        return None
-    return dict(json.loads((folder / RESIDUAL_RECORD).read_text(encoding="utf-8")))
-
-
-def _local(name: str) -> Path | None:
-    """The folder of a model: a path, or a hub model that was downloaded before."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):
-        return None
-
-
-def _trained_whole(adapter: Adapter, checkpoint: Checkpoint, example: tuple[str, str]) -> dict[str, Tensor]:
-    """The tensors of modules trained whole, by their name in the checkpoint, whose prefix one known pair tells."""
-    tensor, live = example
-    stored = tensor.removesuffix(".weight")
-    added = live.removesuffix(stored) if live.endswith(stored) else ""
-    taken = stored.removesuffix(live) if stored.endswith(live) else ""
-    whole = {}
-    for key, value in adapter.others.items():
-        name = taken + key.removeprefix(KEY_PREFIX).removeprefix(added)
-        entry = checkpoint.tensors.get(name)
-        if entry is None or entry.shape != tuple(value.shape):
-            raise FactorFileError(
-                f"{checkpoint.path}: no tensor {name} of shape {tuple(value.shape)}, which training has made; "
-                f"use `inilora convert`, then PEFT's merge_and_unload, which knows the model's class"
-            )
-        whole[name] = value
-    return whole
+def _cosine(inner: float, norms: float) -> float:
+    return inner / norms if norms else 0.0

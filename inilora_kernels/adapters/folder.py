@@ -1,34 +1,30 @@
-"""Folders on disk: PEFT's adapter folder, and a copy of a model with a few weights changed."""
+"""PEFT's adapter folder: its config, by PEFT's own LoraConfig, its tensors, and a card that says what it is."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import CheckpointError, FactorFileError
-from ..model.checkpoint import Checkpoint
+from ..errors import FactorFileError
 from ..storage.atomic import save_tensors
+from ..storage.schema import AdapterConfig, parse
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
-# Other copies of a model's weights, and files of other programs, which a changed model must not carry along.
-_OTHER_WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index\.json)?|\..*"
-)
+# Where huggingface_hub keeps a downloaded model: its name is in the path.
+_HUB_CACHE = re.compile(r".*[/\\]models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\][^/\\]+")
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,10 @@ class Adapter:
     config: Mapping[str, Any]
     factors: Mapping[str, tuple[Tensor, Tensor]]
     others: Mapping[str, Tensor]
+
+    def with_base(self, name: str) -> Adapter:
+        """The same adapter for a base model of this name or path."""
+        return replace(self, config={**self.config, "base_model_name_or_path": name})
 
     def scaling(self, module: str) -> float:
         """s of sBA: lora_alpha / r, or lora_alpha / √r with rslora, by the module's own rank and alpha."""
@@ -69,17 +69,18 @@ def read_adapter(folder: Path) -> Adapter:
     Refused, because BA is not all that they add to W: DoRA, and LoRA with a bias.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        text = (folder / CONFIG).read_bytes()
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise FactorFileError(
             f"{error.filename or folder}: no such file; give the folder with {CONFIG} and {WEIGHTS} "
             f"that the trainer saved"
         ) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise FactorFileError(f"{folder}: damaged adapter ({error}); save it again") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        found = f"peft_type {config.get('peft_type')}, use_dora {config.get('use_dora')}, bias {config.get('bias')}"
+    config = parse(AdapterConfig, text, str(folder / CONFIG))
+    if config.peft_type != "LORA" or config.use_dora or config.bias not in (None, "none"):
+        found = f"peft_type {config.peft_type}, use_dora {config.use_dora}, bias {config.bias}"
         raise FactorFileError(f"{folder / CONFIG}: not a plain LoRA ({found}); only A and B can be converted")
     modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     if not modules:
@@ -89,89 +90,47 @@ def read_adapter(folder: Path) -> Adapter:
         if f"{module}.lora_B.weight" not in tensors:
             raise FactorFileError(f"{folder / WEIGHTS}: {module} has lora_A but no lora_B; save it again")
         A, B = tensors.pop(f"{module}.lora_A.weight"), tensors.pop(f"{module}.lora_B.weight")
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or not A.shape[0]:
+            raise FactorFileError(
+                f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, which are no factors "
+                f"(r, in_features) and (out_features, r); save it again"
+            )
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise FactorFileError(f"{folder / WEIGHTS}: {module} holds NaN or Inf; take an earlier checkpoint")
         factors[module.removeprefix(KEY_PREFIX)] = (A, B)
     strange = [key for key in tensors if "lora_" in key]
     if strange:
         raise FactorFileError(f"{folder / WEIGHTS}: {strange[0]} is neither A nor B; only A and B can be converted")
-    return Adapter(config, factors, tensors)
+    return Adapter(config.model_dump(), factors, tensors)
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write the two files of an adapter into a folder that is there."""
+def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:
+    """Write an adapter into a folder that is there, as this version of PEFT writes it, and a card.
+
+    about: what the card says of it, in Markdown.
+    """
+    known = {field.name for field in fields(LoraConfig)} - {"peft_type", "peft_version"}
+    config = LoraConfig(**{name: value for name, value in adapter.config.items() if name in known})
+    for name in ("target_modules", "exclude_modules"):  # sets by now, whose order differs from run to run
+        if isinstance(getattr(config, name, None), set):
+            setattr(config, name, sorted(getattr(config, name)))
+    config.save_pretrained(str(folder), auto_mapping_dict=adapter.config.get("auto_mapping"))
     tensors = {}
     for module, (A, B) in adapter.factors.items():
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = A.contiguous()
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = B.contiguous()
-    (folder / CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
     save_tensors(folder / WEIGHTS, {**tensors, **adapter.others})
+    base = config.base_model_name_or_path
+    is_on_hub = base is not None and not Path(base).is_absolute()
+    data = ModelCardData(library_name="peft", tags=["lora", "inilora"], base_model=base if is_on_hub else None)
+    (folder / "README.md").write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{about}\n")), encoding="utf-8")
 
 
-def copy_model(
-    checkpoint: Checkpoint, folder: Path, changed: Collection[str], change: Callable[[str, Tensor], Tensor]
-) -> None:
-    """Copy a model's folder: config, tokenizer and whatever else is there, and its weights, some changed.
+def hub_name(folder: Path) -> str:
+    """The name of a model on the Hub where the folder is huggingface_hub's cache of it; else the folder's full path.
 
-    changed: names of tensors.
-    change: gets a tensor's name and the tensor, one at a time, and returns one of the same shape and dtype.
-
-    A safetensors shard is copied as a file and then overwritten in the places of the changed tensors, so everything
-    else stays as it was to the byte, and memory holds one tensor. A torch .bin becomes safetensors, a shard at a time.
-
-    Raises CheckpointError if the checkpoint is a single file and no folder.
+    >>> hub_name(Path("/home/me/.cache/huggingface/hub/models--org--model/snapshots/0123abcd"))
+    'org/model'
     """
-    source = checkpoint.path
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: a single file; give the model's folder, with its config and tokenizer")
-    shutil.copytree(
-        source,
-        folder,
-        ignore=lambda _, names: [name for name in names if _OTHER_WEIGHTS.fullmatch(name)],
-        dirs_exist_ok=True,
-    )
-    shards = sorted({entry.file for entry in checkpoint.tensors.values()})
-    if shards[0].suffix == ".bin":
-        _rewrite_bin(checkpoint, shards, folder, changed, change)
-        return
-    for shard in shards:
-        shutil.copyfile(shard, folder / shard.name)
-    for index in source.glob("*.safetensors.index.json"):
-        shutil.copyfile(index, folder / index.name)
-    for name in changed:
-        entry = checkpoint.tensors[name]
-        assert entry.offset is not None
-        with (folder / entry.file.name).open("r+b") as stream:
-            stream.seek(entry.offset)
-            stream.write(_bytes(_checked(change, name, entry.read())))
-
-
-def _rewrite_bin(
-    checkpoint: Checkpoint,
-    shards: list[Path],
-    folder: Path,
-    changed: Collection[str],
-    change: Callable[[str, Tensor], Tensor],
-) -> None:
-    weight_map = {}
-    for shard in shards:
-        file = shard.name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
-        tensors = {}
-        for name, entry in checkpoint.tensors.items():
-            if entry.file == shard:
-                tensor = entry.read()
-                tensors[name] = _checked(change, name, tensor) if name in changed else tensor
-        save_tensors(folder / file, tensors)
-        weight_map.update(dict.fromkeys(tensors, file))
-    if len(shards) > 1:
-        size = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in checkpoint.tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _checked(change: Callable[[str, Tensor], Tensor], name: str, tensor: Tensor) -> Tensor:
-    new = change(name, tensor).contiguous()
-    assert (new.shape, new.dtype) == (tensor.shape, tensor.dtype), name
-    return new
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    match = _HUB_CACHE.fullmatch(str(folder.absolute()))
+    return f"{match['owner']}/{match['name']}" if match else str(folder.resolve())

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, TargetError
+from ..errors import FactorFileError, OptionError, TargetError
 from ..factor_set import FactorSet
 from ..factors import Factors
-from ..model.architecture import describe
+from ..model.architecture import architectures
 from ..model.fused import row_count, row_index
 from ..model.names import match_names
 
@@ -36,12 +36,22 @@ class Start:
     def scaled(self, scaling: float) -> tuple[Tensor, Tensor]:
         """(A/√s, B/√s), so that s·B'A' = BA. Both by the same, which keeps balanced factors balanced.
 
-        Raises OptionError if s is not positive and finite.
+        Raises OptionError if s is not positive and finite, or so large or small that A/√s or B/√s leaves float32.
         """
         if not (scaling > 0 and math.isfinite(scaling)):
             raise OptionError(f"scaling={scaling}: it must be a positive number; the paper's is 1")
         root = math.sqrt(scaling)
-        return self.A / root, self.B / root
+        scaled = []
+        for factor in (self.A, self.B):
+            largest = float(factor.abs().max())
+            # Beyond these bounds float32's range ends for entries 2²⁶ times smaller, or larger, than the largest.
+            if largest and not 2.0**-100 < largest / root < 2.0**100:
+                raise OptionError(
+                    f"scaling={scaling:g}: A and B of {self.names[0]} divided by its root leave float32's range; "
+                    f"give a lora_alpha nearer to the rank"
+                )
+            scaled.append(factor / root)
+        return scaled[0], scaled[1]
 
 
 def module_of(name: str) -> str:
@@ -85,10 +95,14 @@ def find_starts(
     one for all. Two parts of one fused weight start one adapter together: their A stacked, each B in its
     own rows.
 
-    Raises TargetError: a matrix has no module, two modules fit equally, or a shape differs.
+    Raises TargetError: a matrix has no module, two modules fit equally, or a shape differs. FactorFileError: factors
+    hold NaN or Inf.
     """
     if not factors:
         raise TargetError(f"{where}: the factor set is empty; make it again with `inilora approximate`")
+    for name, part in factors.items():
+        if not (part.A.isfinite().all() and part.B.isfinite().all()):
+            raise FactorFileError(f"{name}: its factors hold NaN or Inf; make them again with `inilora approximate`")
     parts: dict[str, dict[str, Factors]] = {}
     for name, part in factors.items():
         parts.setdefault(module_of(name), {})[name] = part
@@ -106,12 +120,15 @@ def _live_names(
     try:
         return match_names(wanted, available, where)
     except TargetError:
-        architecture = describe(config, wanted) if config else None
-        if architecture is None or not all(name in architecture.layers for name in wanted):
-            raise
-    renamed = {name: architecture.layers[name].name for name in wanted}
-    live_names = match_names(list(renamed.values()), available, where)
-    return {name: live_names[new] for name, new in renamed.items()}
+        for architecture in architectures(config, wanted) if config else ():
+            if all(name in architecture.layers for name in wanted):
+                renamed = {name: architecture.layers[name].name for name in wanted}
+                try:
+                    live_names = match_names(list(renamed.values()), available, where)
+                except TargetError:
+                    continue
+                return {name: live_names[new] for name, new in renamed.items()}
+        raise
 
 
 def _combine(parts: Mapping[str, Factors], shape: tuple[int, int], where: str) -> Start:

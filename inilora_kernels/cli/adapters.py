@@ -12,11 +12,11 @@ from rich.console import Console
 from ..adapters.convert import convert as convert_folder
 from ..adapters.convert import export_merged
 from ..adapters.export import export_delta, export_residual
-from ..adapters.folder import TaskType
 from ..adapters.layer import Form
 from ..display.tables import truncation_table
 from ..errors import OptionError
 from ..factor_set import FactorSet
+from ..model.architecture import TaskType
 from ..storage.authors_folder import save_inilora_pt
 from .output import Every, Json, say
 
@@ -25,6 +25,9 @@ Base = Annotated[Path | None, typer.Option(help="The original model's folder, of
 Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")]
 Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")]
+Insist = Annotated[
+    bool, typer.Option("--insist", help="Take the factors even if the adapter does not look as if started from them.")
+]
 Trained = Annotated[Path, typer.Argument(help="The adapter folder that the trainer saved.")]
 
 
@@ -78,11 +81,12 @@ def convert(
     rank: Annotated[
         int | None, typer.Option(help="Recompress to this rank. Default: exact, at twice the rank.")
     ] = None,
+    insist: Insist = False,
     every: Every = False,
     as_json: Json = False,
 ) -> None:
     """Make a plain LoRA for the original model of a trained adapter."""
-    errors = convert_folder(trained, FactorSet.load(init, base), output, base, rank)
+    errors = convert_folder(trained, FactorSet.load(init, base), output, base, rank, insist)
     if as_json:
         print(json.dumps({"truncation_error": errors}, indent=2))
     elif rank is not None:
@@ -90,7 +94,7 @@ def convert(
     say(f"wrote {output}")
 
 
-def merge(trained: Trained, init: Init, output: Folder, base: Base = None) -> None:
+def merge(trained: Trained, init: Init, output: Folder, base: Base = None, insist: Insist = False) -> None:
     """Write the original model with a trained adapter merged into it."""
-    export_merged(trained, FactorSet.load(init, base), output, base)
+    export_merged(trained, FactorSet.load(init, base), output, base, insist)
     say(f"wrote {output}")

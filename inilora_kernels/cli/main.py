@@ -97,3 +97,8 @@ def main() -> None:
     except InitializationError as error:
         print(f"inilora: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        print("inilora: this command needs peft: pip install 'inilora-kernels[peft]'", file=sys.stderr)
+        sys.exit(2)

@@ -10,11 +10,12 @@ at all (the layers for multi-token prediction).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 
 # Heads on top of the body, where the class gives no `get_output_embeddings`. PEFT trains them whole.
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
+
+# PEFT's task_type, and the class with which models are loaded for it.
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+AUTO_CLASSES: Mapping[TaskType, str] = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,17 @@ class Architecture:
     config: Any
     live_name: Callable[[str], str | None]
 
+    @property
+    def parameter_names(self) -> frozenset[str]:
+        """The names of all parameters of the model, shared ones under each."""
+        return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+
+    @property
+    def output_names(self) -> frozenset[str]:
+        """The names of the modules that turn the last hidden state into scores of words."""
+        output = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return frozenset(name for name, module in self.model.named_modules(remove_duplicate=False) if module is output)
+
     def left_out(self, module: str) -> str | None:
         """Return why a module of the checkpoint is no layer of the model; None if it is one, or nothing is known."""
         # Where not one module fits, config.json and the names do not speak of the same model.
@@ -110,6 +133,16 @@ def describe(config: Mapping[str, Any], modules: Iterable[str], auto_class: str 
     return bare if len(bare.missing) < len(named.missing) else named
 
 
+def architectures(config: Mapping[str, Any], modules: Iterable[str]) -> Iterator[Architecture]:
+    """Yield what these modules are in each class that may load a checkpoint, the one that config.json names first."""
+    names = list(modules)
+    for auto_class in (None, *dict.fromkeys(AUTO_CLASSES.values())):
+        if auto_class is None or has_class(config, auto_class):
+            architecture = describe(config, names, auto_class)
+            if architecture is not None:
+                yield architecture
+
+
 def has_class(config: Mapping[str, Any], auto_class: str) -> bool:
     """Whether transformers has a model of this kind for the config's model_type."""
     import transformers
@@ -137,6 +170,23 @@ def loaded_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, st
         if live is not None and not merged:
             names[module] = live.removesuffix(".weight")
     return names
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from reporting at length on models that a user has not asked for."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        if bars:
+            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
@@ -263,7 +313,7 @@ def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
             if type(settings) is not model_class.config_class and model_class.config_class in _sub_configs(settings):
                 settings = settings.get_text_config()
             build = model_class
-        with torch.device("meta"):
+        with torch.device("meta"), quiet_transformers():
             model: PreTrainedModel = build(settings)
         model.get_output_embeddings()  # type: ignore[no-untyped-call]
         model.eval()  # type: ignore[no-untyped-call]

@@ -107,13 +107,17 @@ class AdapterConfig(BaseModel):
 
 
 class ResidualRecord(BaseModel):
-    """inilora_residual.json: which model and which factors a residual folder was computed from."""
+    """inilora_residual.json: which model and which factors a residual folder was computed from.
+
+    residual_sha256: of R in each target's place, by the tensor's name; none in files of version 0.1.0.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
 
     base: Annotated[str, Field(min_length=1)]
     source_sha256: dict[str, Sha256]
     factors_sha256: Sha256
+    residual_sha256: dict[str, Sha256] = {}
 
 
 def parse(schema: type[AnyModel], content: str | bytes, where: str) -> AnyModel:

@@ -229,7 +229,8 @@ def test_servers_accept_the_names_and_the_config(llama: Path, tmp_path: Path, ta
     assert (written["rank_pattern"], written["alpha_pattern"], written["modules_to_save"]) == ({}, {}, None)
     assert isinstance(written["target_modules"], list)
     assert {name.split(".")[-1] for name in written["target_modules"]} == {"q_proj", "v_proj"}
-    assert {file.name for file in (tmp_path / "lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    kept = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {file.name for file in (tmp_path / "lora").iterdir()} == kept
     original = AutoModelForCausalLM.from_pretrained(llama)
     reloaded = PeftModel.from_pretrained(original, tmp_path / "lora").eval()
     ids = torch.arange(20)[None]
@@ -321,8 +322,10 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
             act(tmp_path / "trained", factorize(minilm, ("value",)), tmp_path / "out")
         with pytest.raises(FactorFileError, match="has rank 8, the factors have 4"):
             act(tmp_path / "trained", factorize(minilm, rank=4), tmp_path / "out")
-    with pytest.warns(UserWarning, match="its A is far from the factors' A"):
-        convert(tmp_path / "trained", factorize(minilm, start=inilora_alpha), tmp_path / "out")
+        with pytest.raises(FactorFileError, match=r"neither its A nor its BA is near .*insist"):
+            act(tmp_path / "trained", factorize(minilm, start=inilora_alpha), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert(tmp_path / "trained", factorize(minilm, start=inilora_alpha), tmp_path / "out", insist=True)
 
 
 def test_a_residual_remembers_its_factors(
@@ -356,6 +359,6 @@ def test_what_is_no_trained_lora_is_refused(minilm: Path, minilm_factors: Factor
     with pytest.raises(FactorFileError, match="not a plain LoRA"):
         convert(trained, minilm_factors, tmp_path / "out")
     config_file.write_text("{")
-    with pytest.raises(FactorFileError, match="damaged adapter"):
+    with pytest.raises(FactorFileError, match=r"adapter_config\.json: damaged"):
         convert(trained, minilm_factors, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,126 @@
+"""The model that factors were computed from: found again, and compared by its weights, before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import huggingface_hub
+
+from ..errors import FactorFileError, OptionError, TargetError
+from ..factor_set import FactorSet
+from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..model.names import match_names
+from ..storage.schema import ResidualRecord, parse
+from .model_copy import RESIDUAL_RECORD
+from .modules import module_of
+
+
+def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, str]:
+    """Return the checkpoint's tensor of each module, after comparing its sha256 with the one that the factors record.
+
+    Raises FactorFileError if the factors were computed from other weights, or do not say from which.
+    """
+    modules = list(dict.fromkeys(module_of(name) for name in factors))
+    weights = {name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")}
+    try:
+        names = match_names(modules, weights, str(checkpoint.path))
+    except TargetError as error:
+        raise FactorFileError(f"the factors are not of this model: {error}") from error
+    tensors = {module: f"{name}.weight" for module, name in names.items()}
+    for name, part in factors.items():
+        if not part.source_sha256:
+            raise FactorFileError(
+                f"{name}: these factors do not record which weight they are of; "
+                f"load them with their base: FactorSet.load(folder, base), or --base"
+            )
+    found: dict[str, str] = {}
+    for name, part in factors.items():
+        tensor = tensors[module_of(name)]
+        sha256 = found.setdefault(tensor, found.get(tensor) or checkpoint.sha256(tensor))
+        if sha256 != part.source_sha256:
+            raise FactorFileError(
+                f"{checkpoint.path}: {tensor} is not the weight that these factors were made of "
+                f"(sha256 {sha256[:12]}… here, {part.source_sha256[:12]}… in the factors); give the base model that "
+                f"`inilora approximate` read, in the same dtype, or make factors of this one"
+            )
+    return tensors
+
+
+def factors_sha256(factors: FactorSet) -> str:
+    """Return the sha256 (hex) of all names, A and B: which factors these are."""
+    digest = hashlib.sha256()
+    for name, part in sorted(factors.items()):
+        digest.update(name.encode())
+        for factor in (part.A, part.B):
+            digest.update(factor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def write_residual_record(folder: Path, original: Path, factors: FactorSet, residual_sha256: Mapping[str, str]) -> None:
+    """Write into a residual folder which model and which factors it was made of.
+
+    residual_sha256: of R in each target's place, by the tensor's name: by these the folder is known as a residual
+        again, and a merged model with a copy of the record (Axolotl makes one) is not taken for it.
+    """
+    record = {
+        "base": str(original.resolve()),
+        "source_sha256": {name: part.source_sha256 for name, part in factors.items()},
+        "factors_sha256": factors_sha256(factors),
+        "residual_sha256": dict(residual_sha256),
+    }
+    (folder / RESIDUAL_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def find_original(
+    named: str | None, factors: FactorSet, base: str | Path | None
+) -> tuple[Checkpoint, dict[str, str], bool]:
+    """Return the original model of a trained adapter, checked, and its tensor of each module.
+
+    named: what the adapter's config names as its base; base: what the user does, an original or a residual folder.
+
+    The last value is whether the adapter was trained on a residual folder of the model. Raises FactorFileError (factors
+    of another model, or another residual), OptionError (no such model here) and CheckpointError.
+    """
+    trained_on = _local(named) if named else None
+    record = _read_record(trained_on)
+    if record is not None and record.factors_sha256 != factors_sha256(factors):
+        raise FactorFileError(
+            f"{trained_on}: the adapter was trained on the residual of other factors than these; "
+            f"give the factor file that `inilora export` read"
+        )
+    original = Path(base) if base is not None else Path(record.base) if record is not None else trained_on
+    if original is None or not original.exists():
+        raise OptionError(
+            f"cannot find the original model ({original or named or 'the adapter names none'}); give its folder as base"
+        )
+    given = _read_record(original)
+    if given is not None:
+        original = Path(given.base)
+    checkpoint = open_checkpoint(original)
+    return checkpoint, require_same_base(checkpoint, factors), record is not None or given is not None
+
+
+def _read_record(folder: Path | None) -> ResidualRecord | None:
+    """The record of a residual folder; None for any other, also one to which a program has copied the record."""
+    file = None if folder is None else folder / RESIDUAL_RECORD
+    if folder is None or file is None or not file.is_file():
+        return None
+    record = parse(ResidualRecord, file.read_bytes(), str(file))
+    for tensor, sha256 in list(record.residual_sha256.items())[:1]:
+        checkpoint = open_checkpoint(folder)
+        if tensor not in checkpoint.tensors or checkpoint.sha256(tensor) != sha256:
+            return None
+    return record
+
+
+def _local(name: str) -> Path | None:
+    """The folder of a model: a path, or a hub model that was downloaded before."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        return None

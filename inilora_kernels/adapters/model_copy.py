@@ -1,0 +1,168 @@
+"""A copy of a model's folder with a few weights changed, strip by strip: memory holds some rows of one tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import CheckpointError, WeightError
+from ..model.checkpoint import Checkpoint
+from ..model.files.tensor import StoredTensor, tensor_bytes
+from ..model.files.torch_file import SUFFIXES
+from ..storage.atomic import save_tensors
+
+RESIDUAL_RECORD = "inilora_residual.json"
+
+# Gets the number of a tensor's first row and some rows as stored; returns the new rows in the same shape and dtype.
+Change = Callable[[int, Tensor], Tensor]
+
+# Other copies of a model's weights, files of other programs, and what we ourselves know of another folder: a changed
+# model must not carry them along.
+_LEFT_BEHIND = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index\.json)?|\..*"
+    rf"|{re.escape(RESIDUAL_RECORD)}"
+)
+_STRIP_BYTES = 1 << 22
+
+
+def copy_model(
+    checkpoint: Checkpoint,
+    folder: Path,
+    changes: Mapping[str, Change],
+    untied: Mapping[str, Tensor | str] | None = None,
+) -> None:
+    """Copy a model's folder: config, tokenizer and whatever else is there, and its weights, some of them changed.
+
+    changes: by the tensor's name.
+    untied: tensors to add, by name: their values, or the name of the tensor, unchanged, with which the model has shared
+        them so far. config.json then says that nothing is shared.
+
+    A safetensors shard is copied as a file and then overwritten in the places of the changed tensors, so everything
+    else stays as it was to the byte. A torch file becomes safetensors, a shard in memory at a time.
+
+    Raises CheckpointError: a single file, or weights in another folder than the config, or of another kind.
+    """
+    source = checkpoint.path
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: a single file; give the model's folder, with its config and tokenizer")
+    shards = sorted({entry.file for entry in checkpoint.tensors.values()})
+    elsewhere = next((shard.parent for shard in shards if shard.parent != source), None)
+    if elsewhere is not None:
+        raise CheckpointError(f"{source}: its weights are in {elsewhere}; give that folder as the base")
+    in_place = all(shard.suffix == ".safetensors" for shard in shards)
+    if not in_place and not all(shard.suffix in SUFFIXES for shard in shards):
+        raise CheckpointError(f"{shards[0]}: neither safetensors nor a torch file; save_pretrained the model first")
+    parts = _parts_of_sentence_transformers(source)
+
+    def left_behind(where: str, names: list[str]) -> list[str]:
+        own = Path(where).name in parts and Path(where).parent == source
+        return [] if own else [name for name in names if _LEFT_BEHIND.fullmatch(name)]
+
+    shutil.copytree(source, folder, ignore=left_behind, dirs_exist_ok=True)
+    write = _overwrite if in_place else _rewrite
+    files = write(checkpoint, shards, folder, changes)
+    if untied:
+        _untie(checkpoint, folder, files, untied)
+
+
+def _parts_of_sentence_transformers(folder: Path) -> frozenset[str]:
+    """The folders of further layers (`2_Dense`), which belong to the model and have weights of their own."""
+    file = folder / "modules.json"
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return frozenset(module["path"] for module in modules if module["path"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file}: not the list of a sentence-transformers model's parts ({error})") from error
+
+
+def _overwrite(
+    checkpoint: Checkpoint, shards: list[Path], folder: Path, changes: Mapping[str, Change]
+) -> dict[str, str]:
+    """Copy the shards and put the changed tensors in their places. Returns the file of each tensor."""
+    for shard in shards:
+        shutil.copyfile(shard, folder / shard.name)
+    for index in checkpoint.path.glob("*.safetensors.index.json"):
+        shutil.copyfile(index, folder / index.name)
+    for name, change in changes.items():
+        entry = checkpoint.tensors[name]
+        assert entry.offset is not None
+        with (folder / entry.file.name).open("r+b") as stream:
+            stream.seek(entry.offset)
+            for start, strip in _strips(checkpoint, name):
+                stream.write(tensor_bytes(_checked(change, name, start, strip)))
+    return {name: entry.file.name for name, entry in checkpoint.tensors.items()}
+
+
+def _rewrite(checkpoint: Checkpoint, shards: list[Path], folder: Path, changes: Mapping[str, Change]) -> dict[str, str]:
+    """Write what torch files hold as safetensors. Returns the file of each tensor."""
+    files: dict[str, str] = {}
+    for place, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{place:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name, entry in checkpoint.tensors.items():
+            if entry.file == shard:
+                tensor = entry.read()
+                tensors[name] = _checked(changes[name], name, 0, tensor) if name in changes else tensor
+        save_tensors(folder / file, tensors)
+        files.update(dict.fromkeys(tensors, file))
+    if len(shards) > 1:
+        _write_index(checkpoint, folder, files)
+    return files
+
+
+def _untie(checkpoint: Checkpoint, folder: Path, files: Mapping[str, str], untied: Mapping[str, Tensor | str]) -> None:
+    """Give each of these names a tensor of its own, in a shard of its own, and say in config.json that it has one."""
+    files = dict(files)
+    if "model.safetensors" in files.values():  # with a file of this name, transformers looks at no index
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        files = dict.fromkeys(files, "model-00001-of-00002.safetensors")
+        extra = "model-00002-of-00002.safetensors"
+    else:
+        extra = "model-untied.safetensors"
+    tensors = {
+        name: value if isinstance(value, Tensor) else checkpoint.tensors[value].read() for name, value in untied.items()
+    }
+    save_tensors(folder / extra, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    _write_index(checkpoint, folder, {**files, **dict.fromkeys(untied, extra)}, sum(t.nbytes for t in tensors.values()))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = False
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_index(checkpoint: Checkpoint, folder: Path, files: Mapping[str, str], added: int = 0) -> None:
+    size = sum(_size(entry) for entry in checkpoint.tensors.values()) + added
+    index = {"metadata": {"total_size": size}, "weight_map": dict(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _strips(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
+    shape = checkpoint.tensors[name].shape
+    if not shape:
+        yield 0, checkpoint.tensors[name].read()
+        return
+    step = max(1, _STRIP_BYTES * shape[0] // max(1, _size(checkpoint.tensors[name])))
+    for start in range(0, shape[0], step):
+        yield start, checkpoint.tensors[name].read(slice(start, start + step))
+
+
+def _checked(change: Change, name: str, start: int, rows: Tensor) -> Tensor:
+    new = change(start, rows).contiguous()
+    assert (new.shape, new.dtype) == (rows.shape, rows.dtype), name
+    if new.is_floating_point() and rows.isfinite().all() and not new.isfinite().all():
+        raise WeightError(
+            f"{name}: the new weight is not finite in {new.dtype}: the sum leaves its range, or the factors or the "
+            f"trained adapter hold NaN; look at them, or use the model in a wider dtype"
+        )
+    return new
+
+
+def _size(entry: StoredTensor) -> int:
+    return math.prod(entry.shape) * entry.dtype.itemsize

@@ -1,0 +1,220 @@
+"""What an export will write, known and checked before it writes anything: names, starts, PEFT's config, the head."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import OptionError, TargetError
+from ..factor_set import FactorSet
+from ..model.architecture import AUTO_CLASSES, HEADS, Architecture, TaskType, describe, has_class
+from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..model.names import shortest_endings
+from ..storage.atomic import require_new_folder
+from .base import require_same_base
+from .folder import KEY_PREFIX, Adapter
+from .modules import Start, find_starts, module_of
+
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that both exports need.
+
+    tensors: the checkpoint's tensor of each matrix's module.
+    adapter: the trainable one.
+    architecture: of the model that will be loaded; None where transformers does not know it.
+    """
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, str]
+    adapter: Adapter
+    architecture: Architecture | None
+
+
+def plan_export(
+    base: Path,
+    factors: FactorSet,
+    out: Path,
+    *,
+    lora_alpha: float | None,
+    use_rslora: bool,
+    lora_dropout: float,
+    task_type: TaskType | None,
+    changes_weights: bool,
+) -> Plan:
+    """Return what to write, or raise what `export_residual` says.
+
+    changes_weights: whether W itself will be replaced, so that it may belong to one module alone.
+    """
+    if not 0.0 <= lora_dropout < 1.0:
+        raise OptionError(f"lora_dropout={lora_dropout}: it must be at least 0 and below 1")
+    if task_type is not None and task_type not in AUTO_CLASSES:
+        raise OptionError(f"task_type={task_type!r}: it is one of {', '.join(AUTO_CLASSES)}")
+    require_new_folder(out)
+    checkpoint = open_checkpoint(base)
+    tensors = require_same_base(checkpoint, factors)
+    architecture = _architecture(checkpoint, task_type)
+    live_names = {
+        module: _live_name(checkpoint, tensor.removesuffix(".weight"), architecture, changes_weights)
+        for module, tensor in tensors.items()
+    }
+    starts = _starts(checkpoint, factors, tensors, live_names)
+    ranks = {module: start.rank for module, start in starts.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    scaling = 1.0 if lora_alpha is None else lora_alpha / (math.sqrt(common) if use_rslora else common)
+    scaled = {module: start.scaled(scaling) for module, start in starts.items()}
+    available = dict(architecture.model.named_modules()) if architecture else _modules(checkpoint)
+    config = {
+        **lora_config(ranks, scaling, use_rslora, available),
+        "lora_dropout": lora_dropout,
+        "task_type": task_type,
+        "fan_in_fan_out": any(part.transposed for part in factors.values()),
+        "exclude_modules": _all_but(ranks) if architecture else None,
+    }
+    if architecture and task_type is None:
+        model_class = type(architecture.model)
+        config["auto_mapping"] = {
+            "base_model_class": model_class.__name__,
+            "parent_library": model_class.__module__,
+        }
+    head = _head(checkpoint) if task_type in HEAD_TASKS else {}
+    if head:
+        config["modules_to_save"] = sorted({key.removeprefix(KEY_PREFIX).split(".")[0] for key in head})
+    return Plan(checkpoint, tensors, Adapter(config, scaled, head), architecture)
+
+
+def lora_config(
+    ranks: Mapping[str, int], scaling: float, use_rslora: bool, all_modules: Collection[str]
+) -> dict[str, Any]:
+    """Return the part of PEFT's LoraConfig that says which modules have which rank and the same scaling.
+
+    r is the most common rank; modules of another one are in rank_pattern and alpha_pattern.
+
+    >>> config = lora_config({"0.q": 4, "0.v": 4, "1.q": 2}, 2.0, False, ["0.q", "0.v", "1.q", "1.k"])
+    >>> config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]
+    (4, 8, {'1.q': 2}, {'1.q': 4})
+    >>> config["target_modules"]
+    ['q', 'v']
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: rank for module, rank in ranks.items() if rank != common}
+
+    def alpha(rank: int) -> float:
+        value = scaling * (math.sqrt(rank) if use_rslora else rank)
+        return int(value) if value == int(value) else value
+
+    return {
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": alpha(common),
+        "rank_pattern": others,
+        "alpha_pattern": {module: alpha(rank) for module, rank in others.items()},
+        "target_modules": shortest_endings(set(ranks), all_modules) or sorted(ranks),
+        "use_rslora": use_rslora,
+        "use_dora": False,
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _architecture(checkpoint: Checkpoint, task_type: TaskType | None) -> Architecture | None:
+    """The model that the user's class will be; None where transformers knows no such model."""
+    if checkpoint.config is None:
+        return None
+    auto_class = None if task_type is None else AUTO_CLASSES[task_type]
+    model_type = checkpoint.config.get("model_type")
+    if auto_class is not None and not has_class(checkpoint.config, auto_class):
+        raise OptionError(
+            f"task_type={task_type}: transformers has no such model for model_type {model_type!r}; leave task_type out "
+            f"to load the class that config.json names"
+        )
+    architecture = describe(checkpoint.config, _modules(checkpoint), auto_class)
+    if architecture is None and auto_class is not None:
+        raise OptionError(
+            f"{checkpoint.path}: transformers cannot build {auto_class} of model_type {model_type!r}, so the names of "
+            f"its modules are not known; leave task_type out, or mend the installation"
+        )
+    return architecture
+
+
+def _live_name(checkpoint: Checkpoint, module: str, architecture: Architecture | None, changes_weights: bool) -> str:
+    """The name of a module in the model that will be loaded, where it is a linear layer with a weight of its own."""
+    if architecture is None or not architecture.layers:
+        return module
+    layer = architecture.layers.get(module)
+    where = f"{checkpoint.path}: {module}"
+    model = type(architecture.model).__name__
+    if layer is None:
+        reason = architecture.left_out(module) or f"{model} splits or permutes it on loading"
+        raise TargetError(f"{where} cannot get an adapter: {reason}; make the factors again without it")
+    if layer.form == "other":
+        raise TargetError(
+            f"{where} cannot get an adapter: in {model} it is {layer.type}, no linear layer; make the factors again "
+            f"without it"
+        )
+    if layer.shared_with and changes_weights:
+        raise TargetError(
+            f"{where}: its weight is also that of {', '.join(layer.shared_with)}, which the residual form would change "
+            f'too; use form="delta", or make the factors again without it'
+        )
+    return layer.name
+
+
+def _starts(
+    checkpoint: Checkpoint, factors: FactorSet, tensors: Mapping[str, str], live_names: Mapping[str, str]
+) -> dict[str, Start]:
+    def renamed(name: str) -> str:
+        module, colon, part = name.partition(":")
+        return live_names[module] + colon + part
+
+    shapes = {}
+    for name, part in factors.items():
+        stored = checkpoint.weights[tensors[module_of(name)]].shape
+        out_features, in_features = reversed(stored) if part.transposed else stored
+        shapes[live_names[module_of(name)]] = (out_features, in_features)
+    live = FactorSet({renamed(name): part for name, part in factors.items()}, factors.options)
+    return find_starts(shapes, live, str(checkpoint.path))
+
+
+def _modules(checkpoint: Checkpoint) -> list[str]:
+    return [name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")]
+
+
+def _all_but(modules: Collection[str]) -> str | None:
+    """PEFT's exclude_modules that keeps an adapter off a model whose modules have other names than these.
+
+    Loaded onto another class of the same checkpoint, the adapter's keys would match nothing and PEFT would go on with a
+    fresh LoRA; with no module left to adapt it raises an error.
+
+    >>> _all_but(["model.layers.0.q_proj", "model.layers.1.q_proj"])
+    '(?!model\\\\.layers\\\\.).*'
+    """
+    roots = set()
+    for module in modules:
+        parts = module.split(".")
+        number = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+        roots.add("".join(f"{re.escape(part)}\\." for part in parts[:number]))
+    return f"(?!{'|'.join(sorted(roots))}).*" if all(roots) else None
+
+
+def _head(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of the head, which PEFT trains whole for such a task and wants in the adapter's file."""
+    names = [name for name in checkpoint.tensors if name.split(".")[0] in HEADS]
+    if not names:
+        raise OptionError(
+            f"{checkpoint.path}: no head in it for this task ({', '.join(sorted(HEADS))}), and a new one would differ "
+            f"from load to load; load the model with its head, save_pretrained it, and export from that folder with "
+            f"the same factors"
+        )
+    return {f"{KEY_PREFIX}{name}": checkpoint.read(name) for name in names}

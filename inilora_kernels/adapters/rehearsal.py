@@ -1,0 +1,128 @@
+"""What a trainer will do with exported folders, done once before they get their name: PEFT loads them and they run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import Tensor
+
+from ..errors import TargetError
+from ..model.architecture import quiet_transformers
+from .plan import Plan
+
+# Loading and running a model of this size takes a second or two; of larger ones the structure alone is tried.
+_LARGEST_RUN = 1 << 26
+
+# Of what the adapters do to the output. R's rounding in bfloat16 is a thousandth of it; one adapter of a hundred that
+# is not called makes a tenth.
+_MOST_ERROR = 0.02
+
+
+def require_peft_takes(plan: Plan, folder: Path) -> None:
+    """Raise TargetError unless PEFT puts an adapter of this folder on each module that has factors, and on no other.
+
+    On the meta device, so that it costs neither memory nor time, whatever the model's size. PEFT refuses some modules
+    (Mamba's out_proj), turns others into parameters of experts (DeepSeek's gate_proj), and goes on with a warning where
+    it finds no module for a tensor.
+    """
+    if plan.architecture is None or not plan.architecture.layers:
+        return
+    model = copy.deepcopy(plan.architecture.model)
+    where = f"{plan.checkpoint.path}: {type(model).__name__}"
+    with warnings.catch_warnings(record=True) as caught, quiet_transformers():
+        warnings.simplefilter("always")
+        try:
+            loaded = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+        except Exception as error:  # PEFT raises many kinds
+            raise TargetError(
+                f"{where}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make the factors "
+                f"again without them, or train with `attach`, which needs no PEFT"
+            ) from error
+    layers = {name: layer for name, layer in loaded.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    strange = sorted(name for name, layer in layers.items() if not isinstance(layer, Linear))
+    lost = [module for module in plan.adapter.factors if module not in layers]
+    if strange or lost or len(layers) != len(plan.adapter.factors):
+        odd = [*strange, *lost, *sorted(layers.keys() - plan.adapter.factors.keys())][0]
+        raise TargetError(
+            f"{where}: PEFT makes something else of these target_modules than a LoRA of each linear layer ({odd}): it "
+            f"turns names that experts have too into parameters of the experts; make the factors again without gate, "
+            f"gate_proj, up_proj and down_proj, or train with `attach`, which needs no PEFT"
+        )
+    unfilled = next((str(one.message) for one in caught if "missing adapter keys" in str(one.message)), None)
+    if unfilled:
+        raise TargetError(f"{where}: PEFT does not fill all layers of this adapter ({unfilled[:300]}); use `attach`")
+
+
+def require_same_start(plan: Plan, base: Path, *adapters: Path) -> None:
+    """Raise TargetError if a small model, loaded by transformers and PEFT, has not the original's output at step 0.
+
+    base: the folder of the model to load; adapters: those to put on it, active together. Both models are run in
+    float32 on the same random input. The error is compared with what the adapters do: they are off or on.
+    """
+    tensors = plan.checkpoint.tensors.values()
+    if plan.architecture is None or sum(math.prod(entry.shape) for entry in tensors) * 4 > _LARGEST_RUN:
+        return
+    model_class = type(plan.architecture.model)
+    config = plan.architecture.config
+    with warnings.catch_warnings(), quiet_transformers():
+        warnings.simplefilter("ignore")
+        expected = _output(_load(model_class, plan.checkpoint.path, config))
+        if expected is None:
+            return
+        model: Any = PeftModel.from_pretrained(
+            _load(model_class, base, config), str(adapters[0]), adapter_name="0", torch_device="cpu"
+        )
+        for place, folder in enumerate(adapters[1:], 1):
+            model.load_adapter(str(folder), str(place), torch_device="cpu")
+        model.base_model.set_adapter(list(model.peft_config))
+        started = _output(model.get_base_model())
+        # What happens where they are off: R's output without its adapter, that of the trainable one alone otherwise.
+        model.base_model.set_adapter("0")
+        with contextlib.nullcontext() if len(adapters) > 1 else model.disable_adapter():
+            off = _output(model.get_base_model())
+    if started is None or off is None:
+        return
+    error, effect = float((started - expected).norm()), float((off - expected).norm())
+    if not error <= max(_MOST_ERROR * effect, 1e-6 * float(expected.norm())):
+        raise TargetError(
+            f"{plan.checkpoint.path}: {model_class.__name__}, loaded from these folders, would start "
+            f"{error / float(expected.norm()):.1%} off the original's output on random input, so it does not call each "
+            f"of these modules as a linear layer; make the factors again without those that it does not"
+        )
+
+
+def _load(model_class: Any, folder: Path, config: Any) -> Any:
+    return model_class.from_pretrained(folder, config=copy.deepcopy(config), dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def _output(model: Any) -> Tensor | None:
+    """Its first output on random input, float64; None where it cannot be run on what can be guessed of its inputs."""
+    try:
+        output = model(**_inputs(model))
+    except Exception:  # whatever a model raises on input that is not meant for it
+        return None
+    first = next((value for value in output.values() if isinstance(value, Tensor)), None)
+    return None if first is None or not first.is_floating_point() else first.double()
+
+
+def _inputs(model: Any) -> dict[str, Tensor]:
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    name = model.main_input_name
+    if name == "pixel_values":
+        vision = getattr(config, "vision_config", None) or config
+        size = vision.image_size if isinstance(vision.image_size, int) else max(vision.image_size)
+        return {name: torch.randn(1, getattr(vision, "num_channels", 3), size, size, generator=generator)}
+    if name == "input_values":
+        return {name: torch.randn(1, 8000, generator=generator)}
+    ids = torch.randint(config.get_text_config().vocab_size, (2, 7), generator=generator)
+    return {name: ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
