@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
 
-from torch import Tensor
-
 from .announcements import announce_reading, announce_solving, stopped
 from .display.progress import ProgressBar
 from .errors import OptionError, WeightError
@@ -16,7 +14,7 @@ from .factors import Factors
 from .initializations import settled, solver_of
 from .kernels.loading import load_backend
 from .model.checkpoint import open_checkpoint
-from .model.in_memory import target_in_memory
+from .model.in_memory import MatrixLike, target_in_memory
 from .model.survey import start_stds, survey
 from .model.targets import Target, find_targets, tensors_of
 from .options import ModelOptions, Options, P, takes
@@ -25,6 +23,7 @@ from .refusals import (
     require_factors,
     require_fitting,
     require_one_rank,
+    require_path,
     require_patterns_used,
     require_unchanged,
 )
@@ -83,13 +82,13 @@ def approximate_ranks(path: str | Path, options: ModelOptions) -> dict[int, Fact
 
 class _Approximate(Protocol[P]):
     @overload
-    def __call__(self, W: Tensor, *args: P.args, **kwargs: P.kwargs) -> Factors: ...
+    def __call__(self, W: MatrixLike, *args: P.args, **kwargs: P.kwargs) -> Factors: ...
     @overload
-    def __call__(self, W: Sequence[Tensor], *args: P.args, **kwargs: P.kwargs) -> list[Factors]: ...
+    def __call__(self, W: Sequence[MatrixLike], *args: P.args, **kwargs: P.kwargs) -> list[Factors]: ...
 
 
 def _approximate(W: Any, options: Options) -> Any:
-    """`approximate_model` for matrices W (d×k) in memory: Factors for one, a list of them for several.
+    """`approximate_model` for matrices W (d×k) in memory, tensors, arrays or linear layers: Factors, or a list.
 
     All matrices count as one kind for init_std; the options are those of `approximate_model` but target_modules, and
     `start` is Factors, or a list of them. Errors are those of `approximate_model`.
@@ -101,14 +100,15 @@ def _approximate(W: Any, options: Options) -> Any:
     True
     """
     require_one_rank(options)
-    matrices = [W] if isinstance(W, Tensor) else W
+    alone = not isinstance(W, Sequence)
+    matrices = [W] if alone else W
     targets = [target_in_memory(_name(place), matrix) for place, matrix in enumerate(matrices)]
     if not targets:
         raise WeightError("no matrix was given; give a tensor or a list of them")
     starts = [options.start] if isinstance(options.start, Factors) else options.start
     named = None if starts is None else {_name(place): one for place, one in enumerate(starts)}
     found = list(_factorize(targets, options, named, keeps=False)[0].values())
-    return found[0] if isinstance(W, Tensor) else found
+    return found[0] if alone else found
 
 
 def _overloaded(options: Callable[P, Options]) -> _Approximate[P]:
@@ -120,6 +120,7 @@ approximate = _overloaded(Options)
 
 
 def _targets(path: str | Path, options: ModelOptions) -> list[Target]:
+    require_path(path)
     checkpoint = open_checkpoint(path, options.revision, options.token, tensors_of(options.target_modules))
     return find_targets(checkpoint, options.target_modules, lambda module: max(options.ranks_of(module) or (1,)))
 

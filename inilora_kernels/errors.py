@@ -39,3 +39,10 @@ class OutputError(InitializationError):
 
 class BackendError(InitializationError):
     """A backend or device was asked for that this machine does not have."""
+
+
+class UnknownModuleError(InitializationError, KeyError):
+    """Factors were asked for by a name that they do not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show the message's repr

@@ -11,11 +11,14 @@ from typing import Any
 from rich.table import Table
 
 from .display import tables
-from .errors import OptionError
+from .display.html import as_html
+from .errors import OptionError, UnknownModuleError
 from .factors import Factors
+from .model.files.tensor import some
 from .storage import factor_file
 from .storage.atomic import write_whole
 from .storage.authors_folder import load_inilora_pt
+from .suggestions import did_you_mean
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +46,14 @@ class FactorSet(Mapping[str, Factors]):
     options: Mapping[str, Any]
 
     def __getitem__(self, module: str) -> Factors:
-        return self.modules[module]
+        if module in self.modules:
+            return self.modules[module]
+        ends = [name for name in self.modules if name.replace(":", ".").endswith(f".{module}")]
+        near = f"; {some(ends)} end in that name" if ends else did_you_mean(module, self.modules)
+        raise UnknownModuleError(f"no factors for {module!r} among {len(self)} matrices{near}")
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.modules
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
@@ -69,6 +79,10 @@ class FactorSet(Mapping[str, Factors]):
     def table(self, *, every: bool = False) -> Table:
         """What `inilora inspect` shows, for rich to print: a row for each kind of matrix, or for every one; totals."""
         return tables.result_table(self.modules, self.options, every=every)
+
+    def _repr_html_(self) -> str:
+        """The table, in a notebook."""
+        return as_html(self.table())
 
     def to_bytes(self) -> bytes:
         """The factor file's bytes; the same set gives the same bytes."""

@@ -7,7 +7,9 @@ programs train through.
 
 from __future__ import annotations
 
+import ast
 import csv
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -113,6 +115,32 @@ def test_readme(run: Run, minilm: Path, folder: Path) -> None:
             assert torch.equal(output(names["model"]), output(AutoModel.from_pretrained(minilm)))
             assert names["optimizer"].param_groups[0]["params"]
     assert same(AutoModel.from_pretrained("merged"), AutoModel.from_pretrained(minilm))
+
+
+def test_notebook(minilm: Path, folder: Path) -> None:
+    """Its code cells in order, each last line as a notebook would show it."""
+    (folder / "model").symlink_to(minilm)
+    cells = json.loads((DOCS / "example.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {}
+    shown = []
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            *lines, last = ast.parse("".join(cell["source"])).body
+            assert isinstance(last, ast.Expr)
+            exec(compile(ast.Module(lines, []), "notebook", "exec"), names)
+            shown.append(eval(compile(ast.Expression(last.value), "notebook", "eval"), names))
+    factors, one, kept, attached = shown
+    assert "384×384" in factors._repr_html_()
+    assert one[2] < 1e-7
+    assert list(kept) == [2, 8, 32]
+    assert attached == (True, 12 * 2 * 8 * 384)
+
+
+def test_every_file_that_the_pages_on_the_house_name_is_there() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    for named in re.findall(r"`([\w./]+/[\w./]*|\w+\.py)`", text):
+        places = [DOCS.parent / named, DOCS.parent / "inilora_kernels" / named]
+        assert any(place.exists() for place in places) or "NAME" in named, named
 
 
 def test_contributing_lists_every_make_target() -> None:

@@ -16,7 +16,7 @@ class Markdown(griffe.Extension):
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         for parameter in func.parameters:
             if parameter.name == "options" and str(parameter.annotation).endswith("Options"):
-                parameter.name, parameter.kind = "**options", griffe.ParameterKind.var_keyword
+                parameter.kind = griffe.ParameterKind.var_keyword
                 parameter.annotation = None
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _RESULTS = "bench/results/"
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=_at_the_root(ROOT / source)))
+    files.append(File.generated(config, "example.md", content=_notebook(ROOT / "docs/example.ipynb")))
     for picture in sorted((ROOT / _RESULTS).rglob("*.png")):
         files.append(File.generated(config, str(picture.relative_to(ROOT)), abs_src_path=str(picture)))
     return files
@@ -36,6 +38,12 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return f"`{path}`" if text.strip("`") in path else f"{text} (`{path}`)"
 
     return _LINK.sub(outside, markdown).replace("<!-- options -->", _options_table())
+
+
+def _notebook(source: Path) -> str:
+    cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+    texts = [("".join(cell["source"]), cell["cell_type"]) for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for text, kind in texts)
 
 
 def _options_table() -> str:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from ..errors import WeightError
 from .targets import FLOAT_DTYPES, Target
 
+# What stands for one matrix W (d×k); of a linear layer, its weight.
+MatrixLike = Tensor | NDArray[np.floating] | nn.Linear
 
-def target_in_memory(name: str, W: Tensor) -> Target:
+
+def target_in_memory(name: str, matrix: MatrixLike) -> Target:
     """A matrix W (d×k) in memory as a target. Raises WeightError for what is no dense float matrix."""
+    W = _tensor(name, matrix)
     if W.ndim != 2 or W.dtype not in FLOAT_DTYPES:
         raise WeightError(f"{name}: {W.dtype} of shape {tuple(W.shape)}; give a float matrix of two dimensions")
     if W.is_meta or W.layout != torch.strided:
@@ -27,6 +33,17 @@ def target_in_memory(name: str, W: Tensor) -> Target:
         read=partial(_on_cpu, W),
         sha256=partial(_sha256, W),
     )
+
+
+def _tensor(name: str, matrix: MatrixLike) -> Tensor:
+    if isinstance(matrix, Tensor):
+        return matrix
+    if isinstance(matrix, nn.Linear):
+        return matrix.weight
+    if isinstance(matrix, np.ndarray) and matrix.dtype.kind == "f":
+        return torch.from_numpy(np.ascontiguousarray(matrix))
+    what = f"an array of {matrix.dtype}" if isinstance(matrix, np.ndarray) else f"a {type(matrix).__name__}"
+    raise WeightError(f"{name} is {what}; give a float tensor, a float array or a linear layer")
 
 
 def _on_cpu(W: Tensor) -> Tensor:

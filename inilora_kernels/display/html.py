@@ -1,0 +1,17 @@
+"""Tables for a notebook."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+_PRE = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.25; font-family: monospace">{code}</pre>'
+
+
+def as_html(table: Table, width: int = 100) -> str:
+    """A table as a terminal of that width would show it, as HTML that needs no style sheet."""
+    console = Console(record=True, file=io.StringIO(), width=width, force_jupyter=False)
+    console.print(table)
+    return console.export_html(inline_styles=True, code_format=_PRE)
