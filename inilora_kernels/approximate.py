@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
@@ -18,6 +19,7 @@ from .model.in_memory import MatrixLike, target_in_memory
 from .model.survey import start_stds, survey
 from .model.targets import Target, find_targets, tensors_of
 from .options import ModelOptions, Options, P, takes
+from .processes import Job, shared_run, shares
 from .refusals import (
     require_converged,
     require_factors,
@@ -58,7 +60,8 @@ def approximate_model(path: str | Path, options: ModelOptions) -> FactorSet:
     5.0
     """
     require_one_rank(options)
-    return _factorize(_targets(path, options), options, options.start, keeps=True)[0]
+    with shared_run() as job:
+        return _factorize(_targets(path, options), options, options.start, job, keeps=True)[0]
 
 
 @takes(ModelOptions)
@@ -77,7 +80,8 @@ def approximate_ranks(path: str | Path, options: ModelOptions) -> dict[int, Fact
     """
     if not isinstance(options.rank, tuple):
         raise OptionError(f"rank={options.rank!r}: give a list of ranks, or call approximate_model for one")
-    return _factorize(_targets(path, options), options, options.start, keeps=True)
+    with shared_run() as job:
+        return _factorize(_targets(path, options), options, options.start, job, keeps=True)
 
 
 class _Approximate(Protocol[P]):
@@ -107,7 +111,7 @@ def _approximate(W: Any, options: Options) -> Any:
         raise WeightError("no matrix was given; give a tensor or a list of them")
     starts = [options.start] if isinstance(options.start, Factors) else options.start
     named = None if starts is None else {_name(place): one for place, one in enumerate(starts)}
-    found = list(_factorize(targets, options, named, keeps=False)[0].values())
+    found = list(_factorize(targets, options, named, Job(), keeps=False)[0].values())
     return found[0] if alone else found
 
 
@@ -125,10 +129,13 @@ def _targets(path: str | Path, options: ModelOptions) -> list[Target]:
     return find_targets(checkpoint, options.target_modules, lambda module: max(options.ranks_of(module) or (1,)))
 
 
-def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps: bool) -> dict[int, FactorSet]:
+def _factorize(
+    targets: Sequence[Target], options: Options, start: Any, job: Job, *, keeps: bool
+) -> dict[int, FactorSet]:
     """A FactorSet for each of several ranks; one, under the key 0, where the rank is each matrix's own.
 
-    start: factors by module. keeps: whether to use the cache and show progress where the options leave it open.
+    start: factors by module. job: the processes that share the work; one that is to have no result gets its own part.
+    keeps: whether to use the cache and show progress where the options leave it open.
     """
     options = settled(options)
     require_factors(start)
@@ -139,66 +146,80 @@ def _factorize(targets: Sequence[Target], options: Options, start: Any, *, keeps
     if "start" in record:
         record["start"] = None if start is None else factor_file.digest(start)
     cached = keeps if options.cache is None else options.cache
-    results: dict[tuple[str, int], Factors] = {}
-    keys: dict[tuple[str, int], str] = {}
-    with ProgressBar(keeps if options.progress is None else options.progress) as bar:
+    results: dict[str, Factors] = {}
+    keys: dict[str, str] = {}
+    with ProgressBar((keeps if options.progress is None else options.progress) and job.rank == 0) as bar:
         announce_reading(targets, bar)
-        tasks = _tasks(targets, options, start, bar)
+        tasks = _tasks(targets, options, start, job, bar)
         for task in tasks:
             for rank in task.ranks:
-                place = (task.target.module, rank)
+                place = _place(task, rank)
                 keys[place] = _cache_key(task, rank, options, record)
                 known = cache.find(keys[place], task.sha256) if cached else None
                 if known is not None:
                     results[place] = known
+        owners = job.together("found", dict.fromkeys(results, job.rank))
+        missing = [task for task in tasks if any(_place(task, rank) not in owners for rank in task.ranks)]
+        parts = shares([task.cost for task in missing], job.size)
 
         def finished(task: Task, rank: int, factors: Factors) -> None:
-            place = (task.target.module, rank)
             require_converged(task.target.module, factors)
             require_unchanged(task)
+            job.check()
+            place = _place(task, rank)
             if place not in results:
                 results[place] = factors
                 if cached:
                     cache.keep(keys[place], factors)
 
         solve = solver_of(options)
-        missing = [task for task in tasks if any((task.target.module, rank) not in results for rank in task.ranks)]
-        announce_solving(missing, options, len(tasks), bar)
+        # In the model's order, whoever else there is.
+        mine = [missing[place] for place in sorted(parts[job.rank])]
+        announce_solving(mine, options, len(tasks), bar)
         try:
-            for first in range(0, len(missing), options.concurrency):
-                solve(missing[first : first + options.concurrency], options, finished, bar)
+            for first in range(0, len(mine), options.concurrency):
+                solve(mine[first : first + options.concurrency], options, finished, bar)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(stopped(len(results), len(keys), cached)) from None
+        for process, part in enumerate(parts):
+            owners = {_place(missing[i], rank): process for i in part for rank in missing[i].ranks} | owners
+        results = job.gather(results, owners)
+
+    def of_rank(chosen: int | None) -> dict[str, Factors]:
+        places = {task.target.module: _place(task, chosen or task.ranks[0]) for task in tasks}
+        return {module: results[place] for module, place in places.items() if place in results}
+
     if not isinstance(options.rank, tuple):
-        ranked = {task.target.module: task.ranks[0] for task in tasks}
-        return {0: FactorSet({module: results[module, rank] for module, rank in ranked.items()}, record)}
+        return {0: FactorSet(of_rank(None), record)}
     return {
-        rank: FactorSet(
-            {target.module: results[target.module, rank] for target in targets},
-            {**record, "rank": rank, "ranks": list(options.rank)},
-        )
-        for rank in options.rank
+        rank: FactorSet(of_rank(rank), {**record, "rank": rank, "ranks": list(options.rank)}) for rank in options.rank
     }
 
 
-def _tasks(targets: Sequence[Target], options: Options, start: Any, bar: ProgressBar) -> list[Task]:
-    """Each matrix surveyed, with its ranks and its start settled."""
-    hashes, own_stds = survey(targets, bar)
-    assert options.init_std is not None
-    stds = start_stds(targets, own_stds, options.init_std)
+def _place(task: Task, rank: int) -> str:
+    return f"{task.target.module} {rank}"
+
+
+def _tasks(targets: Sequence[Target], options: Options, start: Any, job: Job, bar: ProgressBar) -> list[Task]:
+    """Each matrix surveyed, with its ranks and its start settled; each process surveys a part."""
+    mine = sorted(shares([float(math.prod(target.shape)) for target in targets], job.size)[job.rank])
+    hashes, own_stds = survey([targets[place] for place in mine], bar)
     share = options.energy_share
     if share is not None:
-        bar.phase("ranks", len(targets), len(targets))
-    tasks = []
-    for target, sha256, std in zip(targets, hashes, stds, strict=True):
-        ranks = options.ranks_of(target.module)
-        if ranks is None:
-            assert share is not None
-            ranks = (rank_for_energy(target.read(), share),)
+        bar.phase("ranks", len(mine), len(mine))
+    found: dict[int, Any] = {}
+    for place, sha256, std in zip(mine, hashes, own_stds, strict=True):
+        ranks = options.ranks_of(targets[place].module)
+        found[place] = sha256, std, ranks or (rank_for_energy(targets[place].read(), cast(float, share)),)
         if share is not None:
             bar.advance(1, matrices=1)
-        tasks.append(Task(target, sha256, ranks, std, None if start is None else start[target.module]))
-    return tasks
+    surveyed = job.together("survey", found)
+    assert options.init_std is not None
+    stds = start_stds(targets, [surveyed[place][1] for place in range(len(targets))], options.init_std)
+    return [
+        Task(target, surveyed[i][0], tuple(surveyed[i][2]), std, None if start is None else start[target.module])
+        for i, (target, std) in enumerate(zip(targets, stds, strict=True))
+    ]
 
 
 def _cache_key(task: Task, rank: int, options: Options, record: Mapping[str, Any]) -> str:

@@ -46,3 +46,7 @@ class UnknownModuleError(InitializationError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])  # a KeyError would show the message's repr
+
+
+class ProcessError(InitializationError):
+    """Another process of the same run failed or ended; its own message says why."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,9 @@ import typer
 
 from ..approximate import approximate_model, approximate_ranks
 from ..errors import OptionError
+from ..factor_set import FactorSet
 from ..model.checkpoint import open_checkpoint
+from ..processes import torchruns_job
 from ..storage.atomic import require_writable
 from .arguments import options_from, with_options
 from .output import Every, Json, Plot, draw, require_plot, say, show
@@ -28,6 +31,18 @@ def approximate(
     **given: Any,
 ) -> None:
     """Factorize a model's weights and write the factor file."""
+    with torchruns_job() as job:
+        if job.rank:
+            # The process of rank 0 checks the outputs, shows and writes.
+            warnings.simplefilter("ignore")
+            _approximated(model, options_from(given))
+        else:
+            _approximate(model, output, plot, given, every=every, as_json=as_json)
+
+
+def _approximate(
+    model: Path, output: Path, plot: Path | None, given: dict[str, Any], *, every: bool, as_json: bool
+) -> None:
     options = options_from(given)
     ranks = options["rank"]
     outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
@@ -43,10 +58,7 @@ def approximate(
             _require_no_input(picture, [*inputs, path])
         require_plot(picture)
     try:
-        if isinstance(ranks, list):
-            results = approximate_ranks(model, **options)
-        else:
-            results = {0: approximate_model(model, **options)}
+        results = _approximated(model, options)
     except KeyboardInterrupt as interrupted:
         print(f"inilora: {interrupted or 'stopped'}", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -57,6 +69,12 @@ def approximate(
     if not as_json:
         for path in outputs.values():
             say(f"wrote {path}")
+
+
+def _approximated(model: Path, options: dict[str, Any]) -> dict[int, FactorSet]:
+    if isinstance(options["rank"], list):
+        return approximate_ranks(model, **options)
+    return {0: approximate_model(model, **options)}
 
 
 def _of_rank(path: Path, rank: int) -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InitializationError
+from ..errors import InitializationError, ProcessError
 from ..suggestions import did_you_mean
 from ..version import __version__
 
@@ -94,6 +94,9 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         application()
+    except ProcessError:
+        # The process that failed has said why.
+        sys.exit(2)
     except InitializationError as error:
         print(f"inilora: {error}", file=sys.stderr)
         sys.exit(2)

@@ -48,6 +48,11 @@ class Task:
     std: float
     start: Factors | None = None
 
+    @property
+    def cost(self) -> float:
+        """In proportion to its time: a pass over W, and arithmetic for each column of B."""
+        return math.prod(self.target.shape) * (8.0 + sum(self.ranks))
+
     def random_start(self, draw: RandomStart, rank: int, seed: int) -> Pair:
         """The start from the matrix's own random stream, the same wherever in a model, batch or list it stands."""
         text = f"{seed} {self.sha256} {self.target.rows}"

@@ -1,0 +1,186 @@
+"""A run shared among processes: the same bytes as by one, nothing computed twice, an error of one ends all."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from inilora_kernels import approximate_model, processes
+from inilora_kernels.errors import InitializationError, ProcessError, WeightError
+from inilora_kernels.processes import Job, meet, shares
+
+main_job = importlib.import_module("inilora_kernels.approximate")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"q": 48, "k": 24, "v": 16}
+    tensors = {
+        f"layers.{layer}.{kind}_proj.weight": torch.randn(size, 40, generator=generator)
+        for layer in range(3)
+        for kind, size in sizes.items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def together(size: int, everywhere: bool, run: Any) -> list[Any]:
+    """What `run` returned or raised in each member of a job: threads that share a store, as processes do."""
+    store = HashStore()
+
+    def member(rank: int) -> Any:
+        job = Job(rank, size, meet(store, rank, size), everywhere)
+        token = processes._joined.set(job)
+        try:
+            with job.reporting():
+                return run()
+        except InitializationError as error:
+            return error
+        finally:
+            processes._joined.reset(token)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(member, range(size)))
+
+
+@pytest.mark.parametrize("options", [{"solver": "krylov"}, {"steps": 30}, {"rank": "energy:0.3", "solver": "krylov"}])
+@pytest.mark.parametrize("size", [2, 5])
+def test_the_same_bytes_as_by_one(model: Path, size: int, options: dict[str, Any]) -> None:
+    options = {"rank": 4, "target_modules": "all-linear", "cache": False, "progress": False} | options
+    alone = approximate_model(model, **options).to_bytes()
+    for everywhere in (True, False):
+        found = together(size, everywhere, lambda: approximate_model(model, **options))
+        assert found[0].to_bytes() == alone
+        assert {one.to_bytes() == alone for one in found[1:]} == {everywhere}
+
+
+def test_nothing_is_computed_twice(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+    keep = main_job.cache.keep
+
+    def counted(key: str, factors: Any) -> None:
+        kept.append(key)
+        keep(key, factors)
+
+    monkeypatch.setattr(main_job.cache, "keep", counted)
+    run = lambda: approximate_model(model, 2, "all-linear", solver="krylov", progress=False)  # noqa: E731
+    first = together(3, False, run)[0].to_bytes()
+    assert len(kept) == len(set(kept)) == 9
+    assert together(2, True, run)[1].to_bytes() == first
+    assert len(kept) == 9
+
+
+def test_an_error_of_one_ends_all_with_one_message(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require = main_job.require_converged
+
+    def diverged(module: str, factors: Any) -> None:
+        if module == "layers.1.k_proj":
+            raise WeightError("layers.1.k_proj: diverged")
+        require(module, factors)
+
+    monkeypatch.setattr(main_job, "require_converged", diverged)
+    found = together(3, False, lambda: approximate_model(model, 2, "all-linear", steps=5, cache=False, progress=False))
+    assert [str(error) for error in found if isinstance(error, WeightError)] == ["layers.1.k_proj: diverged"]
+    assert isinstance(found[0], InitializationError)
+
+
+def test_a_member_without_the_model_ends_all(model: Path, tmp_path: Path) -> None:
+    paths = iter([model, tmp_path / "not here"])
+    found = together(2, False, lambda: approximate_model(next(paths), 2, solver="krylov", progress=False))
+    assert all(isinstance(error, InitializationError) for error in found)
+    assert [str(error).split(":")[0] for error in found if not isinstance(error, ProcessError)] == [
+        str(tmp_path / "not here")
+    ]
+
+
+def test_what_killed_processes_left_in_the_store_is_not_read() -> None:
+    store = HashStore()
+    for attempt in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            stores = list(pool.map(lambda rank: meet(store, rank, 3), range(3)))
+        assert not any(one.check(["found"]) for one in stores)
+        stores[attempt].set("found", str(attempt))
+        assert {one.get("found") for one in stores} == {str(attempt).encode()}
+
+
+def test_shares_are_balanced() -> None:
+    costs = [float(cost) for cost in range(1, 100)]
+    loads = [sum(costs[place] for place in part) for part in shares(costs, 8)]
+    assert max(loads) <= 4 / 3 * sum(costs) / 8
+    assert max(loads) - min(loads) <= max(costs)
+    assert sorted(place for part in shares(costs, 8) for place in part) == list(range(99))
+    assert shares([1.0], 3) == [[0], [], []]
+
+
+TRAINER = """
+    import os, sys, torch.distributed as dist
+    from inilora_kernels import approximate_model
+    dist.init_process_group("gloo")
+    factors = approximate_model(sys.argv[1], 4, "all-linear", solver="krylov", progress=False)
+    factors.save(f"{sys.argv[2]}-{dist.get_rank()}")
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+KILLED = """
+    import os, signal, sys
+    from inilora_kernels.storage import cache
+    from inilora_kernels.cli.main import main
+    rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    os.environ["INILORA_CACHE"] = f"{os.environ['INILORA_CACHE']}-{rank}"  # nodes without a shared folder
+    keep = cache.keep
+    def keep_and_die(key, factors):
+        keep(key, factors)
+        with open(os.environ["LOG"], "a") as log:
+            log.write(key + "\\n")
+        if (rank, attempt) == (os.environ["VICTIM"], "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    cache.keep = keep_and_die
+    main()
+"""
+
+
+def torchrun(tmp_path: Path, size: int, script: str, *arguments: str | Path, **environment: str) -> str:
+    file = tmp_path / "script.py"
+    file.write_text(textwrap.dedent(script))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    run = subprocess.run(
+        [*command, "--max-restarts=1", str(file), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_trainers_own_gloo_processes(model: Path, tmp_path: Path, size: int) -> None:
+    alone = approximate_model(model, 4, "all-linear", solver="krylov", cache=False, progress=False).to_bytes()
+    torchrun(tmp_path, size, TRAINER, model, tmp_path / "out")
+    assert {(tmp_path / f"out-{rank}").read_bytes() for rank in range(size)} == {alone}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_torchrun_restarts_what_was_killed(model: Path, tmp_path: Path, victim: str) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    options = ["--rank", "4", "-t", "all-linear", "--solver", "krylov"]
+    torchrun(tmp_path, 2, KILLED, "approximate", model, "-o", out, *options, VICTIM=victim, LOG=str(log))
+    alone = approximate_model(model, 4, "all-linear", solver="krylov", cache=False, progress=False)
+    assert out.read_bytes() == alone.to_bytes()
+    keys = log.read_text().split()
+    assert len(keys) == len(set(keys)) == len(alone)
