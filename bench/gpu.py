@@ -1,44 +1,79 @@
-"""Everything worth measuring on a GPU, in one run of about ten minutes, as one JSON file to send back.
+"""Everything worth asking a GPU, in under ten minutes, without a network; one JSON file to send back.
 
-    python -m bench.gpu                 writes results/gpu-NAME.json
+    python -m bench.gpu                 writes results/gpu-NAME.json and .md, after each row
+    python -m bench.gpu_report          makes tables and plots of it, the prediction next to the measurement
 
-Correctness on the device for every dtype and rank, bit-equal repeats, the time of a step against the bandwidth that it
-could have, and Table 5's rows with the paper's way beside. Each part ends when its share of the minutes is used, and
-says what it left out.
+Each part runs in a process of its own with a limit of its own, so that a CUDA error or a hang costs that part alone;
+its rows so far are kept. The parts stand in the order of what is missed most.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from inilora_kernels.kernels.backend import Problem, Sample, Schedule
-from inilora_kernels.kernels.gpu.backend import TritonBackend
-from inilora_kernels.kernels.gpu.cost_model import CONCURRENCY, Matrix, choose, step_of
-from inilora_kernels.kernels.gpu.gpus import Gpu
+from inilora_kernels.kernels.backend import Problem, Schedule
+from inilora_kernels.kernels.gpu.backend import GRAPH_STEPS, TritonBackend
+from inilora_kernels.kernels.gpu.cost_model import Matrix, choose, step_of
+from inilora_kernels.kernels.gpu.layout import lay_out
 from inilora_kernels.kernels.gpu.tiles import RANKS, tiles
-from inilora_kernels.kernels.gpu.wave import Wave, lay_out, padded_weight
-from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_products
+from inilora_kernels.kernels.gpu.wave import Wave, padded_view, rate_table, start_of
+from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_products, residual_loss
+from inilora_kernels.solvers.krylov import principal
 
-from .harness import machine
-from .table5 import MODELS, RESULTS, synthetic
+from .harness import RESULTS, Row, publish, seconds
+from .table5 import MODELS, Model, synthetic
 
-DTYPES = ("float32", "float16", "bfloat16")
-RAGGED = ((530, 397), (300, 1040), (33, 24))
-Row = dict[str, Any]
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large each question is. window: seconds that a timing lasts, with clocks warm."""
+
+    ragged: tuple[Shape, ...]
+    steps: tuple[tuple[Shape, torch.dtype], ...]
+    ranks: tuple[int, ...]
+    repeated_steps: int
+    window: float
+    waves: int
+    table5: tuple[Model, ...]
+
+
+FULL = Sizes(
+    ragged=((530, 397), (300, 1040), (33, 24)),
+    steps=(
+        ((4096, 4096), torch.bfloat16),
+        ((768, 768), torch.float32),
+        ((1024, 1024), torch.float32),
+        ((5120, 5120), torch.bfloat16),
+        ((1024, 4096), torch.float16),
+    ),
+    ranks=RANKS,
+    repeated_steps=500,
+    window=0.2,
+    waves=3,
+    table5=MODELS,
+)
+TOY = Sizes(
+    ragged=((40, 24), (33, 24)),
+    steps=(((40, 24), torch.bfloat16), ((24, 40), torch.float32)),
+    ranks=(8,),
+    repeated_steps=1,
+    window=0.0,
+    waves=2,
+    table5=(),
+)
 
 
 def problems_of(weights: Sequence[Tensor], rank: int) -> list[Problem]:
@@ -48,6 +83,7 @@ def problems_of(weights: Sequence[Tensor], rank: int) -> list[Problem]:
         Problem(
             lambda W=W: W,
             (W.shape[0], W.shape[1]),
+            W.dtype,
             torch.randn(rank, W.shape[1], generator=generator) * 0.02,
             torch.randn(W.shape[0], rank, generator=generator) * 0.02,
         )
@@ -55,223 +91,289 @@ def problems_of(weights: Sequence[Tensor], rank: int) -> list[Problem]:
     ]
 
 
-def wave_of(weights: Sequence[Tensor], rank: int, backend: TritonBackend, parts: int, steps: int) -> Wave:
+def schedule_of(steps: int) -> Schedule:
+    return Schedule(steps, 5e-4, 5_000, 0.9, "mse")
+
+
+def wave_of(
+    weights: Sequence[Tensor], rank: int, backend: TritonBackend, parts: int, *, resident: bool, steps: int = 100_000
+) -> Wave:
     """A wave of these matrices on the backend's device, with the tiles of its GPU."""
     problems = problems_of(weights, rank)
-    layout = lay_out(
-        [problem.shape for problem in problems],
-        [rank] * len(problems),
-        [parts] * len(problems),
-        tiles(backend.gpu().architecture, weights[0].element_size(), rank),
+    chosen = tiles(backend.gpu().architecture, weights[0].element_size(), rank)
+    layout = lay_out([one.shape for one in problems], [rank] * len(problems), [parts] * len(problems), chosen)
+    rates = rate_table(schedule_of(steps), steps).to(backend.device)
+    wave = Wave(layout, weights[0].dtype, rates, schedule_of(steps), resident=resident)
+    for place, W in zip(layout.places, weights, strict=True):
+        padded_view(wave.weights, place)[:, : place.columns].copy_(W)
+    wave.begin(start_of(layout, problems, schedule_of(steps), [float(W.float().norm()) for W in weights]).values)
+    return wave
+
+
+def distance(found: Tensor, true: Tensor, scale: Tensor) -> float:
+    return float((found.cpu().double() - true).norm() / scale.norm())
+
+
+def correctness(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """Every kernel, dtype and rank on the device against float64: relative errors."""
+    for rank in sizes.ranks:
+        for dtype in DTYPES:
+            weights = [synthetic(shape, dtype, seed) for seed, shape in enumerate(sizes.ragged)]
+            problems = problems_of(weights, rank)
+            wave = wave_of(weights, rank, backend, 2, resident=True)
+            wave.multiply()
+            products, factors, losses = [], [], []
+            slots = wave.slots.double().cpu()
+            for place, W, one in zip(wave.layout.places, weights, problems, strict=True):
+                P = slots[place.P_offset : place.Q_offset].view(-1, rank, place.row_stride).sum(0)[:, : place.columns]
+                Q = slots[place.Q_offset :][: place.chunks * rank * place.column_stride]
+                Q = Q.view(-1, rank, place.column_stride).sum(0)[:, : place.rows].T
+                true = gradient_products(W.double(), one.A.double(), one.B.double())
+                products += [distance(mine, exact, exact) for mine, exact in zip((P, Q), true, strict=True)]
+            wave = wave_of(weights, rank, backend, 2, resident=True)
+            wave.advance(5)
+            wave.judge(wide=True)
+            for index, (loss, A, B) in wave.sampled().items():
+                W, one = weights[index].double(), problems[index]
+                state = AdamState.start(one.A.double(), one.B.double())
+                for step in range(5):
+                    adam_step(W, state, step, schedule_of(5))
+                factors.append(distance(A, state.A, state.A - one.A))
+                factors.append(distance(B, state.B, state.B - one.B))
+                losses.append(abs(loss / residual_loss(W, A.double(), B.double()) - 1))
+            yield {
+                "dtype": str(dtype),
+                "rank": rank,
+                "products": max(products),
+                "factors after 5 steps": max(factors),
+                "loss": max(losses),
+            }
+
+
+def repeats(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """Whether two runs through the backend, graphs included, and each matrix alone give the same bits."""
+    for dtype in DTYPES:
+        weights = [synthetic(shape, dtype, seed) for seed, shape in enumerate(sizes.ragged)]
+        problems = problems_of(weights, 8)
+        first, second = (final(backend, problems, sizes.repeated_steps) for _ in range(2))
+        alone = [final(backend, [problem], sizes.repeated_steps)[0] for problem in problems]
+        equal = all(
+            torch.equal(a, b)
+            for other in (second, dict(enumerate(alone)))
+            for index in first
+            for a, b in zip(first[index], other[index], strict=True)
+        )
+        yield {"dtype": str(dtype), "steps": sizes.repeated_steps, "same bits": equal}
+
+
+def final(backend: TritonBackend, problems: Sequence[Problem], steps: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Every matrix's factors after `steps` steps."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    backend.adam(
+        problems,
+        schedule_of(steps),
+        [steps],
+        lambda sample: bool(found.update({sample.index: (sample.A, sample.B)})) or True,
+        lambda done: None,
     )
-    schedule = Schedule(steps, 5e-4, 5_000, 0.9, "mse")
-    return Wave(layout, problems, [padded_weight(W, backend.device) for W in weights], schedule, steps)
+    return found
 
 
-def correctness(
-    backend: TritonBackend, dtype: str, rank: int, shapes: Sequence[tuple[int, int]] = RAGGED, steps: int = 20
-) -> Row:
-    """Both kernels on the device against float64: errors of the products and of the factors after some steps."""
-    weights = [synthetic(shape, getattr(torch, dtype), seed) for seed, shape in enumerate(shapes)]
-    problems = problems_of(weights, rank)
-    wave = wave_of(weights, rank, backend, 2, steps + 1)
-    wave.multiply()
-    errors = []
-    for place, W, problem in zip(wave.layout.places, weights, problems, strict=True):
-        P = wave.slots[place.P : place.Q].view(-1, rank, place.row_stride).double().sum(0)[:, : place.columns]
-        Q = wave.slots[place.Q :][: place.chunks * rank * place.column_stride].view(-1, rank, place.column_stride)
-        Q = Q.double().sum(0)[:, : place.rows].T
-        expected = gradient_products(W.double(), problem.A.double(), problem.B.double())
-        errors += [float((a.cpu() - b).norm() / b.norm()) for a, b in zip((P, Q), expected, strict=True)]
-    wave = wave_of(weights, rank, backend, 2, steps)
-    wave.advance(steps)
-    moved = []
-    schedule = Schedule(steps, 5e-4, 5_000, 0.9, "mse")
-    for index, (W, problem) in enumerate(zip(weights, problems, strict=True)):
-        state = AdamState.start(problem.A.double(), problem.B.double())
-        for step in range(steps):
-            adam_step(W.double(), state, step, schedule)
-        A, B = wave.pair(index)
-        moved.append(float((A.cpu().double() - state.A).norm() / (state.A - problem.A.double()).norm()))
-        moved.append(float((B.cpu().double() - state.B).norm() / (state.B - problem.B.double()).norm()))
-    return {"dtype": dtype, "rank": rank, "steps": steps, "products": max(errors), "factors": max(moved)}
+def duration(launch: Callable[[], None], backend: TritonBackend, window: float) -> float:
+    """Seconds of one call of `launch`, over as many calls as fill the window, after a window of warming up."""
+    once = max(seconds(launch, backend.device.type), 1e-9)
+    count = max(1, int(window / once))
+
+    def many() -> None:
+        for _ in range(count):
+            launch()
+
+    seconds(many, backend.device.type)
+    return min(seconds(many, backend.device.type) for _ in range(2)) / count
 
 
-def repeats(
-    backend: TritonBackend, dtype: str, rank: int, shapes: Sequence[tuple[int, int]] = RAGGED, steps: int = 500
-) -> Row:
-    """Whether two runs through the backend, graphs included, and a run of each matrix alone give the same bits."""
-    weights = [synthetic(shape, getattr(torch, dtype), seed) for seed, shape in enumerate(shapes)]
-    problems = problems_of(weights, rank)
-    schedule = Schedule(steps, 5e-4, 5_000, 0.9, "mse")
-
-    def final(batch: Sequence[Problem]) -> dict[int, tuple[Tensor, Tensor]]:
-        found = {}
-
-        def observe(sample: Sample) -> bool:
-            found[sample.index] = (sample.A, sample.B)
-            return True
-
-        backend.adam(batch, schedule, [steps], observe, lambda done: None)
-        return found
-
-    first, second = final(problems), final(problems)
-    alone = {index: final([problem])[0] for index, problem in enumerate(problems)}
-    equal = all(
-        torch.equal(a, b)
-        for other in (second, alone)
-        for index in first
-        for a, b in zip(first[index], other[index], strict=True)
-    )
-    return {"dtype": dtype, "rank": rank, "steps": steps, "bit_equal": equal}
-
-
-def step_time(
-    backend: TritonBackend, shape: tuple[int, int], dtype: str, rank: int, count: int | None = None, steps: int = 200
-) -> Row:
-    """Seconds a step of a wave as the plan would run it, beside the plan's own and the bandwidth that W's bytes make.
-
-    count: matrices in the wave; None: as many as the plan takes.
-    """
-    gpu: Gpu = backend.gpu()
-    matrix = Matrix(shape, getattr(torch, dtype).itemsize, rank)
-    choice = choose(matrix, gpu)
-    together = count or min(choice.wave, CONCURRENCY)
-    W = synthetic(shape, getattr(torch, dtype), 0)
-    wave = wave_of([W] * together, rank, backend, choice.parts, 3 * steps + 10)
-    launch: Callable[[], None] = lambda: wave.advance(steps)  # noqa: E731
-    wave.advance(2)
-    if backend.device.type == "cuda":
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            wave.advance(steps)
-        launch = graph.replay
-    seconds = min(_timed(launch, backend.device) for _ in range(2)) / steps
-    model = step_of(matrix, gpu, choice.parts, together, choice.resident)
-    return {
-        "shape": list(shape),
-        "dtype": dtype,
-        "rank": rank,
-        "matrices": together,
-        "in_cache": choice.resident,
-        "seconds": seconds,
-        "predicted_seconds": model.seconds,
-        "bound": model.bound,
-        "bytes_a_second": model.weight_bytes / seconds,
-        "share_of_dram": model.weight_bytes / seconds / gpu.dram,
-        "flops_a_second": 4 * together * shape[0] * shape[1] * rank / seconds,
-    }
+def steps(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """A step as the backend runs it: by graph, launch by launch, kernel by kernel; next to the prediction."""
+    gpu, place = backend.gpu(), backend.place()
+    block = GRAPH_STEPS[0] if place.captures else 1
+    for rank in sizes.ranks[:3]:
+        for shape, dtype in sizes.steps:
+            matrix = Matrix(shape, dtype.itemsize, rank)
+            choice = choose(matrix, gpu)
+            W = synthetic(shape, dtype, 0)
+            wave = wave_of([W] * choice.wave, rank, backend, choice.parts, resident=choice.resident)
+            kernels: dict[str, Callable[[], None]] = {
+                "products": wave.multiply,
+                "adam": wave.update,
+                "loss": lambda wave=wave: wave.judge(wide=False),  # type: ignore[misc]
+                "float64 loss": lambda wave=wave: wave.judge(wide=True),  # type: ignore[misc]
+            }
+            for kernel in kernels.values():
+                kernel()
+            eager = duration(lambda wave=wave: wave.advance(block), backend, sizes.window) / block  # type: ignore[misc]
+            wave.begin(wave.state)
+            graph = place.captured(lambda wave=wave: wave.advance(block))  # type: ignore[misc]
+            replayed = None if graph is None else duration(graph, backend, sizes.window) / block
+            wave.begin(wave.state)
+            apart = {f"{name} µs": 1e6 * duration(kernel, backend, sizes.window) for name, kernel in kernels.items()}
+            model = step_of(matrix, gpu, choice.parts, choice.wave, choice.resident)
+            taken = replayed or eager
+            yield {
+                "matrix": f"{choice.wave}×{shape[0]}×{shape[1]}",
+                "dtype": str(dtype),
+                "rank": rank,
+                "in cache": choice.resident,
+                "captured": graph is not None,
+                "graph µs": replayed and 1e6 * replayed,
+                "launches µs": 1e6 * eager,
+                "predicted µs": 1e6 * model.seconds,
+                "measured / predicted": taken / model.seconds,
+                "share of DRAM": model.weight_bytes / taken / gpu.dram,
+                "bound": model.bound,
+                **apart,
+            }
 
 
-def _timed(work: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def uploads(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """Host memory to the device, pinned and not; and whether the waves' uploads hide behind their steps."""
+    shape, dtype = sizes.steps[0]
+    place, W = backend.place(), synthetic(shape, dtype, 0)
+    target = torch.empty(W.shape, dtype=dtype, device=backend.device)
+    pinned = place.staging(W.numel(), dtype).view(W.shape).copy_(W)
+    size = W.numel() * W.element_size()
+    for name, source in (("pageable", W), ("pinned", pinned)):
+
+        def copy(source: Tensor = source) -> None:
+            place.wait(place.copy(target, source))
+
+        yield {"upload": name, "GB/s": size / duration(copy, backend, sizes.window) / 1e9}
+    wave = choose(Matrix(shape, dtype.itemsize, 8), backend.gpu()).wave
+    for waves in (1, sizes.waves):
+        problems = problems_of([W] * min(64, wave * waves), 8)
+        for count in (sizes.repeated_steps, 2 * sizes.repeated_steps):
+
+            def run(problems: Sequence[Problem] = problems, count: int = count) -> None:
+                final(backend, problems, count)
+
+            run()
+            yield {"upload": f"whole run, {len(problems)} matrices, {count} steps", "s": seconds(run)}
+
+
+def direct(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """The direct solver on the device: seconds a matrix, and the same on the CPU."""
+    for shape, dtype in sizes.steps[:3]:
+        W = synthetic(shape, dtype, 0)
+        on_device = W.to(backend.device)
+        for name, matrix in (("device", on_device), ("cpu", W)):
+            principal(matrix, [8])
+            taken = seconds(lambda matrix=matrix: principal(matrix, [8]), backend.device.type)  # type: ignore[misc]
+            yield {"matrix": f"{shape[0]}×{shape[1]} {dtype}", "where": name, "s": taken}
+
+
+def processes(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """Two processes on one GPU at once, as two users would: both finish, with the bits of one alone."""
+    shape, dtype = sizes.steps[0]
+    problems = problems_of([synthetic(shape, dtype, 0)], 8)
+    (A, _), *_ = final(backend, problems, sizes.repeated_steps).values()
+    expected = float(A.double().sum())
+    command = [sys.executable, "-m", "bench.gpu", "--checksum", *(["--toy"] if sizes is TOY else [])]
     start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for number, process in enumerate(both):
+        output, _ = process.communicate(timeout=120)
+        same = process.returncode == 0 and float(output.splitlines()[-1]) == expected
+        yield {"process": number, "same bits": same, "s": time.perf_counter() - start}
 
 
-def collected(parts: Sequence[tuple[str, Callable[[], Row]]], until: float) -> tuple[list[Row], list[str]]:
-    """Run the parts in order while there is time; the rows, and the names of those left out.
+def table5(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """Table 5: each row by ours and by the paper's way, with fewer steps and extrapolated, which the rows say."""
+    for model in sizes.table5:
+        for way in ("ours", "paper's way"):
+            command = [sys.executable, "-m", "bench.table5", "--worker", model.name, way]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+            if done.returncode or not done.stdout:
+                yield {"model": model.name, "way": way, "error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+                continue
+            yield {
+                "model": model.name,
+                "way": way,
+                "paper min": model.minutes,
+                "measured": done.stdout.splitlines()[-1],
+            }
 
-    A part that fails leaves its error as its row: the others are worth having.
-    """
-    rows, left_out = [], []
-    for name, part in parts:
-        if time.monotonic() > until:
-            left_out.append(name)
-            continue
-        try:
-            rows.append(part())
-        except Exception as error:
-            rows.append({"part": name, "error": f"{type(error).__name__}: {error}"})
-    return rows, left_out
+
+# Seconds each may take: 9 minutes in all.
+PARTS: dict[str, tuple[Callable[[TritonBackend, Sizes], Iterator[Row]], int]] = {
+    "correctness": (correctness, 90),
+    "steps": (steps, 120),
+    "repeats": (repeats, 30),
+    "uploads": (uploads, 45),
+    "processes": (processes, 45),
+    "direct": (direct, 30),
+    "table5": (table5, 180),
+}
 
 
-def table5_row(model: str, way: str) -> Row:
-    """One row of Table 5, one way, in a process of its own, so that its peak of memory is its own."""
-    command = [sys.executable, "-m", "bench.table5", "--worker", model, way]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return {"model": model, "way": way, **json.loads(done.stdout.splitlines()[-1])}
+def run_part(name: str, backend: TritonBackend, sizes: Sizes, file: str, folder: Path) -> list[Row]:
+    """One part in this process, published after each row. An error is its last row."""
+    rows: list[Row] = []
+    question, limit = PARTS[name]
+    until = time.monotonic() + 0.8 * limit
+    try:
+        for row in question(backend, sizes):
+            rows.append(row)
+            publish(file, name, rows, "python -m bench.gpu", note=note(backend), folder=folder)
+            if time.monotonic() > until:
+                rows.append({"left out": f"what came after {0.8 * limit:.0f} s"})
+                break
+    except Exception as error:
+        rows.append({"error": f"{type(error).__name__}: {error}"})
+    publish(file, name, rows, "python -m bench.gpu", note=note(backend), folder=folder)
+    return rows
+
+
+def note(backend: TritonBackend) -> str:
+    """What a number of a GPU needs with it: versions, driver, clocks."""
+    text = f"triton {triton.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}, {backend.gpu().name}"
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        found = ""
+    return f"{text}. {found}".strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--part", choices=PARTS, help="only this one, in this process")
+    parser.add_argument("--toy", action="store_true", help="tiny matrices, to see whether it runs")
+    parser.add_argument("--checksum", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a GPU; without one see bench.table5, and tests/kernels for the proofs")
     backend = TritonBackend(torch.device("cuda", torch.cuda.current_device()))
-    start = time.monotonic()
-    shapes = {(model.query, model.dtype) for model in MODELS} | {(model.value, model.dtype) for model in MODELS}
-
-    def end(share: float) -> float:
-        return start + 60 * given.minutes * share
-
-    results: dict[str, Any] = {
-        "command": "python -m bench.gpu",
-        "machine": {**machine(), "gpu": torch.cuda.get_device_name(), "triton": triton.__version__},
-        "system": platform.platform(),
-        "left_out": {},
-    }
-    plan_of_parts: dict[str, tuple[float, list[tuple[str, Callable[[], Row]]]]] = {
-        "correctness": (
-            0.25,
-            [
-                (f"{dtype} r={rank}", lambda dtype=dtype, rank=rank: correctness(backend, dtype, rank))
-                for rank in RANKS
-                for dtype in DTYPES
-            ],
-        ),
-        "repeats": (0.35, [(dtype, lambda dtype=dtype: repeats(backend, dtype, 8)) for dtype in DTYPES]),
-        "steps": (
-            0.55,
-            [
-                (
-                    f"{shape} {dtype} r={rank}",
-                    lambda shape=shape, dtype=dtype, rank=rank: step_time(backend, shape, dtype, rank),
-                )
-                for rank in (8, 16, 32)
-                for shape, dtype in sorted(shapes)
-            ],
-        ),
-        "table5": (
-            1.0,
-            [
-                (f"{model.name}, {way}", lambda model=model, way=way: table5_row(model.name, way))
-                for model in MODELS
-                for way in ("ours", "paper's way")
-            ],
-        ),
-    }
-    console = Console(stderr=True)
-    for name, (share, parts) in plan_of_parts.items():
-        with console.status(f"{name}: {len(parts)} parts, at most {given.minutes * share:.1f} min from the start"):
-            results[name], results["left_out"][name] = collected(parts, end(share))
-        console.print(f"{name}: {len(results[name])} rows, {len(results['left_out'][name])} left out")
-    given.output.mkdir(parents=True, exist_ok=True)
-    path = given.output / f"gpu-{results['machine']['gpu'].replace(' ', '-')}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    show(results)
-    console.print(f"wrote {path}: please send it back")
+    sizes = TOY if given.toy else FULL
+    file = f"gpu-{torch.cuda.get_device_name().replace(' ', '-')}"
+    if given.checksum:
+        shape, dtype = sizes.steps[0]
+        (A, _), *_ = final(backend, problems_of([synthetic(shape, dtype, 0)], 8), sizes.repeated_steps).values()
+        print(float(A.double().sum()))
+    elif given.part:
+        run_part(given.part, backend, sizes, file, given.output)
+    else:
+        run_all(file, given.output, ["--toy"] if given.toy else [])
 
 
-def show(results: dict[str, Any]) -> None:
-    """The time of a step, and Table 5, as tables."""
-    for name in ("correctness", "steps", "table5"):
-        rows = [row for row in results[name] if "error" not in row]
-        table = Table(title=f"{name}, {results['machine']['gpu']}")
-        for heading in rows[0] if rows else ():
-            table.add_column(heading, justify="right")
-        for row in rows:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-        Console().print(table)
+def run_all(file: str, folder: Path, options: Sequence[str]) -> None:
+    """Every part in a process of its own, within its limit."""
+    for name, (_, limit) in PARTS.items():
+        command = [sys.executable, "-m", "bench.gpu", "--part", name, "--output", str(folder), *options]
+        try:
+            subprocess.run(command, check=False, timeout=limit)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: stopped after {limit} s; its rows so far are kept", file=sys.stderr)
+    print(f"wrote {folder / file}.json: please send it back", file=sys.stderr)
 
 
 if __name__ == "__main__":

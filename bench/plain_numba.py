@@ -79,7 +79,7 @@ def measure(variant: str) -> list[float]:
         torch.manual_seed(0)
         A, B = torch.randn(RANK, size) * 0.02, torch.randn(size, RANK) * 0.02
         matrices = [torch.randn(size, size) * 0.05 for _ in range(count)]
-        problems = [Problem(lambda W=W: W, (size, size), A, B) for W in matrices]
+        problems = [Problem(lambda W=W: W, (size, size), W.dtype, A, B) for W in matrices]
 
         def seconds(steps: int, problems: list[Problem] = problems) -> float:
             schedule = Schedule(steps, 5e-4, 5000, 0.9, "mse")

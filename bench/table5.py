@@ -94,16 +94,19 @@ def synthetic(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
     return torch.addmm(torch.randn(shape, generator=generator) * 0.02, left * scale, right.T).to(dtype)
 
 
-Loaders = list[tuple[tuple[int, int], Callable[[], Tensor]]]
+Loaders = list[tuple[tuple[int, int], torch.dtype, Callable[[], Tensor]]]
 
 
 def loaders(model: Model, checkpoint: Path | None) -> Loaders:
     """Shape and reader of every query and value matrix: of the checkpoint, or synthetic ones."""
     if checkpoint is None:
         dtype = getattr(torch, model.dtype)
-        return [(shape, partial(synthetic, shape, dtype, place % DISTINCT)) for place, shape in enumerate(model.shapes)]
+        return [
+            (shape, dtype, partial(synthetic, shape, dtype, place % DISTINCT))
+            for place, shape in enumerate(model.shapes)
+        ]
     opened = open_checkpoint(checkpoint)
-    return [(target.shape, target.read) for target in find_targets(opened)]
+    return [(target.shape, target.dtype, target.read) for target in find_targets(opened)]
 
 
 def run_ours(matrices: Loaders, steps: int, device: str) -> float:
@@ -113,11 +116,11 @@ def run_ours(matrices: Loaders, steps: int, device: str) -> float:
     batches = []
     for first in range(0, len(matrices), CONCURRENCY):
         batch = []
-        for seed, (shape, load) in enumerate(matrices[first : first + CONCURRENCY]):
+        for seed, (shape, dtype, load) in enumerate(matrices[first : first + CONCURRENCY]):
             generator = torch.Generator().manual_seed(seed)
             A = torch.randn(RANK, shape[1], generator=generator) * 0.02
             B = torch.randn(shape[0], RANK, generator=generator) * 0.02
-            batch.append(Problem(load, shape, A, B))
+            batch.append(Problem(load, shape, dtype, A, B))
         batches.append(batch)
 
     def run() -> None:
@@ -129,7 +132,7 @@ def run_ours(matrices: Loaders, steps: int, device: str) -> float:
 
 def run_paper_way(matrices: Loaders, steps: int, device: str) -> float:
     """The same for the paper's way: every W as float32 on the device, a torch autograd loop a layer."""
-    weights = [load().to(device, torch.float32) for _, load in matrices[:CONCURRENCY]]
+    weights = [load().to(device, torch.float32) for *_, load in matrices[:CONCURRENCY]]
     peer = PaperWay(weights, RANK, fused=device != "cpu")
     peer.steps(1)
     return seconds(lambda: peer.steps(steps), device) * len(matrices) / len(weights)
@@ -163,12 +166,12 @@ def measure(model: Model, way: str, device: str, checkpoint: Path | None, steps:
         run_steps = steps or (STEPS if way == "ours" else GPU_PAPER_STEPS)
     if device == "cpu" or checkpoint is None:
         # Generated or read before, so that the time is the run's own; a real checkpoint's reading counts on a GPU.
-        chosen = [(shape, partial(_held, load())) for shape, load in chosen]
+        chosen = [(shape, dtype, partial(_held, load())) for shape, dtype, load in chosen]
     run = run_ours if way == "ours" else run_paper_way
     run(chosen[:1], 2, device)
     peak = PeakMemory(device)
     taken = run(chosen, run_steps, device)
-    weights = sum(d * k for (d, k), _ in chosen) * getattr(torch, model.dtype).itemsize
+    weights = sum(d * k for (d, k), *_ in chosen) * getattr(torch, model.dtype).itemsize
     # On a CPU the weights were there before; they count all the same.
     peak_bytes = peak.bytes() + (weights if device == "cpu" else 0)
     whole, part = len(everything) * STEPS, len(chosen) * run_steps

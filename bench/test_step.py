@@ -45,7 +45,7 @@ def test_step(
     torch.manual_seed(0)
     matrices = [torch.randn(size, size) * 0.05 for _ in range(count)]
     A, B = torch.randn(rank, size) * 0.02, torch.randn(size, rank) * 0.02
-    problems = [Problem(lambda W=W: W, (size, size), A, B) for W in matrices]
+    problems = [Problem(lambda W=W: W, (size, size), W.dtype, A, B) for W in matrices]
     backend = CpuBackend(torch.get_num_threads())
 
     def ours(steps: int) -> None:

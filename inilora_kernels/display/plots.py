@@ -70,14 +70,9 @@ def plot(factors: Mapping[str, Factors], options: Mapping[str, Any], path: Path,
 
 
 def draw(factors: Mapping[str, Factors], options: Mapping[str, Any], model: str) -> Figure:
-    """The figure itself. A panel is left out where the factors carry nothing for it.
-
-    Raises OptionError where they carry nothing at all.
-    """
+    """The figure itself. A panel is left out where the factors carry nothing for it."""
     from matplotlib.figure import Figure
 
-    if all(math.isnan(one.certificate.loss) for one in factors.values()):
-        raise OptionError("nothing to draw: these factors were not compared with any weights; name their model (base)")
     places = places_of(list(factors))
     matrices = [Matrix(place.kind, place.layer, one) for place, one in zip(places, factors.values(), strict=True)]
     kinds = list(dict.fromkeys(matrix.kind for matrix in matrices))

@@ -25,8 +25,6 @@ def worth_in_words(factors: Mapping[str, Factors]) -> str:
     energy = math.fsum(certificate.energy for certificate in certificates)
     loss = math.fsum(certificate.loss for certificate in certificates)
     best = energy - math.fsum(certificate.optimum for certificate in certificates)
-    if math.isnan(energy) or math.isnan(loss):
-        return "not compared with any weights; name their model (base) to see how near these factors are"
     if not energy:
         return "every weight is zero"
     kept = energy - loss

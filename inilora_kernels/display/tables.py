@@ -96,11 +96,12 @@ def _worth(factors: Sequence[Factors]) -> tuple[str, str, str]:
     energy = math.fsum(certificate.energy for certificate in certificates) or 1.0
     error = math.fsum(certificate.loss for certificate in certificates) / energy
     least = math.fsum(certificate.optimum for certificate in certificates) / energy
-    excesses = [certificate.excess for certificate in certificates]
-    if any(map(math.isnan, excesses)):
-        return "unknown", "unknown", "unknown"
-    bound, worst = "" if len(factors) == 1 else "≤ ", max(excesses)
-    return relative(error), relative(least), bound + format(worst, ".1e" if worst < 1 else ".3g")
+    worst = max(certificate.excess for certificate in certificates)
+    return (
+        relative(error),
+        relative(least),
+        f"{'' if len(factors) == 1 else '≤ '}{worst:.{'1e' if worst < 1 else '3g'}}",
+    )
 
 
 def _steps_in_words(factors: Mapping[str, Factors]) -> str:

@@ -19,12 +19,13 @@ from torch import Tensor
 class Problem:
     """One matrix W (d×k) to approximate, and the factors A (r×k), B (d×r), float32, to start from.
 
-    load: reads W, in the checkpoint's own dtype. A backend calls it once, when it first needs W, and keeps W no longer
-    than the run of this matrix.
+    load: reads W, of `dtype`, the checkpoint's own. A backend calls it once, when it first needs W, perhaps in a thread
+        of its own, and keeps W no longer than the run of this matrix.
     """
 
     load: Callable[[], Tensor]
     shape: tuple[int, int]
+    dtype: torch.dtype
     A: Tensor
     B: Tensor
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..errors import BackendError, OptionError
@@ -13,9 +15,10 @@ BACKENDS = ("triton", "cpu", "reference")
 
 
 def load_backend(name: str, device: str | torch.device | None = None) -> Backend:
-    """The backend of that name; "auto" is triton on a CUDA device, cpu otherwise.
+    """The backend of that name; "auto" is triton where there is a GPU that it runs on, cpu otherwise.
 
-    Raises BackendError or OptionError.
+    Where there is a GPU but triton cannot run on it, "auto" warns of the reason and takes the CPU, unless a CUDA device
+    was asked for. Raises BackendError or OptionError.
     """
     if name not in ("auto", *BACKENDS):
         known = ("auto", *BACKENDS)
@@ -27,8 +30,12 @@ def load_backend(name: str, device: str | torch.device | None = None) -> Backend
     if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here; leave device out")
     if name == "auto":
-        on_gpu = chosen.type == "cuda" if chosen is not None else torch.cuda.is_available()
-        name = "triton" if on_gpu else "cpu"
+        name = "triton" if chosen is not None and chosen.type == "cuda" else "cpu"
+        if chosen is None and torch.cuda.is_available():
+            try:
+                return load_backend("triton")
+            except BackendError as error:
+                warnings.warn(f"the GPU is not used: {error}", stacklevel=2)
     if name == "cpu":
         if chosen is not None and chosen.type != "cpu":
             raise BackendError(f'backend="cpu" does not run on device {str(chosen)!r}; leave device out')

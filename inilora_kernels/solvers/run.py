@@ -154,7 +154,7 @@ def by_adam(draw: RandomStart) -> Solve:
             problems = []
             for i in mine:
                 A, B = tasks[i].random_start(draw, rank, options.seed)
-                problems.append(Problem(tasks[i].target.read, tasks[i].target.shape, A, B))
+                problems.append(Problem(tasks[i].target.read, tasks[i].target.shape, tasks[i].target.dtype, A, B))
             _adam(problems, [(tasks[i], bounds[i][rank]) for i in mine], options, finished, bar)
 
     return solve

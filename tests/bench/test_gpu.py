@@ -1,52 +1,122 @@
-"""What bench.gpu does on a GPU, here with the interpreter on tiny matrices."""
+"""Every part of bench.gpu with the interpreter on tiny matrices, its file after each row, and the report of it."""
 
 from __future__ import annotations
 
 import json
-import time
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from bench import gpu
+from bench import gpu, gpu_report
+from bench.harness import Row
+from bench.table5 import MODELS
 from inilora_kernels.kernels.gpu.backend import TritonBackend
 from tests.kernels.gpu.cases import CPU, PRODUCT_ERROR
 from tests.kernels.gpu.interpreter import interpreted
 
-SHAPES = ((20, 40), (33, 24))
 
-
-def test_correctness_and_repeats_and_step_time_of_the_interpreter() -> None:
+@pytest.fixture
+def backend() -> Iterator[TritonBackend]:
     with interpreted():
-        backend = TritonBackend(CPU)
-        row = gpu.correctness(backend, "bfloat16", 4, SHAPES, steps=2)
-        assert row["products"] < PRODUCT_ERROR[torch.bfloat16]
-        assert row["factors"] < 50 * PRODUCT_ERROR[torch.bfloat16]
-        assert gpu.repeats(backend, "float32", 4, SHAPES, steps=2)["bit_equal"]
-        row = gpu.step_time(backend, SHAPES[0], "float32", 4, count=2, steps=1)
-        assert row["matrices"] == 2
-        assert row["seconds"] > 0
-        assert json.dumps(row)
+        yield TritonBackend(CPU)
 
 
-def test_a_wrong_kernel_shows_in_the_correctness_row(monkeypatch: pytest.MonkeyPatch) -> None:
+class Done:
+    """A process that has printed the checksum of a run of its own."""
+
+    returncode = 0
+    output = ""
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        return Done.output, ""
+
+
+def test_every_part_runs_and_is_written(
+    backend: TritonBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (A, _), *_ = gpu.final(
+        backend, gpu.problems_of([gpu.synthetic((40, 24), torch.bfloat16, 0)], 8), gpu.TOY.repeated_steps
+    ).values()
+    Done.output = f"{float(A.double().sum())}\n"
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda command, **options: Done() if "--checksum" in command else real(command, **options),
+    )
+    # However slow the machine: nothing is left out.
+    monkeypatch.setattr(gpu, "PARTS", {name: (question, 10**6) for name, (question, _) in gpu.PARTS.items()})
+    for name in gpu.PARTS:
+        gpu.run_part(name, backend, gpu.TOY, "gpu-toy", tmp_path)
+    content = json.loads((tmp_path / "gpu-toy.json").read_text(encoding="utf-8"))
+    assert list(content) == list(gpu.PARTS)
+    for part in content.values():
+        assert not [row for row in part["rows"] if "error" in row]
+    for row in content["correctness"]["rows"]:
+        assert row["products"] < PRODUCT_ERROR[getattr(torch, row["dtype"].removeprefix("torch."))]
+        assert row["loss"] < 1e-12
+    assert all(row["same bits"] for part in ("repeats", "processes") for row in content[part]["rows"])
+    assert all(row["predicted µs"] > 0 and row["launches µs"] > 0 for row in content["steps"]["rows"])
+
+    gpu_report.main([str(tmp_path / "gpu-toy.json")])
+    assert "| measured / predicted |" in (tmp_path / "gpu-toy-report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "gpu-toy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_kernel_shows(backend: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "gradient_products", lambda W, A, B: (B.T @ W * 1.001, W @ A.T))
-    with interpreted():
-        row = gpu.correctness(TritonBackend(CPU), "float32", 4, SHAPES, steps=1)
-    assert row["products"] > 100 * PRODUCT_ERROR[torch.float32]
+    row = next(gpu.correctness(backend, gpu.TOY))
+    assert row["products"] > 10 * PRODUCT_ERROR[torch.bfloat16]
 
 
-def test_parts_that_fail_or_come_too_late_are_told() -> None:
-    def fails() -> gpu.Row:
+def test_a_part_that_fails_keeps_its_rows_and_says_why(
+    backend: TritonBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(backend: TritonBackend, sizes: gpu.Sizes) -> Iterator[Row]:
+        yield {"seconds": 1.0}
         raise RuntimeError("no kernel image")
 
-    rows, left = gpu.collected([("one", lambda: {"seconds": 1.0}), ("two", fails)], time.monotonic() + 60)
-    assert rows == [{"seconds": 1.0}, {"part": "two", "error": "RuntimeError: no kernel image"}]
-    assert left == []
-    rows, left = gpu.collected([("one", dict)], time.monotonic() - 1)
-    assert (rows, left) == ([], ["one"])
+    monkeypatch.setitem(gpu.PARTS, "steps", (broken, 60))
+    gpu.run_part("steps", backend, gpu.TOY, "gpu-toy", tmp_path)
+    rows = json.loads((tmp_path / "gpu-toy.json").read_text(encoding="utf-8"))["steps"]["rows"]
+    assert rows == [{"seconds": 1.0}, {"error": "RuntimeError: no kernel image"}]
+
+
+def test_a_part_out_of_time_says_so(backend: TritonBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.PARTS, "steps", (lambda backend, sizes: iter([{"a": 1}, {"a": 2}]), 0))
+    assert gpu.run_part("steps", backend, gpu.TOY, "gpu-toy", tmp_path) == [
+        {"a": 1},
+        {"left out": "what came after 0 s"},
+    ]
+
+
+def test_a_hanging_part_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+
+    def run(command: list[str], *, check: bool, timeout: float) -> None:
+        started.append(command[4])
+        if command[4] == "steps":
+            raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    gpu.run_all("gpu-toy", tmp_path, [])
+    assert started == list(gpu.PARTS)
+    assert "steps: stopped after 120 s" in capsys.readouterr().err
+
+
+def test_a_killed_worker_of_table_5_is_a_row(backend: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, -9, stdout="", stderr="")
+    )
+    sizes = gpu.Sizes(**{**vars(gpu.TOY), "table5": MODELS[:1]})
+    assert [row["error"] for row in gpu.table5(backend, sizes)] == ["killed", "killed"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

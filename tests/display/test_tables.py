@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 
 import pytest
 from rich.cells import cell_len
@@ -12,10 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inilora_kernels.cli.methods import methods_table
-from inilora_kernels.display.plots import draw
-from inilora_kernels.display.reports import json_report
 from inilora_kernels.display.tables import result_table, spectrum_table, truncation_table
-from inilora_kernels.errors import OptionError
 
 from .made import SEVEN, all_linear, one
 
@@ -62,13 +57,3 @@ def test_the_worst_excess_of_a_kind_is_the_one_shown() -> None:
     row = next(line for line in text.splitlines() if " q " in line)
     assert "≤ 1.0e-01" in row
     assert "52.5 %" in row
-
-
-def test_factors_that_were_never_compared_with_weights_are_shown_as_unknown() -> None:
-    factors = {"h.0.q": one(math.nan, math.nan), "h.1.q": one(math.nan, math.nan)}
-    text = shown(result_table(factors, {"method": "inilora-pt"}))
-    assert text.count("unknown") == 6  # a row, and all
-    assert "name their model (base)" in " ".join(text.split())
-    assert json.loads(json.dumps(json_report(factors, {}), allow_nan=False))["modules"]["h.0.q"]["loss"] is None
-    with pytest.raises(OptionError, match="nothing to draw"):
-        draw(factors, {}, "model")

@@ -1,57 +1,64 @@
 """The Triton backend: Adam on many matrices at a time, two launches a step, on a CUDA or ROCm GPU.
 
-`cost_model` says how many matrices step together, `wave` holds their state, `kernels` are the kernels. The step
-loop never waits for the device: blocks of steps are captured once in a CUDA graph and replayed, and the host only looks
-at the results at the milestones. The same problems on the same kind of GPU give the same bits, in any batch.
+`waves` says which matrices step together, `wave` holds their state, `kernels` are the kernels, `device` the streams.
+The step loop never waits for the device: blocks of steps are captured as graphs once for all waves of a layout and
+replayed, and the host only looks at the results at the milestones. While a wave steps, a thread reads the next one's
+weights and copies them to the device. The same problems on the same kind of GPU give the same bits, in any batch.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter, deque
+import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...errors import BackendError
 from ..backend import Problem, Sample, Schedule
-from ..reference import residual_loss
-from .cost_model import Choice, Matrix, choose, even_wave
+from .cost_model import Matrix
+from .device import CudaDevice, Device, HostDevice
 from .gpus import GPUS, Gpu, gpu_like
-from .tiles import RANKS, padded_rank, tiles
+from .tiles import RANKS, padded_rank
+from .waves import PlannedWave, divide
 
 try:
+    import triton
     from triton.runtime.jit import JITFunction
 
     from . import kernels as triton_kernels
-    from .wave import Layout, Wave, lay_out, padded_weight, weight_bytes
+    from .wave import Start, Wave, padded_view, rate_table, start_of
 except ImportError as error:
     raise BackendError(
         'backend="triton" needs the triton package, which is for Linux: pip install "inilora-kernels[gpu]", '
         'or take backend="cpu"'
     ) from error
 
-GRAPH_STEPS = 100  # steps in one replay: long enough to hide the host, short enough to answer Ctrl-C
+# Older versions refuse a product of eight columns, spill registers, or abort (docs/kernels.md, "Versions").
+LEAST_TRITON = (3, 5)
+GRAPH_STEPS = (100, 10, 1)  # in one replay; the longest hides the host and is short enough to answer Ctrl-C
 REPLAYS_AHEAD = 4
-MEMORY_SHARE = 0.95  # of the free device memory that a wave may take
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass
-class _Pending:
-    """Matrices on the device that wait for their wave to fill."""
+def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that weights of `dtype` are multiplied in."""
+    return dtype if dtype in WEIGHT_DTYPES else torch.float32
 
-    indices: list[int] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
-    state_bytes: int = 0
 
-    @property
-    def fill(self) -> float:
-        """The share of a full wave that is taken."""
-        return sum(1 / choice.wave for choice in self.choices)
+def require_triton(version: str) -> None:
+    """Raise BackendError for a triton below LEAST_TRITON."""
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < LEAST_TRITON:
+        least = ".".join(map(str, LEAST_TRITON))
+        raise BackendError(
+            f'backend="triton" needs triton {least} or newer, which comes with torch 2.9; triton {version} is '
+            'installed; upgrade torch and triton together, or take backend="cpu"'
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class TritonBackend:
     direct_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        require_triton(triton.__version__)
         if not isinstance(triton_kernels.adam_kernel, JITFunction):
             if self.device.type != "cpu":
                 raise BackendError(f"TRITON_INTERPRET=1 runs kernels on the CPU, not on device {str(self.device)!r}")
@@ -85,6 +93,8 @@ class TritonBackend:
                 f'backend="triton" needs compute capability 8.0 or newer; {torch.cuda.get_device_name(self.device)} '
                 f'has {".".join(map(str, torch.cuda.get_device_capability(self.device)))}; take backend="cpu"'
             )
+        if self.device.index is None:
+            object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
 
     def adam(
         self,
@@ -94,7 +104,10 @@ class TritonBackend:
         observe: Callable[[Sample], bool],
         advanced: Callable[[int], None],
     ) -> None:
-        """See `Backend.adam`. Takes the problems wave by wave, larger shapes first; each W is loaded for its wave."""
+        """See `Backend.adam`. Takes the problems wave by wave, larger shapes first; each W is loaded for its wave.
+
+        Raises BackendError, before anything is loaded, for a rank or a matrix that the device cannot take.
+        """
         if not problems or not milestones:
             return
         for index, problem in enumerate(problems):
@@ -103,73 +116,24 @@ class TritonBackend:
                     f'backend="triton" takes ranks up to {RANKS[-1]}; matrix {index} of the batch, '
                     f'{problem.shape[0]}×{problem.shape[1]}, has rank {problem.rank}; take backend="cpu"'
                 )
-        # A launch goes to the current device, which need not be the one whose tensors it is given.
-        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            self._run_waves(problems, schedule, milestones, observe, advanced)
+        with ExitStack() as scope:
+            place = self.place()
+            # A launch goes to the current device and stream, which need not be those whose tensors it is given.
+            for context in _contexts(place):
+                scope.enter_context(context)
+            dtypes = [kernel_dtype(problem.dtype) for problem in problems]
+            matrices = [
+                Matrix(one.shape, dtype.itemsize, one.rank) for one, dtype in zip(problems, dtypes, strict=True)
+            ]
+            free = place.free_memory()
+            planned = divide(matrices, dtypes, self.gpu(), free)
+            rates = rate_table(schedule, milestones[-1]).to(self.device)
+            run = _Run(place, problems, schedule, milestones, observe, advanced, rates)
+            run.waves(planned, overlapped=len(planned) > 1 and _fits_twice(planned, free))
 
-    def _run_waves(
-        self,
-        problems: Sequence[Problem],
-        schedule: Schedule,
-        milestones: Sequence[int],
-        observe: Callable[[Sample], bool],
-        advanced: Callable[[int], None],
-    ) -> None:
-        gpu = self.gpu()
-        kinds = Counter((padded_rank(problem.rank), problem.shape) for problem in problems)
-        order = sorted(
-            range(len(problems)),
-            key=lambda index: (padded_rank(problems[index].rank), problems[index].shape, index),
-            reverse=True,
-        )
-        waiting: dict[tuple[torch.dtype, int, bool], _Pending] = {}
-
-        def run(key: tuple[torch.dtype, int, bool]) -> None:
-            pending = waiting.pop(key)
-            members = [problems[index] for index in pending.indices]
-            layout = _layout(members, [choice.parts for choice in pending.choices], key[0].itemsize, gpu)
-            wave = Wave(layout, members, pending.weights, schedule, milestones[-1])
-            self._run(wave, pending.indices, milestones, observe, advanced)
-
-        for index in order:
-            problem = problems[index]
-            W = problem.load()
-            if W.dtype not in WEIGHT_DTYPES:
-                W = W.float()
-            choice = choose(Matrix(problem.shape, W.element_size(), problem.rank), gpu)
-            count = kinds[padded_rank(problem.rank), problem.shape]
-            choice = replace(choice, wave=even_wave(count, choice.wave))
-            key = (W.dtype, padded_rank(problem.rank), choice.resident)
-            if key in waiting and waiting[key].fill + 1 / choice.wave > 1 + 1e-9:
-                run(key)
-            state = _layout([problem], [choice.parts], W.element_size(), gpu).state_bytes
-            needed = weight_bytes(problem.shape, W.element_size()) + state
-            # The weights that wait are on the device already; their states are still to come.
-            if needed + sum(pending.state_bytes for pending in waiting.values()) > self.free_memory():
-                for full in list(waiting):
-                    run(full)
-            if needed > self.free_memory():
-                raise BackendError(
-                    f"{gpu.name} has {self.free_memory() / 1e9:.2f} GB free for a wave, but matrix {index} of the "
-                    f"batch, {problem.shape[0]}×{problem.shape[1]} at rank {problem.rank}, needs {needed / 1e9:.2f} "
-                    'GB; free some device memory, or take backend="cpu"'
-                )
-            pending = waiting.setdefault(key, _Pending())
-            pending.indices.append(index)
-            pending.weights.append(padded_weight(W, self.device))
-            pending.choices.append(choice)
-            pending.state_bytes += state
-            del W
-        for key in list(waiting):
-            run(key)
-
-    def free_memory(self) -> float:
-        """Bytes that a wave may take: a share of what the driver and torch's own cache have left."""
-        if self.device.type == "cpu":
-            return math.inf
-        free, _ = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return MEMORY_SHARE * (free + cached)
+    def place(self) -> Device:
+        """The device and its streams."""
+        return HostDevice() if self.device.type == "cpu" else CudaDevice(self.device)
 
     def gpu(self) -> Gpu:
         """The cost model's view of this device."""
@@ -180,82 +144,174 @@ class TritonBackend:
             architecture = str(properties.gcnArchName).split(":")[0]
         else:
             architecture = f"sm_{properties.major}{properties.minor}"
+        # kHz and bits; two transfers a clock. Older torch does not tell.
+        clock, width = (int(getattr(properties, name, 0)) for name in ("memory_clock_rate", "memory_bus_width"))
         return gpu_like(
             architecture,
             properties.name,
             properties.multi_processor_count,
             int(getattr(properties, "L2_cache_size", 0)),
             properties.total_memory,
+            2 * 1e3 * clock * width / 8 or None,
         )
 
-    def _run(
-        self,
-        wave: Wave,
-        indices: Sequence[int],
-        milestones: Sequence[int],
-        observe: Callable[[Sample], bool],
-        advanced: Callable[[int], None],
-    ) -> None:
+
+def _contexts(place: Device) -> list[AbstractContextManager[object]]:
+    if not isinstance(place, CudaDevice):
+        return [nullcontext()]
+    place.computing.wait_stream(torch.cuda.current_stream(place.device))
+    return [torch.cuda.device(place.device), torch.cuda.stream(place.computing)]
+
+
+def _fits_twice(planned: Sequence[PlannedWave], free: float) -> bool:
+    """Whether the next wave's weights fit next to any wave."""
+    return max(wave.bytes for wave in planned) + max(wave.weight_bytes for wave in planned) <= free
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of `adam`: what does not change from wave to wave."""
+
+    place: Device
+    problems: Sequence[Problem]
+    schedule: Schedule
+    milestones: Sequence[int]
+    observe: Callable[[Sample], bool]
+    advanced: Callable[[int], None]
+    rates: Tensor
+
+    def waves(self, planned: Sequence[PlannedWave], *, overlapped: bool) -> None:
+        """Run the waves in order. overlapped: the next wave's weights are read and copied while one steps."""
+        largest = max(wave.layout.weights * self._dtype(wave).itemsize for wave in planned)
+        rows = max(
+            place.rows * place.row_stride * self._dtype(wave).itemsize
+            for wave in planned
+            for place in wave.layout.places
+        )
+        staging = [self.place.staging(rows, torch.uint8) for _ in range(2)]
+        arrivals = torch.zeros(largest if overlapped else 0, dtype=torch.uint8, device=self.place.device)
+        # The copy stream must not overtake what fills the buffers with zeros.
+        self.place.copying_waits()
+        wave: Wave | None = None
+        graphs: dict[int, Callable[[], None]] = {}
+        with ThreadPoolExecutor(1) as reader:
+
+            def read(wave: PlannedWave, target: Tensor | None = None) -> Future[Start]:
+                dtype = self._dtype(wave)
+                if target is None:
+                    target = arrivals.view(dtype)[: wave.layout.weights]
+                return reader.submit(self._read, wave, target, [buffer.view(dtype) for buffer in staging])
+
+            coming = read(planned[0]) if overlapped else None
+            for number, plan in enumerate(planned):
+                dtype = self._dtype(plan)
+                if wave is None or (wave.layout, wave.weights.dtype, wave.resident) != (
+                    plan.layout,
+                    dtype,
+                    plan.resident,
+                ):
+                    # The old wave's memory and its graphs go before the new ones come.
+                    graphs.clear()
+                    wave = None
+                    wave = Wave(plan.layout, dtype, self.rates, self.schedule, resident=plan.resident)
+                    graphs.update(self._graphs(wave))
+                if coming is None:
+                    self.place.copying_waits()
+                    start = read(plan, wave.weights).result()
+                    self.place.computing_waits()
+                else:
+                    start = coming.result()
+                    self.place.computing_waits()
+                    wave.weights.copy_(arrivals.view(dtype)[: plan.layout.weights])
+                    self.place.copying_waits()
+                    if number + 1 < len(planned):
+                        coming = read(planned[number + 1])
+                wave.begin(start.values)
+                self._run(wave, plan.members, graphs)
+
+    def _dtype(self, wave: PlannedWave) -> torch.dtype:
+        return kernel_dtype(self.problems[wave.members[0]].dtype)
+
+    def _read(self, wave: PlannedWave, target: Tensor, staging: Sequence[Tensor]) -> Start:
+        """Load a wave's weights into `target` on the device, by two host buffers in turns; in the reader's thread."""
+        copied: list[object] = [None, None]
+        norms = []
+        problems = [self.problems[index] for index in wave.members]
+        for number, (problem, place) in enumerate(zip(problems, wave.layout.places, strict=True)):
+            W = problem.load()
+            if W.dtype != problem.dtype or tuple(W.shape) != problem.shape:
+                raise BackendError(
+                    f"a matrix announced as {problem.dtype} {problem.shape} was read as {W.dtype} {tuple(W.shape)}"
+                )
+            norms.append(float(torch.linalg.vector_norm(W, dtype=torch.float32)) if W.dtype == torch.float16 else 0.0)
+            if copied[number % 2] is not None:
+                self.place.wait(copied[number % 2])
+            rows = staging[number % 2][: place.rows * place.row_stride].view(place.rows, place.row_stride)
+            rows[:, : place.columns].copy_(W)
+            rows[:, place.columns :].zero_()
+            copied[number % 2] = self.place.copy(padded_view(target, place), rows)
+        for ticket in copied:
+            if ticket is not None:
+                self.place.wait(ticket)
+        return start_of(wave.layout, problems, self.schedule, norms)
+
+    def _graphs(self, wave: Wave) -> dict[int, Callable[[], None]]:
+        """Blocks of steps as graphs; none for a short run or where they cannot be captured."""
+        if self.milestones[-1] <= 2 * GRAPH_STEPS[0] or not self.place.captures:
+            return {}
+        # Compiles and loads the kernels, which a capture must not do: on zeros, which `begin` puts in order again.
+        _compiled(wave)
+        found = {}
+        for steps in GRAPH_STEPS:
+            graph = self.place.captured(lambda steps=steps: wave.advance(steps))  # type: ignore[misc]
+            if graph is None:
+                break
+            found[steps] = graph
+        return found
+
+    def _run(self, wave: Wave, indices: Sequence[int], graphs: dict[int, Callable[[], None]]) -> None:
         step = 0
-        graph = None
-        for milestone in milestones:
-            if graph is None and milestone > step and milestones[-1] - step > 2 * GRAPH_STEPS:
-                # Compiles and loads the kernels, which a capture must not do; then the capture itself runs nothing.
-                wave.advance(1)
-                advanced(len(wave.active))
-                step += 1
-                graph = _captured(wave)
-            for done in _steps(wave, graph, milestone - step):
-                advanced(done * len(wave.active))
+        for milestone in self.milestones:
+            for done in self._steps(wave, graphs, milestone - step):
+                self.advanced(done * len(wave.active))
             step = milestone
-            going = [member for member in wave.active if observe(_sample(wave, member, indices[member], step))]
+            wave.judge(wide=step == self.milestones[-1])
+            going = []
+            for member, (loss, A, B) in wave.sampled().items():
+                if self.observe(Sample(indices[member], step, loss, A, B)):
+                    going.append(member)
             if len(going) < len(wave.active):
-                graph = None
                 wave.keep(going)
             if not going:
                 return
 
+    def _steps(self, wave: Wave, graphs: dict[int, Callable[[], None]], count: int) -> Iterator[int]:
+        """Enqueue `count` steps; yields how many each time some are under way, never more than a few replays ahead."""
+        marks: deque[object] = deque()
+        while count > 0:
+            block = next((steps for steps in GRAPH_STEPS if steps <= count), 1)
+            if block in graphs:
+                graphs[block]()
+            else:
+                wave.advance(block)
+            count -= block
+            marks.append(self.place.mark())
+            if len(marks) > REPLAYS_AHEAD:
+                self.place.wait(marks.popleft())
+            yield block
 
-def _layout(members: Sequence[Problem], parts: Sequence[int], itemsize: int, gpu: Gpu) -> Layout:
-    chosen = tiles(gpu.architecture, itemsize, max(problem.rank for problem in members))
-    return lay_out([problem.shape for problem in members], [problem.rank for problem in members], parts, chosen)
 
-
-def _sample(wave: Wave, member: int, index: int, step: int) -> Sample:
-    A, B = (factor.contiguous() for factor in wave.pair(member))
-    loss = residual_loss(wave.weight(member), A, B)
-    # A clone on the CPU, so that the sample does not change with the state it was taken from.
-    return Sample(index, step, loss, A.cpu().clone(), B.cpu().clone())
-
-
-def _captured(wave: Wave) -> torch.cuda.CUDAGraph | None:
-    """GRAPH_STEPS steps as a CUDA graph; None where capture is not to be had, which costs launches, not correctness."""
-    if wave.factors.device.type == "cpu":
-        return None
+def _compiled(wave: Wave) -> None:
+    """Launch every kernel once. Raises BackendError where triton cannot build its launcher."""
     try:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(wave.factors.device)
-        with torch.cuda.graph(graph):
-            wave.advance(GRAPH_STEPS)
-    except RuntimeError:
-        return None
-    return graph
-
-
-def _steps(wave: Wave, graph: torch.cuda.CUDAGraph | None, count: int) -> Iterator[int]:
-    """Enqueue `count` steps; yields how many each time some are under way, never more than a few replays ahead."""
-    events: deque[torch.cuda.Event] = deque()
-    while count > 0:
-        block = min(GRAPH_STEPS, count)
-        if graph is not None and block == GRAPH_STEPS:
-            graph.replay()
-        else:
-            wave.advance(block)
-        count -= block
-        if wave.factors.device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(wave.factors.device))
-            events.append(event)
-            if len(events) > REPLAYS_AHEAD:
-                events.popleft().synchronize()
-        yield block
+        wave.advance(1)
+        for wide in (False, True):
+            wave.judge(wide=wide)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"triton {triton.__version__} could not compile and launch the kernels: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}; it needs a C compiler (gcc) and "
+            'Python\'s headers (python3-dev) on this machine; or take backend="cpu"'
+        ) from error

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from ...errors import OptionError
 from .gpus import Gpu
-from .tiles import Tiles, aligned, padded_rank, tiles
+from .layout import Layout, lay_out, weight_bytes
+from .tiles import padded_rank, tiles
 
 # Shares of the peaks below that the model counts on: streaming DRAM, streaming the cache, small tensor-core tiles.
 REACHED_DRAM = 0.90
@@ -114,49 +115,40 @@ class Plan:
     def memory(self) -> int:
         return max(
             min(group.wave, group.count)
-            * (_weight_bytes(group.matrix) + _state_bytes(group.matrix, self.gpu, group.parts))
+            * (_weight_bytes(group.matrix) + _layout(group.matrix, self.gpu, group.parts).state_bytes)
             for group in self.groups
         )
 
 
 def _weight_bytes(matrix: Matrix) -> int:
-    return matrix.shape[0] * aligned(matrix.shape[1]) * matrix.itemsize
+    return weight_bytes(matrix.shape, matrix.itemsize)
 
 
-def _tiles(matrix: Matrix, gpu: Gpu) -> Tiles:
-    return tiles(gpu.architecture, matrix.itemsize, matrix.rank)
+def _layout(matrix: Matrix, gpu: Gpu, parts: int) -> Layout:
+    chosen = tiles(gpu.architecture, matrix.itemsize, matrix.rank)
+    return lay_out([matrix.shape], [matrix.rank], [parts], chosen)
 
 
 def _slot_bytes(matrix: Matrix, gpu: Gpu, parts: int) -> int:
     """P slots, one a strip of rows, and Q slots, one a part of the columns, all float32."""
-    d, k = (aligned(side) for side in matrix.shape)
-    strips = math.ceil(matrix.shape[0] / _tiles(matrix, gpu).strip.rows)
-    return 4 * matrix.rank * (strips * k + parts * d)
-
-
-def _state_bytes(matrix: Matrix, gpu: Gpu, parts: int) -> int:
-    chosen = _tiles(matrix, gpu)
-    sides = sum(aligned(side) for side in matrix.shape)
-    blocks = sum(math.ceil(aligned(side) / chosen.block.width) for side in matrix.shape)
-    return 4 * 3 * matrix.rank * sides + _slot_bytes(matrix, gpu, parts) + 4 * chosen.rank**2 * (blocks + 2)
+    return 4 * _layout(matrix, gpu, parts).slots
 
 
 def step_of(matrix: Matrix, gpu: Gpu, parts: int, count: int, resident: bool) -> Step:
     """The model of one step of `count` matrices like `matrix`, columns in `parts`, W in the cache or not."""
     d, k = matrix.shape
-    chosen = _tiles(matrix, gpu)
-    weights, partial = _weight_bytes(matrix), _slot_bytes(matrix, gpu, parts)
-    strips = math.ceil(d / chosen.strip.rows)
+    layout = _layout(matrix, gpu, parts)
+    chosen, (place,) = layout.tiles, layout.places
+    weights, partial = _weight_bytes(matrix), 4 * layout.slots
     # Every strip reads A anew and every part reads B anew: from the cache, as both are small.
-    factors_read = 4 * matrix.rank * (strips * k + parts * d)
-    blocks = sum(math.ceil(aligned(side) / chosen.block.width) for side in matrix.shape)
-    gram = 4 * chosen.rank**2 * blocks
+    factors_read = 4 * matrix.rank * (place.strips * k + place.chunks * d)
+    gram = 4 * chosen.rank**2 * (place.A_blocks + place.B_blocks)
     state = 4 * 6 * matrix.rank * (d + k) + 2 * gram + gram
     # 16-bit: two products, high and low halves. float32: the peak already counts tf32x3's three.
     flops = 4.0 * d * k * chosen.rank * (2 if matrix.itemsize == 2 else 1)
     peak = gpu.half if matrix.itemsize == 2 else gpu.float32
 
-    programs = count * strips * parts
+    programs = count * layout.strip_programs
     rounds = math.ceil(programs / gpu.multiprocessors)
     busy = programs / (rounds * gpu.multiprocessors)
     cache = gpu.cache_bandwidth * REACHED_CACHE
@@ -183,7 +175,7 @@ def step_of(matrix: Matrix, gpu: Gpu, parts: int, count: int, resident: bool) ->
 
 def _parts(matrix: Matrix, gpu: Gpu, count: int, resident: bool) -> int:
     """The division of the columns that predicts the shortest step, with partial sums under PARTIAL_SHARE."""
-    least, columns = 1, _tiles(matrix, gpu).strip.columns
+    least, columns = 1, tiles(gpu.architecture, matrix.itemsize, matrix.rank).strip.columns
     best = step_of(matrix, gpu, 1, count, resident).seconds
     for parts in range(2, min(64, math.ceil(matrix.shape[1] / (2 * columns))) + 1):
         if _slot_bytes(matrix, gpu, parts) > PARTIAL_SHARE * _weight_bytes(matrix):
@@ -212,7 +204,7 @@ def choose(matrix: Matrix, gpu: Gpu) -> Choice:
     """
     streamed_parts = _parts(matrix, gpu, 8, resident=False)
     streamed = Choice(streamed_parts, CONCURRENCY, resident=False)
-    working = _weight_bytes(matrix) + _state_bytes(matrix, gpu, 1)
+    working = _weight_bytes(matrix) + _layout(matrix, gpu, 1).state_bytes
     wave = min(CONCURRENCY, int(gpu.cache * gpu.cache_usable // working))
     if wave == 0:
         return streamed
@@ -318,7 +310,7 @@ def plan_table(result: Plan) -> Table:
             "weights": f"{8 * group.matrix.itemsize}-bit, rank {group.matrix.rank}",
             "a wave": f"{step.matrices}, {'in cache' if group.resident else 'from DRAM'}",
             "waves": f"{group.waves}",
-            "strips × parts": f"{math.ceil(d / _tiles(group.matrix, result.gpu).strip.rows)} × {group.parts}",
+            "strips × parts": f"{_layout(group.matrix, result.gpu, group.parts).places[0].strips} × {group.parts}",
             "W read a step": f"{step.weight_bytes / 1e6:.1f} MB",
             "partial sums": f"{step.partial_bytes / 1e6:.1f} MB, {step.partial_bytes / step.weight_bytes:.1%}",
             "products a step": f"{step.flops / 1e9:.2f} GFLOP",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ...errors import OptionError
 from ...suggestions import did_you_mean
@@ -41,12 +43,84 @@ GPUS: dict[str, Gpu] = {
     # cache_usable: one L2 on Ada; A100, H100, H200 and B200 have two partitions that may both hold a line: half.
     # launch: an assumption; a little over 1 µs from node to node of a straight graph is what NVIDIA's blog reports
     # ("Constant Time Launch for Straight-Line CUDA Graphs and Other Performance Enhancements").
-    "rtx4090": Gpu("RTX 4090", "sm_89", 128, 24e9, 1.008e12, 72e6, 0.85, 5.0e12, 165.2e12, 82.6e12 / 3, 2e-6),
-    "a100": Gpu("A100 80GB", "sm_80", 108, 80e9, 2.039e12, 40e6, 0.45, 7.2e12, 312e12, 156e12 / 3, 2e-6),
-    "h100": Gpu("H100 SXM", "sm_90", 132, 80e9, 3.35e12, 50e6, 0.45, 5.6e12, 989e12, 494e12 / 3, 2e-6),
-    "h200": Gpu("H200", "sm_90", 132, 141e9, 4.8e12, 50e6, 0.45, 5.6e12, 989e12, 494e12 / 3, 2e-6),
-    "b200": Gpu("B200", "sm_100", 148, 180e9, 8.0e12, 126e6, 0.45, 11.2e12, 2250e12, 1125e12 / 3, 2e-6),
-    "mi300x": Gpu("MI300X", "gfx942", 304, 192e9, 5.3e12, 256e6, 0.8, 17.2e12, 1307e12, 163.4e12, 5e-6),
+    "rtx4090": Gpu(
+        name="RTX 4090",
+        architecture="sm_89",
+        multiprocessors=128,
+        memory=24e9,
+        dram=1.008e12,
+        cache=72e6,
+        cache_usable=0.85,
+        cache_bandwidth=5.0e12,
+        half=165.2e12,
+        float32=82.6e12 / 3,
+        launch=2e-6,
+    ),
+    "a100": Gpu(
+        name="A100 80GB",
+        architecture="sm_80",
+        multiprocessors=108,
+        memory=80e9,
+        dram=2.039e12,
+        cache=40e6,
+        cache_usable=0.45,
+        cache_bandwidth=7.2e12,
+        half=312e12,
+        float32=156e12 / 3,
+        launch=2e-6,
+    ),
+    "h100": Gpu(
+        name="H100 SXM",
+        architecture="sm_90",
+        multiprocessors=132,
+        memory=80e9,
+        dram=3.35e12,
+        cache=50e6,
+        cache_usable=0.45,
+        cache_bandwidth=5.6e12,
+        half=989e12,
+        float32=494e12 / 3,
+        launch=2e-6,
+    ),
+    "h200": Gpu(
+        name="H200",
+        architecture="sm_90",
+        multiprocessors=132,
+        memory=141e9,
+        dram=4.8e12,
+        cache=50e6,
+        cache_usable=0.45,
+        cache_bandwidth=5.6e12,
+        half=989e12,
+        float32=494e12 / 3,
+        launch=2e-6,
+    ),
+    "b200": Gpu(
+        name="B200",
+        architecture="sm_100",
+        multiprocessors=148,
+        memory=180e9,
+        dram=8.0e12,
+        cache=126e6,
+        cache_usable=0.45,
+        cache_bandwidth=11.2e12,
+        half=2250e12,
+        float32=1125e12 / 3,
+        launch=2e-6,
+    ),
+    "mi300x": Gpu(
+        name="MI300X",
+        architecture="gfx942",
+        multiprocessors=304,
+        memory=192e9,
+        dram=5.3e12,
+        cache=256e6,
+        cache_usable=0.8,
+        cache_bandwidth=17.2e12,
+        half=1307e12,
+        float32=163.4e12,
+        launch=5e-6,
+    ),
 }
 
 
@@ -62,13 +136,15 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[key]
 
 
-def gpu_like(architecture: str, name: str, multiprocessors: int, cache: int, memory: int) -> Gpu:
+def gpu_like(
+    architecture: str, name: str, multiprocessors: int, cache: int, memory: int, dram: float | None = None
+) -> Gpu:
     """The nearest known GPU, with the sizes that the device itself reports.
 
-    A known name wins; otherwise the architecture's; bandwidths stay those of the known chip, scaled by multiprocessors.
+    A chip's very name wins; the parts of a laptop, PCIe cards and other chips take their architecture's, scaled by
+    multiprocessors. cache, memory: bytes. dram: bytes a second from memory clock and bus width; None: the known chip's.
     """
-    flat = name.lower().replace(" ", "")
-    known = next((gpu for key, gpu in GPUS.items() if key in flat), None)
+    known = next((gpu for key, gpu in GPUS.items() if _is_named(name, key)), None)
     if known is None:
         by_architecture = {gpu.architecture: gpu for gpu in reversed(GPUS.values())}
         known = by_architecture.get(architecture, GPUS["rtx4090"])
@@ -81,8 +157,17 @@ def gpu_like(architecture: str, name: str, multiprocessors: int, cache: int, mem
         architecture=architecture,
         multiprocessors=multiprocessors,
         memory=float(memory),
+        dram=dram or known.dram,
         cache=size,
         cache_bandwidth=known.cache_bandwidth * scale,
         half=known.half * scale,
         float32=known.float32 * scale,
     )
+
+
+def _is_named(name: str, key: str) -> bool:
+    """Whether a device's name is that chip's: "RTX A1000" is no A100, "GH200" no H200, and a laptop's 4090 another."""
+    words = re.split(r"[\s\-_]+", name.lower())
+    if {"laptop", "pcie", "max", "d", "nvl"} & set(words):
+        return False
+    return key in words or any(one + two == key for one, two in pairwise(words))

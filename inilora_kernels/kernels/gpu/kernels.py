@@ -1,10 +1,10 @@
-"""The two GPU kernels of a step. `wave` lays out what they read and write; `cost_model` chooses their tiles.
+"""The two GPU kernels of a step. `layout` says what they read and write; `tiles` has their tiles.
 
 All state of a wave lies in a few long buffers, and every program takes one row of a work list: offsets into the
-buffers and sizes. So matrices of any shapes share a launch. A factor is stored rank-major for both sides, A as
-(r×k) and B as Bᵀ (r×d), its rows padded with zeros to a multiple of 16 elements, which keeps every load 128 bits wide.
-No program writes what another program of the same launch reads or writes: there are no atomics, and every run gives the
-same bits.
+buffers and sizes, in the fields of `layout`. So matrices of any shapes share a launch. A factor is stored rank-major
+for both sides, A as (r×k) and B as Bᵀ (r×d), its rows padded with zeros to a multiple of 16 elements, which keeps every
+load 128 bits wide. No program writes what another program of the same launch reads or writes: there are no atomics, and
+every run gives the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -12,6 +12,39 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .layout import BlockField, StripField, SumField
+
+# A kernel may read globals that are constexpr, and no others.
+STRIP_FIELDS = tl.constexpr(len(StripField))
+STRIP_W_OFFSET = tl.constexpr(int(StripField.W_OFFSET))
+STRIP_STRIDE = tl.constexpr(int(StripField.STRIDE))
+STRIP_ROWS = tl.constexpr(int(StripField.ROWS))
+STRIP_FIRST_COLUMN = tl.constexpr(int(StripField.FIRST_COLUMN))
+STRIP_LAST_COLUMN = tl.constexpr(int(StripField.LAST_COLUMN))
+STRIP_A_OFFSET = tl.constexpr(int(StripField.A_OFFSET))
+STRIP_B_OFFSET = tl.constexpr(int(StripField.B_OFFSET))
+STRIP_B_STRIDE = tl.constexpr(int(StripField.B_STRIDE))
+STRIP_P_OFFSET = tl.constexpr(int(StripField.P_OFFSET))
+STRIP_Q_OFFSET = tl.constexpr(int(StripField.Q_OFFSET))
+STRIP_RANK = tl.constexpr(int(StripField.RANK))
+STRIP_MATRIX = tl.constexpr(int(StripField.MATRIX))
+SUM_FIELDS = tl.constexpr(len(SumField))
+SUM_SHARES_OFFSET = tl.constexpr(int(SumField.SHARES_OFFSET))
+SUM_COUNT = tl.constexpr(int(SumField.COUNT))
+SUM_GRAM_OFFSET = tl.constexpr(int(SumField.GRAM_OFFSET))
+SUM_FIRST_ENTRY = tl.constexpr(int(SumField.FIRST_ENTRY))
+BLOCK_FIELDS = tl.constexpr(len(BlockField))
+BLOCK_X_OFFSET = tl.constexpr(int(BlockField.X_OFFSET))
+BLOCK_STRIDE = tl.constexpr(int(BlockField.STRIDE))
+BLOCK_FIRST_COLUMN = tl.constexpr(int(BlockField.FIRST_COLUMN))
+BLOCK_RANK = tl.constexpr(int(BlockField.RANK))
+BLOCK_SLOTS_OFFSET = tl.constexpr(int(BlockField.SLOTS_OFFSET))
+BLOCK_SLOT_COUNT = tl.constexpr(int(BlockField.SLOT_COUNT))
+BLOCK_SLOT_SIZE = tl.constexpr(int(BlockField.SLOT_SIZE))
+BLOCK_GRAM_OFFSET = tl.constexpr(int(BlockField.GRAM_OFFSET))
+BLOCK_SHARE_OFFSET = tl.constexpr(int(BlockField.SHARE_OFFSET))
+BLOCK_MATRIX = tl.constexpr(int(BlockField.MATRIX))
 
 
 @triton.jit(do_not_specialize=["sum_programs"])
@@ -21,6 +54,7 @@ def gradient_products_kernel(
     slots,
     shares,
     grams,
+    exponents,
     step,
     strips,
     sums,
@@ -35,8 +69,8 @@ def gradient_products_kernel(
     PRECISION: tl.constexpr,
     PREFETCH: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    STRIP_FIELDS: tl.constexpr,
-    SUM_FIELDS: tl.constexpr,
+    W_POLICY: tl.constexpr,
+    SLOT_POLICY: tl.constexpr,
 ):
     """P = BᵀW and Q = WAᵀ for every matrix of the wave, from one read of W; and the Gram matrices AAᵀ, BᵀB.
 
@@ -51,41 +85,44 @@ def gradient_products_kernel(
     times a power of two that keeps float16's halves in its normal range. At rank 8 the halves lie side by side, which
     fills the 16 columns that the instruction computes anyway; above, they are two products into one accumulator.
     Otherwise (float32 weights) PRECISION names the float32 product: tf32x3, or ieee.
+
+    W_POLICY, SLOT_POLICY: which lines the cache gives up first. Where the wave lives in L2, W stays (evict_last) and
+    the slots, written once and read once a step, go (evict_first); where W streams from DRAM, it is the other way.
     """
     program = tl.program_id(0)
     if program == 0:
         tl.store(step, tl.load(step) + 1)
     if program < sum_programs:
         entry = sums + program * SUM_FIELDS
-        share = tl.multiple_of(tl.load(entry), 16)
-        blocks = tl.load(entry + 1)
-        gram = tl.multiple_of(tl.load(entry + 2), 16)
-        first = tl.multiple_of(tl.load(entry + 3), SUM_BLOCK)
+        shares_offset = tl.multiple_of(tl.load(entry + SUM_SHARES_OFFSET), 16)
+        count = tl.load(entry + SUM_COUNT)
+        gram_offset = tl.multiple_of(tl.load(entry + SUM_GRAM_OFFSET), 16)
+        first = tl.multiple_of(tl.load(entry + SUM_FIRST_ENTRY), SUM_BLOCK)
         entries = first + tl.arange(0, SUM_BLOCK)
         block = tl.arange(0, SUM_WIDTH)
         total = tl.full((SUM_BLOCK,), 0.0, tl.float32)
-        for first_block in range(0, blocks, SUM_WIDTH):
+        for first_block in range(0, count, SUM_WIDTH):
             part = tl.load(
-                shares + share + (first_block + block)[:, None] * (RANK * RANK) + entries[None, :],
-                mask=((first_block + block) < blocks)[:, None] & (entries < RANK * RANK)[None, :],
+                shares + shares_offset + (first_block + block)[:, None] * (RANK * RANK) + entries[None, :],
+                mask=((first_block + block) < count)[:, None] & (entries < RANK * RANK)[None, :],
                 other=0.0,
             )
             total += tl.sum(part, axis=0)
-        tl.store(grams + gram + entries, total, mask=entries < RANK * RANK)
+        tl.store(grams + gram_offset + entries, total, mask=entries < RANK * RANK)
     else:
         work = strips + (program - sum_programs) * STRIP_FIELDS
-        W = tl.multiple_of(tl.load(work), 16)
-        stride = tl.multiple_of(tl.load(work + 1).to(tl.int32), 16)
-        rows = tl.load(work + 2).to(tl.int32)
-        first_column = tl.multiple_of(tl.load(work + 3).to(tl.int32), COLUMNS)
-        last_column = tl.multiple_of(tl.load(work + 4).to(tl.int32), 16)
-        A = tl.multiple_of(tl.load(work + 5), 16)
-        B = tl.multiple_of(tl.load(work + 6), 16)
-        B_stride = tl.multiple_of(tl.load(work + 7).to(tl.int32), 16)
-        P = tl.multiple_of(tl.load(work + 8), 16)
-        Q = tl.multiple_of(tl.load(work + 9), 16)
-        rank = tl.load(work + 10).to(tl.int32)
-        exponent = tl.load(work + 11).to(tl.float32)
+        W_offset = tl.multiple_of(tl.load(work + STRIP_W_OFFSET), 16)
+        stride = tl.multiple_of(tl.load(work + STRIP_STRIDE).to(tl.int32), 16)
+        rows = tl.load(work + STRIP_ROWS).to(tl.int32)
+        first_column = tl.multiple_of(tl.load(work + STRIP_FIRST_COLUMN).to(tl.int32), COLUMNS)
+        last_column = tl.multiple_of(tl.load(work + STRIP_LAST_COLUMN).to(tl.int32), 16)
+        A_offset = tl.multiple_of(tl.load(work + STRIP_A_OFFSET), 16)
+        B_offset = tl.multiple_of(tl.load(work + STRIP_B_OFFSET), 16)
+        B_stride = tl.multiple_of(tl.load(work + STRIP_B_STRIDE).to(tl.int32), 16)
+        P_offset = tl.multiple_of(tl.load(work + STRIP_P_OFFSET), 16)
+        Q_offset = tl.multiple_of(tl.load(work + STRIP_Q_OFFSET), 16)
+        rank = tl.load(work + STRIP_RANK).to(tl.int32)
+        exponent = tl.load(exponents + tl.load(work + STRIP_MATRIX))
         scale = tl.exp2(exponent)
         unscale = tl.exp2(-exponent)
 
@@ -94,7 +131,7 @@ def gradient_products_kernel(
         inside_rank = r < rank
         inside_rows = row < rows
         B_strip = tl.load(
-            factors + B + r[:, None] * B_stride + row[None, :],
+            factors + B_offset + r[:, None] * B_stride + row[None, :],
             mask=inside_rank[:, None] & inside_rows[None, :],
             other=0.0,
         )
@@ -109,13 +146,14 @@ def gradient_products_kernel(
                 B_high = tl.reshape(tl.permute(tl.join(B_high, B_low), (2, 0, 1)), (2 * RANK, ROWS))
         WIDTH: tl.constexpr = 16 if RANK == 8 and SPLIT else RANK
         Q_share = tl.full((ROWS, WIDTH), 0.0, tl.float32)
-        W_rows = weights + W + row[:, None] * stride
+        W_rows = weights + W_offset + row[:, None] * stride
         column = first_column + tl.arange(0, COLUMNS)
         if PREFETCH:
             W_next = tl.load(
                 W_rows + column[None, :],
                 mask=inside_rows[:, None] & (column < last_column)[None, :],
                 other=0.0,
+                eviction_policy=W_POLICY,
             )
         for start in tl.range(first_column, last_column, COLUMNS, num_stages=STAGES):
             column = start + tl.arange(0, COLUMNS)
@@ -127,15 +165,17 @@ def gradient_products_kernel(
                     W_rows + column_next[None, :],
                     mask=inside_rows[:, None] & (column_next < last_column)[None, :],
                     other=0.0,
+                    eviction_policy=W_POLICY,
                 )
             else:
                 W_tile = tl.load(
                     W_rows + column[None, :],
                     mask=inside_rows[:, None] & inside_columns[None, :],
                     other=0.0,
+                    eviction_policy=W_POLICY,
                 )
             A_block = tl.load(
-                factors + A + r[None, :] * stride + column[:, None],
+                factors + A_offset + r[None, :] * stride + column[:, None],
                 mask=inside_columns[:, None] & inside_rank[None, :],
                 other=0.0,
             )
@@ -163,9 +203,10 @@ def gradient_products_kernel(
                 Q_share = tl.dot(W_tile, A_block, Q_share, input_precision=PRECISION)
                 P_share = tl.trans(tl.dot(tl.trans(W_tile), tl.trans(B_strip), input_precision=PRECISION))
             tl.store(
-                slots + P + r[:, None] * stride + column[None, :],
+                slots + P_offset + r[:, None] * stride + column[None, :],
                 P_share,
                 mask=inside_rank[:, None] & inside_columns[None, :],
+                eviction_policy=SLOT_POLICY,
             )
         if SPLIT:
             if RANK == 8:
@@ -174,9 +215,10 @@ def gradient_products_kernel(
         # Zeros go to the padding of Bᵀ's rows too, so that no slot holds anything that was not written this step.
         inside_padded = row < (rows + 15) // 16 * 16
         tl.store(
-            slots + Q + r[None, :] * B_stride + row[:, None],
+            slots + Q_offset + r[None, :] * B_stride + row[:, None],
             Q_share,
             mask=inside_padded[:, None] & inside_rank[None, :],
+            eviction_policy=SLOT_POLICY,
         )
 
 
@@ -201,7 +243,6 @@ def adam_kernel(
     SLOTS: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_FIELDS: tl.constexpr,
 ):
     """Adam on WIDTH columns of one factor, X = A or Bᵀ (r×n), whose gradient is 2(GX − P).
 
@@ -212,16 +253,16 @@ def adam_kernel(
     rest1, rest2: 1−β₁, 1−β₂, rounded once from float64.
     """
     work = blocks + tl.program_id(0) * BLOCK_FIELDS
-    X = tl.multiple_of(tl.load(work), 16)
-    stride = tl.multiple_of(tl.load(work + 1).to(tl.int32), 16)
-    first_column = tl.multiple_of(tl.load(work + 2).to(tl.int32), WIDTH)
-    rank = tl.load(work + 3).to(tl.int32)
-    P = tl.multiple_of(tl.load(work + 4), 16)
-    slot_count = tl.load(work + 5).to(tl.int32)
-    slot_size = tl.multiple_of(tl.load(work + 6), 16)
-    gram = tl.multiple_of(tl.load(work + 7), 16)
-    share = tl.multiple_of(tl.load(work + 8), 16)
-    eps = tl.load(epsilons + tl.load(work + 9))
+    X_offset = tl.multiple_of(tl.load(work + BLOCK_X_OFFSET), 16)
+    stride = tl.multiple_of(tl.load(work + BLOCK_STRIDE).to(tl.int32), 16)
+    first_column = tl.multiple_of(tl.load(work + BLOCK_FIRST_COLUMN).to(tl.int32), WIDTH)
+    rank = tl.load(work + BLOCK_RANK).to(tl.int32)
+    slots_offset = tl.multiple_of(tl.load(work + BLOCK_SLOTS_OFFSET), 16)
+    slot_count = tl.load(work + BLOCK_SLOT_COUNT).to(tl.int32)
+    slot_size = tl.multiple_of(tl.load(work + BLOCK_SLOT_SIZE), 16)
+    gram_offset = tl.multiple_of(tl.load(work + BLOCK_GRAM_OFFSET), 16)
+    share_offset = tl.multiple_of(tl.load(work + BLOCK_SHARE_OFFSET), 16)
+    eps = tl.load(epsilons + tl.load(work + BLOCK_MATRIX))
     time = tl.load(step) - 1
     rate = tl.load(rates + 2 * time)
     unbias2 = tl.load(rates + 2 * time + 1)
@@ -230,22 +271,26 @@ def adam_kernel(
     column = first_column + tl.arange(0, WIDTH)
     inside = (r < rank)[:, None] & (column < stride)[None, :]
     place = r[:, None] * stride + column[None, :]
+    if RANK == 8:
+        # Under way before the slots are summed, which takes the longest; larger ranks lack the registers.
+        x = tl.load(factors + X_offset + place, mask=inside, other=0.0)
+        old_mean = tl.load(means + X_offset + place, mask=inside, other=0.0)
+        old_square = tl.load(squares + X_offset + place, mask=inside, other=0.0)
     slot = tl.arange(0, SLOTS)
     total = tl.full((RANK, WIDTH), 0.0, tl.float32)
     for first_slot in range(0, slot_count, SLOTS):
         part = tl.load(
-            slots + P + (first_slot + slot)[:, None, None] * slot_size + place[None, :, :],
+            slots + slots_offset + (first_slot + slot)[:, None, None] * slot_size + place[None, :, :],
             mask=((first_slot + slot) < slot_count)[:, None, None] & inside[None, :, :],
             other=0.0,
         )
         total += tl.sum(part, axis=0)
 
-    x = tl.load(factors + X + place, mask=inside, other=0.0)
     if RANK == 8:
-        G = tl.load(grams + gram + r[:, None] * RANK + r[None, :])
+        G = tl.load(grams + gram_offset + r[:, None] * RANK + r[None, :])
         # The sum over G's columns runs along the first axis of Xᵢ, so the product is laid out (inner, rank, column).
         inner = tl.load(
-            factors + X + r[:, None, None] * stride + column[None, None, :],
+            factors + X_offset + r[:, None, None] * stride + column[None, None, :],
             mask=(r < rank)[:, None, None] & (column < stride)[None, None, :],
             other=0.0,
         )
@@ -254,27 +299,31 @@ def adam_kernel(
         product = tl.full((RANK, WIDTH), 0.0, tl.float32)
         for first_inner in range(0, RANK, INNER):
             j = first_inner + tl.arange(0, INNER)
-            G = tl.load(grams + gram + r[:, None] * RANK + j[None, :])
+            G = tl.load(grams + gram_offset + r[:, None] * RANK + j[None, :])
             inner = tl.load(
-                factors + X + j[:, None] * stride + column[None, :],
+                factors + X_offset + j[:, None] * stride + column[None, :],
                 mask=(j < rank)[:, None] & (column < stride)[None, :],
                 other=0.0,
             )
             product = tl.dot(G, inner, product, input_precision=PRECISION)
 
     gradient = 2.0 * (product - total)
-    mean = tl.load(means + X + place, mask=inside, other=0.0) * beta1 + gradient * rest1
-    square = tl.load(squares + X + place, mask=inside, other=0.0) * beta2 + gradient * gradient * rest2
+    if RANK != 8:
+        x = tl.load(factors + X_offset + place, mask=inside, other=0.0)
+        old_mean = tl.load(means + X_offset + place, mask=inside, other=0.0)
+        old_square = tl.load(squares + X_offset + place, mask=inside, other=0.0)
+    mean = old_mean * beta1 + gradient * rest1
+    square = old_square * beta2 + gradient * gradient * rest2
     x -= rate * mean / (tl.sqrt_rn(square * unbias2) + eps)
     # Outside the factor eps could be the only thing that keeps 0/0 away: those lanes must stay exactly zero.
     x = tl.where(inside, x, 0.0)
     # Other threads of this program read X's columns for their product: no one writes X before all have read it.
     tl.debug_barrier()
-    tl.store(means + X + place, mean, mask=inside)
-    tl.store(squares + X + place, square, mask=inside)
-    tl.store(factors + X + place, x, mask=inside)
+    tl.store(means + X_offset + place, mean, mask=inside)
+    tl.store(squares + X_offset + place, square, mask=inside)
+    tl.store(factors + X_offset + place, x, mask=inside)
     if RANK == 8:
         gram_share = tl.sum(x[:, None, :] * x[None, :, :], axis=2)
     else:
         gram_share = tl.dot(x, tl.trans(x), input_precision=PRECISION)
-    tl.store(shares + share + r[:, None] * RANK + r[None, :], gram_share)
+    tl.store(shares + share_offset + r[:, None] * RANK + r[None, :], gram_share)

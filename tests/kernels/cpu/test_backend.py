@@ -27,7 +27,7 @@ def problem(d: int, k: int, rank: int, dtype: torch.dtype = torch.float32, scale
     W = (torch.randn(d, k, generator=generator) * scale).to(dtype)
     A = torch.randn(rank, k, generator=generator) * scale
     B = torch.randn(d, rank, generator=generator) * scale
-    return Problem(lambda: W, (d, k), A, B)
+    return Problem(lambda: W, (d, k), dtype, A, B)
 
 
 def run(backend: CpuBackend | ReferenceBackend, problems: list[Problem], schedule: Schedule) -> list[Sample]:
@@ -158,7 +158,7 @@ def test_an_exception_while_reading_ends_the_run(threads: int) -> None:
     def fail() -> torch.Tensor:
         raise OSError("gone")
 
-    bad = Problem(fail, (60, 50), torch.zeros(3, 50), torch.zeros(60, 3))
+    bad = Problem(fail, (60, 50), torch.float32, torch.zeros(3, 50), torch.zeros(60, 3))
     with pytest.raises(OSError, match="gone"):
         CpuBackend(threads).adam(
             [problem(60, 50, 3), bad] * 2, Schedule(9, 1e-3, 10, 0.9, "mse"), [9], lambda sample: True, lambda n: None

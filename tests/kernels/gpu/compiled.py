@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from inilora_kernels.kernels.gpu import kernels as triton_kernels
+from inilora_kernels.kernels.gpu import loss as triton_loss
 from inilora_kernels.kernels.gpu import wave as triton_wave
 from inilora_kernels.kernels.gpu.tiles import Tiles, tiles
 
@@ -29,14 +30,24 @@ from .cases import make, make_wave
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Bytes of shared memory that one program may have: CUDA programming guide, "Technical specifications per compute
 # capability"; CDNA 3 white paper, LDS of a compute unit.
-SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "matrix_instr_nonkdim")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -72,8 +83,8 @@ class Recorder:
         return launch
 
 
-def recorded(wave: triton_wave.Wave) -> tuple[Launch, Launch]:
-    """The two launches of a step of this wave."""
+def recorded(wave: triton_wave.Wave) -> tuple[Launch, Launch, Launch, Launch]:
+    """The two launches of a step of this wave, and those of its loss, float32 and float64."""
     launches: list[Launch] = []
     with (
         mock.patch.object(
@@ -82,13 +93,23 @@ def recorded(wave: triton_wave.Wave) -> tuple[Launch, Launch]:
             Recorder(triton_kernels.gradient_products_kernel, launches),
         ),
         mock.patch.object(triton_wave, "adam_kernel", Recorder(triton_kernels.adam_kernel, launches)),
+        mock.patch.object(triton_wave, "loss_kernel", Recorder(triton_loss.loss_kernel, launches)),
     ):
         wave.advance(1)
-    products, adam = launches
-    return products, adam
+        for wide in (False, True):
+            wave.judge(wide=wide)
+    products, adam, loss, wide_loss = launches
+    return products, adam, loss, wide_loss
 
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 def compiled(launch: Launch, target: str) -> CompiledKernel:
@@ -108,11 +129,11 @@ def compiled(launch: Launch, target: str) -> CompiledKernel:
 
 
 @functools.cache
-def launches(target: str, dtype: torch.dtype, rank: int) -> tuple[Launch, Launch, Tiles]:
-    """The two launches for one matrix of this dtype and rank on this target."""
+def launches(target: str, dtype: torch.dtype, rank: int) -> tuple[tuple[Launch, Launch, Launch, Launch], Tiles]:
+    """The launches for one matrix of this dtype and rank on this target."""
     chosen = tiles(target, dtype.itemsize, rank)
     weights, problems = make([(300, 272)], [rank], dtype)
-    return *recorded(make_wave(weights, problems, chosen)), chosen
+    return recorded(make_wave(weights, problems, chosen)), chosen
 
 
 @dataclass(frozen=True)

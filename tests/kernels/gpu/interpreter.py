@@ -12,15 +12,19 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 from inilora_kernels.kernels.gpu import kernels as triton_kernels
+from inilora_kernels.kernels.gpu import loss as triton_loss
 from inilora_kernels.kernels.gpu import wave as triton_wave
 
 GRADIENT_PRODUCTS = InterpretedFunction(triton_kernels.gradient_products_kernel.fn)
 ADAM = InterpretedFunction(triton_kernels.adam_kernel.fn)
+LOSS = InterpretedFunction(triton_loss.loss_kernel.fn)
 
 
 class DeviceFunction(InterpretedFunction):
@@ -39,6 +43,17 @@ class DeviceFunction(InterpretedFunction):
 
 
 SUM = DeviceFunction(tl.sum.fn)
+
+
+_convert_float = interpreter._convert_float
+
+
+def _rounded(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """Its conversion between float formats, but float32 to bfloat16 rounded to nearest, as GPUs do: it truncates."""
+    if source == tl.float32 and target == tl.bfloat16:
+        rounded = torch.from_numpy(values.view(np.float32).copy()).bfloat16()
+        return rounded.view(torch.uint16).numpy()
+    return _convert_float(values, source, target, rounding)
 
 
 @contextmanager
@@ -62,7 +77,9 @@ def interpreted(
         mock.patch.object(triton_kernels, "adam_kernel", adam),
         mock.patch.object(triton_wave, "gradient_products_kernel", gradient_products),
         mock.patch.object(triton_wave, "adam_kernel", adam),
+        mock.patch.object(triton_wave, "loss_kernel", LOSS),
         mock.patch.object(tl, "sum", SUM),
+        mock.patch.object(interpreter, "_convert_float", _rounded),
         mock.patch.object(builder, "set_grid_idx", set_index if seed is None else set_shuffled),
     ):
         yield

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ pytest.importorskip("triton")
 from inilora_kernels.errors import BackendError
 from inilora_kernels.kernels.backend import Problem, Sample, Schedule
 from inilora_kernels.kernels.gpu import backend as triton_backend
-from inilora_kernels.kernels.gpu.backend import TritonBackend
+from inilora_kernels.kernels.gpu import waves
+from inilora_kernels.kernels.gpu.backend import TritonBackend, require_triton
+from inilora_kernels.kernels.gpu.device import HostDevice
 from inilora_kernels.kernels.gpu.tiles import RANKS, padded_rank
-from inilora_kernels.kernels.gpu.wave import Wave
 from inilora_kernels.kernels.loading import load_backend
 from inilora_kernels.kernels.reference import AdamState, adam_step, residual_loss
 
@@ -44,7 +45,7 @@ def test_the_backend_shows_every_milestone_and_loads_once(backend: TritonBackend
 
         return load
 
-    problems = [Problem(loader(i), p.shape, p.A, p.B) for i, p in enumerate(starts)]
+    problems = [Problem(loader(i), p.shape, weights[i].dtype, p.A, p.B) for i, p in enumerate(starts)]
     schedule = Schedule(steps=6, lr=1e-3, step_size=3, gamma=0.9, loss="mse")
     samples: list[Sample] = []
     counted: list[int] = []
@@ -74,7 +75,9 @@ def test_the_backend_shows_every_milestone_and_loads_once(backend: TritonBackend
         assert sample.A.dtype == torch.float32
         assert relative(sample.A, state.A) < PRODUCT_ERROR[weights[sample.index].dtype]
         assert relative(sample.B, state.B) < PRODUCT_ERROR[weights[sample.index].dtype]
-        assert math.isclose(sample.loss, residual_loss(W, sample.A, sample.B), rel_tol=1e-12)
+        # Before the end the residual is float32's: 600 roundings of up to 6 · 2⁻²⁴, mixed in sign.
+        error = 1e-12 if sample.step == 6 else 6 * 2.0**-24
+        assert math.isclose(sample.loss, residual_loss(W, sample.A, sample.B), rel_tol=error)
 
 
 def test_a_matrix_has_the_same_bits_in_any_batch(backend: TritonBackend) -> None:
@@ -115,7 +118,7 @@ def test_every_rank_has_a_padded_rank() -> None:
     assert RANKS == (8, 16, 32, 64, 128)
 
 
-def test_memory_splits_a_batch_and_refuses_what_never_fits(
+def test_memory_splits_a_batch_and_refuses_what_never_fits_before_loading(
     backend: TritonBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, problems = make([(40, 24)] * 3, [4] * 3, torch.float32)
@@ -133,62 +136,112 @@ def test_memory_splits_a_batch_and_refuses_what_never_fits(
         order.append(f"done {sample.index}")
         return True
 
-    batch = [Problem(loader(i), p.shape, p.A, p.B) for i, p in enumerate(problems)]
+    batch = [Problem(loader(i), p.shape, p.dtype, p.A, p.B) for i, p in enumerate(problems)]
     backend.adam(batch, schedule, [2], observe, lambda _: None)
     together, order[:] = list(order), []
     assert together == ["load 2", "load 1", "load 0", "done 2", "done 1", "done 0"]
 
-    # A matrix takes 5,120 bytes and its state 6,144: room for one, not for a second beside the first one's state.
-    monkeypatch.setattr(TritonBackend, "free_memory", lambda self: 15_000.0)
+    # A matrix takes 5,120 bytes, its state 6,144 and its work 768: room for one, not for the next one's weights.
+    monkeypatch.setattr(HostDevice, "free_memory", lambda self: 13_000.0)
     backend.adam(batch, schedule, [2], observe, lambda _: None)
-    assert order == ["load 2", "load 1", "done 2", "load 0", "done 1", "done 0"]
+    assert order == ["load 2", "done 2", "load 1", "done 1", "load 0", "done 0"]
 
-    monkeypatch.setattr(TritonBackend, "free_memory", lambda self: 10_000.0)
-    with pytest.raises(
-        BackendError, match=r"0\.00 GB free for a wave, but matrix 2 .* 40×24 at rank 4, needs 0\.00 GB"
-    ):
+    order.clear()
+    monkeypatch.setattr(HostDevice, "free_memory", lambda self: 10_000.0)
+    with pytest.raises(BackendError, match=r"1e-05 GB free, but matrix 2 .* 40×24 at rank 4, needs 1\.16e-05 GB"):
         backend.adam(batch, schedule, [2], observe, lambda _: None)
+    assert order == []
 
 
-@dataclass(frozen=True)
-class Replay:
-    """What a captured graph does: a block of steps, at the state the device has then."""
+class Graphs(HostDevice):
+    """The host as a device that captures: a replay does what was captured, at the state the device has then."""
 
-    wave: Wave
+    def __init__(self) -> None:
+        super().__init__(captures=True)
+        self.graphs = self.replays = 0
 
-    def replay(self) -> None:
-        self.wave.advance(triton_backend.GRAPH_STEPS)
+    def captured(self, launch: Callable[[], None]) -> Callable[[], None]:
+        self.graphs += 1
+
+        def replay() -> None:
+            self.replays += 1
+            launch()
+
+        return replay
 
 
-def test_replayed_blocks_give_the_bits_of_plain_launches(
+def test_replays_give_the_bits_of_plain_launches_and_one_capture_serves_all_waves(
     backend: TritonBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, problems = make([(20, 24)] * 2, [4, 4], torch.float32)
+    """Also after a matrix has left, as with a tolerance, and for the waves that follow."""
+    _, problems = make([(20, 24)] * 4, [4] * 4, torch.float32)
     schedule = Schedule(steps=9, lr=1e-3, step_size=4, gamma=0.9, loss="mse")
-    captured: list[int] = []
+    monkeypatch.setattr(waves, "CONCURRENCY", 2)
+    place = Graphs()
 
     def final() -> dict[tuple[int, int], Tensor]:
         found: dict[tuple[int, int], Tensor] = {}
 
         def observe(sample: Sample) -> bool:
             found[sample.index, sample.step] = sample.A
-            return (sample.index, sample.step) != (1, 3)
+            return (sample.index, sample.step) != (3, 3)
 
         counted: list[int] = []
         backend.adam(problems, schedule, [0, 3, 9], observe, counted.append)
-        assert sum(counted) == 9 + 3
+        assert sum(counted) == 3 * 9 + 3
         return found
 
     plain = final()
-
-    def capture(wave: Wave) -> Replay:
-        captured.append(len(wave.active))
-        return Replay(wave)
-
-    monkeypatch.setattr(triton_backend, "GRAPH_STEPS", 2)
-    monkeypatch.setattr(triton_backend, "_captured", capture)
+    monkeypatch.setattr(triton_backend, "GRAPH_STEPS", (2, 1))
+    monkeypatch.setattr(TritonBackend, "place", lambda self: place)
     replayed = final()
-    # Once for both matrices, once more when one of them has left.
-    assert captured == [2, 1]
     assert plain.keys() == replayed.keys()
     assert all(torch.equal(plain[key], replayed[key]) for key in plain)
+    assert place.graphs == 2
+    # 0 → 3 in two replays and 3 → 9 in three, for each of two waves: not a step is launched on its own.
+    assert place.replays == 2 * (2 + 3)
+
+
+def test_matrices_of_many_shapes_share_a_wave(backend: TritonBackend) -> None:
+    shapes = [(20, 24), (33, 16), (8, 40)]
+    weights, problems = make(shapes, [4] * 3, torch.bfloat16)
+    schedule = Schedule(steps=2, lr=1e-3, step_size=4, gamma=0.9, loss="mse")
+    order: list[str] = []
+
+    def loader(W: Tensor) -> Callable[[], Tensor]:
+        return lambda: order.append("load") or W
+
+    def observe(sample: Sample) -> bool:
+        order.append("done")
+        return True
+
+    batch = [Problem(loader(W), p.shape, p.dtype, p.A, p.B) for W, p in zip(weights, problems, strict=True)]
+    backend.adam(batch, schedule, [2], observe, lambda _: None)
+    assert order == ["load"] * 3 + ["done"] * 3
+
+
+def test_a_weight_on_an_odd_address_is_taken(backend: TritonBackend) -> None:
+    """Two-byte aligned: as a view into a file may be."""
+    (base,), _ = make([(1, 40 * 24 + 1)], [1], torch.bfloat16)
+    W = base[0, 1:].view(40, 24)
+    assert W.data_ptr() % 4 == 2
+    _, (start,) = make([(40, 24)], [4], torch.bfloat16)
+    found: list[Sample] = []
+    one = Problem(lambda: W, (40, 24), W.dtype, start.A, start.B)
+    backend.adam([one], Schedule(1, 1e-3, 3, 0.9, "mse"), [0], lambda s: bool(found.append(s)), lambda _: None)
+    assert found[0].loss == pytest.approx(residual_loss(W.double(), start.A.double(), start.B.double()), rel=1e-12)
+
+
+def test_what_was_announced_must_be_what_is_read(backend: TritonBackend) -> None:
+    (W,), (problem,) = make([(40, 24)], [4], torch.bfloat16)
+    announced = Problem(lambda: W.float(), problem.shape, torch.bfloat16, problem.A, problem.B)
+    with pytest.raises(BackendError, match=r"announced as torch.bfloat16 .* was read as torch.float32"):
+        backend.adam([announced], Schedule(1, 1e-3, 1, 0.9, "mse"), [1], lambda _: True, lambda _: None)
+
+
+def test_a_triton_too_old_is_refused() -> None:
+    for version in ("3.4.0", "3.2.0+git", "2.3.1"):
+        with pytest.raises(BackendError, match=rf"needs triton 3.5 or newer.*triton {re.escape(version)} is installed"):
+            require_triton(version)
+    for version in ("3.5.0", "3.9.0", "4.0"):
+        require_triton(version)

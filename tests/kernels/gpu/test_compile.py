@@ -30,7 +30,7 @@ from .compiled import (
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUICK = {
-    *((target, dtype, 8) for target in TARGETS for dtype in (torch.bfloat16, torch.float32)),
+    *((target, dtype, 8) for target in TARGETS if target != "sm_86" for dtype in (torch.bfloat16, torch.float32)),
     ("sm_89", torch.float16, 32),
     ("sm_80", torch.bfloat16, 64),
     ("sm_90", torch.float16, 128),
@@ -61,7 +61,7 @@ def check(machine: Machine, target: str, warps: int) -> None:
     marked(((target, dtype, rank) for target in TARGETS for dtype in DTYPES for rank in RANKS), QUICK),
 )
 def test_gradient_products_as_compiled(target: str, dtype: torch.dtype, rank: int) -> None:
-    launch, _, chosen = launches(target, dtype, rank)
+    (launch, *_), chosen = launches(target, dtype, rank)
     machine = read(compiled(launch, target))
     threads = launch.options["num_warps"] * TARGETS[target].warp_size
     check(machine, target, launch.options["num_warps"])
@@ -77,11 +77,24 @@ def test_gradient_products_as_compiled(target: str, dtype: torch.dtype, rank: in
     ("target", "rank"), marked(((target, rank) for target in TARGETS for rank in RANKS), QUICK_ADAM)
 )
 def test_adam_as_compiled(target: str, rank: int) -> None:
-    _, launch, chosen = launches(target, torch.bfloat16, rank)
+    (_, launch, *_), chosen = launches(target, torch.bfloat16, rank)
     machine = read(compiled(launch, target))
     check(machine, target, launch.options["num_warps"])
     # At rank 8 the product of an 8×8 matrix is too small for the tensor cores.
     assert any(map(MATRIX_PRODUCT.search, machine.instructions)) == (chosen.rank > 8)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    marked(
+        ((target, dtype) for target in TARGETS for dtype in DTYPES),
+        {("sm_89", torch.bfloat16), ("sm_90", torch.float32), ("gfx942", torch.float16)},
+    ),
+)
+def test_loss_as_compiled(target: str, dtype: torch.dtype) -> None:
+    (*_, narrow, wide), _ = launches(target, dtype, 8)
+    for launch in (narrow, wide):
+        check(read(compiled(launch, target)), target, launch.options["num_warps"])
 
 
 def test_adam_does_not_depend_on_the_weights_dtype() -> None:

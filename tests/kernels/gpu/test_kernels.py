@@ -72,7 +72,7 @@ def test_gram_matrices_are_summed_from_their_shares(rank: int) -> None:
         wave.multiply()
     for index, place in enumerate(wave.layout.places):
         padded = wave.layout.tiles.rank
-        gram = wave.grams[place.A_gram :][: padded * padded].view(padded, padded)
+        gram = wave.grams[place.A_gram_offset :][: padded * padded].view(padded, padded)
         expected = A_before[index].double() @ A_before[index].double().T
         assert relative(gram[:rank, :rank], expected) < 1e-6
         assert gram[rank:].abs().sum() == 0

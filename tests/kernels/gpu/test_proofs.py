@@ -73,9 +73,13 @@ def test_a_wrong_stride_is_caught() -> None:
     ("kernel", "right", "wrong"),
     [
         # Every strip writes the first strip's slot: the last program to run wins, and the other slots stay unwritten.
-        (STRIPS, "P = tl.multiple_of(tl.load(work + 8), 16)", "P = tl.load(strips + 8)"),
+        (STRIPS, "P_offset = tl.multiple_of(tl.load(work + STRIP_P_OFFSET), 16)", "P_offset = tl.load(strips + 8)"),
         # Every Adam block leaves its share of the Gram matrix in the first one's place.
-        (BLOCKS, "share = tl.multiple_of(tl.load(work + 8), 16)", "share = tl.load(blocks + 8)"),
+        (
+            BLOCKS,
+            "share_offset = tl.multiple_of(tl.load(work + BLOCK_SHARE_OFFSET), 16)",
+            "share_offset = tl.load(blocks + 8)",
+        ),
     ],
 )
 def test_a_race_between_two_programs_is_caught(kernel: Any, right: str, wrong: str) -> None:

@@ -1,0 +1,164 @@
+"""What the backend asks of a device besides kernels: memory, copies beside the computing, and captured graphs.
+
+`CudaDevice` is a GPU under CUDA or ROCm. `HostDevice` is the CPU under triton's interpreter: everything happens at once
+and in order. A test's device that records who waits for whom stands on the same few methods.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+MEMORY_SHARE = 0.95  # of the free device memory that a wave may take
+
+
+class Device(Protocol):
+    """One device, its compute stream and its copy stream."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its buffers lie."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether `captured` is worth a try."""
+
+    def free_memory(self) -> float:
+        """Bytes that a wave may take."""
+
+    def staging(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Host memory that the device can copy from while it computes."""
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        """Copy host memory to the device on the copy stream. Returns what `wait` takes; call from any thread."""
+
+    def wait(self, copied: Any) -> None:
+        """Let the host wait for one copy."""
+
+    def computing_waits(self) -> None:
+        """Let what is computed from now on wait for the copies so far."""
+
+    def copying_waits(self) -> None:
+        """Let the copies from now on wait for what is computed so far."""
+
+    def captured(self, launch: Callable[[], None]) -> Callable[[], None] | None:
+        """The launches as one graph to replay; None where they have to be made one by one."""
+
+    def mark(self) -> Any:
+        """The place on the compute stream that `wait` waits for."""
+
+
+@dataclass
+class HostDevice:
+    """The CPU, where triton's interpreter runs the kernels."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    captures: bool = False
+
+    def free_memory(self) -> float:
+        return math.inf
+
+    def staging(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(count, dtype=dtype)
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        target.copy_(source)
+
+    def wait(self, copied: Any) -> None:
+        pass
+
+    def computing_waits(self) -> None:
+        pass
+
+    def copying_waits(self) -> None:
+        pass
+
+    def captured(self, launch: Callable[[], None]) -> Callable[[], None] | None:
+        return None
+
+    def mark(self) -> Any:
+        return None
+
+
+class CudaDevice:
+    """A GPU. All that is computed goes to a stream of its own, on which graphs are captured too.
+
+    torch.cuda.graph is not used: it keeps one capture stream for the process, on the device that captured first; a
+    capture that fails leaves torch on that stream (capture_end raises before the stream is restored); and up to torch
+    2.8 it collects garbage each time. Here the stream is restored by its own context whatever happens inside.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.computing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.captures = True
+
+    def free_memory(self) -> float:
+        """A share of what the driver and torch's own cache have left."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return MEMORY_SHARE * (free + cached)
+
+    def staging(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(count, dtype=dtype, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        # A thread starts on device 0 and on the default stream, whatever its parent's are.
+        with torch.cuda.device(self.device), torch.cuda.stream(self.copying):
+            target.copy_(source, non_blocking=True)
+            return self._event(self.copying)
+
+    def wait(self, copied: Any) -> None:
+        copied.synchronize()
+
+    def computing_waits(self) -> None:
+        self.computing.wait_stream(self.copying)
+
+    def copying_waits(self) -> None:
+        self.copying.wait_stream(self.computing)
+
+    def captured(self, launch: Callable[[], None]) -> Callable[[], None] | None:
+        """Capture on the compute stream. Raises torch.OutOfMemoryError; warns once of any other failure and its cause.
+
+        capture_error_mode: "thread_local", as another thread reads and pins the next wave's weights in the meantime.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self.computing.synchronize()
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self.computing):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    launch()
+                finally:
+                    # After a failure inside, this raises as well; the first error stays its context.
+                    graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cause: BaseException = error.__context__ if isinstance(error.__context__, Exception) else error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            self.captures = False
+            warnings.warn(
+                f"{torch.cuda.get_device_name(self.device)}: capturing a CUDA graph failed "
+                f"({type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}); every kernel "
+                "is launched on its own instead: the same results, slower",
+                stacklevel=2,
+            )
+            return None
+        return graph.replay
+
+    def mark(self) -> Any:
+        return self._event(self.computing)
+
+    def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event

@@ -1,0 +1,49 @@
+"""Which backend a name and a device mean."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from inilora_kernels.errors import BackendError, OptionError
+from inilora_kernels.kernels.loading import BACKENDS, load_backend
+
+
+def test_an_unknown_name_or_device_is_an_option_error() -> None:
+    with pytest.raises(OptionError, match="choose one of auto, triton, cpu, reference"):
+        load_backend("cuda")
+    with pytest.raises(OptionError, match="device='gpu'"):
+        load_backend("auto", "gpu")
+    assert BACKENDS == ("triton", "cpu", "reference")
+
+
+def test_auto_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_backend("auto").name == "cpu"
+    assert load_backend("auto", "cpu").name == "cpu"
+
+
+def test_auto_warns_and_takes_the_cpu_where_the_gpu_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 or V100: visible to torch, below what the kernels need."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.warns(UserWarning, match=r"the GPU is not used: .*Tesla T4 has 7\.5"):
+        assert load_backend("auto").name == "cpu"
+    # Asked for by name, it is an error.
+    for arguments in (("triton", None), ("auto", "cuda")):
+        with pytest.raises(BackendError, match=r"needs compute capability 8\.0"):
+            load_backend(*arguments)
+
+
+def test_auto_warns_and_takes_the_cpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in [name for name in sys.modules if name.startswith("inilora_kernels.kernels.gpu.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.warns(UserWarning, match=r"the GPU is not used: .*needs the triton package"):
+        assert load_backend("auto").name == "cpu"
