@@ -76,13 +76,14 @@ def write_residual_record(folder: Path, original: Path, factors: FactorSet, resi
 
 def find_original(
     named: str | None, factors: FactorSet, base: str | Path | None
-) -> tuple[Checkpoint, dict[str, str], bool]:
+) -> tuple[Checkpoint, dict[str, str], frozenset[str] | None]:
     """Return the original model of a trained adapter, checked, and its tensor of each module.
 
     named: what the adapter's config names as its base; base: what the user does, an original or a residual folder.
 
-    The last value is whether the adapter was trained on a residual folder of the model. Raises FactorFileError (factors
-    of another model, or another residual), OptionError (no such model here) and CheckpointError.
+    The last value names the tensors in whose place a residual folder has R, if the adapter was trained on one; None if
+    it was trained on the model itself. Raises FactorFileError (factors of another model, or another residual),
+    OptionError (no such model here) and CheckpointError.
     """
     trained_on = _local(named) if named else None
     record = _read_record(trained_on)
@@ -100,7 +101,8 @@ def find_original(
     if given is not None:
         original = Path(given.base)
     checkpoint = open_checkpoint(original)
-    return checkpoint, require_same_base(checkpoint, factors), record is not None or given is not None
+    record = given or record
+    return checkpoint, require_same_base(checkpoint, factors), frozenset(record.residual_sha256) if record else None
 
 
 def _read_record(folder: Path | None) -> ResidualRecord | None:

@@ -69,8 +69,8 @@ def convert(
         raise OptionError(f"rank={rank}: it must be at least 1")
     require_new_folder(out)
     adapter = read_adapter(trained)
-    checkpoint, _, on_residual = find_original(adapter.config.get("base_model_name_or_path"), factors, base)
-    updates, _ = _updates(trained, adapter, factors, checkpoint, on_residual, insist)
+    checkpoint, _, residual = find_original(adapter.config.get("base_model_name_or_path"), factors, base)
+    updates, _ = _updates(trained, adapter, factors, checkpoint, residual, insist)
     errors = dict.fromkeys(updates, 0.0)
     if rank is not None:
         for module, (A, B) in updates.items():
@@ -118,8 +118,8 @@ def export_merged(
     require_new_folder(out)
     adapter = read_adapter(trained)
     named = adapter.config.get("base_model_name_or_path")
-    checkpoint, tensors, on_residual = find_original(named, factors, base)
-    updates, modules = _updates(trained, adapter, factors, checkpoint, on_residual, insist)
+    checkpoint, tensors, residual = find_original(named, factors, base)
+    updates, modules = _updates(trained, adapter, factors, checkpoint, residual, insist)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}
     changes: dict[str, Change] = {}
     live = {}
@@ -184,24 +184,22 @@ def _pad(A: Tensor, B: Tensor, rank: int, dtype: torch.dtype = torch.float32) ->
 
 
 def _updates(
-    trained: Path, adapter: Adapter, factors: FactorSet, checkpoint: Checkpoint, on_residual: bool, insist: bool
+    trained: Path,
+    adapter: Adapter,
+    factors: FactorSet,
+    checkpoint: Checkpoint,
+    residual: frozenset[str] | None,
+    insist: bool,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
     """Factors A' (2r, k) and B' (d, 2r) of each module's ΔW, float64, and the module's name in the factor set.
 
-    A part of the modules that have factors may have been trained, with the rest left as it was (frozen towers,
-    `layers_to_transform`): a residual base holds R there, of which the adapter says nothing.
+    Some of the modules that have factors may have been trained alone (`layers_to_transform`, frozen towers).
     """
     shapes = {module: (B.shape[0], A.shape[1]) for module, (A, B) in adapter.factors.items()}
     try:
-        starts = find_starts(shapes, factors, str(trained), checkpoint.config)
+        starts = find_starts(shapes, factors, str(trained), checkpoint.config, partial=True)
     except TargetError as error:
         raise FactorFileError(f"the adapter did not start from these factors: {error}") from error
-    without = [module for module in adapter.factors if module not in starts]
-    if without:
-        raise FactorFileError(
-            f"{trained}: {without[0]} and {len(without) - 1} more of its modules have no factors; "
-            f"give the factors that it started from"
-        )
     updates = {}
     ends = {}
     for module, start in starts.items():
@@ -213,7 +211,7 @@ def _updates(
                 f"{trained}: {module} has rank {A.shape[0]}, the factors have {start.rank}; "
                 f"give the factors that it started from"
             )
-        if not on_residual:
+        if residual is None:
             # A trainer may keep A and B in bfloat16 (TRL does on a quantized base): then what was subtracted in
             # training is A0 and B0 in bfloat16 too. A residual on disk was made of the float32 ones.
             A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
@@ -223,7 +221,15 @@ def _updates(
         updates[module] = (root * A1, root * B1)
     if not insist:
         _require_related(trained, ends)
-    return updates, {module: module_of(start.names[0]) for module, start in starts.items()}
+    modules = {module: module_of(start.names[0]) for module, start in starts.items()}
+    untrained = sorted({module_of(name) for name in factors} - set(modules.values()))
+    if residual and any(f"{module}.weight" in residual for module in untrained):
+        raise FactorFileError(
+            f"{trained}: the base that it was trained on holds R for {untrained[0]} and {len(untrained) - 1} more, and "
+            f"the adapter has no A and B there, so it was trained on another model than the original; train all of the "
+            f"exported adapter, or export the factors of those modules alone"
+        )
+    return updates, modules
 
 
 def _own_half(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:

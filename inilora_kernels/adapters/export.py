@@ -131,7 +131,7 @@ def export_residual(
         changes_weights=True,
     )
     parts: dict[str, list[Factors]] = {}
-    for name, part in factors.items():
+    for name, part in plan.factors.items():
         parts.setdefault(plan.tensors[module_of(name)], []).append(part)
     for tensor in parts:
         weight = plan.checkpoint.weights[tensor]

@@ -84,12 +84,14 @@ def find_starts(
     factors: FactorSet,
     where: str,
     config: Mapping[str, Any] | None = None,
+    partial: bool = False,
 ) -> dict[str, Start]:
-    """The start of each module that has factors, by the module's name in the model, in the FactorSet's order.
+    """Return the start of each module that has factors, by the module's name in the model, in the FactorSet's order.
 
     shapes: (out_features, in_features) of the model's linear modules, by name.
     where: names the model in messages.
     config: the model's config.json, for modules that transformers calls otherwise than the checkpoint does.
+    partial: each of `shapes` has factors, but not the other way round.
 
     Names in a checkpoint and in a model may differ by a prefix, `bert.` or `base_model.model.`, the same
     one for all. Two parts of one fused weight start one adapter together: their A stacked, each B in its
@@ -100,35 +102,56 @@ def find_starts(
     """
     if not factors:
         raise TargetError(f"{where}: the factor set is empty; make it again with `inilora approximate`")
+    parts: dict[str, dict[str, Factors]] = {}
     for name, part in factors.items():
         if not (part.A.isfinite().all() and part.B.isfinite().all()):
             raise FactorFileError(f"{name}: its factors hold NaN or Inf; make them again with `inilora approximate`")
-    parts: dict[str, dict[str, Factors]] = {}
-    for name, part in factors.items():
         parts.setdefault(module_of(name), {})[name] = part
-    live_names = _live_names(list(parts), shapes, where, config)
-    starts = {}
-    for module, its_parts in parts.items():
-        live = live_names[module]
-        starts[live] = _combine(its_parts, shapes[live], f"{where}: {live}")
-    return starts
+    live_names = _live_names(list(parts), shapes, where, config, partial)
+    return {
+        live_names[module]: _combine(its_parts, shapes[live_names[module]], f"{where}: {live_names[module]}")
+        for module, its_parts in parts.items()
+        if module in live_names
+    }
 
 
 def _live_names(
-    wanted: Sequence[str], available: Collection[str], where: str, config: Mapping[str, Any] | None
+    wanted: Sequence[str],
+    available: Collection[str],
+    where: str,
+    config: Mapping[str, Any] | None,
+    partial: bool,
 ) -> dict[str, str]:
+    match = _match_part if partial else match_names
     try:
-        return match_names(wanted, available, where)
+        return match(wanted, available, where)
     except TargetError:
         for architecture in architectures(config, wanted) if config else ():
-            if all(name in architecture.layers for name in wanted):
-                renamed = {name: architecture.layers[name].name for name in wanted}
-                try:
-                    live_names = match_names(list(renamed.values()), available, where)
-                except TargetError:
-                    continue
-                return {name: live_names[new] for name, new in renamed.items()}
+            renamed = {architecture.layers[name].name: name for name in wanted if name in architecture.layers}
+            if not renamed or (len(renamed) < len(wanted) and not partial):
+                continue
+            try:
+                return {renamed[new]: live for new, live in match(list(renamed), available, where).items()}
+            except TargetError:
+                continue
         raise
+
+
+def _match_part(wanted: Sequence[str], available: Collection[str], where: str) -> dict[str, str]:
+    """As `match_names`, where some of the wanted names are not there."""
+    try:
+        return {name: live for live, name in match_names(list(available), wanted, where).items()}
+    except TargetError as error:
+        known = frozenset(wanted)
+        without = [name for name in available if name not in known]
+        if len(without) in (0, len(available)):
+            raise
+        strange = next((name for name in wanted if name not in available), None)
+        raise TargetError(
+            f"{where}: {f'it has no linear module {strange}, for which there are factors, and ' if strange else ''}"
+            f"{without[0]} and {len(without) - 1} more of its modules have no factors; give the factors that it "
+            f"started from"
+        ) from error
 
 
 def _combine(parts: Mapping[str, Factors], shape: tuple[int, int], where: str) -> Start:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -29,12 +30,14 @@ HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 class Plan:
     """All that both exports need.
 
+    factors: those of the modules that the model loads.
     tensors: the checkpoint's tensor of each matrix's module.
     adapter: the trainable one.
     architecture: of the model that will be loaded; None where transformers does not know it.
     """
 
     checkpoint: Checkpoint
+    factors: FactorSet
     tensors: Mapping[str, str]
     adapter: Adapter
     architecture: Architecture | None
@@ -63,6 +66,8 @@ def plan_export(
     checkpoint = open_checkpoint(base)
     tensors = require_same_base(checkpoint, factors)
     architecture = _architecture(checkpoint, task_type)
+    factors = _loaded(checkpoint, factors, tensors, architecture)
+    tensors = {module_of(name): tensors[module_of(name)] for name in factors}
     live_names = {
         module: _live_name(checkpoint, tensor.removesuffix(".weight"), architecture, changes_weights)
         for module, tensor in tensors.items()
@@ -89,7 +94,7 @@ def plan_export(
     head = _head(checkpoint) if task_type in HEAD_TASKS else {}
     if head:
         config["modules_to_save"] = sorted({key.removeprefix(KEY_PREFIX).split(".")[0] for key in head})
-    return Plan(checkpoint, tensors, Adapter(config, scaled, head), architecture)
+    return Plan(checkpoint, factors, tensors, Adapter(config, scaled, head), architecture)
 
 
 def lora_config(
@@ -146,6 +151,26 @@ def _architecture(checkpoint: Checkpoint, task_type: TaskType | None) -> Archite
             f"its modules are not known; leave task_type out, or mend the installation"
         )
     return architecture
+
+
+def _loaded(
+    checkpoint: Checkpoint, factors: FactorSet, tensors: Mapping[str, str], architecture: Architecture | None
+) -> FactorSet:
+    """The factors without those of modules that the model does not load, such as the vision tower of a text model."""
+    if architecture is None or not architecture.layers:
+        return factors
+    stored = {module: tensor.removesuffix(".weight") for module, tensor in tensors.items()}
+    left_out = [name for name in factors if stored[module_of(name)] in architecture.unloaded]
+    model = type(architecture.model).__name__
+    if len(left_out) == len(factors):
+        raise TargetError(f"{checkpoint.path}: {model} loads none of the modules that have factors ({left_out[0]}, …)")
+    if left_out:
+        warnings.warn(
+            f"{checkpoint.path}: left out {left_out[0]} and {len(left_out) - 1} more, which {model} does not load; "
+            f"its own modules get adapters, and the rest of the model stays as it is",
+            stacklevel=4,
+        )
+    return FactorSet({name: part for name, part in factors.items() if name not in set(left_out)}, factors.options)
 
 
 def _live_name(checkpoint: Checkpoint, module: str, architecture: Architecture | None, changes_weights: bool) -> str:

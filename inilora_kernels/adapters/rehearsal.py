@@ -82,10 +82,13 @@ def require_same_start(plan: Plan, base: Path, *adapters: Path) -> None:
         )
         for place, folder in enumerate(adapters[1:], 1):
             model.load_adapter(str(folder), str(place), torch_device="cpu")
-        model.base_model.set_adapter(list(model.peft_config))
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        for layer in layers:
+            layer.set_adapter(list(model.peft_config))
         started = _output(model.get_base_model())
         # What happens where they are off: R's output without its adapter, that of the trainable one alone otherwise.
-        model.base_model.set_adapter("0")
+        for layer in layers:
+            layer.set_adapter("0")
         with contextlib.nullcontext() if len(adapters) > 1 else model.disable_adapter():
             off = _output(model.get_base_model())
     if started is None or off is None:

@@ -294,7 +294,11 @@ def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
 
     # The attention kernel does not matter here, and the one asked for may not be installed. Without `auto_map` no
     # class comes from the model's folder.
-    plain = {key: value for key, value in config.items() if "attn_implementation" not in key and key != "auto_map"}
+    plain = {
+        key: _with_infinities(value)
+        for key, value in config.items()
+        if "attn_implementation" not in key and key != "auto_map"
+    }
     try:
         model_class: Any = getattr(transformers, kind, None)
         if config.get("model_type") in transformers.CONFIG_MAPPING:
@@ -328,6 +332,15 @@ def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
             stacklevel=4,
         )
         return None
+
+
+def _with_infinities(value: Any) -> Any:
+    """JSON has no infinity; transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_infinities(one) for key, one in value.items()}
+    return [_with_infinities(one) for one in value] if isinstance(value, list) else value
 
 
 def _sub_configs(settings: Any) -> list[type]:
