@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, cast, overload
 
 from .announcements import announce_reading, announce_solving, stopped
@@ -14,8 +13,8 @@ from .factor_set import FactorSet
 from .factors import Factors
 from .initializations import settled, solver_of
 from .kernels.loading import load_backend
-from .model.checkpoint import open_checkpoint
 from .model.in_memory import MatrixLike, target_in_memory
+from .model.live import Model, open_model
 from .model.survey import start_stds, survey
 from .model.targets import Target, find_targets, tensors_of
 from .options import ModelOptions, Options, P, takes
@@ -25,7 +24,6 @@ from .refusals import (
     require_factors,
     require_fitting,
     require_one_rank,
-    require_path,
     require_patterns_used,
     require_unchanged,
 )
@@ -36,7 +34,7 @@ from .version import __version__
 
 
 @takes(ModelOptions)
-def approximate_model(path: str | Path, options: ModelOptions) -> FactorSet:
+def approximate_model(path: Model, options: ModelOptions) -> FactorSet:
     """Find B (d×r) and A (r×k), the start of a LoRA, for each target matrix W (d×k) of a checkpoint.
 
     The paper's IniLoRA, the default, minimizes f = ||W − BA||_F² (paper, Eq. 3) by Adam from A, B ~ N(0, σ̄²). Every
@@ -44,7 +42,8 @@ def approximate_model(path: str | Path, options: ModelOptions) -> FactorSet:
 
     path: a model's folder, one weight file (safetensors, GGUF, or of torch, read with weights_only), or the id of a
         model on the Hugging Face hub, of which config and the files with targets are downloaded. Quantized weights are
-        dequantized, one matrix at a time.
+        dequantized, one matrix at a time. Or a live model or its state dict, on any device: the same bytes give
+        the same factors as the folder's.
 
     Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work but one: a
     WeightError for a run that diverged.
@@ -65,7 +64,7 @@ def approximate_model(path: str | Path, options: ModelOptions) -> FactorSet:
 
 
 @takes(ModelOptions)
-def approximate_ranks(path: str | Path, options: ModelOptions) -> dict[int, FactorSet]:
+def approximate_ranks(path: Model, options: ModelOptions) -> dict[int, FactorSet]:
     """`approximate_model` for a list of ranks, rank=[8, 16, 32], as a dict from rank to FactorSet.
 
     The ranks share the readings of W (by Adam: those for f*). Errors are those of `approximate_model`.
@@ -123,9 +122,8 @@ _approximate.__name__ = _approximate.__qualname__ = "approximate"
 approximate = _overloaded(Options)
 
 
-def _targets(path: str | Path, options: ModelOptions) -> list[Target]:
-    require_path(path)
-    checkpoint = open_checkpoint(path, options.revision, options.token, tensors_of(options.target_modules))
+def _targets(model: Model, options: ModelOptions) -> list[Target]:
+    checkpoint = open_model(model, options.revision, options.token, tensors_of(options.target_modules))
     return find_targets(checkpoint, options.target_modules, lambda module: max(options.ranks_of(module) or (1,)))
 
 

@@ -56,6 +56,7 @@ class Factors:
     rows: for a part of a fused weight, the rows of W (in out_features) that it covers: [start, stop), or with a third
         number those of every so many rows, for architectures that mix heads; None for all.
     transposed: the checkpoint stores W as (in_features, out_features), as GPT-2's Conv1D does.
+    dequantization: how the source was dequantized, where it is stored quantized; "" otherwise.
     history: (step, loss) pairs in order, as sampled during the run.
     checkpoints: (A, B) kept at earlier steps, by step.
     singular_values: W's leading ones, descending, as many as are known (64 at most); none in files of version 0.1.0.
@@ -70,6 +71,7 @@ class Factors:
     _: KW_ONLY
     rows: tuple[int, int] | tuple[int, int, int] | None = None
     transposed: bool = False
+    dequantization: str = ""
     history: tuple[tuple[int, float], ...] = ()
     checkpoints: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     singular_values: tuple[float, ...] = ()

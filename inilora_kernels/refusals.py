@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 from .errors import CheckpointError, OptionError, WeightError
@@ -13,16 +12,6 @@ from .model.targets import Target
 from .options import Options
 from .solvers.run import Task
 from .suggestions import did_you_mean
-
-
-def require_path(given: object) -> None:
-    """Raise CheckpointError for a model or its tensors, where the place of the model's files is meant."""
-    if isinstance(given, (str, PathLike)):
-        return
-    raise CheckpointError(
-        f"approximate_model reads a model's files and was given a {type(given).__name__}; give the path or hub id "
-        f"that it was loaded from, or save it first (save_pretrained); approximate takes matrices in memory"
-    )
 
 
 def require_one_rank(options: Options) -> None:

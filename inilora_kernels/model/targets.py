@@ -65,6 +65,7 @@ class Target:
     sha256: of the stored tensor's bytes, the whole one for a part of it.
     unchanged: whether it still has the sha256 that was found before; see `watch`.
     transposed: the tensor is stored as (in_features, out_features), as GPT-2's Conv1D does.
+    dequantization: how W is made of a quantized weight; "" for a plain one.
     rows: the rows of the whole W that this part covers, see model/fused.py; None for all of it.
     """
 
@@ -75,6 +76,7 @@ class Target:
     read: Callable[[], Tensor] = field(compare=False)
     sha256: Callable[[], str] = field(compare=False)
     transposed: bool = False
+    dequantization: str = ""
     rows: Rows | None = None
     unchanged: Callable[[str], bool] = field(default=lambda sha256: True, compare=False)
 
@@ -199,7 +201,7 @@ def _query_and_value(modules: list[Module], target: Callable[..., Target], confi
         if last in QUERY_AND_VALUE:
             partners.append(QUERY_AND_VALUE[last])
         partners += _OTHER_PARTNERS.get(last, ())
-        if any(f"{block}.{partner}" in by_name for partner in partners):
+        if any(f"{block}.{partner}".removeprefix(".") in by_name for partner in partners):
             yield target(module)
         for part, rows in _parts(module, name, config).items():
             yield target(module, part, rows)
@@ -264,6 +266,7 @@ def _target(
         read=partial(_read, checkpoint, tensor, shape, transposed, rows),
         sha256=partial(sha256, tensor),
         transposed=transposed,
+        dequantization=entry.dequantization,
         rows=rows,
         unchanged=watch((part.file for part in entry.stored.values()), partial(checkpoint.sha256, tensor)),
     )

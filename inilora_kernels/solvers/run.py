@@ -68,6 +68,7 @@ class Task:
             self.sha256,
             rows=self.target.rows,
             transposed=self.target.transposed,
+            dequantization=self.target.dequantization,
             singular_values=tuple(leading),
         )
 
@@ -176,6 +177,7 @@ def _adam(
             task.sha256,
             rows=task.target.rows,
             transposed=task.target.transposed,
+            dequantization=task.target.dequantization,
             history=history,
             checkpoints=checkpoints,
             singular_values=bound.leading,

@@ -52,6 +52,7 @@ class ModuleRecord(BaseModel):
     source_sha256: Sha256 | Literal[""]
     rows: tuple[Count, Count] | tuple[Count, Count, Count] | None
     transposed: bool
+    dequantization: str = ""
     history: list[tuple[Count, Finite]]
     checkpoint_steps: list[Count]
     singular_values: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = []

@@ -58,7 +58,7 @@ class StoredWeight:
         """
         if self.dequantize is None:
             return next(iter(self.stored.values())).sha256()
-        lines = [self.dequantization, *(f"{part} {tensor.sha256()}" for part, tensor in self.stored.items())]
+        lines = [self.dequantization, *(f"{part} {tensor.sha256()}" for part, tensor in sorted(self.stored.items()))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -1,0 +1,86 @@
+"""A model in memory as a checkpoint: the same factors as from its folder, without any file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .checkpoint import Checkpoint, open_checkpoint
+from .files.live import LiveTensor
+from .files.tensor import StoredTensor
+from .formats.find import find_weights
+from .hub import Choose
+
+# A model's folder, weight file or hub id; or the model itself, or its state dict.
+Model: TypeAlias = str | PathLike[str] | nn.Module | Mapping[str, Tensor]
+
+
+def open_model(model: Model, revision: str | None, token: str | None, choose: Choose | None) -> Checkpoint:
+    """A model wherever it is; see `open_checkpoint` and `open_live`. Raises CheckpointError for anything else too."""
+    if isinstance(model, (nn.Module, Mapping)):
+        return open_live(model)
+    if isinstance(model, (str, PathLike)):
+        return open_checkpoint(Path(model), revision, token, choose)
+    raise CheckpointError(
+        f"approximate_model was given a {type(model).__name__}; give a model's path or hub id, the live model, or its "
+        f"state dict; approximate takes matrices in memory"
+    )
+
+
+def open_live(model: nn.Module | Mapping[str, Tensor]) -> Checkpoint:
+    """A live model, quantized or not, or a state dict, as a checkpoint. Its tensors stay where they are.
+
+    Raises CheckpointError for what holds no tensors, for weights on the meta device or sharded over several processes,
+    and for a model that has adapters.
+    """
+    label = Path(f"<{type(model).__name__}>")
+    held = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    tensors: dict[str, StoredTensor] = {
+        name: LiveTensor(name, label, tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)
+    }
+    if not tensors:
+        raise CheckpointError(f"{label}: no tensors in it; give a model, its state dict, or its folder")
+    without = next((name for name, tensor in held.items() if isinstance(tensor, Tensor) and tensor.is_meta), None)
+    if without is not None:
+        raise CheckpointError(f"{label}: {without} is on the meta device, without values; load the weights first")
+    adapted = next((name for name in tensors if ".base_layer." in name or ".lora_A." in name), None)
+    if adapted is not None:
+        raise CheckpointError(f"{label}: it has adapters already ({adapted}); factorize it before any are added")
+    sharded = next((name for name, tensor in held.items() if _processes(tensor) > 1), None)
+    if sharded is not None:
+        raise CheckpointError(
+            f"{label}: {sharded} is sharded over {_processes(held[sharded])} processes; give the folder that the model "
+            f"was loaded from, or its full state dict (get_model_state_dict with full_state_dict=True)"
+        )
+    config = _config(model)
+    weights = find_weights(tensors, config, {})
+    if isinstance(model, nn.Module):
+        linear = {name for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
+        weights = {name: weight for name, weight in weights.items() if name.removesuffix(".weight") in linear}
+    return Checkpoint(label, tensors, weights, config, name=str(getattr(model, "name_or_path", "") or label))
+
+
+def _processes(tensor: object) -> int:
+    """How many processes hold a tensor together: a DTensor of FSDP2, or a parameter of ZeRO-3."""
+    if hasattr(tensor, "ds_id"):
+        return dist.get_world_size()
+    mesh = getattr(tensor, "device_mesh", None)
+    return int(mesh.size()) if mesh is not None else 1
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear, the quantizers' in its place, and transformers' Conv1D."""
+    return hasattr(module, "in_features") or type(module).__name__ == "Conv1D"
+
+
+def _config(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Any] | None:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    return {**config.to_dict(), "architectures": [type(model).__name__]}
