@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import WeightError
-from .weight import StoredModule, StoredWeight, in_strips, unreadable
+from .weight import StoredModule, StoredWeight, decode_bytes, in_strips, unreadable
 
 _STATE = "weight.quant_state.bitsandbytes__"
 # As the library multiplies: by the float nearest to 1/127.
@@ -64,7 +64,11 @@ def _eight_bits(module: StoredModule) -> StoredWeight:
     shape = (weight.shape[0], weight.shape[1])
 
     def dequantize(rows: slice) -> Tensor:
-        return weight.read(rows) * scale.read(rows).to(torch.float32).unsqueeze(1) * _ONE_127TH
+        # The library multiplies by the row's scale first, and by 1/127 then.
+        values = decode_bytes(weight.read(rows), scale.read(rows).unsqueeze(1), shape[1])
+        in_place = values.numpy()  # not by torch, see SERIAL_VALUES
+        in_place *= _ONE_127TH
+        return values
 
     return StoredWeight(
         name=f"{module.name}.weight",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .weight import StoredModule, StoredWeight, exponents, in_strips, unreadable
+from .weight import StoredModule, StoredWeight, decode_bytes, exponents, in_strips, unreadable
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -44,14 +44,8 @@ def find(module: StoredModule) -> StoredWeight | None:
 
 def block_scaled(values: Tensor, scale: Tensor, rows: slice, block: tuple[int, int]) -> Tensor:
     """Rows of a matrix (rows, k) times the scales of the whole one's blocks, float32."""
-    k = values.shape[1]
     scale = scale.reshape(-1, 1 if scale.ndim < 2 else scale.shape[-1])
-    own = scale[torch.arange(rows.start, rows.stop) // block[0]]
-    product = values.to(torch.float32, copy=True)
-    if k % block[1]:
-        return product.mul_(own.repeat_interleave(block[1], dim=1)[:, :k])
-    product.view(len(product), -1, block[1]).mul_(own.unsqueeze(-1))
-    return product
+    return decode_bytes(values, scale[torch.arange(rows.start, rows.stop) // block[0]], block[1])
 
 
 def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: object) -> tuple[int, int] | None:

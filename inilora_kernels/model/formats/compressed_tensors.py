@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .block_fp8 import FLOAT8, block_scaled
-from .weight import StoredModule, StoredWeight, as_bytes, codes, exponents, in_strips, unreadable
+from .weight import StoredModule, StoredWeight, as_bytes, codes, decode_nibbles, exponents, in_strips, unreadable
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -39,9 +39,12 @@ def _one_byte_each(module: StoredModule) -> StoredWeight:
         values = weight.read(rows)
         if zero_point is None:
             return block_scaled(values, exponents(scale.read()), rows, block)
-        ones = torch.ones(len(values), shape[1])
-        offset = block_scaled(ones, zero_point.read().to(torch.float32), rows, block)
-        return block_scaled(values.to(torch.float32) - offset, exponents(scale.read()), rows, block)
+        # (values − zero) · scale, each rounded as the library does: integers below 2⁸ are exact.
+        own = torch.arange(rows.start, rows.stop) // block[0]
+        each = torch.arange(shape[1]) // block[1]
+        zeros, scales = (tensor.read().to(torch.float32) for tensor in (zero_point, scale))
+        zeros, scales = (one.reshape(len(one), -1)[own][:, each] for one in (zeros, scales))
+        return (values.to(torch.float32) - zeros) * scales
 
     kind = "int8" if weight.dtype == torch.int8 else "fp8"
     stored = {"weight": weight, "weight_scale": scale} | ({"weight_zero_point": zero_point} if zero_point else {})
@@ -76,16 +79,21 @@ def _packed(module: StoredModule) -> StoredWeight:
     groups = scale.shape[1] if len(scale.shape) == 2 else 1
     if bits is None or packed.shape[0] != d or (k % groups and g_idx is None):
         return unreadable(module, f"its weight_packed {packed.shape} and weight_scale {scale.shape} do not fit {d}×{k}")
-    dtype = scale.dtype if scale.dtype.itemsize > 1 else module.dtype
+    dtype, half = scale.dtype if scale.dtype.itemsize > 1 else module.dtype, 1 << bits - 1
 
     def dequantize(rows: slice) -> Tensor:
-        values = codes(as_bytes(packed.read(rows)), bits, k).to(torch.float32) - (1 << bits - 1)
-        own = _rows_of(scale.read(), rows)
-        group = g_idx.read().long() if g_idx is not None else torch.arange(k) // (k // groups)
+        own, zeros = _rows_of(scale.read(), rows), None
         if zero_point is not None:
             # Packed along the rows: (words of d values, groups).
-            zeros = codes(as_bytes(zero_point.read().T), bits, d).T.to(torch.float32) - (1 << bits - 1)
-            values -= _rows_of(zeros, rows)[:, group]
+            zeros = _rows_of(codes(as_bytes(zero_point.read().T), bits, d).T.to(torch.float32) - half, rows)
+        own = own.expand(rows.stop - rows.start, -1)
+        if bits == 4 and g_idx is None and k % (2 * groups) == 0 and packed.shape[1] * 8 == k:
+            table = torch.arange(16, dtype=torch.float32) - half
+            return decode_nibbles(as_bytes(packed.read(rows)), table, own, zeros)
+        values = codes(as_bytes(packed.read(rows)), bits, k).to(torch.float32) - half
+        group = g_idx.read().long() if g_idx is not None else torch.arange(k) // (k // groups)
+        if zeros is not None:
+            values -= zeros[:, group]
         return values.mul_(own.to(torch.float32)[:, group])
 
     stored = {"weight_packed": packed, "weight_scale": scale}

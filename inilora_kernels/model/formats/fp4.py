@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..files.tensor import StoredTensor
 from .block_fp8 import FLOAT8
-from .weight import StoredModule, StoredWeight, exponents, in_strips, nibbles, scaled, unreadable
+from .weight import StoredModule, StoredWeight, decode_nibbles, exponents, in_strips, unreadable
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -55,9 +55,7 @@ def _matrix(
     d, k = packed.shape[0], 2 * packed.shape[-1]
     if len(packed.shape) != 2 or scale.shape != (d, k // size) or k % size:
         return unreadable(module, f"its packed weight {packed.shape} and weight_scale {scale.shape} do not fit {kind}")
-    read = in_strips(
-        (d, k), module.dtype, lambda rows: scaled(E2M1[nibbles(packed.read(rows)).long()], group_scale(rows))
-    )
+    read = in_strips((d, k), module.dtype, lambda rows: decode_nibbles(packed.read(rows), E2M1, group_scale(rows)))
     return StoredWeight(
         name=f"{module.name}.weight",
         shape=(d, k),
@@ -80,8 +78,8 @@ def _experts(module: StoredModule) -> StoredWeight:
         values = torch.empty(rows.stop - rows.start, d, k, dtype=module.dtype)
         for place, expert in enumerate(range(rows.start, rows.stop)):
             one = slice(expert, expert + 1)
-            code, scale = nibbles(blocks.read(one).view(d, -1)), exponents(scales.read(one).view(d, groups))
-            values[place] = scaled(E2M1[code.long()], scale)
+            packed, scale = blocks.read(one).view(d, -1), exponents(scales.read(one).view(d, groups))
+            values[place] = decode_nibbles(packed, E2M1, scale)
         return values
 
     return StoredWeight(

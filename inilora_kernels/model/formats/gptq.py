@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .weight import StoredModule, StoredWeight, as_bytes, codes, in_strips, nibbles, unreadable
+from .weight import StoredModule, StoredWeight, as_bytes, codes, decode_transposed, in_strips, nibbles, unreadable
 
 # The place in its word of each of eight neighbours.
-_AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -51,6 +51,8 @@ def _gptq(module: StoredModule) -> StoredWeight:
         group = g_idx.read().long() if g_idx is not None else torch.arange(k) // (k // groups)
 
         def dequantize(own: slice) -> Tensor:
+            if bits == 4:
+                return decode_transposed(words[:, own], scale[:, own], zeros[:, own], group)
             values = codes(as_bytes(words[:, own].T), bits, k).to(torch.float32)
             return values.sub_(zeros[:, own].T[:, group]).mul_(scale[:, own].T[:, group])
 
@@ -73,20 +75,17 @@ def _awq(module: StoredModule) -> StoredWeight:
     if module.quantization.get("bits", 4) != 4 or k % groups or qzeros.shape != (groups, d // 8):
         return unreadable(module, f"its qweight {qweight.shape} and qzeros {qzeros.shape} are not AWQ's 4 bits")
 
-    def unpacked(words: Tensor) -> Tensor:
-        """(n, words of 8 out_features) → (out_features, n)."""
-        return nibbles(as_bytes(words)).view(len(words), -1, 8)[:, :, _AWQ_ORDER].flatten(1).T
-
     def dequantize_all(rows: slice) -> Tensor:
-        words, zero_words, scale = qweight.read(), qzeros.read(), scales.read().to(torch.float32)
+        words, scale = qweight.read(), scales.read().to(torch.float32)
+        zeros = nibbles(as_bytes(qzeros.read())).view(groups, -1, 8)[:, :, _AWQ_ORDER].flatten(1).to(torch.float32)
+        group = torch.arange(k) // (k // groups)
 
         def dequantize(own: slice) -> Tensor:
             # Whole words: eight rows each.
             first, last = own.start // 8, -(-own.stop // 8)
-            values = unpacked(words[:, first:last])[own.start - 8 * first : own.stop - 8 * first].to(torch.float32)
-            zeros = unpacked(zero_words[:, first:last])[own.start - 8 * first : own.stop - 8 * first].to(torch.float32)
-            grouped = values.reshape(len(values), groups, -1)
-            return grouped.sub_(zeros.unsqueeze(-1)).mul_(scale[:, own].T.unsqueeze(-1)).view(len(values), k)
+            every, shifts = slice(8 * first, 8 * last), [4 * place for place in _AWQ_ORDER]
+            values = decode_transposed(words[:, first:last], scale[:, every], zeros[:, every], group, shifts)
+            return values[own.start - every.start : own.stop - every.start]
 
         return in_strips((d, k), scales.dtype, dequantize)(rows)
 

@@ -8,7 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .weight import StoredModule, StoredWeight, as_bytes, codes, in_strips, unreadable
+from .weight import (
+    SERIAL_VALUES,
+    StoredModule,
+    StoredWeight,
+    as_bytes,
+    codes,
+    decode_bytes,
+    decode_nibbles,
+    in_strips,
+    scaled,
+    unreadable,
+)
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -29,8 +40,14 @@ def find(module: StoredModule) -> StoredWeight | None:
         return unreadable(module, f"its weight {weight.shape} and scales {scales.shape} do not fit groups of {size}")
 
     def dequantize(rows: slice) -> Tensor:
-        values = codes(as_bytes(weight.read(rows)), bits, k).to(scales.dtype).view(-1, k // size, size)
-        return values.mul_(scales.read(rows).unsqueeze(-1)).add_(biases.read(rows).unsqueeze(-1)).view(-1, k)
+        packed, scale, bias = as_bytes(weight.read(rows)), scales.read(rows), biases.read(rows).unsqueeze(-1)
+        if bits == 4:
+            product = decode_nibbles(packed, torch.arange(16, dtype=torch.float32), scale).to(scale.dtype)
+        elif bits == 8:
+            product = decode_bytes(packed, scale, size).to(scale.dtype)
+        else:
+            product = scaled(codes(packed, bits, k), scale).to(scale.dtype)
+        return product.view(-1, k // size, size).add_(bias).view(-1, k)
 
     return StoredWeight(
         name=f"{module.name}.weight",
@@ -38,5 +55,5 @@ def find(module: StoredModule) -> StoredWeight | None:
         dtype=scales.dtype,
         dequantization=f"mlx int{bits}, groups of {size}",
         stored={"weight": weight, "scales": scales, "biases": biases},
-        dequantize=in_strips((d, k), scales.dtype, dequantize),
+        dequantize=in_strips((d, k), scales.dtype, dequantize, SERIAL_VALUES),
     )

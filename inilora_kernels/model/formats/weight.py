@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,6 +15,8 @@ from ..files.tensor import StoredTensor
 
 # Values dequantized at a time: small enough for a core's cache with all that the arithmetic needs next to them.
 STRIP_VALUES = 1 << 18
+# torch starts threads for more than these, and waiting for them takes longer than the arithmetic on a strip.
+SERIAL_VALUES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -86,27 +89,82 @@ Format: TypeAlias = Callable[[StoredModule], "StoredWeight | None"]
 
 
 def in_strips(
-    shape: tuple[int, int], dtype: torch.dtype, dequantize: Callable[[slice], Tensor]
+    shape: tuple[int, int], dtype: torch.dtype, dequantize: Callable[[slice], Tensor], most: int = STRIP_VALUES
 ) -> Callable[[slice], Tensor]:
-    """Dequantize rows a strip at a time into the result, so that nothing else of its size is in memory."""
-    step = max(1, STRIP_VALUES // max(1, shape[1]))
+    """Dequantize rows a strip at a time into the result, so that nothing else of its size is in memory.
+
+    most: values of a strip.
+    """
+    step = max(1, most // max(1, shape[1]))
+    serial = max(1, SERIAL_VALUES // max(1, shape[1]))
 
     def read(rows: slice) -> Tensor:
         values = torch.empty(rows.stop - rows.start, shape[1], dtype=dtype)
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
-            values[start - rows.start : stop - rows.start] = dequantize(slice(start, stop))
+            strip = dequantize(slice(start, stop))
+            for first in range(0, len(strip), serial):
+                part = strip[first : first + serial]
+                place = start - rows.start + first
+                values[place : place + len(part)] = part
         return values
 
     return read
 
 
 def scaled(values: Tensor, scale: Tensor) -> Tensor:
-    """values (rows, k) times scale (rows or 1, groups), whose columns stand for k/groups of values each; float32."""
+    """values (rows, k) times scale (rows, groups), whose columns stand for k/groups of values each; float32."""
     rows, k = values.shape
-    groups = scale.shape[1]
-    product = values.to(torch.float32, copy=True).view(rows, groups, k // groups)
+    product = values.to(torch.float32, copy=True).view(rows, scale.shape[1], -1)
     return product.mul_(scale.to(torch.float32).unsqueeze(-1)).view(rows, k)
+
+
+def decode_bytes(values: Tensor, scale: Tensor, width: int) -> Tensor:
+    """8-bit values (rows, k), floats or integers, times scale (rows, groups), each for `width` columns; float32."""
+    every = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(torch.float32)
+    out = torch.empty(values.shape, dtype=torch.float32)
+    _kernels().decode_bytes(
+        values.view(torch.uint8).numpy(),
+        every.numpy(),
+        scale.to(torch.float32).contiguous().numpy(),
+        width,
+        out.numpy(),
+    )
+    return out
+
+
+def decode_nibbles(packed: Tensor, table: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """(table[code] − offset) · scale of 4-bit codes, bytes (rows, k/2), low half first; float32 (rows, k).
+
+    table: what each of the 16 codes stands for. scale, offset: (rows, groups); None for no offset.
+    """
+    scale = scale.to(torch.float32).contiguous()
+    offset = torch.zeros_like(scale) if offset is None else offset.to(torch.float32).contiguous()
+    out = torch.empty(packed.shape[0], 2 * packed.shape[1])
+    _kernels().decode_nibbles(packed.contiguous().numpy(), table.numpy(), offset.numpy(), scale.numpy(), out.numpy())
+    return out
+
+
+def decode_transposed(
+    words: Tensor, scale: Tensor, offset: Tensor, group: Tensor, shifts: Sequence[int] | None = None
+) -> Tensor:
+    """(code − offset) · scale of 4-bit codes that are stored transposed; float32 (columns, k).
+
+    words: int32, 8 codes each. scale, offset: (groups, columns) float32. group: of each of the k rows of codes.
+    shifts: at which bits a word's codes begin, where they are neighbours along the columns; None where along k.
+    """
+    out = torch.empty(scale.shape[1], len(group))
+    arrays = [array.contiguous().numpy() for array in (words, offset, scale, group)]
+    if shifts is None:
+        _kernels().decode_words_along_k(*arrays, out.numpy())
+    else:
+        _kernels().decode_words_along_columns(*arrays, torch.tensor(shifts).numpy(), out.numpy())
+    return out
+
+
+def _kernels() -> Any:
+    """Compiled by numba, which a checkpoint of plain weights does not need yet."""
+    return importlib.import_module("...kernels.cpu.dequantize", __package__)
 
 
 def nibbles(packed: Tensor) -> Tensor:
