@@ -21,10 +21,10 @@ from ..storage.authors_folder import save_inilora_pt
 from .output import Every, Json, say
 
 Format = Literal["peft", "inilora-pt"]
-Base = Annotated[Path | None, typer.Option(help="The original model's folder, of which the factors are.")]
+Base = Annotated[Path | None, typer.Option(help="The original model's folder, which the factors were computed from.")]
 Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")]
 Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
-Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to make.")]
+Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")]
 Insist = Annotated[
     bool, typer.Option("--insist", help="Take the factors even if the adapter does not look as if started from them.")
 ]
@@ -38,8 +38,8 @@ def export(
     form: Annotated[
         Form,
         typer.Option(
-            help="residual: a base folder with R = W − BA and an adapter, which every trainer takes as they are; "
-            "delta: the adapter, and its frozen negative, for the untouched base."
+            help="residual: a base folder with R = W − BA and an adapter, which any trainer takes; "
+            "delta: the adapter, and its frozen copy to subtract, for the untouched base."
         ),
     ] = "residual",
     file_format: Annotated[
@@ -62,14 +62,14 @@ def export(
         say(f"wrote {output}")
         return
     if base is None:
-        raise OptionError("give the model's folder, of which the factors are, as --base")
+        raise OptionError("name the folder of the model that the factors were computed from as --base")
     write = export_residual if form == "residual" else export_delta
     write(base, FactorSet.load(factors, base), output, lora_alpha, rslora, lora_dropout, task_type)
     if form == "residual":
-        say(f"wrote {output / 'base'}, the model to train on, and {output / 'adapter'}, the adapter to go on from")
+        say(f"wrote {output / 'base'}, the model to train on, and {output / 'adapter'}, the adapter to continue from")
     else:
         say(
-            f"wrote {output / 'adapter'}, the adapter to go on from, and {output / 'initial'}, to stay frozen beside it"
+            f"wrote {output / 'adapter'}, the adapter to continue from, and {output / 'initial'}, to keep frozen with it"
         )
 
 

@@ -31,7 +31,7 @@ TOO_EARLY = 0.01
 
 @dataclass
 class Stage:
-    """A part of the run. weight: its predicted seconds; units: of work in all, of which `done` are."""
+    """A part of the run. weight: its predicted seconds; units: of work in total; done: those finished."""
 
     weight: float
     units: int
@@ -86,12 +86,12 @@ class ProgressBar:
         self._progress.stop()
 
     def expect(self, name: str, units: int, seconds: float) -> None:
-        """Announce a stage of so many units of work, predicted to take so long; again to correct it."""
+        """Announce a stage, its units of work and its predicted seconds; a second call corrects them."""
         done = self._stages[name].done if name in self._stages else 0
         self._stages[name] = Stage(weight=max(seconds, 1e-6), units=units, done=done)
 
     def phase(self, name: str, matrices: int, units: int) -> None:
-        """Begin a stage over so many matrices, of so many units of work in all."""
+        """Begin a stage over a number of matrices, of a number of units of work in total."""
         if name not in self._stages:
             # Not announced: it counts as much as all that was.
             self.expect(name, units, sum(stage.weight for stage in self._stages.values()) or 1.0)
