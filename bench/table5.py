@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -207,33 +208,50 @@ def row(model: Model, measured: dict[str, Measured]) -> Row:
     return found
 
 
-def draw(rows: Sequence[Row], here: str) -> Figure:
-    """Minutes a row, on a logarithmic axis: the paper's, predicted, and both ways on this machine."""
-    series = {
-        "the paper, RTX 4090": "paper min",
-        "ours, RTX 4090, predicted": "predicted min",
-        f"ours, {here}": "ours min",
-        f"the paper's way, {here}": "paper's way min",
+def krylov_minutes(folder: Path) -> dict[str, float]:
+    """Minutes of the Krylov solver for each model, as `python -m bench.solvers table5` last measured them."""
+    file = folder / "solvers.json"
+    if not file.exists():
+        return {}
+    recorded = json.loads(file.read_text(encoding="utf-8")).get("table5", {}).get("rows", [])
+    return {one["model"]: one["krylov s"] / 60 for one in recorded if one["measured"] == one["matrices"]}
+
+
+def draw(rows: Sequence[Row], here: str, krylov: Mapping[str, float]) -> Figure:
+    """Minutes a row on logarithmic axes: what was measured on the left, what is only predicted on the right."""
+    partly = "" if not any(one.get(f"{way} extrapolated") for one in rows for way in WAYS) else ", extrapolated"
+    measured = {
+        "paper's Adam, RTX 4090 (its Table 5)": [one["paper min"] for one in rows],
+        f"paper's way, {here}{partly}": [one.get("paper's way min") for one in rows],
+        f"our Adam, {here}{partly}": [one.get("ours min") for one in rows],
+        f"our Krylov, {here}, same product": [krylov.get(one["model"]) for one in rows],
     }
-    series = {label: column for label, column in series.items() if any(column in one for one in rows)}
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(series)
-    for place, (label, column) in enumerate(series.items()):
-        values = [one.get(column) for one in rows]
-        at = [index + (place - (len(series) - 1) / 2) * width for index in range(len(rows))]
-        hatch = "//" if "predicted" in label else None
-        bars = axes.bar(at, [value or 0 for value in values], width, label=label, hatch=hatch, alpha=0.85)
-        labels = [f"{value:,.0f}" if value and value >= 10 else f"{value:.2g}" if value else "" for value in values]
-        axes.bar_label(bars, labels, fontsize=7)
-    axes.set_yscale("log")
-    axes.set_ylabel("minutes for 20,000 steps of all query and value matrices")
-    axes.set_xticks(range(len(rows)), [one["model"] for one in rows])
-    partly = any(one.get(f"{way} extrapolated") for one in rows for way in WAYS)
-    axes.set_title("Table 5" + (" (what was measured here is extrapolated from fewer steps)" if partly else ""))
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+    predicted = {
+        "paper's Adam, RTX 4090 (its Table 5)": measured["paper's Adam, RTX 4090 (its Table 5)"],
+        "our Adam, RTX 4090, predicted": [one["predicted min"] for one in rows],
+    }
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 3))
+    _bars(left, rows, {label: values for label, values in measured.items() if any(values)}, "Measured")
+    _bars(right, rows, predicted, "Predicted by the cost model; nobody has run it")
+    left.set_ylabel("minutes for all query and value matrices")
     return figure
+
+
+def _bars(axes: Axes, rows: Sequence[Row], series: Mapping[str, Sequence[float | None]], title: str) -> None:
+    width = 0.8 / len(series)
+    for place, (label, values) in enumerate(series.items()):
+        at = [index + (place - (len(series) - 1) / 2) * width for index in range(len(rows))]
+        color, hatch = ("C1", "//") if "predicted" in label else (f"C{(0, 3, 2, 4)[place]}", None)
+        bars = axes.bar(at, [value or 0 for value in values], width, label=label, hatch=hatch, alpha=0.85, color=color)
+        labels = [f"{value:,.0f}" if value and value >= 10 else f"{value:.2g}" if value else "" for value in values]
+        axes.bar_label(bars, labels, fontsize=6.5, rotation=90, padding=2)
+    axes.set_yscale("log")
+    axes.margins(y=0.12)
+    axes.set_xticks(range(len(rows)), [one["model"].replace(" ", "\n").replace("-", "\n") for one in rows], fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -266,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"Rank {RANK}, {STEPS:,} steps, concurrency {CONCURRENCY}. Predicted: by the cost model, for an RTX 4090. "
         "Minutes are for the whole row; where they are extrapolated, the run that they are extrapolated from is given."
     )
-    figure = draw(rows, machine().get("gpu", "this CPU"))
+    figure = draw(rows, machine().get("gpu", "this CPU"), krylov_minutes(RESULTS))
     publish("table5", "table5", rows, "make bench-table5", note=note, figure=figure, folder=given.output)
 
 
