@@ -20,36 +20,45 @@ from .solvers.run import Task
 _SLOW, _USUAL = 1e10, 1e11
 
 
-def announce_reading(targets: Sequence[Target], bar: ProgressBar) -> None:
-    """Tell the bar of the one reading of all matrices, and of as long a time again until more is known."""
-    seconds = sum(estimate.reading_seconds(_work(target, 8)) for target in targets)
-    bar.expect("reading", len(targets), seconds)
-    bar.expect("solving", len(targets), seconds)
+def announce_reading(targets: Sequence[Target], options: Options, bar: ProgressBar) -> None:
+    """Tell the bar of the one reading of all matrices, and of the whole run as if the cache had none of them."""
+    works = [_work(target, rank) for target in targets for rank in options.ranks_of(target.module) or (8,)]
+    bar.expect("reading", len(targets), sum(map(estimate.reading_seconds, works)), len(targets))
+    _expect(works, len(targets), options, _USUAL, bar)
 
 
-def announce_solving(missing: Sequence[Task], options: Options, tasks: int, bar: ProgressBar) -> None:
-    """Say how many matrices the cache has, and what the rest will take if that is more than half a minute.
+def announce_found(found: int, matrices: int, bar: ProgressBar) -> None:
+    """Say how many matrices the cache has."""
+    if found:
+        bar.note(f"{found} of {matrices} matrices found in the cache")
 
-    A UserWarning, once a run; the bar learns how long each stage will last.
+
+def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar, *, aloud: bool) -> None:
+    """Say what these matrices will take if that is more than half a minute, by a UserWarning.
+
+    The bar learns how long each stage will last. aloud: False in all but one of several processes.
     """
-    if len(missing) < tasks:
-        bar.note(f"{tasks - len(missing)} of {tasks} matrices found in the cache")
     works = [_work(task.target, rank) for task in missing for rank in task.ranks]
     steps = options.steps if options.solver == "adam" else 0
     solver = options.solver or ""
     worth_timing = estimate.seconds(works, solver, steps, speed=_SLOW) > estimate.WORTH_SAYING
     speed = speed_of_torch_mm() if worth_timing else _USUAL
     card = card_of(options.backend, options.device)
-    if options.backend != "reference":
+    if aloud and options.backend != "reference":
         notice = estimate.notice(works, solver, steps, speed=speed, card=card)
         if notice:
             warnings.warn(notice, stacklevel=4)
-    certifying = sum(estimate.direct_seconds(work, solver, speed) for work in works)
-    if solver == "adam":
-        bar.expect("certifying", len(missing), certifying)
-        bar.expect("solving", len(works) * steps, estimate.adam_seconds(works, steps, speed, card))
+    _expect(works, len(missing), options, speed, bar)
+
+
+def _expect(works: Sequence[Work], matrices: int, options: Options, speed: float, bar: ProgressBar) -> None:
+    certifying = sum(estimate.direct_seconds(work, options.solver or "", speed) for work in works)
+    if options.solver == "adam":
+        steps, card = options.steps, card_of(options.backend, options.device)
+        bar.expect("certifying", matrices, certifying, matrices)
+        bar.expect("solving", len(works) * steps, estimate.adam_seconds(works, steps, speed, card), len(works))
     else:
-        bar.expect("solving", len(missing), certifying)
+        bar.expect("solving", matrices, certifying, matrices)
 
 
 def stopped(finished: int, total: int, cached: bool) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, overload
 
-from .announcements import announce_reading, announce_solving, stopped
+from .announcements import announce_found, announce_reading, announce_solving, stopped
 from .display.progress import ProgressBar
 from .errors import OptionError, WeightError
 from .factor_set import FactorSet
@@ -147,7 +147,7 @@ def _factorize(
     results: dict[str, Factors] = {}
     keys: dict[str, str] = {}
     with ProgressBar((keeps if options.progress is None else options.progress) and job.rank == 0) as bar:
-        announce_reading(targets, bar)
+        announce_reading(targets, options, bar)
         tasks = _tasks(targets, options, start, job, bar)
         for task in tasks:
             for rank in task.ranks:
@@ -173,7 +173,8 @@ def _factorize(
         solve = solver_of(options)
         # In the model's order, whoever else there is.
         mine = [missing[place] for place in sorted(parts[job.rank])]
-        announce_solving(mine, options, len(tasks), bar)
+        announce_found(len(tasks) - len(missing), len(tasks), bar)
+        announce_solving(mine, options, bar, aloud=job.rank == 0)
         try:
             for first in range(0, len(mine), options.concurrency):
                 solve(mine[first : first + options.concurrency], options, finished, bar)

@@ -25,17 +25,22 @@ logger = logging.getLogger("inilora_kernels")
 FIRST_LINE = 5.0
 SLOWER = 1.3
 LAST_LINE = 300.0
-# Time left is not told from less than this share of the run.
-TOO_EARLY = 0.01
+# Before this share of the run is done, the time left is the predicted one: what went before was mostly start-up.
+TOO_EARLY = 0.05
 
 
 @dataclass
 class Stage:
-    """A part of the run. weight: its predicted seconds; units: of work in total; done: those finished."""
+    """A part of the run.
+
+    weight: its predicted seconds. units, done: of work, in total and so far. matrices, finished: the same of matrices.
+    """
 
     weight: float
     units: int
+    matrices: int = 0
     done: int = 0
+    finished: int = 0
 
 
 class ProgressBar:
@@ -57,7 +62,7 @@ class ProgressBar:
         self._pace = FIRST_LINE
         self._stages: dict[str, Stage] = {}
         self._name = ""
-        self._matrices = self._total_matrices = 0
+        self._announced = False
         self._excess: float | None = None
         self._speed = ""
         self._speed_since = (self._started, 0)
@@ -85,18 +90,22 @@ class ProgressBar:
             self._line(f"finished in {took}")
         self._progress.stop()
 
-    def expect(self, name: str, units: int, seconds: float) -> None:
-        """Announce a stage, its units of work and its predicted seconds; a second call corrects them."""
-        done = self._stages[name].done if name in self._stages else 0
-        self._stages[name] = Stage(weight=max(seconds, 1e-6), units=units, done=done)
+    def expect(self, name: str, units: int, seconds: float, matrices: int) -> None:
+        """Announce a stage: its units of work, its predicted seconds, its matrices. A second call corrects them."""
+        self._announced = True
+        self._add(name, units, seconds, matrices)
+
+    def _add(self, name: str, units: int, seconds: float, matrices: int) -> None:
+        before = self._stages.get(name, Stage(0.0, 0))
+        weight = max(seconds, 1e-6)
+        self._stages[name] = Stage(weight, units, matrices, done=before.done, finished=before.finished)
 
     def phase(self, name: str, matrices: int, units: int) -> None:
-        """Begin a stage over a number of matrices, of a number of units of work in total."""
+        """Begin a stage, or the next batch of one, over a number of matrices, of a number of units of work in total."""
         if name not in self._stages:
             # Not announced: it counts as much as all that was.
-            self.expect(name, units, sum(stage.weight for stage in self._stages.values()) or 1.0)
-        self._name, self._matrices, self._total_matrices = name, 0, matrices
-        self._excess, self._speed = None, ""
+            self._add(name, units, sum(stage.weight for stage in self._stages.values()) or 1.0, matrices)
+        self._name, self._excess, self._speed = name, None, ""
         self._speed_since = (self._clock(), 0)
         self._show()
         self._line(f"{name} {matrices} {'matrix' if matrices == 1 else 'matrices'}")
@@ -107,7 +116,7 @@ class ProgressBar:
             return
         stage = self._stages[self._name]
         stage.done = min(stage.units, stage.done + units)
-        self._matrices += matrices
+        stage.finished += matrices
         self._excess = self._excess if excess is None else excess
         if unit:
             since, before = self._speed_since
@@ -117,7 +126,7 @@ class ProgressBar:
         self._show()
         if self._clock() - self._last_line >= self._pace:
             self._pace = min(LAST_LINE, SLOWER * self._pace)
-            self._line(f"{self._name}: {self._matrices} of {self._total_matrices} matrices, {self._state()}")
+            self._line(f"{self._name}: {stage.finished} of {stage.matrices} matrices, {self._state()}")
 
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""
@@ -134,11 +143,12 @@ class ProgressBar:
 
     @property
     def left(self) -> str:
-        """The time left, from the time taken; nothing as long as too little is done to tell."""
+        """The time left: at first the predicted one, then from the time taken; nothing where neither is known."""
         fraction, passed = self.fraction, self._clock() - self._started
-        if fraction < TOO_EARLY or passed <= 0:
-            return ""
-        return f"about {duration_in_words(passed * (1 - fraction) / fraction)} left"
+        if fraction >= TOO_EARLY:
+            return f"about {duration_in_words(passed * (1 - fraction) / fraction)} left" if passed > 0 else ""
+        predicted = sum(stage.weight for stage in self._stages.values()) * (1 - fraction)
+        return f"about {duration_in_words(predicted)} left" if self._announced else ""
 
     def _state(self) -> str:
         excess = "" if self._excess is None else f"excess {self._excess:.1e}"
@@ -150,7 +160,7 @@ class ProgressBar:
             self._progress.update(
                 self._task,
                 completed=self.fraction,
-                text=f"{self._name} {self._matrices}/{self._total_matrices}",
+                text=f"{self._name} {self._stages[self._name].finished}/{self._stages[self._name].matrices}",
                 rest="  ".join(part for part in (self.left, self._speed, excess) if part),
             )
 
