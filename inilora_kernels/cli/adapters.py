@@ -1,4 +1,7 @@
-"""The commands around training: export before it, convert and merge after it."""
+"""The commands around training: export before it, convert and merge after it.
+
+What needs peft is imported when a command runs, as its import takes seconds that --help need not wait for.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,6 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from ..adapters.convert import convert as convert_folder
-from ..adapters.convert import export_merged
-from ..adapters.export import export_delta, export_residual
 from ..adapters.layer import Form
 from ..display.tables import truncation_table
 from ..errors import OptionError
@@ -55,6 +55,8 @@ def export(
     ] = None,
 ) -> None:
     """Write factors as folders that a trainer reads."""
+    from ..adapters.export import export_delta, export_residual
+
     if file_format == "inilora-pt":
         if lora_alpha is not None or rslora or lora_dropout or task_type is not None:
             raise OptionError("the authors' files hold A and B alone: --lora-alpha and the like go with --format peft")
@@ -84,6 +86,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Make a plain LoRA for the original model of a trained adapter."""
+    from ..adapters.convert import convert as convert_folder
+
     errors = convert_folder(trained, FactorSet.load(init, base), output, base, rank, insist)
     if as_json:
         print(json.dumps({"truncation_error": errors}, indent=2))
@@ -94,5 +98,7 @@ def convert(
 
 def merge(trained: Trained, init: Init, output: Folder, base: Base = None, insist: Insist = False) -> None:
     """Write the original model with a trained adapter merged into it."""
+    from ..adapters.convert import export_merged
+
     export_merged(trained, FactorSet.load(init, base), output, base, insist)
     say(f"wrote {output}")

@@ -40,6 +40,7 @@ def _flag(one: Field[Any]) -> inspect.Parameter:
     if one.name == "target_modules":
         declarations.append("-t")
     if kind is bool:
+        help_text = help_text.partition(" Default:")[0]
         declarations = [f"{declarations[0]}/--no-{one.name}"]
     default = spelled.default if spelled is not None else one.default if kind is not bool else True
     return inspect.Parameter(
@@ -107,7 +108,7 @@ _PLAIN: Mapping[str, Any] = {
     "progress": bool,
 }
 _SPELLED: Mapping[str, _Spelled] = {
-    "rank": _Spelled(str, "8", _rank, " 8,16,32: a file for each, by one reading."),
+    "rank": _Spelled(str, "8", _rank, " 8,16,32: a file for each, from the same passes over W."),
     "rank_pattern": _Spelled(list[str] | None, None, _rank_pattern, " PATTERN=RANK; repeat for more."),
     "start": _Spelled(Path | None, None, _factors, " A factor file."),
     "init_std": _Spelled(str | None, None, _number_or_name),
@@ -116,6 +117,6 @@ _SPELLED: Mapping[str, _Spelled] = {
         list[str] | None,
         None,
         target_modules_from,
-        " Repeat for more names; one that is no plain name is an expression.",
+        " Repeat for more names, or put commas between; anything else is an expression.",
     ),
 }
