@@ -166,9 +166,9 @@ def _factorize(
             job.check()
             place = _place(task, rank)
             if place not in results:
-                results[place] = factors
                 if cached:
                     cache.keep(keys[place], factors)
+                results[place] = factors
 
         solve = solver_of(options)
         # In the model's order, whoever else there is.

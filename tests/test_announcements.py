@@ -74,10 +74,10 @@ def test_what_the_cache_has_is_said_and_what_an_interrupted_run_keeps(
     keep, kept = cache.keep, []
 
     def interrupted_after_nine(*entry: object) -> None:
-        keep(*entry)  # type: ignore[arg-type]
-        kept.append(entry)
         if len(kept) == 9:
             raise KeyboardInterrupt
+        keep(*entry)  # type: ignore[arg-type]
+        kept.append(entry)
 
     monkeypatch.setattr(cache, "keep", interrupted_after_nine)
     with pytest.raises(KeyboardInterrupt, match=r"^stopped: 9 of 12 matrices are finished and kept in .*cache; run it"):
