@@ -26,6 +26,7 @@ from .refusals import (
     require_one_rank,
     require_patterns_used,
     require_unchanged,
+    warn_if_uncertified,
 )
 from .solvers.optimum import rank_for_energy
 from .solvers.run import Task
@@ -183,6 +184,8 @@ def _factorize(
         for process, part in enumerate(parts):
             owners = {_place(missing[i], rank): process for i in part for rank in missing[i].ranks} | owners
         results = job.gather(results, owners)
+
+    warn_if_uncertified({place.rpartition(" ")[0]: factors for place, factors in results.items()})
 
     def of_rank(chosen: int | None) -> dict[str, Factors]:
         places = {task.target.module: _place(task, chosen or task.ranks[0]) for task in tasks}

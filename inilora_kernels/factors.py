@@ -20,6 +20,8 @@ class Certificate:
     optimum: f* = Σ_{i>r} σ_i², or a lower bound on it that was proven, so that the excess is never understated.
     energy: ||W||_F².
     steps: optimizer steps taken, 0 for methods without any.
+    certified: whether the bound is within 1e-8 of f* (or of float32's resolution). Where W's spectrum did not allow
+        that it is False: the excess is still never understated, but may be far overstated.
 
     >>> certificate = Certificate(loss=1.5, optimum=1.0, energy=10.0, steps=100)
     >>> certificate.excess, certificate.kept
@@ -30,6 +32,7 @@ class Certificate:
     optimum: float
     energy: float
     steps: int
+    certified: bool = True
 
     @property
     def excess(self) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -278,7 +278,7 @@ def _drawn(draw: RandomStart) -> Mapping[str, Solver]:
 
 def _pissa_by(found: Triplets) -> Solver:
     def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
-        triplets = found(W, task.ranks, backend)
+        triplets = found(W, task, backend)
         return against_triplets(W, task, {rank: _leading(triplets, rank) for rank in task.ranks}, triplets)
 
     return Solver(directly(factorize))
@@ -288,7 +288,7 @@ def _inilora_by(found: Triplets) -> Solver:
     """The best product of the triplets, in the gauge asked for."""
 
     def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
-        triplets = found(W, task.ranks, backend)
+        triplets = found(W, task, backend)
         pairs = {}
         for rank in task.ranks:
             pairs[rank] = _leading(triplets, rank)
@@ -307,8 +307,8 @@ def _minor(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[in
     return against_optimum(W, task, {rank: milora(U[:, -rank:], S[-rank:], V[:, -rank:]) for rank in task.ranks})
 
 
-# (W, ranks, backend) ↦ the leading singular triplets
-Triplets = Callable[[Tensor, Sequence[int], Backend], Principal]
+# (W, its task, backend) ↦ the leading singular triplets
+Triplets = Callable[[Tensor, Task, Backend], Principal]
 
 
 def _leading(found: Principal, rank: int) -> Pair:
@@ -316,11 +316,13 @@ def _leading(found: Principal, rank: int) -> Pair:
 
 
 def _by_krylov(tolerance: float) -> Triplets:
-    return lambda W, ranks, backend: principal(W, ranks, dtype=backend.direct_dtype, tolerance=tolerance)
+    return lambda W, task, backend: principal(
+        W, task.ranks, dtype=backend.direct_dtype, tolerance=tolerance, digest=task.digest
+    )
 
 
-def _by_svd(W: Tensor, ranks: Sequence[int], backend: Backend) -> Principal:
-    return dense(W, ranks)
+def _by_svd(W: Tensor, task: Task, backend: Backend) -> Principal:
+    return dense(W, task.ranks)
 
 
 METHODS: Mapping[str, Initialization] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,4 +76,16 @@ def require_unchanged(task: Task) -> None:
         raise CheckpointError(
             f"{task.target.module}: its weights changed while they were factorized, so the result belongs to neither; "
             f"run again when nobody writes to the model"
+        )
+
+
+def warn_if_uncertified(results: Mapping[str, Factors]) -> None:
+    """Warn of matrices whose f* is known by a loose bound only, so that their excess may be far overstated."""
+    loose = [module for module, factors in results.items() if not factors.certificate.certified]
+    if loose:
+        warnings.warn(
+            f"{loose[0]}{f' and {len(loose) - 1} more' if len(loose) > 1 else ''}: the singular values at the rank are "
+            f"so nearly equal that the certificate was not reached; the factors are as good as their loss says, and "
+            f'the excess is an upper bound. solver="exact" decides it by a full decomposition',
+            stacklevel=4,
         )

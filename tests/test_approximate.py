@@ -250,3 +250,14 @@ def test_two_matrices_may_start_from_the_same_factors() -> None:
 def test_no_matrix_is_refused() -> None:
     with pytest.raises(WeightError, match="no matrix"):
         approximate([], rank=1)
+
+
+def test_an_uncertified_result_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The direct solver returned without a word where it had not reached its certificate."""
+    monkeypatch.setattr("inilora_kernels.solvers.krylov.DENSE_SIZE", 0)
+    with pytest.warns(UserWarning, match="matrix 0: .* certificate was not reached"):
+        factors = approximate(torch.eye(700), rank=8, solver="krylov")
+    assert not factors.certificate.certified
+    assert factors.certificate.loss == pytest.approx(692)
+    FactorSet({"0.q": factors}, {}).save(tmp_path / "factors.safetensors")
+    assert not FactorSet.load(tmp_path / "factors.safetensors")["0.q"].certificate.certified

@@ -19,6 +19,7 @@ def json_report(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> d
                 "loss": one.certificate.loss,
                 "optimum": one.certificate.optimum,
                 "excess": one.certificate.excess,
+                "certified": one.certificate.certified,
                 "energy": one.certificate.energy,
                 "energy_kept": one.certificate.kept,
                 "steps": one.certificate.steps,

@@ -6,7 +6,10 @@ W stays in the checkpoint's own dtype; only a strip of it is ever held in the dt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import fsum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -41,32 +44,27 @@ def one_torch_thread() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def reading_threads(W: Tensor, dtype: torch.dtype) -> Iterator[int]:
-    """How many threads a `gram_reader` may use. Where those are its own, torch is held to one in the meantime.
+def gram_multiplier(W: Tensor, dtype: torch.dtype, threads: int) -> GramReader:
+    """X ↦ XWᵀ (b×d) and XWᵀW (b×k) in `dtype`, for any X (b×k): 4dkb FLOPs and one pass over W.
 
-    For milliseconds after each of its parallel regions torch's threads wait for the next one without sleeping, on the
-    cores that the reader's threads then have to share with them.
-    """
-    if _fused(W, dtype):
-        with one_torch_thread() as threads:
-            yield threads
-    else:
-        yield torch.get_num_threads()
+    By the fused kernels of cpu/gram.py where W is on a CPU and the products in float32, otherwise in plain torch. The
+    same bits for any number of threads.
 
-
-def gram_reader(W: Tensor, width: int, dtype: torch.dtype, threads: int) -> GramReader:
-    """X ↦ XWᵀ (b×d) and XWᵀW (b×k) in `dtype`, for any X (b×k) of one width b: 4dkb FLOPs and one reading of W.
-
-    By the fused kernels of cpu/gram.py where W is on a CPU and the products in float32, else in plain torch.
-
-    >>> gram_reader(2 * torch.eye(2, dtype=torch.bfloat16), 1, torch.float32, threads=1)(torch.tensor([[1.0, 3.0]]))
+    >>> gram_multiplier(2 * torch.eye(2, dtype=torch.bfloat16), torch.float32, threads=1)(torch.tensor([[1.0, 3.0]]))
     (tensor([[2., 6.]]), tensor([[ 4., 12.]]))
     """
     if _fused(W, dtype):
         from .cpu.gram import FusedGramReader
 
-        return FusedGramReader(W, width, threads)
+        readers: dict[int, GramReader] = {}
+
+        def read(X: Tensor) -> tuple[Tensor, Tensor]:
+            width = len(X)
+            if width not in readers:
+                readers[width] = FusedGramReader(W, width, threads)
+            return readers[width](X)
+
+        return read
     return lambda X: gram_product(W, X)
 
 
@@ -93,27 +91,52 @@ def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     return Y.T, Z.T
 
 
-def energy(W: Tensor, dtype: torch.dtype = torch.float64) -> float:
-    """||W||_F², each strip summed in `dtype`."""
-    return sum(float(torch.linalg.vector_norm(W[rows].to(dtype))) ** 2 for rows in strips(W))
+def energy(W: Tensor) -> float:
+    """||W||_F², summed in float64."""
+    return sum(float(torch.linalg.vector_norm(W[rows].double())) ** 2 for rows in strips(W, _STRIP_ELEMENTS // 4))
+
+
+def product(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, float]:
+    """WX (d×s) and ||W||_F² in float64, from one pass over W in strips, which the threads share."""
+    Y = X.new_empty(W.shape[0], X.shape[1])
+
+    def multiply(rows: slice) -> float:
+        strip = W[rows].double()
+        torch.mm(strip, X, out=Y[rows])
+        return float(torch.linalg.vector_norm(strip)) ** 2
+
+    return Y, fsum(_shared(multiply, W, threads))
 
 
 def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:
-    """||W||_F² and, for each (A, B), ||W − BA||_F² from the residual itself, in float64, from one reading of W.
+    """||W||_F² and, for each (A, B), ||W − BA||_F² from the residual itself, in float64, from one pass over W.
+
+    The same bits for any number of threads: each strip is one thread's, and the sums over strips are exact.
 
     >>> losses(3 * torch.eye(1), [(torch.tensor([[1.0]]), torch.tensor([[2.0]]))])
     (9.0, [1.0])
     """
     wide = [(A.to(W.device, torch.float64), B.to(W.device, torch.float64)) for A, B in factors]
-    energy, found = 0.0, [0.0] * len(wide)
-    runs = list(strips(W, _STRIP_ELEMENTS // 4))
-    # Allocated once: fresh pages for every strip would cost more than the arithmetic.
-    residual = torch.empty(runs[0].stop, W.shape[1], dtype=torch.float64, device=W.device)
-    for rows in runs:
-        part = residual[: rows.stop - rows.start]
-        energy += float(torch.linalg.vector_norm(part.copy_(W[rows]))) ** 2
-        for i, (A, B) in enumerate(wide):
-            if i > 0:
-                part.copy_(W[rows])
-            found[i] += float(torch.linalg.vector_norm(part.addmm_(B[rows], A, alpha=-1))) ** 2
-    return energy, found
+
+    def of_strip(rows: slice) -> list[float]:
+        strip = W[rows].double()
+        squares = [float(torch.linalg.vector_norm(strip)) ** 2]
+        for A, B in wide:
+            squares.append(float(torch.linalg.vector_norm(torch.addmm(strip, B[rows], A, alpha=-1))) ** 2)
+        return squares
+
+    with one_torch_thread() as threads:
+        energy, *reached = map(fsum, zip(*_shared(of_strip, W, threads), strict=True))
+    return energy, reached
+
+
+_Result = TypeVar("_Result")
+
+
+def _shared(work: Callable[[slice], _Result], W: Tensor, threads: int) -> list[_Result]:
+    """`work` on each strip of W's rows, in order; on a CPU the threads share the strips."""
+    runs = list(strips(W, _STRIP_ELEMENTS // 8))
+    if W.device.type != "cpu" or threads == 1 or len(runs) == 1:
+        return [work(rows) for rows in runs]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, runs))

@@ -1,73 +1,60 @@
-"""How much of Σ_{i≤r} σ_i² approximate singular vectors can have left behind at most, without a full SVD.
+"""How much of Σ_{i≤r} σ_i² a Krylov space can have left behind at most, without a full SVD.
 
-Let M = WᵀW (n×n) have eigenvalues λ_1 ≥ λ_2 ≥ …, X (n×s) be orthonormal with XᵀMX = Θ = diag(θ_1 ≥ …), residual
-R = MX − XΘ (orthogonal to X), and c ≥ λ_max of C = (I − XXᵀ)M(I − XXᵀ). In the basis [X, X⊥] M is [[Θ, Rᵀ], [R, C]],
-and since 2yᵀRx ≤ |Rx|²/t + t|y|² for every t > 0,
+M = WᵀW (n×n) has eigenvalues λ_1 ≥ λ_2 ≥ …. Q (n×m) is an orthonormal basis of a Krylov space, MQ = QT + NL with
+N orthogonal to Q, and (θ_j, x_j) are the Ritz pairs: T = S·diag(θ)·Sᵀ, x_j = Qs_j, with residuals
+Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j. C = (I − QQᵀ)M(I − QQᵀ) is what M does outside the space. Three steps:
 
-    M ⪯ diag(Θ + RᵀR/t, (c + t)I),     so     Σ_{i≤r} λ_i ≤ the r largest eigenvalues of the right-hand side.
+1. c ≥ λ_max(C). A second Krylov space, of C, starts from b Gaussian columns that nothing before has seen: they are
+   drawn once Q is fixed, from a stream that the hash of W decides, so that no W can be chosen against them. If the
+   largest Ritz value of its q blocks is ϑ, then with probability 1 − δ
 
-With t = θ_r − c > 0 these are those of Θ + RᵀR/t: what is left behind is quadratic in the residual.
+       λ_max(C) ≤ (1 + y²)ϑ,     sinh((2q−1)·asinh y) = √(2n/π)·δ^(−1/b).
 
-c comes from a second Krylov space, of C, whose Gaussian start is drawn after X is fixed. If its q blocks of b columns
-have the largest Ritz value ϑ, then with probability 1 − δ
+   Why: let λ = λ_max(C), u its eigenvector, τ = λ/(1 + y²), g a column of the start, g_u its part along u. For
+   p(x) = T_{2q−1}(√(1−x/τ))/√(1−x/τ), a polynomial of degree q − 1 (T: Chebyshev), (τ−x)p(x)² ≤ τ on [0, τ], and
+   (λ−τ)p(λ)² = τ·sinh²((2q−1)·asinh y). So the Rayleigh quotient of p(C)g, which lies in the space, is above τ unless
+   |g_u|/|g| ≤ 1/sinh((2q−1)·asinh y); for a uniform direction the chance of that is at most √(2n/π) times the
+   right-hand side, and all b columns are independent. (Kuczyński and Woźniakowski 1992, SIAM J. Matrix Anal. Appl. 13,
+   is the case b = 1.) A later, larger Q only lessens λ_max(C): the bound stays.
 
-    c ≤ (1 + y²)ϑ,     sinh((2q−1)·asinh y) = √(2n/π)·δ^(−1/b).
+2. c' ≥ λ_max(C'), C' being M outside of the s ≥ r leading Ritz vectors X. In the basis of the other Ritz vectors and
+   the complement of Q it is [[Θ', Gᵀ], [G, C]], Θ' = diag(θ_{s+1}, …), G = N·(g_{s+1}, …), so by Schur's complement
+   c' is a bound if c' > θ_{s+1} and
 
-Why: let λ = λ_max(C), u its eigenvector, τ = λ/(1 + y²), g a column of the start, g_u its part along u. For
-p(x) = T_{2q−1}(√(1−x/τ))/√(1−x/τ), a polynomial of degree q − 1 (T: Chebyshev), (τ−x)p(x)² ≤ τ on [0, τ], and
-(λ−τ)p(λ)² = τ·sinh²((2q−1)·asinh y). So the Rayleigh quotient of p(C)g, which lies in the space, is above τ unless
-|g_u|/|g| ≤ 1/sinh((2q−1)·asinh y); for a uniform direction the chance of that is at most √(2n/π) times the right-hand
-side, and all b columns are independent. (Kuczyński and Woźniakowski 1992, SIAM J. Matrix Anal. Appl. 13, is the case
-b = 1.)
+       λ_max(Σ_{j>s} g_j·g_jᵀ/(c' − θ_j)) ≤ c' − c,
+
+   a b×b matrix; the least such c' is found by bisection.
+
+3. In the basis [X, X⊥] M is [[Θ, Rᵀ], [R, C']], and since 2yᵀRx ≤ |Rx|²/t + t|y|² for every t > 0,
+
+       M ⪯ diag(Θ + RᵀR/t, (c' + t)I),     so     Σ_{i≤r} λ_i ≤ the r largest eigenvalues of the right-hand side.
+
+   With t = θ_r − c' > 0 these are those of Θ + RᵀR/t: what is left behind is quadratic in the residual. Values nearly
+   equal to σ_r belong into X, which is why s may be more than r: t then spans the gap behind them.
+
+Rounding. X is orthonormal, and Θ = (WX)ᵀ(WX) computed, in float64: Θ enters the sum linearly, and in float32 its
+error, about 1e-7·λ_1, would be what two nearly equal singular values differ by. T, L and ϑ come from products with M in
+the space's own arithmetic. Those are exact for some M + E; a product is off by about u·σ_1·||W||_F at most (partial
+sums of a row of W with a unit vector are about as large as the row, and their roundings are independent), which
+`rounding` states with some room. It is added to c and c', and its square to RᵀR.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .krylov_space import KrylovSpace
+from .krylov_space import RitzPairs
 
 # The chance that the bound on c is wrong, over the draw of the second space's start.
 FAILURE_PROBABILITY = 1e-12
-MOST_PASSES = 24
-_BLOCK = 8
-# A product of M with a unit vector is off by about so many units in the last place of σ_1².
-_ROUNDING_UNITS = 4
-
-
-@dataclass(frozen=True)
-class Ritz:
-    """Approximate eigenpairs of M (n×n): X (n×s), values θ (s, descending), RᵀR (s×s); float64."""
-
-    X: Tensor
-    values: Tensor
-    residual_gram: Tensor
-
-
-def ritz_pairs(space: KrylovSpace, vectors: Tensor) -> tuple[Ritz, Tensor]:
-    """The Ritz pairs that belong to some eigenvectors (m×s) of a space's T, made clean in float64, and their
-    coefficients (m×s) in the space's basis.
-
-    The images MX come from the space, in its arithmetic. What their rounding can hide is added to each residual.
-    """
-    X, triangle = torch.linalg.qr(space.Q.double() @ vectors)
-    coefficients = torch.linalg.solve_triangular(triangle, vectors, upper=True, left=False)
-    image = space.MQ.double() @ coefficients
-    theta = X.T @ image
-    values, rotation = torch.linalg.eigh((theta + theta.T) / 2)
-    values, rotation = values.flip(0), rotation.flip(1)
-    X, image, coefficients = X @ rotation, image @ rotation, coefficients @ rotation
-    residual = image - X * values
-    residual -= X @ (X.T @ residual)
-    hidden = _ROUNDING_UNITS * torch.finfo(space.Q.dtype).eps * float(values[0])
-    residual_gram = residual.T @ residual
-    residual_gram.diagonal().add_(hidden**2)
-    return Ritz(X, values, residual_gram), coefficients
+# How many Ritz vectors beyond r may go into X.
+_BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+_BISECTIONS = 3
+_POINTS = np.linspace(0.0, 1.0, 17)[1:]
 
 
 def missed_factor(n: int, block: int, passes: int) -> float:
@@ -80,50 +67,75 @@ def missed_factor(n: int, block: int, passes: int) -> float:
     return 1 + math.sinh(math.asinh(odds) / (2 * passes - 1)) ** 2
 
 
-def shortfall(ritz: Ritz, rank: int, missed: float) -> float:
-    """The upper bound on Σ_{i≤r} λ_i − Σ_{i≤r} θ_i, given c = missed.
+def bound_outside(pairs: RitzPairs, kept: int, missed: float, rounding: float = 0.0) -> float:
+    """c': the bound on all that is orthogonal to the `kept` leading Ritz vectors, given c = missed.
 
-    >>> X, values = torch.eye(4)[:, :2], torch.tensor([5.0, 3.0])
-    >>> round(shortfall(Ritz(X, values, torch.diag(torch.tensor([0.0, 0.02]))), rank=2, missed=1.0), 6)
+    >>> values, coupling = torch.tensor([5.0, 1.0]), torch.tensor([[0.0, 0.5]])
+    >>> round(bound_outside(RitzPairs(values, torch.eye(2), coupling), kept=1, missed=0.75), 3)
+    1.39
+    """
+    theta, g = pairs.values[kept:].numpy(), pairs.coupling[:, kept:].numpy()
+    if len(theta) == 0:
+        return missed + rounding
+    low = max(missed, float(theta[0]))
+    high = low + float(np.linalg.norm(g))
+    outer = g[:, None, :] * g[None, :, :]
+    for _ in range(_BISECTIONS):
+        if high <= low * (1 + 1e-6):
+            break
+        points = low + (high - low) * _POINTS
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # The first points may lie on θ itself: infinite, and so not a bound.
+            forms = np.tensordot(1.0 / (points[:, None] - theta), outer, axes=(1, 2))
+        largest = np.array([np.linalg.eigvalsh(form)[-1] if np.isfinite(form).all() else math.inf for form in forms])
+        holds = largest <= points - missed
+        # The largest point always holds, but for rounding.
+        first = int(np.argmax(holds)) if holds.any() else len(points) - 1
+        low, high = (float(points[first - 1]) if first else low), float(points[first])
+    return high + rounding
+
+
+def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, rounding: float = 0.0) -> float:
+    """The upper bound on Σ_{i≤r} λ_i − Σ_{i≤r} θ_i from Ritz values θ (s, descending), RᵀR (s×s) and c' = outside.
+
+    >>> values = torch.tensor([5.0, 3.0])
+    >>> round(shortfall(values, torch.diag(torch.tensor([0.0, 0.01])), rank=2, outside=1.0), 6)
     0.01
     """
-    smallest = float(ritz.values[rank - 1])
-    gap = smallest - missed
-    splits = [missed * 10.0**-power for power in range(1, 13)] if missed > 0 else []
-    if gap > 0:
-        splits = [gap, *splits]
+    gap = float(values[rank - 1]) - outside
+    # Without a gap, a little of everything outside may be worth more than the last of the θ.
+    splits = [gap] if gap > 0 else []
+    splits += [outside * 10.0**-power for power in range(1, 13) if outside > 0]
     best = math.inf
     for split in splits:
-        if split <= 0:
-            continue
-        upper = torch.linalg.eigvalsh(torch.diag(ritz.values) + ritz.residual_gram / split)
-        elsewhere = upper.new_full((rank,), missed + split)
-        highest = torch.cat([upper, elsewhere]).topk(rank).values
-        best = min(best, float(highest.sum() - ritz.values[:rank].sum()))
+        # |g + e|² ≤ 2|g|² + 2|e|² for what rounding hides in each of the s residuals.
+        upper = torch.linalg.eigvalsh(torch.diag(values) + 2.0 / split * residual_gram)
+        highest = torch.cat([upper, upper.new_full((rank,), outside + split)]).topk(rank).values
+        hidden = 2.0 * len(values) * rounding**2 / split
+        best = min(best, float(highest.sum() - values[:rank].sum()) + hidden)
         if split == gap:
             break
     return max(0.0, best)
 
 
-def shortfalls(
-    W: Tensor, ritz: Ritz, allowed: Mapping[int, float], dtype: torch.dtype, threads: int
-) -> tuple[dict[int, float], float, int]:
-    """A bound for each rank in `allowed`, from as many readings of W (d×k) as it takes to come below the value there.
-
-    Returns the bounds, the bound c on what lies outside the Ritz vectors, and the number of readings.
-    """
-    n = W.shape[1]
-    generator = torch.Generator().manual_seed(1)
-    block = min(_BLOCK, n - ritz.X.shape[1])
-    start = torch.randn(n, block, generator=generator).to(W.device, dtype)
-    space = KrylovSpace(W, start, MOST_PASSES, threads, deflate=ritz.X.to(dtype))
-    smallest = float(ritz.values[max(allowed) - 1])
-    while True:
-        space.expand()
-        done = space.full
-        missed = missed_factor(n, block, space.passes) * float(torch.linalg.eigvalsh(space.T)[-1])
-        if missed < smallest or done:
-            bounds = {rank: shortfall(ritz, rank, missed) for rank in allowed}
-            # From half of θ_r on, a lower c could no more than halve the bounds: the residuals decide.
-            if done or missed <= smallest / 2 or all(bounds[rank] <= most for rank, most in allowed.items()):
-                return bounds, missed, space.passes
+def promise(pairs: RitzPairs, rank: int, missed: float, rounding: float) -> tuple[float, int, float]:
+    """The least shortfall over the numbers s of Ritz vectors to keep; the best s, and c' with it."""
+    theta = pairs.values
+    best, best_kept, best_outside = math.inf, rank, math.inf
+    for beyond in _BEYOND:
+        kept = rank + beyond
+        if kept >= len(theta):
+            break
+        highest = float(theta[rank - 1])
+        if float(theta[kept]) >= highest:
+            continue
+        outside = bound_outside(pairs, kept, missed, rounding)
+        if highest - outside <= 0:
+            continue
+        coupling = pairs.coupling[:, :kept]
+        found = shortfall(theta[:kept], coupling.T @ coupling, rank, outside, rounding)
+        if found < best:
+            best, best_kept, best_outside = found, kept, outside
+        elif found > 4 * best:
+            break
+    return best, best_kept, best_outside

@@ -1,103 +1,171 @@
-"""The least of ||W − BA||_F² in a few readings of W: a randomized block Krylov space, with a certificate.
+"""The least of ||W − BA||_F² from as few passes over W as it takes: a block Krylov space, with a certificate.
 
 The space K_q = span{Ω, MΩ, …, M^{q−1}Ω} of M = WᵀW (k×k, or WWᵀ where that is smaller) starts from a Gaussian block Ω
 and is kept orthonormal against all of itself. Its Ritz pairs converge to the leading singular triplets of W faster than
-subspace iteration over the same readings (Musco and Musco 2015, arXiv:1504.05477). `certificate.py` bounds what they
-still lack.
+subspace iteration over the same passes (Musco and Musco 2015, arXiv:1504.05477). What counts is the number of vectors
+that W is multiplied with, and a narrow block needs the fewest: it is as wide as makes a pass as long in arithmetic as
+in memory, whatever the rank. `certificate.py` bounds what the Ritz pairs still lack, from a second space; where that
+finds a direction that the first has missed, as a narrow block does where singular values are equal, the two are joined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..errors import WeightError
 from ..factors import FLOAT32_FLOOR
-from ..kernels.streaming import energy, reading_threads
-from .certificate import ritz_pairs, shortfalls
-from .krylov_space import KrylovSpace
+from ..kernels.streaming import energy, gram_multiplier, one_torch_thread, product
+from .certificate import bound_outside, missed_factor, promise, shortfall
+from .krylov_space import KrylovSpace, RitzPairs
 
 # Each rank's proven excess is to be below this, or below what float32 factors can show.
 TOLERANCE = 1e-8
-MOST_PASSES = 24
 # Singular values kept for the picture of the spectrum, at most.
 LEADING = 64
-# Columns of Ω beyond the rank: the block then has room for equal singular values around its end.
-_OVERSAMPLING = 8
-# Before this many readings no real spectrum has converged, and looking costs as much as a reading of a small W.
-_FIRST_LOOK = 5
-# Ritz pairs that the certificate builds on, at most, in blocks: more cost as much as they save.
-_MOST_KEPT_BLOCKS = 3
-# Residuals of so many units in the last place of σ_1² are rounding.
-_ROUNDING_UNITS = 32
 # Up to this size a full decomposition is an answer where the certificate is not reached.
-_DENSE_SIZE = 1024
+DENSE_SIZE = 2048
+# A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
+# faster and converge more slowly, which pays where the space is large anyway.
+_NARROW, _WIDE, _WIDE_RANK = 4, 8, 48
+# Vectors that a real spectrum takes to converge: about so many times the rank, and so many more. The first look comes
+# at a share of that; a look costs an eigenvalue problem of the space's size.
+_VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 2.7, 40, 0.85
+# The space may grow to so many times that before the search is given up.
+_MOST_GROWTH = 10
+# The space has converged when its promise is below this share of what the certificate has to come below.
+_PROMISED = 0.5
+# What the second space's bound is taken for before it is known: a share of θ_r at most.
+_EXPECTED_OUTSIDE = 0.93
+# A second space whose Ritz values come this near to θ_r has found what the first one missed.
+_MISSED = 0.985
+# Passes of the second space before it may be judged.
+_JUDGED_AFTER = 4
+_MOST_CERTIFYING = 64
+# float32 is too coarse where what it hides comes to this share of θ_r − c', or f* to so little of the energy.
+_COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
+# Squares of squares stay in float32's range.
+_FLOAT32_RANGE = (1e-16, 1e16)
 
 
-@dataclass(frozen=True)
+# The sha256 of W's bytes.
+Digest = Callable[[], bytes]
+
+
+@dataclass(frozen=True, eq=False)
 class Principal:
     """The leading singular triplets of W (d×k), W ≈ U·diag(S)·Vᵀ, and how much better any others could be.
 
     U (d×r), V (k×r): unit columns, orthogonal (a column of U is zero where its S is). S (r): descending. float64, on
         W's device; r is the largest rank asked for.
     shortfalls: for each rank asked for, an upper bound on Σ_{i≤rank} σ_i² minus what these triplets capture.
+    certified: for each rank, whether that is below the tolerance asked for, or below float32's resolution of W.
+    energy: ||W||_F².
     leading: the singular values found to better than 1 %, the first 64 at most; for the picture of the spectrum.
-    passes: readings of W, those for the certificate included.
+    passes: over W, those for the certificate included.
+    vectors: that W was multiplied with, on both sides.
     """
 
     U: Tensor
     S: Tensor
     V: Tensor
     shortfalls: dict[int, float]
+    certified: dict[int, bool]
+    energy: float
     leading: tuple[float, ...]
     passes: int
+    vectors: int
+
+    def optimum(self, rank: int) -> float:
+        """f* = Σ_{i>rank} σ_i², or a proven lower bound just below it."""
+        missing = self.energy - float(self.S[:rank].square().sum())
+        return max(0.0, missing - self.shortfalls[rank] - ROUNDING_SHARE * self.energy)
+
+
+# Sums over W in float64 move f* by less than this share of ||W||².
+ROUNDING_SHARE = 2.0**-44
 
 
 def principal(
-    W: Tensor, ranks: Sequence[int], *, dtype: torch.dtype = torch.float32, tolerance: float = TOLERANCE
+    W: Tensor,
+    ranks: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = TOLERANCE,
+    digest: Digest | None = None,
 ) -> Principal:
     """The leading max(ranks) singular triplets of W (d×k) of any float dtype, certified for each of the ranks.
 
     dtype: of the products with W. Where float32 is too coarse for the certificate (M = WᵀW has the square of W's
-        condition), the work is done again in float64.
+        condition), the work is done in float64.
+    tolerance: of each rank's excess f/f* − 1.
+    digest: the sha256 of W's bytes, if somebody computes it anyway. The certificate's random block is drawn from it, so
+        the same W gives the same bits, at any number of threads, and nobody can choose a W against the block.
 
-    The space grows until the Ritz residuals promise an excess below `tolerance`, then the certificate is computed. A
-    spectrum without any decay may end above it after 24 readings of W; the shortfall then says what is known.
-    The random blocks come from a fixed seed: the same W gives the same bits.
+    The space grows until its Ritz residuals promise an excess below `tolerance`, then the certificate is computed.
+    Where it is not reached, which takes a flat spectrum, a W up to 2048 on its smaller side is decomposed in full; a
+    larger one is returned with `certified` False and a shortfall that says what is known. Raises WeightError where
+    W's squares leave float64's range.
 
     >>> W = torch.diag(torch.arange(300.0, 0.0, -1.0)) / 300
     >>> found = principal(W, [2])
-    >>> [round(float(value), 6) for value in found.S], found.shortfalls[2] < 1e-8 * 100
+    >>> [round(float(value), 6) for value in found.S], found.certified[2]
     ([1.0, 0.996667], True)
     """
-    tall = W if W.shape[0] >= W.shape[1] else W.T
+    with one_torch_thread() as threads, ThreadPoolExecutor(1) as beside:
+        # hashlib lets go of the interpreter: the hash is taken while the first space grows.
+        key = beside.submit(digest or (lambda: _sha256(W)))
+        return _principal(W, tuple(dict.fromkeys(ranks)), dtype, tolerance, key, threads)
+
+
+def _principal(
+    W: Tensor, ranks: Sequence[int], dtype: torch.dtype, tolerance: float, key: Future[bytes], threads: int
+) -> Principal:
+    upright = W.shape[0] >= W.shape[1]
+    tall = W if upright else W.T
     size = tall.shape[1]
-    if size <= 8 * (max(ranks) + _OVERSAMPLING):
+    if size <= 3 * _expected_vectors(max(ranks)) / 2:
         return dense(W, ranks)
-    total = energy(tall, torch.float32)
-    if W.dtype == torch.float64 or not 1e-18 < total < 1e18:
-        # float32 would lose the squares of squares to its range.
-        dtype, total = torch.float64, energy(tall)
+    total = energy(tall)
+    if not math.isfinite(total):
+        raise WeightError(
+            "the squares of its entries leave float64's range; divide the weights, and scale them back later"
+        )
     if total == 0.0:
         return _nothing(W, ranks)
-    with reading_threads(tall, dtype) as threads:
-        found, certified, rounded = _krylov(tall, total, ranks, dtype, tolerance, threads)
-    if not certified and rounded and dtype != torch.float64:
-        again, certified, _ = _krylov(tall, total, ranks, torch.float64, tolerance, torch.get_num_threads())
-        found = replace(again, passes=found.passes + again.passes)
-    if not certified and size <= _DENSE_SIZE:
+    if W.dtype == torch.float64 or not _FLOAT32_RANGE[0] < total < _FLOAT32_RANGE[1]:
+        dtype = torch.float64
+    found = _Search(tall, total, ranks, dtype, tolerance, key, threads).run()
+    if found is None:
+        found = _Search(tall, total, ranks, torch.float64, tolerance, key, threads).run()
+        assert found is not None
+    if not all(found.certified.values()) and size <= DENSE_SIZE:
         return dense(W, ranks)
-    return found if tall is W else replace(found, U=found.V, V=found.U)
+    return found if upright else replace(found, U=found.V, V=found.U)
 
 
 def dense(W: Tensor, ranks: Sequence[int]) -> Principal:
     """The same from a full singular value decomposition in float64."""
-    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    with one_torch_thread():
+        U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     rank = max(ranks)
-    leading = tuple(S[:LEADING].tolist())
-    return Principal(U[:, :rank], S[:rank], Vh[:rank].T, dict.fromkeys(ranks, 0.0), leading, passes=1)
+    return Principal(
+        U=U[:, :rank],
+        S=S[:rank],
+        V=Vh[:rank].T,
+        shortfalls=dict.fromkeys(ranks, 0.0),
+        certified=dict.fromkeys(ranks, True),
+        energy=float(S.square().sum()),
+        leading=tuple(S[:LEADING].tolist()),
+        passes=1,
+        vectors=min(W.shape),
+    )
 
 
 def _nothing(W: Tensor, ranks: Sequence[int]) -> Principal:
@@ -105,67 +173,199 @@ def _nothing(W: Tensor, ranks: Sequence[int]) -> Principal:
     rank = max(ranks)
     V = torch.eye(W.shape[1], rank, dtype=torch.float64, device=W.device)
     U = V.new_zeros(W.shape[0], rank)
-    return Principal(U, V.new_zeros(rank), V, dict.fromkeys(ranks, 0.0), (0.0,) * rank, passes=1)
+    none = dict.fromkeys(ranks, 0.0)
+    return Principal(U, V.new_zeros(rank), V, none, dict.fromkeys(ranks, True), 0.0, (0.0,) * rank, 1, 0)
 
 
-def _krylov(
-    W: Tensor, total: float, ranks: Sequence[int], dtype: torch.dtype, tolerance: float, threads: int
-) -> tuple[Principal, bool, bool]:
-    """The triplets of W (d×k, d ≥ k) with ||W||² = total; whether the certificate came below the tolerance; and
-    whether rounding may be what keeps it above: the space had converged, and there is a gap behind the triplets.
-    """
-    rank = max(ranks)
-    block = -(-(rank + _OVERSAMPLING) // 8) * 8
-    start = torch.randn(W.shape[1], block, generator=torch.Generator().manual_seed(0)).to(W.device, dtype)
-    space = KrylovSpace(W, start, MOST_PASSES, threads)
-    while True:
-        space.expand()
-        done = space.full
-        if space.passes < _FIRST_LOOK and not done:
-            continue
-        values, vectors, residuals = space.ritz()
-        kept = min(_converged(values, residuals, rank), _MOST_KEPT_BLOCKS * block)
-        allowed = {r: _allowed(values, total, r, tolerance) for r in ranks}
-        promised = all(_promised(values, residuals, r, kept) <= 0.1 * most for r, most in allowed.items())
-        # More readings do not lessen what is rounding.
-        converged = promised or float(residuals[:rank].max()) <= _ROUNDING_UNITS * torch.finfo(dtype).eps * values[0]
-        if done or converged:
-            break
-    ritz, coefficients = ritz_pairs(space, vectors[:, :kept])
-    bounds, missed, passes = shortfalls(W, ritz, allowed, dtype, threads)
-    WV = space.WQ.double() @ coefficients[:, :rank]
-    S = torch.linalg.vector_norm(WV, dim=0)
-    sure = residuals[:kept].square() <= 0.02 * values[:kept] * (values[:kept] - missed).clamp(min=0.0)
-    sure[:rank] = True
-    leading = tuple(ritz.values[:LEADING][sure[:LEADING]].clamp(min=0.0).sqrt().tolist())
-    found = Principal(
-        U=WV / torch.where(S > 0, S, 1.0),
-        S=S,
-        V=ritz.X[:, :rank],
-        shortfalls=bounds,
-        leading=leading,
-        passes=space.passes + passes,
-    )
-    certified = all(bounds[r] <= most for r, most in allowed.items())
-    return found, certified, bool(converged) and missed < float(ritz.values[rank - 1])
+def _sha256(W: Tensor) -> bytes:
+    stored = W if W.is_contiguous() else W.contiguous()
+    return hashlib.sha256(stored.cpu().view(torch.uint8).numpy().data).digest()
 
 
-def _allowed(values: Tensor, total: float, rank: int, tolerance: float) -> float:
-    """How much energy may be left behind: `tolerance` of f*, and never less than float32 factors can show."""
-    return max(tolerance * (total - float(values[:rank].sum())), FLOAT32_FLOOR * total)
+def _expected_vectors(rank: int) -> float:
+    return _VECTORS_A_RANK * rank + _VECTORS_MORE
 
 
-def _converged(values: Tensor, residuals: Tensor, rank: int) -> int:
-    """How many Ritz pairs are near enough to eigenpairs for the certificate to build on: at least the rank."""
-    threshold = float(values[rank - 1])
-    room = (threshold - values).clamp(min=1e-3 * threshold)
-    usable = residuals.square() <= 0.04 * threshold * room
-    usable[:rank] = True
-    usable[-1] = False
-    return int((~usable).nonzero()[0])
+class _Search:
+    """One attempt in one dtype at the triplets of W (d×k, d ≥ k) with ||W||² = total."""
 
+    def __init__(
+        self,
+        W: Tensor,
+        total: float,
+        ranks: Sequence[int],
+        dtype: torch.dtype,
+        tolerance: float,
+        key: Future[bytes],
+        threads: int,
+    ) -> None:
+        self._W, self._total, self._ranks, self._dtype, self._tolerance = W, total, ranks, dtype, tolerance
+        self._key, self._threads = key, threads
+        self._rank = max(ranks)
+        self._size = W.shape[1]
+        self._multiply = gram_multiplier(W, dtype, threads)
+        self._fixed_stream = torch.Generator().manual_seed(0)
+        self._drawn: torch.Generator | None = None
+        block = _NARROW if self._rank < _WIDE_RANK else _WIDE
+        self._space = KrylovSpace(self._multiply, self._random(block, self._fixed_stream), self._fixed_stream)
+        # An upper bound on what lies outside of the space, once there is one.
+        self._missed = math.inf
+        self._most = min(self._size - 2 * block, int(_MOST_GROWTH * _expected_vectors(self._rank)))
+        self._spent = 0
 
-def _promised(values: Tensor, residuals: Tensor, rank: int, kept: int) -> float:
-    """What the certificate will come to where the rest of the spectrum is as this space sees it."""
-    gap = float(values[rank - 1] - values[kept])
-    return float(residuals[:rank].square().sum()) / gap if gap > 0 else float("inf")
+    def run(self) -> Principal | None:
+        """What was found; None where float32 is too coarse for it."""
+        pairs = self._converge()
+        while pairs is not None and not self._settled(pairs):
+            other = self._look_outside(pairs)
+            if other is not None:
+                self._space.take(other)
+                self._missed = math.inf
+            elif self._settled(pairs) or not self._growing():
+                break
+            pairs = self._converge()
+        return None if pairs is None else self._finish(pairs)
+
+    def _random(self, rows: int, stream: torch.Generator) -> Tensor:
+        return torch.randn(rows, self._size, generator=stream).to(self._W.device, self._dtype)
+
+    def _stream(self) -> torch.Generator:
+        """Decided by W's hash, for all draws but the first space's start, whose quality is checked, not trusted."""
+        if self._drawn is None:
+            self._drawn = torch.Generator().manual_seed(int.from_bytes(self._key.result()[:8], "big") >> 1)
+        return self._drawn
+
+    def _growing(self) -> bool:
+        return self._space.room and self._space.size < self._most
+
+    def _rounding(self, pairs: RitzPairs) -> float:
+        """By how much a product of M with a unit vector can be off; see certificate.py."""
+        largest = math.sqrt(max(0.0, float(pairs.values[0])) * self._total)
+        return torch.finfo(self._dtype).eps * largest
+
+    def _allowed(self, pairs: RitzPairs, rank: int) -> float:
+        """How much energy may be left behind: `tolerance` of f*, and never less than float32 factors can show."""
+        return max(self._tolerance * self._missing(pairs, rank), FLOAT32_FLOOR * self._total)
+
+    def _missing(self, pairs: RitzPairs, rank: int) -> float:
+        return max(0.0, self._total - float(pairs.values[:rank].sum()))
+
+    def _promised(self, pairs: RitzPairs, missed: float) -> float:
+        """The promise of the rank that is furthest from what it is allowed, as a multiple of that."""
+        rounding = self._rounding(pairs)
+        worst = 0.0
+        for rank in self._ranks:
+            allowed = self._allowed(pairs, rank)
+            if self._missing(pairs, rank) > allowed:
+                worst = max(worst, promise(pairs, rank, missed, rounding)[0] / allowed)
+        return worst
+
+    def _settled(self, pairs: RitzPairs) -> bool:
+        return self._promised(pairs, self._missed) <= 1.0
+
+    def _converge(self) -> RitzPairs | None:
+        """Grow the space until it promises enough, or is at its end. None where float32 will not do."""
+        target = max(self._space.size + 1, _FIRST_LOOK * _expected_vectors(self._rank))
+        last: tuple[int, float] | None = None
+        while True:
+            while self._space.size < target and self._growing():
+                self._space.expand()
+            pairs = self._space.ritz()
+            if self._too_coarse(pairs):
+                return None
+            highest = max(0.0, float(pairs.values[self._rank - 1]))
+            missed = self._missed
+            if missed == math.inf:
+                missed = min(_EXPECTED_OUTSIDE * highest, self._expected_outside(pairs))
+            promised = self._promised(pairs, missed)
+            if promised <= _PROMISED or not self._growing():
+                return pairs
+            # Residuals fall by about the same factor with each pass: look again when they should be small enough.
+            size = self._space.size
+            step = 0.12 * size
+            if last is not None and math.isfinite(promised) and promised < last[1] and math.isfinite(last[1]):
+                rate = math.log(last[1] / promised) / (size - last[0])
+                step = min(max(math.log(promised / _PROMISED) / rate, 1.0), 0.3 * size)
+            last = size, promised
+            target = size + step
+
+    def _expected_outside(self, pairs: RitzPairs) -> float:
+        """About what a second space will bound λ_max outside of this one by, from how far the Ritz values reach."""
+        place = self._rank + (len(pairs.values) - self._rank) // 4
+        return 1.3 * max(0.0, float(pairs.values[min(place, len(pairs.values) - 1)]))
+
+    def _too_coarse(self, pairs: RitzPairs) -> bool:
+        if self._dtype == torch.float64:
+            return False
+        highest = float(pairs.values[self._rank - 1])
+        rounding = self._rounding(pairs)
+        hidden = 2 * self._rank * rounding**2 / (_COARSE_GAP * max(highest, 1e-300))
+        return (
+            rounding > _COARSE_GAP**2 * highest
+            or any(self._missing(pairs, rank) < _COARSE_ENERGY * self._total for rank in self._ranks)
+            or any(hidden > self._allowed(pairs, rank) for rank in self._ranks)
+        )
+
+    def _look_outside(self, pairs: RitzPairs) -> KrylovSpace | None:
+        """Lower the bound on what lies outside until all is settled. Returns what was missed, where something was."""
+        stream = self._stream()
+        start = self._random(min(_NARROW, self._size - self._space.size), stream)
+        other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
+        rounding = self._rounding(pairs)
+        highest = float(pairs.values[self._rank - 1])
+        while other.passes < _MOST_CERTIFYING and other.room:
+            other.expand()
+            largest = float(torch.linalg.eigvalsh(other.T)[-1])
+            missed = missed_factor(self._size, len(start), other.passes) * (largest + rounding) + rounding
+            if missed < self._missed:
+                self._missed = missed
+            if self._missed < highest and self._settled(pairs):
+                break
+            if other.passes >= _JUDGED_AFTER and largest >= _MISSED * highest:
+                return other if self._growing() else None
+            if self._missed < 0.9 * highest:
+                break
+        self._spent += other.size
+        return None
+
+    def _finish(self, pairs: RitzPairs) -> Principal:
+        """The triplets from one more pass in float64, which the loss and the certificate rest on."""
+        rounding = self._rounding(pairs)
+        kept = max(promise(pairs, rank, self._missed, rounding)[1] for rank in self._ranks)
+        kept = min(kept, len(pairs.values))
+        X = self._space.vectors(pairs.vectors[:, :kept])
+        Y, total = product(self._W, X, self._threads)
+        theta = Y.T @ Y
+        values, rotation = torch.linalg.eigh(theta)
+        values, rotation = values.flip(0).clamp(min=0.0), rotation.flip(1)
+        X, Y = X @ rotation, Y @ rotation
+        coupling = pairs.coupling[:, :kept] @ rotation.cpu()
+        outside = bound_outside(pairs, kept, self._missed, rounding) if math.isfinite(self._missed) else math.inf
+        values_here = values.cpu()
+        shortfalls, certified = {}, {}
+        for rank in self._ranks:
+            missing = max(0.0, total - float(values_here[:rank].sum()))
+            bound = missing
+            if math.isfinite(outside):
+                bound = min(bound, shortfall(values_here, coupling.T @ coupling, rank, outside, rounding))
+            shortfalls[rank] = bound
+            certified[rank] = bound <= max(self._tolerance * (missing - bound), FLOAT32_FLOOR * total)
+        S = values.sqrt()
+        rank = self._rank
+        lengths = torch.linalg.vector_norm(Y[:, :rank], dim=0)
+        sure = pairs.coupling.square().sum(0) <= (0.02 * pairs.values.clamp(min=0.0)).square()
+        sure[:rank] = True
+        leading = pairs.values.clamp(min=0.0).sqrt()
+        leading[:rank] = S[:rank].cpu()
+        found = leading[:LEADING][sure[:LEADING]]
+        return Principal(
+            U=Y[:, :rank] / torch.where(lengths > 0, lengths, 1.0),
+            S=S[:rank],
+            V=X[:, :rank],
+            shortfalls=shortfalls,
+            certified=certified,
+            energy=total,
+            leading=tuple(found.tolist()),
+            passes=self._space.passes + self._spent // _NARROW + 1,
+            vectors=self._space.size + self._spent + kept,
+        )

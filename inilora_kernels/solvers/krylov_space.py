@@ -2,97 +2,175 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..kernels.streaming import gram_reader
+from ..kernels.streaming import GramReader
+
+# What is left of a vector by a projection is rounding below so many units in the last place of its length.
+_ROUNDING_UNITS = 8
+# Cholesky QR in float64 is used where the triangle's diagonal spans less than this.
+_WELL_CONDITIONED = 1e-6
+# A unit vector that a projection leaves this long was orthogonal but for rounding.
+_STILL_LONG = 0.5
+_MOST_PROJECTIONS = 5
+# Rows of memory taken at a time for the basis.
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """Ritz pairs of M on a Krylov space, on the CPU in float64.
+
+    values: θ (m, descending). vectors (m×m): column i belongs to θ_i, in the basis Q. coupling (b×m): column i holds
+        the residual Mx_i − θ_i·x_i in an orthonormal basis of what leaves the space, so its norm is the residual's.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    coupling: Tensor
 
 
 class KrylovSpace:
-    """An orthonormal basis Q (k×m) of span{Ω, CΩ, …} with its images MQ (k×m), where C = PMP and P = I − XXᵀ.
+    """An orthonormal basis Q (m×n, rows) of a block Krylov space of C = PMP, P = I − XᵀX.
 
-    W (d×k): read once by each `expand`. start: Ω (k×b), in the dtype of all arithmetic.
-    deflate: X (k×s), orthonormal, that the space is kept orthogonal to; None: P = I, C = M.
-    most: how many blocks there may be. Their memory is taken as they come.
-    threads: that read W; see `streaming.reading_threads`.
+    multiply: V (b×n) ↦ VWᵀ, VM. start: Ω (b×n), in the dtype of all arithmetic. fixed: X (s×n), orthonormal rows, that
+    the space is kept orthogonal to; None: P = I, C = M. draw: fresh Gaussian rows, for directions that a block lacks.
     """
 
-    def __init__(self, W: Tensor, start: Tensor, most: int, threads: int, deflate: Tensor | None = None) -> None:
-        self.passes = 0
-        self.block = start.shape[1]
-        self._read = gram_reader(W, self.block, start.dtype, threads)
-        self._most = most
-        self._fixed = [] if deflate is None else [deflate.T.contiguous()]
-        # A row of these is a column of the basis, so that a block added later touches memory of its own. All blocks lie
-        # so while they are worked on.
-        self._rows_Q = start.new_empty(most * self.block, W.shape[1])
-        self._rows_MQ = torch.empty_like(self._rows_Q)
-        self._rows_WQ = start.new_empty(most * self.block, W.shape[0])
-        self._T = torch.zeros(most * self.block, most * self.block, dtype=torch.float64, device=start.device)
-        self._next, self._coupling = self._orthonormal(start.T)
-
-    @property
-    def size(self) -> int:
-        """m: the dimension of the space."""
-        return self.passes * self.block
+    def __init__(self, multiply: GramReader, start: Tensor, draw: torch.Generator, fixed: Tensor | None = None) -> None:
+        self._multiply, self._draw, self._fixed = multiply, draw, fixed
+        self._rows = start.new_empty(_ROWS_AT_ONCE, start.shape[1])
+        self._T = torch.zeros(_ROWS_AT_ONCE, _ROWS_AT_ONCE, dtype=torch.float64)
+        self.size = self.passes = 0
+        self._next, _, _ = self._orthonormal(start)
+        self._leaving = torch.zeros(len(start), 0, dtype=torch.float64)
 
     @property
     def Q(self) -> Tensor:
-        return self._rows_Q[: self.size].T
-
-    @property
-    def MQ(self) -> Tensor:
-        return self._rows_MQ[: self.size].T
-
-    @property
-    def WQ(self) -> Tensor:
-        return self._rows_WQ[: self.size].T
+        return self._rows[: self.size]
 
     @property
     def T(self) -> Tensor:
-        """QᵀMQ (m×m), float64."""
+        """QMQᵀ (m×m), float64, on the CPU."""
         return self._T[: self.size, : self.size]
 
     @property
-    def full(self) -> bool:
-        """Whether the space has all its blocks, or another would no longer fit beside the others."""
-        held = self.size + sum(len(X) for X in self._fixed)
-        return self.passes == self._most or held + 2 * self.block > self._rows_Q.shape[1]
+    def room(self) -> bool:
+        """Whether another block fits beside this space and what it is kept orthogonal to."""
+        held = self.size + (0 if self._fixed is None else len(self._fixed))
+        return held + 2 * len(self._next) <= self._rows.shape[1]
 
     def expand(self) -> None:
-        """Take the next block into the basis: one reading of W."""
-        Y, Z = self._read(self._next)
-        new = slice(self.size, self.size + self.block)
-        self._rows_Q[new], self._rows_MQ[new], self._rows_WQ[new] = self._next, Z, Y
+        """Take the next block into the basis: one pass over W."""
+        block = self._next
+        first, last = self.size, self.size + len(block)
+        self._grow(last)
+        self._rows[first:last] = block
+        self.size = last
         self.passes += 1
-        column = (self._rows_Q[: self.size] @ Z.T).double()
-        self._T[: self.size, new], self._T[new, : self.size] = column, column.T
-        self._T[new, new] = (column[new] + column[new].T) / 2
-        self._next, self._coupling = self._orthonormal(Z)
+        _, image = self._multiply(block)
+        self._next, coupling, along = self._orthonormal(image)
+        column = along.cpu()
+        self._T[:last, first:last] = column
+        self._T[first:last, :last] = column.T
+        own = column[first:]
+        self._T[first:last, first:last] = (own + own.T) / 2
+        self._leaving = torch.zeros(len(self._next), last, dtype=torch.float64)
+        self._leaving[:, first:] = coupling.cpu()
 
-    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values (m, descending), vectors in the basis (m×m), and the norm of each pair's residual; float64."""
+    def take(self, other: KrylovSpace) -> None:
+        """Join the space of C that was kept orthogonal to this one. The next block is as wide as both."""
+        first, last = self.size, self.size + other.size
+        self._grow(last)
+        self._rows[first:last] = other.Q
+        # All that leaves this space does so along its next block: MQᵀ = QᵀT + next·leaving.
+        across = (other.Q @ self._next.T).double().cpu() @ self._leaving
+        self._T[first:last, :first], self._T[:first, first:last] = across, across.T
+        self._T[first:last, first:last] = other.T
+        remaining = self._next - (self._next @ other.Q.T) @ other.Q
+        leaving = torch.zeros(len(self._next) + len(other._next), last, dtype=torch.float64)
+        leaving[: len(self._next), :first] = self._leaving
+        leaving[len(self._next) :, first:] = other._leaving
+        self.size = last
+        self.passes += other.passes
+        self._next, mixing, _ = self._orthonormal(torch.cat([remaining, other._next]))
+        self._leaving = mixing.cpu() @ leaving
+
+    def ritz(self) -> RitzPairs:
         values, vectors = torch.linalg.eigh(self.T)
         values, vectors = values.flip(0), vectors.flip(1)
-        residuals = torch.linalg.vector_norm(self._coupling.double() @ vectors[-self.block :], dim=0)
-        return values, vectors, residuals
+        return RitzPairs(values, vectors, self._leaving @ vectors)
 
-    def _orthonormal(self, Z: Tensor) -> tuple[Tensor, Tensor]:
-        """An orthonormal block X orthogonal to all the others, and the coupling β with βᵀX = the new part of Z.
+    def vectors(self, coefficients: Tensor) -> Tensor:
+        """The vectors of the space with these coefficients (m×s), as orthonormal columns (n×s) in float64."""
+        X = torch.zeros(self._rows.shape[1], coefficients.shape[1], dtype=torch.float64, device=self._rows.device)
+        coefficients = coefficients.to(X.device)
+        for first in range(0, self.size, _ROWS_AT_ONCE):
+            last = min(first + _ROWS_AT_ONCE, self.size)
+            X.addmm_(self._rows[first:last].double().T, coefficients[first:last])
+        for _ in range(2):
+            triangle = torch.linalg.cholesky(X.T @ X, upper=True)
+            X = torch.linalg.solve_triangular(triangle, X, upper=True, left=False)
+        return X
 
-        Twice is enough (Kahan, in Parlett 1980): the first projection leaves rounding in proportion to Z, the second in
-        proportion to what was new in it. Where nothing was, QR's directions are its own, and made orthogonal by it too.
+    def _grow(self, size: int) -> None:
+        held = len(self._rows)
+        if size > held:
+            rows = max(size, held + max(_ROWS_AT_ONCE, held // 2))
+            wider = self._rows.new_empty(rows, self._rows.shape[1])
+            wider[:held] = self._rows
+            T = self._T.new_zeros(rows, rows)
+            T[:held, :held] = self._T
+            self._rows, self._T = wider, T
+
+    def _orthonormal(self, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows X (b×n), orthonormal and orthogonal to all the others, with Z = βᵀX + (what Z has along the basis).
+
+        Returns X, β (b×b) and Z's part along the basis (m×b), float64. Twice is enough (Kahan, in Parlett 1980): the
+        first projection leaves rounding in proportion to Z, the second in proportion to what was new in it. Where
+        nothing was, random directions take the place, with zeros in β.
         """
-        X, first = _orthonormal_rows(self._project(Z))
-        X, second = _orthonormal_rows(self._project(X))
-        return X, second @ first
+        along = torch.zeros(self.size, len(Z), dtype=torch.float64, device=Z.device)
+        coupling = torch.eye(len(Z), dtype=torch.float64, device=Z.device)
+        X, rounding = Z, _ROUNDING_UNITS * torch.finfo(Z.dtype).eps
+        lengths = torch.linalg.vector_norm(Z, dim=1, dtype=torch.float64)
+        for attempt in range(_MOST_PROJECTIONS):
+            X, part = self._project(X)
+            along += part @ coupling
+            left = torch.linalg.vector_norm(X, dim=1, dtype=torch.float64)
+            X, triangle = self._orthonormal_rows(X, left > rounding * lengths)
+            coupling = triangle @ coupling
+            lengths = torch.ones_like(lengths)
+            if attempt > 0 and float(left.min()) > _STILL_LONG:
+                break
+        return X, coupling, along
 
-    def _project(self, Z: Tensor) -> Tensor:
-        for held in (*self._fixed, self._rows_Q[: self.size]):
-            Z = torch.addmm(Z, Z @ held.T, held, alpha=-1)
-        return Z
+    def _project(self, Z: Tensor) -> tuple[Tensor, Tensor]:
+        if self._fixed is not None:
+            Z = torch.addmm(Z, Z @ self._fixed.T, self._fixed, alpha=-1)
+        if self.size == 0:
+            return Z, torch.zeros(0, len(Z), dtype=torch.float64, device=Z.device)
+        along = self.Q @ Z.T
+        return torch.addmm(Z, along.T, self.Q, alpha=-1), along.double()
 
+    def _orthonormal_rows(self, Z: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """X (b×n), orthonormal, and an upper triangle with Z = triangleᵀ·X; rows that are not `new` count as zero.
 
-def _orthonormal_rows(Z: Tensor) -> tuple[Tensor, Tensor]:
-    X, triangle = torch.linalg.qr(Z.T)
-    return X.T, triangle
+        By Cholesky QR, with the Gram matrix in float64; by Householder's where that would lose digits.
+        """
+        wide = Z.double()
+        if bool(new.all()):
+            triangle, failed = torch.linalg.cholesky_ex(wide @ wide.T, upper=True)
+            diagonal = triangle.diagonal()
+            if not int(failed) and float(diagonal.min()) > _WELL_CONDITIONED * float(diagonal.max()):
+                return torch.linalg.solve_triangular(triangle.T, wide, upper=False).to(Z.dtype), triangle
+        order = torch.cat([new.nonzero()[:, 0], (~new).nonzero()[:, 0]])
+        count = int(new.sum())
+        fresh = torch.randn(len(Z) - count, Z.shape[1], generator=self._draw, dtype=torch.float64).to(Z.device)
+        found, upper = torch.linalg.qr(torch.cat([wide[order[:count]], fresh]).T)
+        triangle = torch.zeros_like(upper)
+        triangle[:, order[:count]] = upper[:, :count]
+        return found.T.to(Z.dtype).contiguous(), triangle

@@ -8,58 +8,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.streaming import losses
-from .krylov import LEADING, principal
+from ..kernels.streaming import energy as energy_of
+from ..kernels.streaming import one_torch_thread
+from .krylov import LEADING, ROUNDING_SHARE, Digest, principal
 
 # Up to this size (the smaller side) all singular values cost less than their bound is worth.
 _EXACT_SIZE = 512
-# (A, B) rounded to float32 and the strips' sums move f by less than this share of ||W||².
-ROUNDING_SHARE = 2.0**-44
 _STRIP_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """loss: f* = Σ_{i>r} σ_i², or just below it.  energy: ||W||_F² = Σ σ_i².  leading: the first σ_i, at most 64."""
+    """The least error at a rank.
+
+    loss: f* = Σ_{i>r} σ_i², or a proven lower bound just below it. energy: ||W||_F² = Σ σ_i². leading: the first σ_i,
+    at most 64. certified: whether the bound is within its tolerance of f*; False where W's spectrum did not allow that.
+    """
 
     loss: float
     energy: float
     leading: tuple[float, ...]
+    certified: bool = True
 
 
 def optimum(W: Tensor, rank: int) -> Optimum:
     """f* and ||W||² of a matrix W (d×k) of any float dtype.
 
     Where the smaller side is at most 512, the σ_i² are all the eigenvalues of the smaller of WWᵀ and WᵀW, formed and
-    solved in float64: exact to about 1e-16·||W||². Larger matrices are never squared: `principal` finds the leading
-    singular triplets, and f* is reported as their error less what they can have left behind: never above the true f*,
-    and below it by at most about 1e-8 of it where the spectrum decays at all. W is read in strips in its own dtype.
+    solved in float64, less their rounding. Larger matrices are never squared: `principal` finds the leading singular
+    triplets and proves how much they can have left behind, so f* is never above the true one, and below it by at most
+    1e-8 of it unless `certified` is False. W is read in strips in its own dtype.
 
     >>> found = optimum(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=1)
-    >>> round(found.loss, 12), found.energy
+    >>> round(found.loss, 9), found.energy
     (5.0, 14.0)
     """
     return optima(W, [rank])[rank]
 
 
-def optima(W: Tensor, ranks: Sequence[int]) -> dict[int, Optimum]:
-    """`optimum` for each of several ranks, from the same readings of W."""
+def optima(W: Tensor, ranks: Sequence[int], digest: Digest | None = None) -> dict[int, Optimum]:
+    """`optimum` for each of several ranks, from the same passes over W. digest: as for `principal`."""
     if min(W.shape) <= _EXACT_SIZE:
         squares, energy = _all_squares(W)
         leading = tuple(squares[:LEADING].sqrt().tolist())
-        return {rank: Optimum(float(squares[rank:].sum()), energy, leading) for rank in ranks}
-    found = principal(W, ranks)
-    factors = [((found.V[:, :rank] * found.S[:rank]).T.float(), found.U[:, :rank].float()) for rank in ranks]
-    energy, reached = losses(W, factors)
-    return {
-        rank: Optimum(least(loss, found.shortfalls[rank], energy), energy, found.leading)
-        for rank, loss in zip(ranks, reached, strict=True)
-    }
-
-
-def least(loss: float, shortfall: float, energy: float) -> float:
-    """The lower bound on f* that factors with this loss prove when their vectors' `shortfall` is known."""
-    return max(0.0, loss - shortfall - ROUNDING_SHARE * energy)
+        return {
+            rank: Optimum(max(0.0, float(squares[rank:].sum()) - ROUNDING_SHARE * energy), energy, leading)
+            for rank in ranks
+        }
+    found = principal(W, ranks, digest=digest)
+    return {rank: Optimum(found.optimum(rank), found.energy, found.leading, found.certified[rank]) for rank in ranks}
 
 
 def rank_for_energy(W: Tensor, share: float) -> int:
@@ -72,7 +69,7 @@ def rank_for_energy(W: Tensor, share: float) -> int:
     if full <= _EXACT_SIZE:
         squares, energy = _all_squares(W)
         return _first_to_keep(squares, share * energy)
-    energy = losses(W, [])[0]
+    energy = energy_of(W)
     guess = 16
     while True:
         guess = min(guess, full)
@@ -91,9 +88,11 @@ def _all_squares(W: Tensor) -> tuple[Tensor, float]:
     """σ_i² (descending) and their sum, through the float64 Gram matrix of the smaller side."""
     if W.shape[0] > W.shape[1]:
         W = W.T
-    gram = torch.zeros(W.shape[0], W.shape[0], dtype=torch.float64, device=W.device)
-    columns = max(1, _STRIP_ELEMENTS // W.shape[0])
-    for start in range(0, W.shape[1], columns):
-        strip = W[:, start : start + columns].double()
-        gram.addmm_(strip, strip.T)
-    return torch.linalg.eigvalsh(gram).clamp_(min=0.0).flip(0), float(gram.trace())
+    # One thread, so that the bits do not depend on how many there are.
+    with one_torch_thread():
+        gram = torch.zeros(W.shape[0], W.shape[0], dtype=torch.float64, device=W.device)
+        columns = max(1, _STRIP_ELEMENTS // W.shape[0])
+        for start in range(0, W.shape[1], columns):
+            strip = W[:, start : start + columns].double()
+            gram.addmm_(strip, strip.T)
+        return torch.linalg.eigvalsh(gram).clamp_(min=0.0).flip(0), float(gram.trace())

@@ -24,7 +24,7 @@ from ..model.targets import Target
 from ..options import Options
 from .adam import Checkpoints, History, adam
 from .krylov import Principal
-from .optimum import Optimum, least, optima
+from .optimum import Optimum, optima
 
 # Up to this size a second thread is worth more on another matrix than on the same.
 SMALL_MATRIX_ELEMENTS = 1 << 18
@@ -52,6 +52,10 @@ class Task:
     def cost(self) -> float:
         """In proportion to its time: a pass over W, and arithmetic for each column of B."""
         return math.prod(self.target.shape) * (8.0 + sum(self.ranks))
+
+    def digest(self) -> bytes:
+        """What decides the direct solver's random blocks."""
+        return bytes.fromhex(self.sha256)
 
     def random_start(self, draw: RandomStart, rank: int, seed: int) -> Pair:
         """The start from the matrix's own random stream, the same wherever in a model, batch or list it stands."""
@@ -121,7 +125,7 @@ def _side_by_side(
 
 def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[int, Factors]:
     """The factors of each rank, certified against f* as `optima` finds it: for methods that do not approximate W."""
-    bounds = optima(W, task.ranks)
+    bounds = optima(W, task.ranks, task.digest)
     _, reached = losses(W, list(pairs.values()))
     return {
         rank: task.factors(A, B, _certificate(loss, bounds[rank]), bounds[rank].leading)
@@ -131,10 +135,13 @@ def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[in
 
 def against_triplets(W: Tensor, task: Task, pairs: Mapping[int, Pair], found: Principal) -> dict[int, Factors]:
     """The factors of each rank, certified by what the triplets that they came from can have left behind."""
-    energy, reached = losses(W, list(pairs.values()))
+    _, reached = losses(W, list(pairs.values()))
     return {
         rank: task.factors(
-            A, B, Certificate(loss, least(loss, found.shortfalls[rank], energy), energy, steps=0), found.leading
+            A,
+            B,
+            Certificate(loss, found.optimum(rank), found.energy, steps=0, certified=found.certified[rank]),
+            found.leading,
         )
         for (rank, (A, B)), loss in zip(pairs.items(), reached, strict=True)
     }
@@ -147,7 +154,7 @@ def by_adam(draw: RandomStart) -> Solve:
         bar.phase("certifying", len(tasks), len(tasks))
         bounds: list[Mapping[int, Optimum]] = []
         for task in tasks:
-            bounds.append(optima(task.target.read(), task.ranks))
+            bounds.append(optima(task.target.read(), task.ranks, task.digest))
             bar.advance(1, matrices=1)
         for rank in dict.fromkeys(rank for task in tasks for rank in task.ranks):
             mine = [i for i, task in enumerate(tasks) if rank in task.ranks]
@@ -198,4 +205,4 @@ def _adam(
 
 
 def _certificate(loss: float, bound: Optimum) -> Certificate:
-    return Certificate(loss, bound.loss, bound.energy, steps=0)
+    return Certificate(loss, bound.loss, bound.energy, steps=0, certified=bound.certified)

@@ -80,7 +80,8 @@ def _certified(factors: Mapping[str, Factors], base: Path) -> dict[str, Factors]
                 f"{base}: {tensor} is {tuple(W.shape)}, but the factors make {shape}; give their base"
             )
         energy, (loss,) = losses(W, [(part.A, part.B)])
-        certificate = Certificate(loss, optimum(W, part.rank).loss, energy, part.certificate.steps)
+        least = optimum(W, part.rank)
+        certificate = Certificate(loss, least.loss, energy, part.certificate.steps, least.certified)
         certified[names[module]] = replace(part, certificate=certificate, source_sha256=checkpoint.sha256(tensor))
     return certified
 

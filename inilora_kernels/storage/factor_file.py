@@ -60,6 +60,7 @@ def _record(factors: Factors) -> dict[str, Any]:
         "excess": certificate.excess,
         "energy": certificate.energy,
         "steps": certificate.steps,
+        "certified": certificate.certified,
         "source_sha256": factors.source_sha256,
         "rows": factors.rows,
         "transposed": factors.transposed,
@@ -108,7 +109,7 @@ def _factors(tensors: Mapping[str, Tensor], name: str, record: ModuleRecord, whe
     return Factors(
         A=A,
         B=B,
-        certificate=Certificate(record.loss, record.optimum, record.energy, record.steps),
+        certificate=Certificate(record.loss, record.optimum, record.energy, record.steps, record.certified),
         source_sha256=record.source_sha256,
         rows=record.rows,
         transposed=record.transposed,

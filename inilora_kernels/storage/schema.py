@@ -49,6 +49,8 @@ class ModuleRecord(BaseModel):
     optimum: float
     energy: float
     steps: Count
+    # Files of version 0.1.0 lack it.
+    certified: bool = True
     source_sha256: Sha256 | Literal[""]
     rows: tuple[Count, Count] | tuple[Count, Count, Count] | None
     transposed: bool
