@@ -83,8 +83,8 @@ class _Residual:
         rounded = R.to(W.dtype)
         self.digest.update(rounded.contiguous().view(torch.uint8).numpy().data)
         self.squares = (
-            self.squares[0] + float(W.double().square().sum()),
-            self.squares[1] + float(R.double().square().sum()),
+            self.squares[0] + float(torch.linalg.vector_norm(W, dtype=torch.float32)) ** 2,
+            self.squares[1] + float(torch.linalg.vector_norm(R)) ** 2,
         )
         self.dtype = W.dtype
         return rounded

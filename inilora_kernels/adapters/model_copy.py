@@ -28,7 +28,7 @@ _LEFT_BEHIND = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index\.json)?|\..*"
     rf"|{re.escape(RESIDUAL_RECORD)}"
 )
-_STRIP_BYTES = 1 << 22
+_STRIP_BYTES = 1 << 20
 
 
 def copy_model(

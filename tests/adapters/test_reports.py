@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MPNetConfig, MPNetModel
 
+from inilora_kernels.adapters import model_copy
 from inilora_kernels.adapters.convert import convert, export_merged
-from inilora_kernels.adapters.export import export_delta, export_residual
+from inilora_kernels.adapters.export import _Residual, export_delta, export_residual
 from inilora_kernels.adapters.plan import _all_but
 from inilora_kernels.errors import FactorFileError, OptionError, TargetError
 from inilora_kernels.factor_set import FactorSet
+from inilora_kernels.factors import Certificate, Factors
 from inilora_kernels.model.architecture import describe
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.fused import row_index
 from inilora_kernels.model.targets import find_targets
 
 from ..factorized import factorize
@@ -235,3 +239,62 @@ def test_adapters_are_written_as_peft_writes_them(llama: Path, tmp_path: Path) -
     assert "base_model: org/tiny" in card
     assert "wrong" in card
     LoraConfig.from_pretrained(str(tmp_path / "delta/adapter"))
+
+
+@pytest.mark.parametrize("strip_bytes", [100, 1 << 20])
+def test_weights_are_changed_strip_by_strip(
+    gpt2: Path, gpt2_factors: FactorSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strip_bytes: int
+) -> None:
+    """Rows of one matrix at a time, transposed and fused, whose parts begin and end within strips."""
+    monkeypatch.setattr(model_copy, "_STRIP_BYTES", strip_bytes)
+    export_residual(gpt2, gpt2_factors, tmp_path / "out")
+    name = "transformer.h.1.attn.c_attn"
+    W, R = (open_checkpoint(folder).read(f"{name}.weight") for folder in (gpt2, tmp_path / "out/base"))
+    expected = W.clone()
+    for part in ("query", "value"):
+        one = gpt2_factors[f"{name}:{part}"]
+        expected[:, slice(*(one.rows or ()))] -= one.product().T
+    assert torch.allclose(R, expected, rtol=0, atol=1e-6)
+    adapter = tmp_path / "out/adapter/adapter_model.safetensors"
+    tensors = load_file(adapter)
+    save_file({key: one * 1.5 if "lora_B" in key else one for key, one in tensors.items()}, adapter)
+    config = tmp_path / "out/adapter/adapter_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path / "out/base")})
+    )
+    export_merged(tmp_path / "out/adapter", gpt2_factors, tmp_path / "merged")
+    merged = open_checkpoint(tmp_path / "merged").read(f"{name}.weight")
+    assert torch.allclose(merged, W + 0.5 * (W - R), rtol=0, atol=1e-5)
+
+
+def test_rows_of_every_head(tmp_path: Path) -> None:
+    """Query rows of a weight that mixes heads (GPT-NeoX) are taken out where they are, whatever the strip."""
+    torch.manual_seed(0)
+    W, A, B = torch.randn(24, 6), torch.randn(2, 6), torch.randn(8, 2)
+    part = Factors(A, B, Certificate(0.0, 0.0, 1.0, 0), source_sha256="", rows=(0, 2, 6))
+    expected = W.clone()
+    expected[row_index(part.rows, 24)] -= B @ A
+    residual = _Residual([part], 24)
+    assert torch.equal(torch.cat([residual.rows(start, W[start : start + 5]) for start in range(0, 24, 5)]), expected)
+
+
+@pytest.mark.parametrize("lora_alpha", [1e90, 1e308, 1e-308])
+def test_a_scaling_that_leaves_float32_is_refused(llama: Path, tmp_path: Path, lora_alpha: float) -> None:
+    with pytest.raises(OptionError, match="float32's range"):
+        export_residual(llama, factorize(llama, ("q_proj",), rank=2), tmp_path / "out", lora_alpha=lora_alpha)
+
+
+def test_nan_is_refused_wherever_it_comes_from(llama: Path, tmp_path: Path) -> None:
+    factors = factorize(llama, ("q_proj",), rank=2)
+    export_delta(llama, factors, tmp_path / "delta")
+    first = next(iter(factors))
+    broken = FactorSet({**factors, first: replace(factors[first], A=factors[first].A * float("nan"))}, {})
+    with pytest.raises(FactorFileError, match="hold NaN or Inf"):
+        export_residual(llama, broken, tmp_path / "out")
+    file = tmp_path / "delta/adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(key for key in tensors if "lora_B" in key)][0, 0] = float("nan")
+    save_file(tensors, file)
+    for act in (convert, export_merged):
+        with pytest.raises(FactorFileError, match="holds NaN or Inf"):
+            act(tmp_path / "delta/adapter", factors, tmp_path / "out")
