@@ -354,7 +354,9 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             results[architecture.title] = round_trip(architecture, Path(folder))
-    Path("docs/compatibility.md").write_text(page(results), encoding="utf-8")
+    file = Path("docs/compatibility.md")
+    stored = file.read_text(encoding="utf-8").partition("\n## Stored weights")
+    file.write_text(page(results) + stored[1] + stored[2], encoding="utf-8")
 
 
 if __name__ == "__main__":
