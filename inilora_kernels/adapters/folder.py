@@ -110,7 +110,10 @@ def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:
     about: what the card says of it, in Markdown.
     """
     known = {field.name for field in fields(LoraConfig)} - {"peft_type", "peft_version"}
-    config = LoraConfig(**{name: value for name, value in adapter.config.items() if name in known})
+    try:
+        config = LoraConfig(**{name: value for name, value in adapter.config.items() if name in known})
+    except (TypeError, ValueError) as error:
+        raise FactorFileError(f"{CONFIG}: PEFT does not take it ({error}); save the adapter again") from error
     for name in ("target_modules", "exclude_modules"):  # sets by now, whose order differs from run to run
         if isinstance(getattr(config, name, None), set):
             setattr(config, name, sorted(getattr(config, name)))

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor
 
-from ..errors import TargetError
+from ..errors import CheckpointError, TargetError
 from ..model.architecture import quiet_transformers
 from .plan import Plan
 
@@ -106,7 +106,13 @@ def require_same_start(plan: Plan, base: Path, *adapters: Path) -> None:
 
 
 def _load(model_class: Any, folder: Path, config: Any) -> Any:
-    return model_class.from_pretrained(folder, config=copy.deepcopy(config), dtype=torch.float32).eval()
+    try:
+        return model_class.from_pretrained(folder, config=copy.deepcopy(config), dtype=torch.float32).eval()
+    except Exception as error:  # whatever transformers raises on a folder
+        raise CheckpointError(
+            f"{folder}: transformers does not load it ({' '.join(str(error).split())[:300]}); config.json and weights "
+            f"do not belong together"
+        ) from error
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def convert(
     if as_json:
         print(json.dumps({"truncation_error": errors}, indent=2))
     elif rank is not None:
-        Console().print(truncation_table(errors, rank, every=every))
+        Console(markup=False).print(truncation_table(errors, rank, every=every))
     say(f"wrote {output}")
 
 

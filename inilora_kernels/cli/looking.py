@@ -33,7 +33,7 @@ def inspect(
     show([factors], as_json, every)
     spectrum = spectrum_table(factors, every=every)
     if spectrum is not None and not as_json:
-        Console().print(spectrum)
+        Console(markup=False).print(spectrum)
 
 
 def methods(as_json: Json = False) -> None:
@@ -41,4 +41,4 @@ def methods(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(methods_json(), indent=2, ensure_ascii=False))
     else:
-        Console().print(methods_table())
+        Console(markup=False).print(methods_table())

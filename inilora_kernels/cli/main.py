@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from importlib import import_module
@@ -92,6 +93,10 @@ def _show_warning(
 def main() -> None:
     """Run the command line; one clear line and status 2 for whatever the library refuses, one line for a warning."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without σ shows ? in its place; it does not decide whether a result is kept.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         application()
     except ProcessError:

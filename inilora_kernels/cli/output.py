@@ -23,7 +23,7 @@ Every = Annotated[bool, typer.Option("--all", help="A row for each matrix, not f
 
 
 def say(text: str) -> None:
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    Console(stderr=True, markup=False).print(text, highlight=False, soft_wrap=True)
 
 
 def require_plot(path: Path | None) -> None:
@@ -44,4 +44,4 @@ def show(results: list[FactorSet], as_json: bool, every: bool) -> None:
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
         for factors in results:
-            Console().print(factors.table(every=every))
+            Console(markup=False).print(factors.table(every=every))

@@ -68,9 +68,9 @@ def plan(
     if as_json:
         print(json.dumps(_json(works, steps, speed, on_card), indent=2))
     elif kernels and on_card is not None:
-        Console().print(plan_table(on_card))
+        Console(markup=False).print(plan_table(on_card))
     else:
-        Console().print(_table(works, steps, speed, card, on_card))
+        Console(markup=False).print(_table(works, steps, speed, card, on_card))
 
 
 def _table(works: Sequence[Work], steps: int, speed: float, card: Gpu | None, on_card: Plan | None) -> Table:

@@ -54,7 +54,7 @@ class ProgressBar:
     """
 
     def __init__(self, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)
         self._drawn = shown and (self._console.is_terminal or self._console.is_jupyter)
         self._written = shown and not self._drawn
         self._clock = clock

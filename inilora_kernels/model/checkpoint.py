@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..storage.schema import ModelConfig, parse
 from .files.distributed import open_distributed
 from .files.gguf import open_gguf
 from .files.safetensors import open_safetensors
@@ -98,9 +99,15 @@ def open_checkpoint(
     return replace(whole, path=folder, name=name or str(folder.resolve()))
 
 
+def _config(file: Path) -> dict[str, Any]:
+    config = read_json(file)
+    parse(ModelConfig, file.read_bytes(), str(file), CheckpointError)
+    return config
+
+
 def _open_component(component: Component) -> Checkpoint:
     """One model of a layout; names are as its files have them."""
-    config = read_json(component.config) if component.config is not None else None
+    config = _config(component.config) if component.config is not None else None
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for file in component.files:

@@ -59,6 +59,8 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
     """
     _require_replaceable(path)
     with _reporting(path), ended_cleanly():
+        if durable:
+            sweep(path.parent)
         temporary = temporary_file(path.parent)
         try:
             with os.fdopen(os.dup(temporary.descriptor), "wb") as stream:

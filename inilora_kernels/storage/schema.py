@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import FactorFileError
+from ..errors import FactorFileError, InitializationError
 
 # Scalings beyond these leave float32's range when A and B are divided by their square root.
 LEAST_SCALING, MOST_SCALING = 1e-12, 1e12
@@ -123,15 +123,27 @@ class ResidualRecord(BaseModel):
     residual_sha256: dict[str, Sha256] = {}
 
 
-def parse(schema: type[AnyModel], content: str | bytes, where: str) -> AnyModel:
-    """`content`, JSON in UTF-8, as a schema's value. Raises FactorFileError, naming the first field that is wrong."""
+class ModelConfig(BaseModel):
+    """Of a model's config.json what this library reads itself; the rest is transformers'."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+def parse(
+    schema: type[AnyModel], content: str | bytes, where: str, refusal: type[InitializationError] = FactorFileError
+) -> AnyModel:
+    """`content`, JSON in UTF-8, as a schema's value. Raises `refusal`, naming the first field that is wrong."""
     try:
         return schema.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) + ": " * bool(first["loc"])
         found = "" if first["type"] in ("missing", "json_invalid") else f", found {_short(first['input'])}"
-        raise FactorFileError(
+        raise refusal(
             f"{where}: damaged, or of another format: {place}{first['msg']}{found}; write it again"
         ) from error
 

@@ -119,7 +119,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: a JSON {type(content).__name__}, not an object; download it again")
