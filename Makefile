@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all lint docs dist bench bench-table5 bench-solvers bench-finetune bench-finetune-quick bench-finetune-adapters clean
+.PHONY: triton-versions demo test test-all lint docs dist bench bench-table5 bench-solvers bench-finetune bench-finetune-quick bench-finetune-adapters clean
 
 .venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -93,3 +93,7 @@ bench-finetune-adapters: .venv-adapters/ready bench-finetune
 
 clean:
 	rm -rf .venv .venv-adapters build demo-output
+
+# For the slow tests that compile ahead under older versions; 700 MB.
+triton-versions: .venv/dev
+	for version in 3.5.0 3.6.0; do $(BIN)/pip install --quiet --no-deps --target .triton-versions/$$version triton==$$version; done

@@ -29,10 +29,16 @@ class PlannedWave:
 
 @dataclass(frozen=True)
 class _Member:
+    """cached: the share of the cache that it needs."""
+
     index: int
     choice: Choice
-    share: float
+    cached: float
     bytes: int
+
+    def share(self, resident: bool) -> float:
+        """Of a full wave."""
+        return max(self.cached if resident else 0.0, 1 / CONCURRENCY)
 
 
 def divide(
@@ -40,7 +46,8 @@ def divide(
 ) -> list[PlannedWave]:
     """The waves of a batch, in the order in which they run: larger shapes first.
 
-    Matrices of one kind (the weights' dtype), padded rank and place (cache or DRAM) share waves, whatever their shapes.
+    Matrices of one kind (the weights' dtype) and padded rank share waves, whatever their shapes; apart are those that
+    stay in the cache and those that stream, unless all fit the cache.
     Those that stay in the cache fill its usable share; none is of more than CONCURRENCY matrices or of
     more than `memory` bytes. The waves are filled evenly: 24 matrices of which 22 would fit go as 12 and 12.
     Raises BackendError for a matrix that does not fit alone.
@@ -57,31 +64,36 @@ def divide(
                 f"{matrix.shape[0]}×{matrix.shape[1]} at rank {matrix.rank}, needs {alone.bytes / 1e9:.3g} GB; free "
                 'some device memory, or take backend="cpu"'
             )
-        room = gpu.cache * gpu.cache_usable
-        cached = (alone.weight_bytes + alone.layout.state_bytes) / room if choice.resident else 0.0
-        share = max(cached, 1 / CONCURRENCY)
-        key = (kinds[index], padded_rank(matrix.rank), choice.resident)
-        groups[key].append(_Member(index, choice, share, alone.bytes))
+        cached = (alone.weight_bytes + alone.layout.state_bytes) / (gpu.cache * gpu.cache_usable)
+        groups[kinds[index], padded_rank(matrix.rank)].append(_Member(index, choice, cached, alone.bytes))
     waves = []
-    for members in groups.values():
-        count = len(_filled(members, 1.0, memory))
-        even = sum(member.share for member in members) / count
-        for wave in _filled(members, even, memory):
-            indices, parts = [member.index for member in wave], [member.choice.parts for member in wave]
-            waves.append(_planned(indices, parts, matrices, wave[0].choice.resident, gpu))
+    for together in groups.values():
+        if len(together) <= CONCURRENCY and sum(member.cached for member in together) <= 1:
+            places = [(True, together)]
+        else:
+            places = [(at, [one for one in together if one.choice.resident == at]) for at in (True, False)]
+        for resident, members in places:
+            if not members:
+                continue
+            count = len(_filled(members, 1.0, memory, resident))
+            even = sum(member.share(resident) for member in members) / count
+            for wave in _filled(members, even, memory, resident):
+                indices, parts = [member.index for member in wave], [member.choice.parts for member in wave]
+                waves.append(_planned(indices, parts, matrices, resident, gpu))
     return waves
 
 
-def _filled(members: Sequence[_Member], target: float, memory: float) -> list[list[_Member]]:
+def _filled(members: Sequence[_Member], target: float, memory: float, resident: bool) -> list[list[_Member]]:
     """The members in order, a wave being closed once it has reached `target` or the next one would not fit."""
     waves: list[list[_Member]] = []
     share, size = 2.0, 0
     for member in members:
-        if share >= target - 1e-9 or share + member.share > 1 + 1e-9 or size + member.bytes > memory:
+        more = member.share(resident)
+        if share >= target - 1e-9 or share + more > 1 + 1e-9 or size + member.bytes > memory:
             waves.append([])
             share, size = 0.0, 0
         waves[-1].append(member)
-        share, size = share + member.share, size + member.bytes
+        share, size = share + more, size + member.bytes
     return waves
 
 

@@ -25,7 +25,7 @@ from inilora_kernels.kernels.gpu.cost_model import (
     plan,
     step_of,
 )
-from inilora_kernels.kernels.gpu.gpus import GPUS, gpu_like, gpu_named
+from inilora_kernels.kernels.gpu.gpus import GPUS
 
 ROWS = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 ADA = GPUS["rtx4090"]
@@ -129,17 +129,6 @@ def test_parts_keep_their_partial_sums_small(rank: int) -> None:
 
 def test_even_waves() -> None:
     assert [even_wave(count, 12) for count in (1, 12, 13, 24, 48)] == [1, 12, 7, 12, 12]
-
-
-def test_devices_are_recognized() -> None:
-    assert gpu_named("RTX 4090") is ADA
-    known = gpu_like("sm_90", "NVIDIA H100 80GB HBM3", 132, 52_428_800, 85_000_000_000)
-    assert (known.dram, known.cache) == (GPUS["h100"].dram, 52_428_800)
-    # Half of an unknown Ada chip has half the products a second.
-    smaller = gpu_like("sm_89", "NVIDIA L40", 64, 100_663_296, 48_000_000_000)
-    assert smaller.half == ADA.half / 2
-    with pytest.raises(OptionError, match="knows rtx4090, a100"):
-        gpu_named("voodoo")
 
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:

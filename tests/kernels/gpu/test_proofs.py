@@ -12,11 +12,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 from inilora_kernels.kernels.gpu import kernels as triton_kernels
+from inilora_kernels.kernels.gpu.layout import BlockField, StripField
 
-from .cases import DTYPES, guarded_run, poisoned_run
+from .cases import DTYPES, guarded_run, make, make_wave, poisoned_run, small_tiles
+from .interpreter import interpreted
 
 
 def test_any_program_order_gives_the_same_bits_and_writes_every_output() -> None:
@@ -88,3 +90,42 @@ def test_a_race_between_two_programs_is_caught(kernel: Any, right: str, wrong: s
     first, second = (poisoned_run(seed, **chosen) for seed in (1, 2))
     assert any(torch.isnan(buffer).any() for buffer in first)
     assert not all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+class Shifted:
+    """A buffer whose address is that of an element 2³³ before its first: only 64-bit offsets find the way back."""
+
+    SHIFT = 2**33
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.dtype, self.device, self.shape = buffer.dtype, buffer.device, buffer.shape
+
+    def data_ptr(self) -> int:
+        return self.buffer.data_ptr() - self.SHIFT * self.buffer.element_size()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_offsets_beyond_two_to_the_thirty_third_elements(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a buffer of 64 matrices of 53248×16384; an offset cut to 32 bits would end the process."""
+    weights, problems = make([(70, 45), (33, 97)], [3, 5], dtype)
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, arguments, options: (arguments, options))
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *arguments: None)
+    with interpreted():
+        wave = make_wave(weights, problems, small_tiles(5, columns=32), [2, 1])
+        plain = make_wave(weights, problems, small_tiles(5, columns=32), [2, 1])
+        wave.strips[:, StripField.W_OFFSET] += Shifted.SHIFT
+        for field in (StripField.A_OFFSET, StripField.B_OFFSET, StripField.P_OFFSET, StripField.Q_OFFSET):
+            wave.strips[:, field] += Shifted.SHIFT
+        wave.blocks[:, BlockField.X_OFFSET] += Shifted.SHIFT
+        wave.blocks[:, BlockField.SLOTS_OFFSET] += Shifted.SHIFT
+        names = ("weights", "factors", "means", "squares", "slots")
+        buffers = {name: getattr(wave, name) for name in names}
+        for name in names:
+            setattr(wave, name, Shifted(buffers[name]))
+        for one in (wave, plain):
+            one.advance(2)
+            one.judge(wide=True)
+    for name in names:
+        assert torch.equal(buffers[name], getattr(plain, name)), name
+    assert torch.equal(wave.losses, plain.losses)
