@@ -5,6 +5,7 @@ What `make test` compiles is a part that has every target, dtype and rank in it;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -62,7 +63,13 @@ def check(machine: Machine, target: str, warps: int) -> None:
 )
 def test_gradient_products_as_compiled(target: str, dtype: torch.dtype, rank: int) -> None:
     (launch, *_), chosen = launches(target, dtype, rank)
-    machine = read(compiled(launch, target))
+    kernel = compiled(launch, target)
+    machine = read(kernel)
+    if target.startswith("sm"):
+        # W and the slots tell L2 what to keep.
+        assert {"evict_last", "evict_first"} <= set(
+            re.findall(r"createpolicy\.fractional\.L2::(\w+)", kernel.asm["ptx"])
+        )
     threads = launch.options["num_warps"] * TARGETS[target].warp_size
     check(machine, target, launch.options["num_warps"])
     W_bytes = chosen.strip.rows * chosen.strip.columns * dtype.itemsize
