@@ -93,7 +93,9 @@ def find_original(
             f"give the factor file that `inilora export` read"
         )
     original = Path(base) if base is not None else Path(record.base) if record is not None else trained_on
-    if original is None or not original.exists():
+    # What is no path from the root may be the id of a model on the hub, which open_checkpoint looks up.
+    may_be_id = base is not None and not Path(base).is_absolute()
+    if original is None or not (may_be_id or original.exists()):
         raise OptionError(
             f"cannot find the original model ({original or named or 'the adapter names none'}); give its folder as base"
         )

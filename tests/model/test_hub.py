@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from inilora_kernels import approximate_model
+from inilora_kernels.adapters.convert import convert
+from inilora_kernels.adapters.export import export_delta
 from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets, tensors_of
@@ -136,3 +138,13 @@ def test_folders_go_before_ids(tmp_path: Path, offline: Path, monkeypatch: pytes
 def test_paths_are_not_asked_for_on_the_hub(path: str) -> None:
     with pytest.raises(CheckpointError, match="or the id of a model on the hub"):
         open_checkpoint(path)
+
+
+def test_export_and_convert_take_an_id(tmp_path: Path, offline: Path) -> None:
+    bert(cached(offline))
+    into_blobs(offline / "models--org--model" / "snapshots" / COMMIT)
+    factors = approximate_model("org/model", rank=2, solver="krylov", cache=False, progress=False)
+    export_delta("org/model", factors, tmp_path / "delta")
+    errors = convert(tmp_path / "delta" / "adapter", factors, tmp_path / "converted", base="org/model")
+    assert set(errors.values()) == {0.0}
+    assert (tmp_path / "converted" / "adapter_model.safetensors").is_file()
