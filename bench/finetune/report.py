@@ -87,8 +87,12 @@ def write_report(
     """
     cells = list(table.cells(rows))
     scores = scores_by_seed(table, cells, rows)
-    if not scores:
+    if not any(cell.run in rows and not cell.sweep for cell in cells):
         console.print(f"{table.name}: no rows yet")
+        return
+    if not scores:
+        # A figure of training losses has no scores to tabulate.
+        draw(table, cells, rows, results / f"{table.name}.png")
         return
     header, lines = tabulate(table, cells, scores, rows)
     shown = RichTable(*header, title=table.title)

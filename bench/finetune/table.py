@@ -67,6 +67,11 @@ class Table:
                     for seed in self.grid["seed"]:
                         yield Cell(label, _run({**settings, "lr": rate, "seed": seed}))
 
+    def evaluations(self) -> set[str]:
+        """The benchmarks that any of its runs is evaluated with."""
+        parts = (self.settings, *self.variants, *self.systems.values())
+        return {name for part in parts for name in part.get("evaluations", ())}
+
     def best_rate(self, label: str, settings: Mapping[str, Any], rows: Mapping[Run, Row]) -> float | None:
         """The swept learning rate of the best mean validation score; None as long as a run of the sweep is missing."""
         if self.rates_of:

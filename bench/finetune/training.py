@@ -105,6 +105,15 @@ def _arguments(run: Run, examples: int, folder: str) -> TrainingArguments:
     )
 
 
+def best_epoch(epochs: list[dict[str, float]], score: str) -> dict[str, float]:
+    """The epoch of the highest score; a diverged one, NaN, is the lowest there is.
+
+    >>> best_epoch([{"accuracy": float("nan")}, {"accuracy": 0.7}, {"accuracy": 0.6}], "accuracy")
+    {'accuracy': 0.7}
+    """
+    return max(epochs, key=lambda entry: entry[score] if math.isfinite(entry[score]) else -math.inf)
+
+
 def _measure(trainer: Trainer, task: Task, run: Run) -> dict[str, dict[str, float]]:
     """The task's metrics on its validation part, at the end or in the best epoch, and on its test part."""
     metrics: dict[str, dict[str, float]] = {}
@@ -112,7 +121,7 @@ def _measure(trainer: Trainer, task: Task, run: Run) -> dict[str, dict[str, floa
         epochs = [entry for entry in trainer.state.log_history if f"eval_{task.metrics[0]}" in entry]
         if run.evaluate != "epoch":
             epochs = [trainer.evaluate()]
-        best = max(epochs, key=lambda entry: entry[f"eval_{task.metrics[0]}"])
+        best = best_epoch(epochs, f"eval_{task.metrics[0]}")
         metrics["validation"] = {name: best[f"eval_{name}"] for name in (*task.metrics, "loss")}
     if task.test is not None:
         measured = trainer.evaluate(task.test)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,13 @@ def test_the_page_of_results_shows_what_the_rows_say(tmp_path: Path) -> None:
     for name in shown:
         write_report(load(name), rows, tmp_path, Console(quiet=True), document)
     assert document.read_text() == DOCUMENT.read_text()
+
+
+def test_a_figure_of_losses_is_drawn_though_it_has_no_scores(table: Table, tmp_path: Path) -> None:
+    figure = replace(table, show={"plot": {"kind": "loss"}})
+    for cell in figure.cells({}):
+        append_row(
+            tmp_path / "small.jsonl", {**row(cell.run, 0.5), "scores": {}, "training_loss": [[1, 2.0], [2, 1.0]]}
+        )
+    write_report(figure, read_rows(tmp_path), tmp_path, Console(quiet=True))
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from bench.finetune.data import load_task
+from bench.finetune.evaluation import missing_packages
 from bench.finetune.run import Run
 from bench.finetune.systems import prepare
+from bench.finetune.table import load
 
 ROOT = Path(__file__).parents[3]
 QUICK = ["reviews", "--quick", "--system", "IniLoRA (krylov)"]
@@ -92,6 +94,13 @@ def test_an_unknown_table_is_refused() -> None:
     done = run(["table9"])
     assert done.returncode == 2
     assert "table9" in done.stderr
+
+
+def test_what_an_evaluation_needs_is_asked_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.finetune.evaluation.find_spec", lambda name: None if name == "math_verify" else name)
+    assert load("table2").evaluations() == {"gsm8k", "math", "mmlu", "humaneval"}
+    assert missing_packages(load("table2").evaluations()) == ["lm-eval[math]"]
+    assert missing_packages(["gsm8k"]) == []
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "inilora-alpha", "full", "bitfit"])
