@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .adapters.convert import convert, export_merged
-    from .adapters.export import export_delta, export_residual, save_adapter
-    from .adapters.layer import (
+    from .adapters.attach import (
         adapter_state_dict,
         attach,
         detach,
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
         trainable_parameters,
         unmerge,
     )
+    from .adapters.convert import convert, export_merged
+    from .adapters.export import export_delta, export_residual, save_adapter
     from .adapters.peft import initialize_peft, load_delta
     from .approximate import approximate, approximate_model, approximate_ranks
     from .errors import InitializationError
@@ -65,21 +65,21 @@ _MODULES = {
     "approximate": "approximate",
     "approximate_model": "approximate",
     "approximate_ranks": "approximate",
-    "adapter_state_dict": "adapters.layer",
-    "attach": "adapters.layer",
+    "adapter_state_dict": "adapters.attach",
+    "attach": "adapters.attach",
     "convert": "adapters.convert",
-    "detach": "adapters.layer",
+    "detach": "adapters.attach",
     "export_delta": "adapters.export",
     "export_merged": "adapters.convert",
     "export_residual": "adapters.export",
     "initialize_peft": "adapters.peft",
-    "load_adapter_state_dict": "adapters.layer",
+    "load_adapter_state_dict": "adapters.attach",
     "load_delta": "adapters.peft",
-    "merge": "adapters.layer",
+    "merge": "adapters.attach",
     "save_adapter": "adapters.export",
     "save_inilora_pt": "storage.authors_folder",
-    "trainable_parameters": "adapters.layer",
-    "unmerge": "adapters.layer",
+    "trainable_parameters": "adapters.attach",
+    "unmerge": "adapters.attach",
 }
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from inilora_kernels import approximate_model
-from inilora_kernels.adapters.layer import attach
+from inilora_kernels.adapters.attach import attach
 
 from .run import Run
 

@@ -24,9 +24,9 @@ from ..model.checkpoint import Checkpoint
 from ..storage.atomic import require_new_folder, whole_folder
 from .base import find_original
 from .folder import KEY_PREFIX, Adapter, hub_name, read_adapter, write_adapter
-from .layer import difference
 from .model_copy import Change, copy_model
 from .modules import find_starts, module_of
+from .started import difference
 from .trained_whole import find_trained_whole
 
 _ABOUT = (

@@ -25,7 +25,8 @@ from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from .base import write_residual_record
 from .folder import KEY_PREFIX, Adapter, hub_name, write_adapter
-from .layer import adapters, warn_if_rounded_away
+from .attach import adapters
+from .weights import warn_if_rounded_away
 from .model_copy import copy_model
 from .modules import is_conv1d, module_of
 from .plan import lora_config, plan_export

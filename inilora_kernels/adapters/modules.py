@@ -66,8 +66,7 @@ def module_of(name: str) -> str:
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out_features, in_features) of a linear layer, quantized ones and GPT-2's Conv1D too; None for other modules."""
     if is_conv1d(module):
-        in_features, out_features = module.weight.shape  # type: ignore[misc]
-        return int(out_features), int(in_features)
+        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
     out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if isinstance(out_features, int) and isinstance(in_features, int):
         return out_features, in_features

@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
-from ..errors import OptionError, TargetError
+from ..errors import OptionError, TargetError, WeightError
 from ..factor_set import FactorSet
-from .layer import Form, difference, model_config, require_plain_weight, warn_if_rounded_away
-from .modules import Start, find_starts, is_conv1d
+from .folder import KEY_PREFIX
+from .layer import Form
+from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
+from .modules import Start, find_starts, linear_shape
+from .peft_check import disabled, parts_of, put_back, require_layer_unchanged
+from .peft_layer import DeltaVariant, Layer, is_residual, start_layer, started_config
+from .peft_model import save_and_combine_what_was_learned
+from .started import StartedA
+from .weights import require_own_weight, require_unshared_weight, users_of_weights
 
-# A peft layer is an nn.Module as well as a LoraLayer, for which there is no one type.
-Layer = Any
-_RESIDUAL = "_inilora_residual"
+_GO_ON = (
+    "go on with it by initialize_peft on a new adapter, then peft_model.load_adapter(folder, adapter_name, "
+    "is_trainable=True)"
+)
 
 
 def initialize_peft(
-    peft_model: PeftModel, factors: FactorSet, form: Form = "delta", adapter_name: str = "default"
+    peft_model: PeftModel,
+    factors: FactorSet,
+    form: Form = "delta",
+    adapter_name: str = "default",
+    overwrite: bool = False,
 ) -> PeftModel:
     """Start a PeftModel's LoRA adapter from the factors, in place, without changing the model's output.
 
-    Call it after `get_peft_model` with `init_lora_weights=True` (the default) and before training, in the place where
-    `initialize_lora_eva_weights` stands for EVA. Every module that the adapter targets needs factors of its rank, and
-    the other way round. lora_alpha, use_rslora, rank_pattern, alpha_pattern and fan_in_fan_out are the
-    LoraConfig's: with PEFT's scaling s, A and B are divided by √s, so sBA ≈ W whatever s is.
+    Call it after `get_peft_model` with `init_lora_weights=True` (the default) and before training, where
+    `initialize_lora_eva_weights` stands for EVA; `lora_model` does all three. Every module that the adapter targets
+    needs factors of its rank; factors of modules that it leaves out are not used. lora_alpha, use_rslora, rank_pattern,
+    alpha_pattern and fan_in_fan_out are the LoraConfig's: with PEFT's scaling s, A and B are divided by √s, so sBA ≈ W
+    whatever s is.
 
     form: "delta" leaves the base weights as they are, exact in any dtype and on quantized bases; the
         forward pass subtracts the frozen start, [B, B − B0] [A − A0; A0] x. "residual" puts R = W − sBA into the base
         weights, as PEFT's PiSSA does, and leaves PEFT's forward pass alone.
+    overwrite: start an adapter anew that holds something already, trained or loaded.
 
-    What `save_pretrained` writes is A and B alone in both forms: meaningful together with the factors. `convert`
-    makes a plain LoRA for the original base of it.
+    The config in `peft_model.peft_config` then says that the adapter started from factors: an adapter that is added
+    with it, as TRL's trainers add their reference, starts from the same ones. `save_pretrained` writes the plain LoRA
+    of rank 2r, [B, −B0] [A; A0], which belongs to the original base in both forms, and `load_adapter` resumes from it.
 
-    Returns the model. Raises TargetError (no such module, no factors for a module, a shape differs), OptionError (no
-    such adapter, rank differs, DoRA or another variant, an initialization that has changed the base, the delta form
-    where Unsloth's or Axolotl's kernels pass by PEFT's forward) and WeightError (residual form of a quantized or
-    sharded weight); nothing is changed then.
+    Returns the model. Raises TargetError (no such module, no factors for a module, a shape differs, the model reads a
+    module's weight instead of calling it), OptionError (no such adapter, rank differs, an adapter that holds something
+    already or is merged, DoRA or another variant, biases, embeddings, `target_parameters`, an initialization that has
+    changed the base, the delta form where Unsloth's or Axolotl's kernels bypass PEFT's forward) and WeightError
+    (residual form of a quantized, sharded, offloaded or shared weight); nothing is changed then.
 
     >>> import peft
     >>> from inilora_kernels.factors import Certificate, Factors
@@ -55,140 +71,195 @@ def initialize_peft(
     """
     if form not in ("delta", "residual"):
         raise OptionError(f'form={form!r}: it is "delta" or "residual"')
+    config = _config(peft_model, adapter_name)
     if form == "delta":
         _require_forward_of_peft(peft_model)
-    layers, starts = _matched(peft_model, factors, adapter_name)
+    layers = _lora_layers(peft_model, adapter_name)
+    starts = _matched(peft_model, layers, factors)
+    users = users_of_weights(peft_model.get_base_model())
     scaled = {}
     for name, start in starts.items():
         _require_plain_lora(layers[name], name, start, adapter_name)
-        scaled[name] = start.scaled(layers[name].scaling[adapter_name])
+        if not overwrite and config.init_lora_weights is not False:
+            _require_unused(layers[name], name, adapter_name)
         if form == "residual":
-            _require_untouched(layers[name].get_base_layer(), name)
-    for name, (A, B) in scaled.items():
-        layer = layers[name]
-        _put(layer.lora_A[adapter_name], A)
-        _put(layer.lora_B[adapter_name], B)
-        if form == "delta":
-            _start_from(layer, adapter_name, A, B)
-        else:
-            layer.lora_variant.pop(adapter_name, None)
-            _subtract(layer, adapter_name, name)
+            _require_untouched(layers[name], name, users)
+        scaled[name] = start.scaled(layers[name].scaling[adapter_name])
+    require_called(peft_model.get_base_model(), starts)
+    _start(peft_model, layers, scaled, form, adapter_name)
     return peft_model
 
 
 def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
     """Load what `export_delta` wrote, ready to train: a PeftModel whose output is still that of `model`.
 
-    folder: with `adapter` and `initial` in it.
+    folder: with `adapter` and `initial` in it. `adapter` may have been trained since, by PEFT alone: then the model
+        returned is the trained one, still ready to train.
 
-    Raises what peft raises for a folder that is none.
+    Raises what peft raises for a folder that is none, and what `initialize_peft` raises.
     """
     folder = Path(folder)
-    peft_model = PeftModel.from_pretrained(model, str(folder / "adapter"), adapter_name=adapter_name, is_trainable=True)
-    for _, layer in _lora_layers(peft_model, adapter_name):
+    stored = {
+        key.removesuffix(".lora_A.weight").removeprefix(KEY_PREFIX)
+        for key in load_peft_weights(str(folder / "initial"), device="cpu")
+        if key.endswith(".lora_A.weight")
+    }
+    peft_model = PeftModel.from_pretrained(model, str(folder / "initial"), adapter_name=adapter_name, is_trainable=True)
+    layers = _lora_layers(peft_model, adapter_name)
+    if odd := sorted(stored ^ layers.keys()):
+        raise TargetError(
+            f"{folder}: {odd[0]} and {len(odd) - 1} more of its modules are not linear layers of "
+            f"{type(model).__name__} under this name; load the class of model that the export was made for "
+            f"(its --task-type)"
+        )
+    scaled = {}
+    for name, layer in layers.items():
+        _require_supported(layer, name, adapter_name)
         A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        _start_from(layer, adapter_name, A.detach(), B.detach())
+        scaled[name] = (A.detach().clone(), -B.detach().clone())
+    require_called(peft_model.get_base_model(), scaled)
+    _start(peft_model, layers, scaled, "delta", adapter_name)
+    peft_model.load_adapter(str(folder / "adapter"), adapter_name, is_trainable=True)
     return peft_model
 
 
-class _Delta(LoraVariant):
-    """The delta form in PEFT's terms; A0 and B0 are buffers of the layer that its state dict leaves out."""
+def _start(
+    peft_model: PeftModel,
+    layers: Mapping[str, Layer],
+    scaled: Mapping[str, tuple[Tensor, Tensor]],
+    form: Form,
+    adapter_name: str,
+) -> None:
+    """Start every layer, after each has shown on random input that its output stays; undo all if the model's does not.
 
-    def supports_lora_conversion(self) -> bool:
-        return False  # peft would convert BA, not BA − B0A0; our `convert` does it right
-
-    @staticmethod
-    def init(module: Layer, adapter_name: str, **_: Any) -> None:
-        """Nothing: `_start_from` has put everything in its place."""
-
-    @staticmethod
-    def forward(module: Layer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        A, B = _difference(module, active_adapter)
-        x = module.lora_dropout[active_adapter](x)
-        scaling: float = module.scaling[active_adapter]
-        return result + scaling * F.linear(F.linear(x, A), B)
-
-    @staticmethod
-    def merge_safe(module: Layer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return _plus(orig_weight, _delta_weight(module, active_adapter))
-
-    @staticmethod
-    def merge_unsafe(module: Layer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data = _plus(orig_weight.data, _delta_weight(module, active_adapter))
-
-    @staticmethod
-    def unmerge(module: Layer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return _plus(orig_weight.data, -_delta_weight(module, active_adapter))
-
-
-def _start_from(layer: Layer, adapter_name: str, A: Tensor, B: Tensor) -> None:
-    for factor, initial in (("A", A), ("B", B)):
-        weight = getattr(layer, f"lora_{factor}")[adapter_name].weight
-        layer.register_buffer(f"initial_{factor}_{adapter_name}", initial.to(weight, copy=True), persistent=False)
-    layer.lora_variant[adapter_name] = _Delta()
+    Only a layer itself can say whether its forward pass is one that a start leaves unchanged: PEFT has a class for each
+    kind of base, and others are registered by users.
+    """
+    for name, (A, B) in scaled.items():
+        require_layer_unchanged(layers[name], name, A, B, form, adapter_name)
+    base = peft_model.get_base_model()
+    alone = form == "delta" and peft_model.active_adapters == [adapter_name]
+    inputs = random_inputs(base) if alone else None
+    before = None
+    if inputs is not None:
+        with disabled(layers.values()):
+            before = output_of(peft_model, inputs)
+    kept = {name: parts_of(layers[name], adapter_name) for name in scaled} if before is not None else {}
+    for name, (A, B) in scaled.items():
+        start_layer(layers[name], adapter_name, A, B, form, name)
+    if inputs is not None and before is not None:
+        try:
+            require_same_output(before, output_of(peft_model, inputs), type(base).__name__)
+        except TargetError:
+            for name, parts in kept.items():
+                put_back(layers[name], adapter_name, parts)
+            raise
+    peft_model.peft_config[adapter_name] = started_config(_config(peft_model, adapter_name), adapter_name, form)
+    save_and_combine_what_was_learned(peft_model)
 
 
-def _difference(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    return difference(
-        layer.lora_A[adapter_name].weight,
-        layer.lora_B[adapter_name].weight,
-        layer.get_buffer(f"initial_A_{adapter_name}"),
-        layer.get_buffer(f"initial_B_{adapter_name}"),
-    )
-
-
-@torch.no_grad()
-def _delta_weight(layer: Layer, adapter_name: str) -> Tensor:
-    """s(BA − B0A0), float32, the way round in which the base layer stores W."""
-    A, B = _difference(layer, adapter_name)
-    product: Tensor = layer.scaling[adapter_name] * (B.float() @ A.float())
-    return product.T if is_conv1d(layer.get_base_layer()) else product
-
-
-def _plus(weight: Tensor, update: Tensor) -> Tensor:
-    return (weight.float() + update).to(weight.dtype).contiguous()
-
-
-def _matched(peft_model: PeftModel, factors: FactorSet, adapter_name: str) -> tuple[dict[str, Layer], dict[str, Start]]:
-    if adapter_name not in getattr(peft_model, "peft_config", {}):
-        there = ", ".join(getattr(peft_model, "peft_config", {})) or "none; call get_peft_model first"
+def _config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
+    """The adapter's config, after checking that what it asks for can start from factors and be converted later."""
+    configs = getattr(peft_model, "peft_config", {})
+    if adapter_name not in configs:
+        there = ", ".join(configs) or "none; call get_peft_model first"
         raise OptionError(f"no adapter {adapter_name!r} in this model; there is {there}")
-    initialized = getattr(peft_model.peft_config[adapter_name], "init_lora_weights", True)
-    if initialized not in (True, False, "gaussian"):
+    config = configs[adapter_name]
+    if not isinstance(config, LoraConfig):
+        raise OptionError(f"adapter {adapter_name!r} is a {type(config).__name__}; factors start a LoRA (LoraConfig)")
+    if config.init_lora_weights not in (True, False, "gaussian"):
         raise OptionError(
-            f"init_lora_weights={initialized!r} has set up this adapter already; "
+            f"init_lora_weights={config.init_lora_weights!r} has set up this adapter already; "
             f"make the LoraConfig with init_lora_weights=True"
         )
-    layers = dict(_lora_layers(peft_model, adapter_name))
-    shapes = {name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()}
-    starts = find_starts(shapes, factors, type(peft_model).__name__, model_config(peft_model))
+    if config.bias != "none":
+        raise OptionError(
+            f"bias={config.bias!r} trains biases of the base, which no LoRA for the original model can hold; "
+            f'make the LoraConfig with bias="none"'
+        )
+    if config.target_parameters:
+        raise OptionError(
+            f"target_parameters={config.target_parameters!r}: factors start linear layers, not bare parameters such as "
+            f"fused experts; leave target_parameters out, and the experts with it"
+        )
+    return config
+
+
+def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Layer]:
+    """The layers with this adapter, also embeddings, by their name in the base model."""
+    return {
+        name: module
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
+    }
+
+
+def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: FactorSet) -> dict[str, Start]:
+    """The start of each layer; names are looked up among all linear layers, of which the adapter may have a part."""
+    base = peft_model.get_base_model()
+    inside = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}
+    shapes = {
+        name: shape
+        for name, module in base.named_modules()
+        if name and id(module) not in inside and (shape := linear_shape(getattr(module, "base_layer", module)))
+    }
+    starts = find_starts(shapes, factors, type(base).__name__, model_config(base))
     without = [name for name in layers if name not in starts]
     if without:
         raise TargetError(
             f"target_modules selects {without[0]} and {len(without) - 1} more that have no factors; name the modules "
             f"that were factorized, or factorize these too"
         )
-    return layers, starts
-
-
-def _lora_layers(peft_model: PeftModel, adapter_name: str) -> list[tuple[str, Layer]]:
-    return [
-        (name, module)
-        for name, module in peft_model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
-    ]
+    return {name: start for name, start in starts.items() if name in layers}
 
 
 def _require_plain_lora(layer: Layer, name: str, start: Start, adapter_name: str) -> None:
+    _require_supported(layer, name, adapter_name)
     rank = layer.r[adapter_name]
     if rank != start.rank:
         raise OptionError(
             f"{name}: the LoraConfig gives rank {rank}, the factors ({', '.join(start.names)}) have {start.rank}; "
             f"set r={start.rank}, or rank_pattern for this module alone"
+            + (
+                f". A folder that a model started from factors has saved has twice their rank: it is trained, and "
+                f"{_GO_ON}"
+                if rank == 2 * start.rank
+                else ""
+            )
         )
-    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
-    if layer.use_dora.get(adapter_name) or (variant is not None and not isinstance(variant, _Delta)):
+
+
+def _require_supported(layer: Layer, name: str, adapter_name: str) -> None:
+    base_layer = layer.get_base_layer()
+    lora_A = dict(layer.lora_A.items()).get(adapter_name)
+    if isinstance(layer, ParamWrapper) or linear_shape(base_layer) is None or not isinstance(lora_A, nn.Linear):
+        raise TargetError(
+            f"{name}: {type(base_layer).__name__} is not a linear layer, and factors start nothing else (a fused "
+            f"weight of experts, an embedding, a convolution); leave it out of target_modules"
+        )
+    variant = layer.lora_variant.get(adapter_name)
+    if layer.use_dora.get(adapter_name) or (variant is not None and not isinstance(variant, DeltaVariant)):
         raise OptionError(f"{name}: factors start a plain LoRA, not DoRA or another variant; turn that off")
+    if layer.lora_bias.get(adapter_name):
+        raise OptionError(f"{name}: lora_bias=True trains biases that have no factors; make the LoraConfig without it")
+    if layer.merged:
+        raise OptionError(f"{name}: adapters are merged into the base weight; call unmerge_adapter() first")
+    for part in (lora_A, layer.lora_B[adapter_name]):
+        if type(part.weight.data) is not Tensor or tuple(part.weight.shape) != (part.out_features, part.in_features):
+            raise WeightError(f"{name}: A and B are sharded already; start the adapter before the model is sharded")
+
+
+def _require_unused(layer: Layer, name: str, adapter_name: str) -> None:
+    lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if isinstance(lora_A, StartedA):
+        used = not (torch.equal(lora_A.weight, lora_A.initial) and torch.equal(lora_B.weight, lora_B.initial))
+    else:
+        used = not lora_B.weight.is_meta and bool(lora_B.weight.any())
+    if used:
+        raise OptionError(
+            f"{name}: adapter {adapter_name!r} is not new: its B is not zero, and the factors would overwrite what was "
+            f"trained or loaded; {_GO_ON}. overwrite=True starts anew"
+        )
 
 
 def _require_forward_of_peft(model: nn.Module) -> None:
@@ -202,28 +273,13 @@ def _require_forward_of_peft(model: nn.Module) -> None:
                 )
 
 
-def _require_untouched(base_layer: nn.Module, name: str) -> None:
-    require_plain_weight(base_layer, name, 'use form="delta", which leaves the base as it is')
-    if getattr(base_layer, _RESIDUAL, False):
+def _require_untouched(layer: Layer, name: str, users: Mapping[int, Sequence[str]]) -> None:
+    instead = 'use form="delta", which leaves the base as it is'
+    base_layer = layer.get_base_layer()
+    require_own_weight(base_layer, name, instead)
+    require_unshared_weight(users, name, base_layer, "the residual form", instead)
+    if is_residual(layer):
         raise OptionError(
             f"{name}: the base weight is a residual already, and another adapter belongs to it; load the model anew, "
             f'or use form="delta" for several adapters on one base'
         )
-
-
-@torch.no_grad()
-def _put(linear: nn.Linear, values: Tensor) -> None:
-    linear.weight.copy_(values)
-
-
-@torch.no_grad()
-def _subtract(layer: Layer, adapter_name: str, name: str) -> None:
-    """R = W − sBA in W's place, with A and B as they are in the layer, in whatever dtype it keeps them."""
-    base_layer = layer.get_base_layer()
-    weight: Tensor = base_layer.weight.data
-    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    product = (layer.scaling[adapter_name] * (B.float() @ A.float())).to(weight.device)
-    residual = _plus(weight, -(product.T if is_conv1d(base_layer) else product))
-    warn_if_rounded_away(weight, residual, name)
-    base_layer.weight.data = residual
-    setattr(base_layer, _RESIDUAL, True)

@@ -12,19 +12,18 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, BertModel, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from inilora_kernels.adapters.layer import (
-    Form,
-    LoRALinear,
+from inilora_kernels.adapters.attach import (
     adapter_state_dict,
     adapters,
     attach,
     detach,
-    difference,
     load_adapter_state_dict,
     merge,
     trainable_parameters,
     unmerge,
 )
+from inilora_kernels.adapters.layer import Form, LoRALinear
+from inilora_kernels.adapters.started import difference
 from inilora_kernels.errors import OptionError, TargetError, WeightError
 from inilora_kernels.factor_set import FactorSet
 from inilora_kernels.factors import Certificate, Factors

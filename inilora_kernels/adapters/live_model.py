@@ -1,0 +1,202 @@
+"""What a live model does with the layers that are to get an adapter: whether it calls them, and what it computes."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TargetError
+from .modules import linear_shape
+
+# What a module may ask of a weight without computing with it.
+_QUESTIONS = frozenset(
+    {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "size", "dim", "numel"}
+)
+_NOT_THE_FORWARD_PASS = ("__init__", "_init", "init_", "reset_", "_reset", "tie_", "_tie", "set_", "get_", "extra_repr")
+
+
+def require_called(model: nn.Module, names: Collection[str]) -> None:
+    """Raise TargetError if a layer's weight is read by the code around it, which does not call the layer.
+
+    An adapter on such a layer does nothing: `MultiheadAttention.out_proj`, `dt_proj` of Mamba. The source of the
+    modules around each layer says where its weight is read; where the model can be run on random input, that decides
+    whether the layer is called all the same.
+    """
+    suspects = {name: reader for name in names if (reader := reads_weight(model, name))}
+    if not suspects:
+        return
+    inputs = random_inputs(model)
+    called = frozenset[str]() if inputs is None else called_layers(model, suspects, inputs)
+    for name, reader in suspects.items():
+        if name not in called:
+            raise TargetError(
+                f"{name}: {reader} reads its weight and does not call the layer, so an adapter on it would do "
+                f"nothing; leave this module out of target_modules and of the factors"
+            )
+
+
+def reads_weight(model: nn.Module, name: str) -> str | None:
+    """The class and method around a module that computes with `module.weight` itself, by its source; or None.
+
+    >>> reads_weight(nn.MultiheadAttention(4, 2), "out_proj")
+    'MultiheadAttention.forward'
+    """
+    path = name.split(".")
+    for depth in range(len(path)):
+        around = model.get_submodule(".".join(path[:depth]))
+        for owner, function in _methods(around).items():
+            if ("self", *path[depth:]) in _weights_computed_with(function):
+                return owner
+    return None
+
+
+def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+    """Small random inputs for a transformers model, None for a model whose inputs are not known."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    generator = torch.Generator().manual_seed(0)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    if main == "input_ids" and isinstance(vocabulary := getattr(text, "vocab_size", None), int):
+        ids = torch.randint(vocabulary, (1, 8), generator=generator).to(device)
+        decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+        return {"input_ids": ids, **decoder}
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if main == "pixel_values" and isinstance(size, int):
+        pixels = torch.randn(1, channels, size, size, generator=generator)
+        return {"pixel_values": pixels.to(device, getattr(model, "dtype", torch.float32))}
+    return None
+
+
+def require_same_output(before: Tensor, after: Tensor | None, where: str) -> None:
+    """Raise TargetError if a model's output on the same input has changed: a start must not change it.
+
+    The tolerance is far above what kernels that add in no fixed order change, and what R's rounding does, and far below
+    what a layer does that starts from BA instead of W.
+    """
+    if after is None or before.shape != after.shape:
+        return
+    size = float(before.double().norm()) or 1.0
+    changed = float((after.double() - before.double()).norm()) / size
+    if changed > (1e-3 if before.dtype.itemsize >= 4 else 0.05):
+        raise TargetError(
+            f"{where}: with the adapters the output on random input changes by {changed:.1%}, so the model does not "
+            f"call some of these layers as linear layers; leave them out of target_modules and of the factors"
+        )
+
+
+def model_config(model: nn.Module) -> dict[str, object] | None:
+    """The config.json of a transformers model, None for any other."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    return dict(to_dict()) if to_dict else None
+
+
+def called_layers(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tensor]) -> frozenset[str]:
+    """Which of these layers are called both in evaluation and in training, where fused kernels may pass them by."""
+    called = frozenset(names)
+    for training in (False, True):
+        called &= _called(model, names, inputs, training)
+    return called
+
+
+def _called(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tensor], training: bool) -> frozenset[str]:
+    seen: set[str] = set()
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: seen.add(name)) for name in names
+    ]
+    try:
+        output_of(model, inputs, training)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return frozenset(seen)
+
+
+@torch.no_grad()
+def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor | None:
+    """The model's first output, without dropout unless `training`; None if it cannot be run on these inputs."""
+    with _mode(model, training), torch.random.fork_rng(devices=[]):
+        try:
+            output = model(**inputs)
+        except Exception:  # whatever a model raises on input that is not meant for it: then it tells us nothing
+            return None
+    first = (
+        output
+        if isinstance(output, Tensor)
+        else next(iter(output.values()), None)
+        if hasattr(output, "values")
+        else None
+    )
+    return first if isinstance(first, Tensor) else None
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Linear layers stay in training mode: in evaluation, bitsandbytes packs weights so that they cannot be trained."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = training or linear_shape(module) is not None
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+def _methods(module: nn.Module) -> dict[str, Any]:
+    """The functions of a module's forward pass, as far as a name tells, by class and name."""
+    functions: dict[str, Any] = {}
+    for owner in type(module).__mro__:
+        if owner not in (nn.Module, object):
+            for name, function in vars(owner).items():
+                functions.setdefault(name, function)
+    if "forward" in vars(module):  # patched on the object, as some kernels' integrations do
+        functions["forward"] = vars(module)["forward"]
+    return {
+        f"{type(module).__name__}.{name}": inspect.unwrap(function)
+        for name, function in functions.items()
+        if inspect.isroutine(function) and not name.startswith(_NOT_THE_FORWARD_PASS)
+    }
+
+
+@functools.cache
+def _weights_computed_with(function: Any) -> frozenset[tuple[str, ...]]:
+    """Each attribute chain, ("self", "out_proj"), whose `.weight` the function computes with."""
+    if "weight" not in getattr(getattr(function, "__code__", None), "co_names", ()):
+        return frozenset()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    found = set()
+    stack: list[tuple[ast.AST, ast.AST]] = [(tree, tree)]
+    while stack:
+        node, around = stack.pop()
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and _computes(node, around):
+            found.add(_chain(node.value))
+        stack.extend((child, node) for child in ast.iter_child_nodes(node))
+    return frozenset(found)
+
+
+def _computes(node: ast.Attribute, around: ast.AST) -> bool:
+    if isinstance(around, ast.Attribute):
+        return around.attr not in _QUESTIONS
+    asks = isinstance(around, ast.Call) and isinstance(around.func, ast.Name) and around.func.id == "isinstance"
+    return isinstance(node.ctx, ast.Load) and not asks and not isinstance(around, ast.Compare)
+
+
+def _chain(node: ast.AST) -> tuple[str, ...]:
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return (node.id, *reversed(names)) if isinstance(node, ast.Name) else ()

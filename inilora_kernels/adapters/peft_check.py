@@ -1,0 +1,140 @@
+"""Whether one of PEFT's layers keeps its output when it starts from factors: tried on the layer itself, then undone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import TargetError
+from .layer import Form
+from .peft_layer import Layer, start_layer
+from .weights import device_of
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a start changes in a layer, as it was: to put it back."""
+
+    attributes: dict[str, Any]
+    tables: dict[str, dict[Any, Any]]
+    modules: tuple[nn.Module, nn.Module]
+    values: tuple[Tensor, Tensor]
+    base_weight: Tensor | None
+
+
+_TABLES = ("_buffers", "_forward_hooks", "_forward_hooks_with_kwargs", "lora_variant")
+
+
+def parts_of(layer: Layer, adapter_name: str) -> Parts:
+    modules = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return Parts(
+        attributes=dict(vars(layer)),
+        tables={table: dict(getattr(layer, table)) for table in _TABLES},
+        modules=modules,
+        values=(modules[0].weight.detach().clone(), modules[1].weight.detach().clone()),
+        base_weight=weight.data if isinstance(weight, Tensor) else None,
+    )
+
+
+@torch.no_grad()
+def put_back(layer: Layer, adapter_name: str, parts: Parts) -> None:
+    for added in vars(layer).keys() - parts.attributes.keys():
+        delattr(layer, added)
+    for table, entries in parts.tables.items():
+        there = getattr(layer, table)
+        there.clear()
+        there.update(entries)
+    for linears, module, values in zip((layer.lora_A, layer.lora_B), parts.modules, parts.values, strict=True):
+        linears[adapter_name] = module
+        module.weight.copy_(values)  # type: ignore[operator]
+    if parts.base_weight is not None and layer.get_base_layer().weight.data is not parts.base_weight:
+        layer.get_base_layer().weight.data = parts.base_weight
+
+
+@torch.no_grad()
+def require_layer_unchanged(layer: Layer, name: str, A: Tensor, B: Tensor, form: Form, adapter_name: str) -> None:
+    """Start the layer, compare its output on random input with its base layer's, and undo the start.
+
+    Raises TargetError if it differs by more than rounding. A layer that cannot be run here (a sharded one, kernels of
+    another device) is taken on trust.
+    """
+    base_layer = layer.get_base_layer()
+    found = _run_base(base_layer, A.shape[1])
+    if found is None:
+        return
+    x, expected = found
+    parts = parts_of(layer, adapter_name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the start that is kept warns
+            start_layer(layer, adapter_name, A, B, form, name)
+        with _only(layer, adapter_name):
+            output = layer(x)
+    finally:
+        put_back(layer, adapter_name, parts)
+    product = F.linear(F.linear(x.float().cpu(), A.float().cpu()), B.float().cpu()) * layer.scaling[adapter_name]
+    size = float(expected.double().norm()) + (float(product.double().norm()) if form == "residual" else 0.0)
+    eps = max(torch.finfo(dtype).eps for dtype in (expected.dtype, x.dtype))
+    difference = float((output.double() - expected.double()).norm())
+    # Two sums of rounded products, of at most that size each; their order may differ from call to call.
+    if not difference <= 16 * eps * size:
+        raise TargetError(
+            f"{name}: with the factors the output of {type(layer).__module__}.{type(layer).__name__} on random input "
+            f"changes by {difference / (size or 1.0):.1%}: its forward pass reads A and B by itself; "
+            + ('use form="residual"' if form == "delta" else "leave the module out of target_modules")
+        )
+
+
+@contextmanager
+def disabled(layers: Iterable[Layer]) -> Iterator[None]:
+    """The adapters of these layers off, without PEFT's change to what is trainable."""
+    layers = list(layers)
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+@contextmanager
+def _only(layer: Layer, adapter_name: str) -> Iterator[None]:
+    """This adapter active and no other, without dropout."""
+    active, off, dropout = layer._active_adapter, layer._disable_adapters, layer.lora_dropout[adapter_name]
+    training = dropout.training
+    try:
+        layer._active_adapter, layer._disable_adapters, dropout.training = [adapter_name], False, False
+        yield
+    finally:
+        layer._active_adapter, layer._disable_adapters, dropout.training = active, off, training
+
+
+def _run_base(base_layer: nn.Module, in_features: int) -> tuple[Tensor, Tensor] | None:
+    weight = getattr(base_layer, "weight", None)
+    own = [weight.dtype] if isinstance(weight, Tensor) and weight.dtype.is_floating_point else []
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, in_features, generator=generator).to(device_of(base_layer))
+    # bitsandbytes packs a layer that runs in evaluation so that it cannot be trained any more.
+    training = base_layer.training
+    base_layer.training = True
+    try:
+        for dtype in (*own, torch.float32, torch.bfloat16, torch.float16):
+            try:
+                output = base_layer(x.to(dtype))
+            except Exception:  # whatever kernels raise that do not take this dtype or run on this device
+                continue
+            if isinstance(output, Tensor) and output.dtype.is_floating_point and not output.is_meta:
+                return x.to(dtype), output
+        return None
+    finally:
+        base_layer.training = training

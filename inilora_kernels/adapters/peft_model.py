@@ -1,0 +1,72 @@
+"""What a PeftModel that started from factors does otherwise than PEFT: saving, and combining adapters."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from ..errors import OptionError
+from .peft_layer import StartedLoraConfig
+from .started import Started
+
+
+def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
+    """Let the model's own `save_pretrained` and `add_weighted_adapter` take s(BA − B0A0) for what an adapter is.
+
+    `save_pretrained`, which every trainer calls, writes [A; A0] and [B, −B0] of rank 2r. Their product is what was
+    learned in both forms, and belongs to W: any program that loads LoRAs may have it. A and B alone would be taken for
+    a LoRA of W, and add W's own low-rank part once more.
+    """
+    for owner, method in (
+        (peft_model, partial(_save_pretrained, peft_model)),
+        (peft_model.base_model, partial(_add_weighted_adapter, peft_model.base_model)),
+    ):
+        setattr(owner, method.func.__name__.removeprefix("_"), method)
+
+
+def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **options: Any) -> None:
+    """PeftModel.save_pretrained; state_dict, where given, is the gathered one of a sharded model."""
+    options.pop("path_initial_model_for_weight_conversion", None)  # the start, which the file subtracts already
+    given = options.pop("state_dict", None)
+    state_dict = dict(peft_model.state_dict() if given is None else given)
+    for key, started in _started(peft_model).items():
+        state_dict.pop(f"{key}.initial", None)
+        weight = state_dict.get(f"{key}.weight")
+        if isinstance(weight, Tensor):
+            state_dict[f"{key}.weight"] = started.doubled(weight)
+    type(peft_model).save_pretrained(peft_model, save_directory, *args, state_dict=state_dict, **options)
+
+
+def _started(peft_model: PeftModel) -> dict[str, Started]:
+    """lora_A and lora_B of every adapter that started from factors, by their key in the unwrapped state dict."""
+    return {
+        name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", ""): module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, Started)
+    }
+
+
+def _add_weighted_adapter(
+    tuner: Any,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    **options: Any,
+) -> None:
+    """LoraModel.add_weighted_adapter, for the combinations that take whole updates and not A and B apart."""
+    for name in adapters:
+        config = tuner.peft_config.get(name)
+        if not isinstance(config, StartedLoraConfig) or config.started_from is None:
+            continue
+        if config.form == "residual" or not combination_type.endswith("svd"):
+            raise OptionError(
+                f"add_weighted_adapter: adapter {name!r} started from factors in the {config.form} form, and "
+                f"combination_type={combination_type!r} would combine its A and B without what they started from; "
+                f"save_pretrained it and combine the plain LoRAs which that writes"
+                + (', or use combination_type="svd"' if config.form == "delta" else "")
+            )
+    type(tuner).add_weighted_adapter(tuner, adapters, weights, adapter_name, combination_type, **options)

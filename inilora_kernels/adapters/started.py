@@ -1,0 +1,115 @@
+"""lora_A and lora_B as modules that keep where they started: A0 and B0 travel with A and B.
+
+In the delta form both together compute B(A − A0)x + (B − B0)A0x, so any layer that adds `lora_B(lora_A(x))`, PEFT's for
+every kind of base and ours, is in the delta form without knowing it. Nothing outside reads the weights in the forward
+pass: FSDP and ZeRO may shard each of the two modules by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import FactorFileError
+
+
+class Started(nn.Linear):
+    """A linear layer (out_features, in_features) without bias of its own, and a frozen copy of where it started.
+
+    weight: the parameter to train, taken over as it is.
+    initial: where it starts, of the same shape; kept in the weight's dtype and on its device.
+    bias: lora_bias's, or None.
+    persistent: whether `initial` is part of the state dict. PEFT's hotswap zeroes what it finds there and the incoming
+        adapter lacks; with A0 = B0 = 0 the delta form is a plain LoRA, which that adapter is.
+
+    A state dict may hold the weight alone, or the doubled one of `doubled`, whose second half must be `initial`.
+    """
+
+    initial: Tensor
+    axis: int
+    sign: float
+
+    def __init__(
+        self, weight: nn.Parameter, initial: Tensor, bias: nn.Parameter | None = None, persistent: bool = False
+    ) -> None:
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.weight = weight
+        self.bias = bias  # type: ignore[assignment]
+        self.register_buffer("initial", initial.to(weight, copy=True), persistent)
+
+    def doubled(self, weight: Tensor) -> Tensor:
+        """The weight and its start side by side: [A; A0] or [B, −B0], so that their product is BA − B0A0."""
+        if weight.shape != self.initial.shape:
+            return weight
+        return torch.cat([weight, self.sign * self.initial.to(weight)], dim=self.axis)
+
+    def swapped(self) -> bool:
+        """Whether PEFT's hotswap has put a weight of another rank here, a plain LoRA that started from nothing."""
+        return self.weight.shape != self.initial.shape
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        key = f"{prefix}weight"
+        found = state_dict.get(key)
+        rank = self.initial.shape[self.axis]
+        if isinstance(found, Tensor) and found.dim() == 2 and found.shape[self.axis] == 2 * rank:
+            own, start = torch.split(found, rank, dim=self.axis)
+            if not torch.equal(start, self.sign * self.initial.to(start)):
+                raise FactorFileError(
+                    f"{key}: this adapter was trained from other factors than the model was started from; start the "
+                    f"model from the same factors, or load the adapter under another name, as the plain LoRA that it is"
+                )
+            state_dict[key] = own.contiguous()
+        # Checkpoints without it, such as those that hold A and B alone, are complete.
+        state_dict.setdefault(f"{prefix}initial", self.initial)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class StartedA(Started):
+    """lora_A (r, in_features) of the residual form, whose forward pass is a LoRA's."""
+
+    axis, sign = 0, 1.0
+
+
+class StartedB(Started):
+    """lora_B (out_features, r) of the residual form, whose forward pass is a LoRA's."""
+
+    axis, sign = 1, -1.0
+
+
+class DeltaA(StartedA):
+    """lora_A of the delta form: x ↦ [(A − A0)x; A0x], twice as many features as A has rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.swapped():
+            return F.linear(x, self.weight)
+        A0 = self.initial.to(self.weight.dtype)
+        return F.linear(x, torch.cat([self.weight - A0, A0]))
+
+
+class DeltaB(StartedB):
+    """lora_B of the delta form: [u; v] ↦ Bu + (B − B0)v, and lora_bias where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.swapped():
+            return F.linear(x, self.weight, self.bias)
+        B0 = self.initial.to(self.weight.dtype)
+        return F.linear(x, torch.cat([self.weight, self.weight - B0], dim=1), self.bias)
+
+
+def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of BA − B0A0, of rank 2r and without cancellation: A' = [A − A0; A0] (2r, k), B' = [B, B − B0] (d, 2r).
+
+    Where A = A0 and B = B0 their product is exactly 0. A0 and B0 are taken in the dtype of A and B, so this
+    also holds for a model that was cast.
+
+    >>> A, B = torch.randn(2, 5), torch.randn(4, 2)
+    >>> A1, B1 = difference(A, B, A, B)
+    >>> (B1 @ A1).abs().max()
+    tensor(0.)
+    """
+    A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
+    return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
