@@ -5,7 +5,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -191,13 +190,22 @@ def test_switching_between_adapters_on_one_base(
     assert not torch.equal(first, second)
 
 
-def test_save_pretrained_writes_a_and_b_alone(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
+def test_add_weighted_adapter_takes_what_was_learned(
+    minilm: Path, minilm_factors: FactorSet, minilm_alpha: FactorSet
+) -> None:
+    """peft 3761: add_weighted_adapter combines lora_A and lora_B, whatever they mean."""
     model = initialize_peft(lora(load(minilm)), minilm_factors)
-    model.save_pretrained(tmp_path)
-    saved = peft.utils.load_peft_weights(str(tmp_path))
-    assert len(saved) == 24
-    A = saved["base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"]
-    assert torch.equal(A, minilm_factors["encoder.layer.0.attention.self.query"].A)
+    config = LoraConfig(r=8, target_modules=["query", "value"])
+    model.add_adapter("second", config)
+    initialize_peft(model, minilm_alpha, adapter_name="second")
+    train(model)
+    trained = output(model)
+    for kind in ("linear", "cat"):
+        with pytest.raises(ValueError, match=r"combine its A and B without what they started from.*\"svd\""):
+            model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", combination_type=kind)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", combination_type="svd", svd_rank=16)
+    model.set_adapter("both")
+    assert torch.allclose(output(model), trained, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -267,6 +275,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(minilm: Path, minilm_f
     refuses(OptionError, "plain LoRA, not DoRA", lora(load(minilm), use_dora=True))
     refuses(OptionError, "init_lora_weights='pissa' has set up", lora(load(minilm), init_lora_weights="pissa"))
     refuses(TargetError, "key.* have no factors", lora(load(minilm), target_modules=["query", "key", "value"]))
-    refuses(TargetError, "no linear module .*query, for which", lora(load(minilm), target_modules=["value"]))
+    refuses(
+        TargetError,
+        "no linear module .*query, for which",
+        lora(load(minilm).encoder.layer[0].intermediate, target_modules=["dense"]),
+    )
     once = initialize_peft(lora(load(minilm)), minilm_factors, form="residual")
     refuses(OptionError, "is a residual already", once)
