@@ -206,6 +206,11 @@ def _updates(
         scaling = adapter.scaling(module)
         A0, B0 = start.scaled(scaling)
         A, B = _own_half(*adapter.factors[module], A0, B0)
+        if A.shape[0] == 2 * start.rank:
+            raise FactorFileError(
+                f"{trained}: {module} has twice the rank of the factors, as a started model saves it: a plain LoRA "
+                f"already, which started from other factors than these; load it as it is, or give those it started from"
+            )
         if A.shape[0] != start.rank:
             raise FactorFileError(
                 f"{trained}: {module} has rank {A.shape[0]}, the factors have {start.rank}; "

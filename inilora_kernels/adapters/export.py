@@ -23,14 +23,14 @@ from ..factors import Factors
 from ..model.architecture import TaskType
 from ..model.fused import row_index
 from ..storage.atomic import whole_folder
+from .attach import adapters
 from .base import write_residual_record
 from .folder import KEY_PREFIX, Adapter, hub_name, write_adapter
-from .attach import adapters
-from .weights import warn_if_rounded_away
 from .model_copy import copy_model
 from .modules import is_conv1d, module_of
 from .plan import lora_config, plan_export
 from .rehearsal import require_peft_takes, require_same_start
+from .weights import warn_if_rounded_away
 
 _ABOUT_RESIDUAL = (
     "A LoRA that starts from the pretrained weights: B·A is the low-rank part of W, and the base model of this "

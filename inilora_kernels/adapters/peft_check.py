@@ -82,7 +82,8 @@ def require_layer_unchanged(layer: Layer, name: str, A: Tensor, B: Tensor, form:
         put_back(layer, adapter_name, parts)
     product = F.linear(F.linear(x.float().cpu(), A.float().cpu()), B.float().cpu()) * layer.scaling[adapter_name]
     size = float(expected.double().norm()) + (float(product.double().norm()) if form == "residual" else 0.0)
-    eps = max(torch.finfo(dtype).eps for dtype in (expected.dtype, x.dtype))
+    dtypes = (expected.dtype, x.dtype, layer.lora_A[adapter_name].weight.dtype)
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     difference = float((output.double() - expected.double()).norm())
     # Two sums of rounded products, of at most that size each; their order may differ from call to call.
     if not difference <= 16 * eps * size:
@@ -109,14 +110,17 @@ def disabled(layers: Iterable[Layer]) -> Iterator[None]:
 
 @contextmanager
 def _only(layer: Layer, adapter_name: str) -> Iterator[None]:
-    """This adapter active and no other, without dropout."""
+    """This adapter active and no other, without dropout, on a base layer that stays trainable; see `_run_base`."""
     active, off, dropout = layer._active_adapter, layer._disable_adapters, layer.lora_dropout[adapter_name]
-    training = dropout.training
+    base_layer = layer.get_base_layer()
+    training = dropout.training, base_layer.training
     try:
-        layer._active_adapter, layer._disable_adapters, dropout.training = [adapter_name], False, False
+        layer._active_adapter, layer._disable_adapters = [adapter_name], False
+        dropout.training, base_layer.training = False, True
         yield
     finally:
-        layer._active_adapter, layer._disable_adapters, dropout.training = active, off, training
+        layer._active_adapter, layer._disable_adapters = active, off
+        dropout.training, base_layer.training = training
 
 
 def _run_base(base_layer: nn.Module, in_features: int) -> tuple[Tensor, Tensor] | None:

@@ -78,7 +78,7 @@ def start_layer(layer: Layer, adapter_name: str, A: Tensor, B: Tensor, form: For
     _install(layer, adapter_name, A, B, form)
     if form == "residual":
         A, B = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
-        _subtract(layer, A, layer.scaling[adapter_name] * B, name)
+        _subtract(layer, A, layer.scaling[adapter_name] * B.float(), name)
 
 
 def started_adapters(layer: Layer, names: Any) -> list[str]:

@@ -64,7 +64,8 @@ class Started(nn.Linear):
                 )
             state_dict[key] = own.contiguous()
         # Checkpoints without it, such as those that hold A and B alone, are complete.
-        state_dict.setdefault(f"{prefix}initial", self.initial)
+        if "initial" not in self._non_persistent_buffers_set:
+            state_dict.setdefault(f"{prefix}initial", self.initial)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 

@@ -311,6 +311,8 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
     AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(other)
     train(live(minilm, minilm_factors)).save_pretrained(tmp_path / "trained")
     wrong = factorize(other)
+    export_delta(minilm, minilm_factors, tmp_path / "delta")
+    alone = tmp_path / "delta/adapter"
     for act in (convert, export_merged):
         with pytest.raises(FactorFileError, match=r"query\.weight is not the weight that these factors were made of"):
             act(tmp_path / "trained", wrong, tmp_path / "out")
@@ -320,12 +322,15 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
             act(tmp_path / "trained", factorize(minilm, ("key", "value")), tmp_path / "out")
         with pytest.raises(FactorFileError, match="query and 5 more of its modules have no factors"):
             act(tmp_path / "trained", factorize(minilm, ("value",)), tmp_path / "out")
-        with pytest.raises(FactorFileError, match="has rank 8, the factors have 4"):
+        with pytest.raises(FactorFileError, match="has rank 16, the factors have 4"):
             act(tmp_path / "trained", factorize(minilm, rank=4), tmp_path / "out")
-        with pytest.raises(FactorFileError, match=r"neither its A nor its BA is near .*insist"):
+        with pytest.raises(FactorFileError, match="a plain LoRA already, which started from other factors"):
             act(tmp_path / "trained", factorize(minilm, start=inilora_alpha), tmp_path / "out")
+        # A and B alone, as a trainer that knows nothing of us saves them.
+        with pytest.raises(FactorFileError, match=r"neither its A nor its BA is near .*insist"):
+            act(alone, factorize(minilm, start=inilora_alpha), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    convert(tmp_path / "trained", factorize(minilm, start=inilora_alpha), tmp_path / "out", insist=True)
+    convert(alone, factorize(minilm, start=inilora_alpha), tmp_path / "out", insist=True)
 
 
 def test_a_residual_remembers_its_factors(

@@ -277,8 +277,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(minilm: Path, minilm_f
     refuses(TargetError, "key.* have no factors", lora(load(minilm), target_modules=["query", "key", "value"]))
     refuses(
         TargetError,
-        "no linear module .*query, for which",
-        lora(load(minilm).encoder.layer[0].intermediate, target_modules=["dense"]),
+        "no linear module .*elsewhere, for which",
+        lora(load(minilm)),
+        FactorSet({"elsewhere": minilm_factors["encoder.layer.0.attention.self.query"]}, {}),
     )
     once = initialize_peft(lora(load(minilm)), minilm_factors, form="residual")
     refuses(OptionError, "is a residual already", once)

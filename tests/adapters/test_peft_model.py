@@ -1,4 +1,4 @@
-"""What other programs make of a PeftModel that started from factors: they copy, save, load, swap, disable and combine it."""
+"""What other programs do with a PeftModel that started from factors: copy, save, load, resume, disable and merge it."""
 
 from __future__ import annotations
 
