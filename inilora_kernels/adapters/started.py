@@ -57,7 +57,7 @@ class Started(nn.Linear):
         rank = self.initial.shape[self.axis]
         if isinstance(found, Tensor) and found.dim() == 2 and found.shape[self.axis] == 2 * rank:
             own, start = torch.split(found, rank, dim=self.axis)
-            if not torch.equal(start, self.sign * self.initial.to(start)):
+            if not _is_same(start, self.sign * self.initial):
                 raise FactorFileError(
                     f"{key}: this adapter was trained from other factors than the model was started from; start the "
                     f"model from the same factors, or load the adapter under another name, as the plain LoRA that it is"
@@ -67,6 +67,12 @@ class Started(nn.Linear):
         if "initial" not in self._non_persistent_buffers_set:
             state_dict.setdefault(f"{prefix}initial", self.initial)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _is_same(stored: Tensor, initial: Tensor) -> bool:
+    """Whether both are one start, to the roundings of √(scaling) and of the coarser of their dtypes."""
+    rtol = 4 * max(torch.finfo(stored.dtype).eps, torch.finfo(initial.dtype).eps)
+    return torch.allclose(stored.float(), initial.to(stored.device, torch.float32), rtol=rtol, atol=0.0)
 
 
 class StartedA(Started):

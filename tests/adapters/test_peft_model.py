@@ -110,6 +110,11 @@ def test_it_resumes_from_what_it_saved(llama: Path, factors: FactorSet, form: Fo
     again = started(llama, factors, form)
     again.load_adapter(tmp_path / "trained", "default", is_trainable=True)
     assert torch.equal(logits(again), trained)
+    in_bfloat16 = started(llama, factors, form).bfloat16()
+    in_bfloat16.load_adapter(tmp_path / "trained", "default")
+    for name, parameter in in_bfloat16.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter.bfloat16(), again.get_parameter(name).bfloat16())
     other = started(llama, factorize(llama, ("q_proj", "v_proj"), rank=4, start=inilora_alpha), form)
     with pytest.raises(FactorFileError, match="trained from other factors"):
         other.load_adapter(tmp_path / "trained", "default")
