@@ -39,10 +39,12 @@ def initialize_peft(
     """Start a PeftModel's LoRA adapter from the factors, in place, without changing the model's output.
 
     Call it after `get_peft_model` with `init_lora_weights=True` (the default) and before training, where
-    `initialize_lora_eva_weights` stands for EVA; `lora_model` does all three. Every module that the adapter targets
-    needs factors of its rank; factors of modules that it leaves out are not used. lora_alpha, use_rslora, rank_pattern,
-    alpha_pattern and fan_in_fan_out are the LoraConfig's: with PEFT's scaling s, A and B are divided by √s, so sBA ≈ W
-    whatever s is.
+    `initialize_lora_eva_weights` stands for EVA. Every module that the adapter targets needs factors of its rank;
+    factors of modules that it leaves out are not used. lora_alpha, use_rslora, rank_pattern, alpha_pattern and
+    fan_in_fan_out are the LoraConfig's: with PEFT's scaling s, A and B are divided by √s, so sBA ≈ W whatever s is.
+
+    PEFT's `hotswap_adapter` is right in the delta form alone. In the residual form what is swapped in is
+    added to R, unnoticed.
 
     form: "delta" leaves the base weights as they are, exact in any dtype and on quantized bases; the
         forward pass subtracts the frozen start, [B, B − B0] [A − A0; A0] x. "residual" puts R = W − sBA into the base
