@@ -87,7 +87,9 @@ def bound_outside(pairs: RitzPairs, kept: int, missed: float, rounding: float = 
         with np.errstate(divide="ignore", invalid="ignore"):
             # The first points may lie on θ itself: infinite, and so not a bound.
             forms = np.tensordot(1.0 / (points[:, None] - theta), outer, axes=(1, 2))
-        largest = np.array([np.linalg.eigvalsh(form)[-1] if np.isfinite(form).all() else math.inf for form in forms])
+        finite = np.isfinite(forms).all(axis=(1, 2))
+        largest = np.full(len(points), math.inf)
+        largest[finite] = np.linalg.eigvalsh(forms[finite])[:, -1]
         holds = largest <= points - missed
         # The largest point always holds, but for rounding.
         first = int(np.argmax(holds)) if holds.any() else len(points) - 1
@@ -118,17 +120,17 @@ def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, 
     return max(0.0, best)
 
 
-def promise(pairs: RitzPairs, rank: int, missed: float, rounding: float) -> tuple[float, int, float]:
-    """The least shortfall over the numbers s of Ritz vectors to keep; the best s, and c' with it."""
+def promise(
+    pairs: RitzPairs, rank: int, missed: float, rounding: float, enough: float = 0.0
+) -> tuple[float, int, float]:
+    """The least shortfall over the numbers s of Ritz vectors to keep, or the first found to be `enough`.
+
+    Returns that shortfall, its s, and c' with it.
+    """
     theta = pairs.values
+    highest = float(theta[rank - 1])
     best, best_kept, best_outside = math.inf, rank, math.inf
-    for beyond in _BEYOND:
-        kept = rank + beyond
-        if kept >= len(theta):
-            break
-        highest = float(theta[rank - 1])
-        if float(theta[kept]) >= highest:
-            continue
+    for kept in _with_a_gap(pairs, rank, missed):
         outside = bound_outside(pairs, kept, missed, rounding)
         if highest - outside <= 0:
             continue
@@ -136,6 +138,22 @@ def promise(pairs: RitzPairs, rank: int, missed: float, rounding: float) -> tupl
         found = shortfall(theta[:kept], coupling.T @ coupling, rank, outside, rounding)
         if found < best:
             best, best_kept, best_outside = found, kept, outside
+            if found <= enough:
+                break
         elif found > 4 * best:
             break
     return best, best_kept, best_outside
+
+
+def _with_a_gap(pairs: RitzPairs, rank: int, missed: float) -> list[int]:
+    """The numbers s of Ritz vectors to keep with which c' is below θ_r: it holds there, which takes one small matrix."""
+    theta, g = pairs.values.numpy(), pairs.coupling.numpy()
+    highest = float(theta[rank - 1])
+    candidates = [rank + beyond for beyond in _BEYOND if rank + beyond < len(theta) and theta[rank + beyond] < highest]
+    if highest <= missed or not candidates:
+        return []
+    first = candidates[0]
+    weighted = (g[:, None, first:] * g[None, :, first:]) / (highest - theta[first:])
+    forms = weighted[:, :, ::-1].cumsum(axis=2)[:, :, ::-1].transpose(2, 0, 1)
+    largest = np.linalg.eigvalsh(forms[[kept - first for kept in candidates]])[:, -1]
+    return [kept for kept, one in zip(candidates, largest, strict=True) if one <= highest - missed]

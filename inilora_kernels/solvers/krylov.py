@@ -250,18 +250,21 @@ class _Search:
     def _missing(self, pairs: RitzPairs, rank: int) -> float:
         return max(0.0, self._total - float(pairs.values[:rank].sum()))
 
-    def _promised(self, pairs: RitzPairs, missed: float) -> float:
-        """The promise of the rank that is furthest from what it is allowed, as a multiple of that."""
+    def _promised(self, pairs: RitzPairs, missed: float, enough: float = 0.0) -> float:
+        """The promise of the rank that is furthest from what it is allowed, as a multiple of that.
+
+        enough: a multiple below which it does not matter how much better it could be.
+        """
         rounding = self._rounding(pairs)
         worst = 0.0
         for rank in self._ranks:
             allowed = self._allowed(pairs, rank)
             if self._missing(pairs, rank) > allowed:
-                worst = max(worst, promise(pairs, rank, missed, rounding)[0] / allowed)
+                worst = max(worst, promise(pairs, rank, missed, rounding, enough * allowed)[0] / allowed)
         return worst
 
     def _settled(self, pairs: RitzPairs) -> bool:
-        return self._promised(pairs, self._missed) <= 1.0
+        return self._promised(pairs, self._missed, enough=1.0) <= 1.0
 
     def _converge(self) -> RitzPairs | None:
         """Grow the space until it promises enough, or is at its end. None where float32 will not do."""
