@@ -146,7 +146,7 @@ def promise(
 
 
 def _with_a_gap(pairs: RitzPairs, rank: int, missed: float) -> list[int]:
-    """The numbers s of Ritz vectors to keep with which c' is below θ_r: it holds there, which takes one small matrix."""
+    """The numbers s of Ritz vectors to keep with which c' comes below θ_r: where θ_r itself is a bound like c'."""
     theta, g = pairs.values.numpy(), pairs.coupling.numpy()
     highest = float(theta[rank - 1])
     candidates = [rank + beyond for beyond in _BEYOND if rank + beyond < len(theta) and theta[rank + beyond] < highest]
