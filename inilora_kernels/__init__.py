@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .errors import InitializationError
     from .factor_set import FactorSet
     from .factors import Certificate, Factors
+    from .lora_start import lora_config_of, lora_model
     from .storage.authors_folder import save_inilora_pt
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "initialize_peft",
     "load_adapter_state_dict",
     "load_delta",
+    "lora_config_of",
+    "lora_model",
     "merge",
     "save_adapter",
     "save_inilora_pt",
@@ -75,6 +78,8 @@ _MODULES = {
     "initialize_peft": "adapters.peft",
     "load_adapter_state_dict": "adapters.attach",
     "load_delta": "adapters.peft",
+    "lora_config_of": "lora_start",
+    "lora_model": "lora_start",
     "merge": "adapters.attach",
     "save_adapter": "adapters.export",
     "save_inilora_pt": "storage.authors_folder",

@@ -12,7 +12,7 @@ import inilora_kernels
 
 PACKAGE = Path(inilora_kernels.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES, MOST_LINES_OF_THE_MAIN_JOB = 400, 250
+MOST_LINES, MOST_LINES_OF_THE_MAIN_JOB, MOST_POSITIONAL = 400, 250, 6
 
 
 def module_of(file: Path) -> str:
@@ -85,6 +85,19 @@ def test_files_are_short() -> None:
     lengths = {module_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert lengths["inilora_kernels.approximate"] < MOST_LINES_OF_THE_MAIN_JOB
     assert {module: lines for module, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_calls_name_their_arguments() -> None:
+    long = []
+    for file in FILES:
+        if "kernels" in file.relative_to(PACKAGE).parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                positional = [one.arg for one in [*node.args.posonlyargs, *node.args.args] if one.arg != "self"]
+                if len(positional) > MOST_POSITIONAL:
+                    long.append(f"{module_of(file)}.{node.name}({', '.join(positional)})")
+    assert long == []
 
 
 def test_the_package_shows_its_public_names_alone() -> None:

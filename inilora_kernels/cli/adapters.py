@@ -33,6 +33,7 @@ Trained = Annotated[Path, typer.Argument(help="The adapter folder that the train
 
 def export(
     factors: Made,
+    *,
     output: Folder,
     base: Base = None,
     form: Annotated[
@@ -66,7 +67,15 @@ def export(
     if base is None:
         raise OptionError("name the folder of the model that the factors were computed from as --base")
     write = export_residual if form == "residual" else export_delta
-    write(base, FactorSet.load(factors, base), output, lora_alpha, rslora, lora_dropout, task_type)
+    write(
+        base,
+        FactorSet.load(factors, base),
+        output,
+        lora_alpha=lora_alpha,
+        use_rslora=rslora,
+        lora_dropout=lora_dropout,
+        task_type=task_type,
+    )
     if form == "residual":
         say(f"wrote {output / 'base'}, the model to train on, and {output / 'adapter'}, the adapter to continue from")
     else:
@@ -75,6 +84,7 @@ def export(
 
 def convert(
     trained: Trained,
+    *,
     init: Init,
     output: Folder,
     base: Base = None,

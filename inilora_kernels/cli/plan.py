@@ -33,6 +33,7 @@ _SOLVERS = {
 
 def plan(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or one weight file.")],
+    *,
     gpu: Annotated[str | None, typer.Option(help=f"Predict for a GPU too: {', '.join(GPUS)}.")] = None,
     rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
     steps: Annotated[int, typer.Option(help="Adam steps for each matrix.")] = 20_000,

@@ -141,9 +141,9 @@ def _principal(
         return _nothing(W, ranks)
     if W.dtype == torch.float64 or not _FLOAT32_RANGE[0] < total < _FLOAT32_RANGE[1]:
         dtype = torch.float64
-    found = _Search(tall, total, ranks, dtype, tolerance, key, threads).run()
+    found = _Search(tall, total, ranks, dtype, tolerance, key=key, threads=threads).run()
     if found is None:
-        found = _Search(tall, total, ranks, torch.float64, tolerance, key, threads).run()
+        found = _Search(tall, total, ranks, torch.float64, tolerance, key=key, threads=threads).run()
         assert found is not None
     if not all(found.certified.values()) and size <= DENSE_SIZE:
         return dense(W, ranks)
@@ -196,6 +196,7 @@ class _Search:
         ranks: Sequence[int],
         dtype: torch.dtype,
         tolerance: float,
+        *,
         key: Future[bytes],
         threads: int,
     ) -> None:

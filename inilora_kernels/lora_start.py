@@ -1,0 +1,106 @@
+"""One line for a trainer's script: a model in, a PeftModel that starts from its own weights out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from .adapters.layer import Form
+from .adapters.live_model import model_config
+from .adapters.modules import find_starts, is_conv1d, linear_shape
+from .adapters.peft import initialize_peft
+from .adapters.plan import lora_config
+from .approximate import approximate_model
+from .errors import InitializationError, OptionError
+from .factor_set import FactorSet
+
+
+def lora_model(
+    model: nn.Module,
+    factors: FactorSet | str | Path | int,
+    form: Form = "delta",
+    *,
+    lora_alpha: float | None = None,
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+    task_type: str | None = None,
+) -> PeftModel:
+    """Return a PeftModel whose LoRA starts from the factors, ready for any trainer; its output is still the model's.
+
+    LoraConfig from the factors, `get_peft_model` and `initialize_peft` in one call, with all of their checks.
+
+    model: any model whose linear layers are the checkpoint's, also a quantized one (delta form). It is changed in
+        place, as `get_peft_model` does, and is as it was if this raises.
+    factors: a FactorSet, the path of a factor file, or a rank: then they are computed from the model itself, by
+        `approximate_model` with solver="krylov".
+    form: "delta" leaves the base weights as they are; "residual" puts R = W − sBA into them.
+    lora_alpha: PEFT's; None for a scaling s of 1, as in the paper. A and B are divided by √s, so sBA stays the same.
+    use_rslora, lora_dropout, task_type: PEFT's.
+
+    `save_pretrained`, which every trainer calls, writes a plain LoRA of rank 2r for the original model.
+
+    Raises what `initialize_peft` and `FactorSet.load` raise, and for a rank what `approximate_model` raises.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential()
+    >>> model.add_module("q_proj", nn.Linear(8, 6)); model.add_module("v_proj", nn.Linear(6, 6))
+    >>> x = torch.randn(2, 8)
+    >>> expected = model(x)
+    >>> started = lora_model(model, 2)
+    >>> torch.equal(started(x), expected), started.peft_config["default"].r
+    (True, 2)
+    """
+    if isinstance(factors, int):
+        factors = approximate_model(model, rank=factors, solver="krylov")
+    elif isinstance(factors, (str, Path)):
+        factors = FactorSet.load(factors)
+    config = lora_config_of(
+        model, factors, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_dropout=lora_dropout, task_type=task_type
+    )
+    peft_model = peft.get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    try:
+        return initialize_peft(peft_model, factors, form)
+    except InitializationError:
+        peft_model.unload()
+        raise
+
+
+def lora_config_of(
+    model: nn.Module,
+    factors: FactorSet,
+    *,
+    lora_alpha: float | None = None,
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+    task_type: str | None = None,
+) -> LoraConfig:
+    """Return the LoraConfig that `initialize_peft` wants for these factors, for whoever builds the PeftModel otherwise.
+
+    Names are the model's own: parts of a fused weight (`c_attn:query`) are one target of their ranks' sum, and modules
+    of another rank are in rank_pattern and alpha_pattern, so that all have the same scaling. Parameters are those of
+    `lora_model`. Raises OptionError, and TargetError where the model lacks a module of the factors.
+    """
+    if lora_alpha is not None and not lora_alpha > 0:
+        raise OptionError(f"lora_alpha={lora_alpha}: give a number above 0, or leave it out for a scaling of 1")
+    modules = dict(model.named_modules())
+    shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
+    starts = find_starts(shapes, factors, type(model).__name__, model_config(model))
+    ranks = {name: start.rank for name, start in starts.items()}
+    common = max(ranks.values(), key=list(ranks.values()).count)
+    scaling = 1.0 if lora_alpha is None else lora_alpha / (common**0.5 if use_rslora else common)
+    settings: dict[str, Any] = lora_config(ranks, scaling, use_rslora, list(modules))
+    return LoraConfig(
+        **{name: value for name, value in settings.items() if name != "peft_type"}
+        | {
+            "inference_mode": False,
+            "lora_dropout": lora_dropout,
+            "task_type": task_type,
+            "fan_in_fan_out": any(is_conv1d(modules[name]) for name in ranks),
+        }
+    )

@@ -1,0 +1,61 @@
+"""One call from a model to a PeftModel that starts from its own weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
+
+from inilora_kernels import FactorSet, lora_config_of, lora_model
+from inilora_kernels.errors import OptionError, TargetError
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def test_a_rank_is_enough(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    expected = model(IDS).logits
+    started = lora_model(model, 4, task_type="CAUSAL_LM")
+    assert torch.equal(started(IDS).logits, expected)
+    assert type(started).__name__ == "PeftModelForCausalLM"
+    trained = [name for name, parameter in started.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 2 * 2
+    assert all(".lora_" in name and "_proj." in name for name in trained)
+
+
+@pytest.mark.parametrize("form", ["delta", "residual"])
+def test_fused_names_become_one_target(gpt2: Path, gpt2_factors: FactorSet, tmp_path: Path, form: str) -> None:
+    """LlamaFactory #4020: names such as `c_attn:query` in a LoraConfig built by hand."""
+    gpt2_factors.save(tmp_path / "factors.safetensors")
+    model = GPT2LMHeadModel.from_pretrained(gpt2)
+    expected = model(IDS).logits
+    started = lora_model(model, tmp_path / "factors.safetensors", form, lora_alpha=32, use_rslora=True)  # type: ignore[arg-type]
+    config = started.peft_config["default"]
+    assert (set(config.target_modules), config.r, config.lora_alpha) == ({"c_attn"}, 8, 32)
+    # float32's rounding of R, through two layers.
+    torch.testing.assert_close(started(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_callers_saved_folder_is_a_plain_lora_for_the_original(llama: Path, tmp_path: Path) -> None:
+    started = lora_model(AutoModelForCausalLM.from_pretrained(llama), 4)
+    optimizer = torch.optim.SGD([one for one in started.parameters() if one.requires_grad], lr=0.1)
+    started(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    started.save_pretrained(tmp_path)
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path)
+    torch.testing.assert_close(plain(IDS).logits, started(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_refused_leaves_the_model_as_it_was(minilm: Path, gpt2_factors: FactorSet, llama: Path) -> None:
+    model = AutoModel.from_pretrained(minilm)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(TargetError, match="no linear module"):
+        lora_model(model, gpt2_factors)
+    with pytest.raises(OptionError, match="lora_alpha=-1"):
+        lora_config_of(model, gpt2_factors, lora_alpha=-1)
+    with pytest.raises(OptionError, match="form='both'"):
+        lora_model(model, 4, "both")  # type: ignore[arg-type]
+    assert [name for name, _ in model.named_modules()] == names
