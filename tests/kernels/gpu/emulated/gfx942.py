@@ -24,6 +24,7 @@ from tinygrad.device import BufferSpec
 from triton.compiler import CompiledKernel
 
 from inilora_kernels.kernels.gpu import kernels as triton_kernels
+from inilora_kernels.kernels.gpu import loss as triton_loss
 from inilora_kernels.kernels.gpu import wave as triton_wave
 
 from ..compiled import OPTIONS, Launch, compiled
@@ -232,6 +233,7 @@ class Emulated:
 
 GRADIENT_PRODUCTS = Emulated(triton_kernels.gradient_products_kernel)
 ADAM = Emulated(triton_kernels.adam_kernel)
+LOSS = Emulated(triton_loss.loss_kernel)
 
 
 @contextmanager
@@ -240,5 +242,6 @@ def emulated() -> Iterator[None]:
     with (
         mock.patch.object(triton_wave, "gradient_products_kernel", GRADIENT_PRODUCTS),
         mock.patch.object(triton_wave, "adam_kernel", ADAM),
+        mock.patch.object(triton_wave, "loss_kernel", LOSS),
     ):
         yield

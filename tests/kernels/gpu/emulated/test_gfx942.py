@@ -1,4 +1,4 @@
-"""Both kernels, as triton compiles them for gfx942, executed instruction by instruction and compared with float64.
+"""All three kernels, as triton compiles them for gfx942, executed instruction by instruction and compared with float64.
 
 Needs clang and a checkout of tinygrad's repository on the path, and is skipped without:
     PYTHONPATH=PATH/TO/tinygrad python -m pytest tests/kernels/gpu/emulated
@@ -80,6 +80,20 @@ def test_twenty_steps_follow_the_reference(rank: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_guard_bands_stay_untouched(dtype: torch.dtype) -> None:
     guarded_run(dtype=dtype, context=emulated(), tiles=tiles("gfx942", dtype.itemsize, 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_of_ragged_matrices(dtype: torch.dtype) -> None:
+    weights, problems = make([(70, 145), (33, 24)], [5, 8], dtype, scale=0.3)
+    with emulated():
+        wave = make_wave(weights, problems, tiles("gfx942", dtype.itemsize, 8), [2, 1])
+        # The bounds of the interpreter's test.
+        for wide, error in ((True, 1e-13), (False, 1e-8)):
+            wave.losses.fill_(torch.nan)
+            wave.judge(wide=wide)
+            for index, (loss, A, B) in wave.sampled().items():
+                true = residual_loss(weights[index].double(), A.double(), B.double())
+                assert loss == pytest.approx(true, rel=error)
 
 
 def test_a_wrong_stride_is_caught() -> None:
