@@ -49,9 +49,9 @@ def approximate_model(path: Model, options: ModelOptions) -> FactorSet:
     Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work but one: a
     WeightError for a run that diverged.
 
-    >>> import tempfile, torch
+    >>> import tempfile, torch, pathlib
     >>> from safetensors.torch import save_file
-    >>> model = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> model = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
     >>> save_file({"layer.0.query.weight": torch.eye(6), "layer.0.value.weight": torch.ones(6, 4)}, model)
     >>> factors = approximate_model(model, rank=1, steps=2000, lr=1e-2, cache=False, progress=False)
     >>> {module: tuple(one.B.shape) for module, one in factors.items()}
@@ -70,9 +70,9 @@ def approximate_ranks(path: Model, options: ModelOptions) -> dict[int, FactorSet
 
     The ranks share the readings of W (by Adam: those for f*). Errors are those of `approximate_model`.
 
-    >>> import tempfile, torch
+    >>> import tempfile, torch, pathlib
     >>> from safetensors.torch import save_file
-    >>> model = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> model = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
     >>> save_file({"a.query.weight": torch.eye(6), "a.value.weight": torch.ones(6, 4)}, model)
     >>> sets = approximate_ranks(model, rank=[1, 2], solver="krylov", cache=False, progress=False)
     >>> {rank: round(factors["a.query"].certificate.loss) for rank, factors in sets.items()}

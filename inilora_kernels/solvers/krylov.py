@@ -29,6 +29,8 @@ from .krylov_space import KrylovSpace, RitzPairs
 TOLERANCE = 1e-8
 # Singular values kept for the picture of the spectrum, at most.
 LEADING = 64
+# Up to this size all eigenvectors of WᵀW take less time than the calls of a search.
+GRAM_SIZE = 512
 # Up to this size a full decomposition is an answer where the certificate is not reached.
 DENSE_SIZE = 2048
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
@@ -130,7 +132,7 @@ def _principal(
     upright = W.shape[0] >= W.shape[1]
     tall = W if upright else W.T
     size = tall.shape[1]
-    if size <= 3 * _expected_vectors(max(ranks)) / 2:
+    if size > GRAM_SIZE and size <= 3 * _expected_vectors(max(ranks)) / 2:
         return dense(W, ranks)
     total = energy(tall)
     if not math.isfinite(total):
@@ -139,12 +141,16 @@ def _principal(
         )
     if total == 0.0:
         return _nothing(W, ranks)
+    if size <= GRAM_SIZE:
+        found = _by_gram(tall, ranks, total)
+        return found if upright else replace(found, U=found.V, V=found.U)
     if W.dtype == torch.float64 or not _FLOAT32_RANGE[0] < total < _FLOAT32_RANGE[1]:
         dtype = torch.float64
-    found = _Search(tall, total, ranks, dtype, tolerance, key=key, threads=threads).run()
-    if found is None:
-        found = _Search(tall, total, ranks, torch.float64, tolerance, key=key, threads=threads).run()
-        assert found is not None
+    searched = _Search(tall, total, ranks, dtype, tolerance, key=key, threads=threads).run()
+    if searched is None:
+        searched = _Search(tall, total, ranks, torch.float64, tolerance, key=key, threads=threads).run()
+    assert searched is not None
+    found = searched
     if not all(found.certified.values()) and size <= DENSE_SIZE:
         return dense(W, ranks)
     return found if upright else replace(found, U=found.V, V=found.U)
@@ -166,6 +172,22 @@ def dense(W: Tensor, ranks: Sequence[int]) -> Principal:
         passes=1,
         vectors=min(W.shape),
     )
+
+
+def _by_gram(W: Tensor, ranks: Sequence[int], total: float) -> Principal:
+    """The same of a small W (d×k, d ≥ k) from all eigenvectors of M = WᵀW, formed and solved in float64.
+
+    M's rounding, 2⁻⁵²·σ_1², is below what float32 factors can show, and enters what is captured squared.
+    """
+    wide = W.double()
+    _, vectors = torch.linalg.eigh(wide.T @ wide)
+    V = vectors.flip(1)[:, : max(LEADING, *ranks)]
+    Y = wide @ V
+    S = torch.linalg.vector_norm(Y, dim=0)
+    rank = max(ranks)
+    U = Y[:, :rank] / torch.where(S[:rank] > 0, S[:rank], 1.0)
+    none, leading = dict.fromkeys(ranks, 0.0), tuple(S[:LEADING].tolist())
+    return Principal(U, S[:rank], V[:, :rank], none, dict.fromkeys(ranks, True), total, leading, 2, W.shape[1])
 
 
 def _nothing(W: Tensor, ranks: Sequence[int]) -> Principal:

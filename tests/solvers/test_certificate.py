@@ -16,6 +16,13 @@ from inilora_kernels.solvers.krylov import ROUNDING_SHARE, TOLERANCE, Principal,
 from inilora_kernels.solvers.krylov_space import RitzPairs
 from inilora_kernels.solvers.optimum import optima
 
+
+@pytest.fixture(autouse=True)
+def searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are decomposed through WᵀW; here the search for large ones has to take them."""
+    monkeypatch.setattr("inilora_kernels.solvers.krylov.GRAM_SIZE", 0)
+
+
 # Spectra σ_i, i from 1, of n values; r is the rank asked for, and e an exponent drawn between 0 and 1.
 SPECTRA = {
     "decaying": lambda i, n, r, e: i ** -(0.05 + 1.5 * e),

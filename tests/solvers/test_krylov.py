@@ -31,6 +31,12 @@ def normal(d: int, k: int) -> Tensor:
     return torch.randn(d, k, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are decomposed through WᵀW; here the search for large ones has to take them."""
+    monkeypatch.setattr("inilora_kernels.solvers.krylov.GRAM_SIZE", 0)
+
+
 SPECTRA: dict[str, Tensor] = {
     "decaying slowly": with_spectrum(420, 300, lambda i: i**-0.25),
     "decaying, wide": with_spectrum(300, 420, lambda i: i**-0.5),
@@ -78,6 +84,22 @@ def test_the_certificate_holds_against_a_full_svd(name: str) -> None:
         # U and S carry the rounding of the float32 products, 2⁻²⁴ of each singular value.
         assert loss - least <= found.shortfalls[rank] + 2.0**-44 * energy
         assert optima(W, [rank])[rank].loss <= least + rounding
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_small_matrices_through_their_gram_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(krylov, "GRAM_SIZE", 512)
+    W = SPECTRA[name]
+    rank = min(8, *W.shape)
+    found = principal(W, [rank])
+    squares = torch.linalg.svdvals(W.double()).square()
+    energy = float(squares.sum())
+    captured = float((W.double() @ found.V).square().sum())
+    # As in the next test: what rounding the factors to float32 may cost is 2⁻⁴⁴.
+    assert float(squares[:rank].sum()) - captured <= 1e-14 * energy
+    assert found.optimum(rank) <= float(squares[rank:].sum()) + 1e-14 * energy
+    product = (found.U * found.S) @ found.V.T
+    assert float((W.double() - product).square().sum()) <= float(squares[rank:].sum()) + 2.0**-44 * energy
 
 
 @pytest.mark.parametrize("name", SPECTRA)
