@@ -150,10 +150,11 @@ def _factorize(
     with ProgressBar((keeps if options.progress is None else options.progress) and job.rank == 0) as bar:
         announce_reading(targets, options, bar)
         tasks = _tasks(targets, options, start, job, bar)
+        device = load_backend(options.backend, options.device).device.type
         for task in tasks:
             for rank in task.ranks:
                 place = _place(task, rank)
-                keys[place] = _cache_key(task, rank, options, record)
+                keys[place] = _cache_key(task, rank, device, record)
                 known = cache.find(keys[place], task.sha256) if cached else None
                 if known is not None:
                     results[place] = known
@@ -184,7 +185,6 @@ def _factorize(
         for process, part in enumerate(parts):
             owners = {_place(missing[i], rank): process for i in part for rank in missing[i].ranks} | owners
         results = job.gather(results, owners)
-
     warn_if_uncertified({place.rpartition(" ")[0]: factors for place, factors in results.items()})
 
     def of_rank(chosen: int | None) -> dict[str, Factors]:
@@ -224,7 +224,7 @@ def _tasks(targets: Sequence[Target], options: Options, start: Any, job: Job, ba
     ]
 
 
-def _cache_key(task: Task, rank: int, options: Options, record: Mapping[str, Any]) -> str:
+def _cache_key(task: Task, rank: int, device: str, record: Mapping[str, Any]) -> str:
     target = task.target
     ingredients = {
         **record,
@@ -238,7 +238,7 @@ def _cache_key(task: Task, rank: int, options: Options, record: Mapping[str, Any
         "rows": target.rows,
         "transposed": target.transposed,
         # On the reference backend torch's products are other bits on another kind of device.
-        "device": load_backend(options.backend, options.device).device.type,
+        "device": device,
         # A release that changes bits raises RESULT_VERSION; any other finds the results of the one before.
         "package_version": None,
     }

@@ -13,7 +13,7 @@ from .adapters.layer import Form
 from .adapters.live_model import model_config
 from .adapters.modules import find_starts, is_conv1d, linear_shape
 from .adapters.peft import initialize_peft
-from .adapters.plan import lora_config
+from .adapters.plan import common_scaling, lora_config
 from .approximate import approximate_model
 from .errors import InitializationError, OptionError
 from .factor_set import FactorSet
@@ -92,8 +92,7 @@ def lora_config_of(
     shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
     starts = find_starts(shapes, factors, type(model).__name__, model_config(model))
     ranks = {name: start.rank for name, start in starts.items()}
-    common = max(ranks.values(), key=list(ranks.values()).count)
-    scaling = 1.0 if lora_alpha is None else lora_alpha / (common**0.5 if use_rslora else common)
+    scaling = common_scaling(ranks, lora_alpha, use_rslora)
     settings: dict[str, Any] = lora_config(ranks, scaling, use_rslora, list(modules))
     return LoraConfig(
         **{name: value for name, value in settings.items() if name != "peft_type"}

@@ -74,8 +74,7 @@ def plan_export(
     }
     starts = _starts(checkpoint, factors, tensors, live_names)
     ranks = {module: start.rank for module, start in starts.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    scaling = 1.0 if lora_alpha is None else lora_alpha / (math.sqrt(common) if use_rslora else common)
+    scaling = common_scaling(ranks, lora_alpha, use_rslora)
     scaled = {module: start.scaled(scaling) for module, start in starts.items()}
     available = dict(architecture.model.named_modules()) if architecture else _modules(checkpoint)
     config = {
@@ -95,6 +94,16 @@ def plan_export(
     if head:
         config["modules_to_save"] = sorted({key.removeprefix(KEY_PREFIX).split(".")[0] for key in head})
     return Plan(checkpoint, factors, tensors, Adapter(config, scaled, head), architecture)
+
+
+def common_scaling(ranks: Mapping[str, int], lora_alpha: float | None, use_rslora: bool) -> float:
+    """Return the scaling of all modules: what lora_alpha means at their most common rank, 1 where it is None.
+
+    >>> common_scaling({"0.q": 4, "0.v": 4, "1.q": 2}, 8, False)
+    2.0
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    return 1.0 if lora_alpha is None else lora_alpha / (math.sqrt(common) if use_rslora else common)
 
 
 def lora_config(

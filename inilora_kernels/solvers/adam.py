@@ -60,8 +60,7 @@ def adam(
         certificate = replace(bounds[index], loss=sample.loss, steps=sample.step)
         history[index].append((sample.step, sample.loss))
         if sample.step in checkpoint_steps:
-            # A copy: at the last step these are the result too, and one file may not hold the same tensor twice.
-            kept[index][sample.step] = (sample.A.clone(), sample.B.clone())
+            kept[index][sample.step] = (sample.A, sample.B)
         at_end = sample.step == schedule.steps or (tol is not None and certificate.excess <= tol)
         advanced(schedule.steps - sample.step if at_end else 0, certificate.excess)
         if at_end:

@@ -10,11 +10,12 @@ finds a direction that the first has missed, as a narrow block does where singul
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -120,14 +121,14 @@ def principal(
     >>> [round(float(value), 6) for value in found.S], found.certified[2]
     ([1.0, 0.996667], True)
     """
-    with one_torch_thread() as threads, ThreadPoolExecutor(1) as beside:
-        # hashlib lets go of the interpreter: the hash is taken while the first space grows.
-        key = beside.submit(digest or (lambda: _sha256(W)))
+    with one_torch_thread() as threads:
+        # Only a search asks for it, and a second attempt in float64 once more.
+        key = functools.cache(digest or partial(_sha256, W))
         return _principal(W, tuple(dict.fromkeys(ranks)), dtype, tolerance, key, threads)
 
 
 def _principal(
-    W: Tensor, ranks: Sequence[int], dtype: torch.dtype, tolerance: float, key: Future[bytes], threads: int
+    W: Tensor, ranks: Sequence[int], dtype: torch.dtype, tolerance: float, key: Digest, threads: int
 ) -> Principal:
     upright = W.shape[0] >= W.shape[1]
     tall = W if upright else W.T
@@ -219,7 +220,7 @@ class _Search:
         dtype: torch.dtype,
         tolerance: float,
         *,
-        key: Future[bytes],
+        key: Digest,
         threads: int,
     ) -> None:
         self._W, self._total, self._ranks, self._dtype, self._tolerance = W, total, ranks, dtype, tolerance
@@ -255,7 +256,7 @@ class _Search:
     def _stream(self) -> torch.Generator:
         """Decided by W's hash, for all draws but the first space's start, whose quality is checked, not trusted."""
         if self._drawn is None:
-            self._drawn = torch.Generator().manual_seed(int.from_bytes(self._key.result()[:8], "big") >> 1)
+            self._drawn = torch.Generator().manual_seed(int.from_bytes(self._key()[:8], "big") >> 1)
         return self._drawn
 
     def _growing(self) -> bool:

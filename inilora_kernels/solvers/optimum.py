@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.streaming import energy as energy_of
 from ..kernels.streaming import one_torch_thread
-from .krylov import LEADING, ROUNDING_SHARE, Digest, principal
+from .krylov import GRAM_SIZE, LEADING, ROUNDING_SHARE, Digest, Principal, principal
 
-# Up to this size (the smaller side) all singular values cost less than their bound is worth.
-_EXACT_SIZE = 512
 _STRIP_ELEMENTS = 1 << 20
 
 
@@ -48,14 +45,18 @@ def optimum(W: Tensor, rank: int) -> Optimum:
 
 def optima(W: Tensor, ranks: Sequence[int], digest: Digest | None = None) -> dict[int, Optimum]:
     """`optimum` for each of several ranks, from the same passes over W. digest: as for `principal`."""
-    if min(W.shape) <= _EXACT_SIZE:
+    if min(W.shape) <= GRAM_SIZE:
         squares, energy = _all_squares(W)
         leading = tuple(squares[:LEADING].sqrt().tolist())
         return {
             rank: Optimum(max(0.0, float(squares[rank:].sum()) - ROUNDING_SHARE * energy), energy, leading)
             for rank in ranks
         }
-    found = principal(W, ranks, digest=digest)
+    return optima_from(principal(W, ranks, digest=digest), ranks)
+
+
+def optima_from(found: Principal, ranks: Sequence[int]) -> dict[int, Optimum]:
+    """What leading singular triplets and their shortfalls prove of f* at each of several ranks."""
     return {rank: Optimum(found.optimum(rank), found.energy, found.leading, found.certified[rank]) for rank in ranks}
 
 
@@ -66,16 +67,16 @@ def rank_for_energy(W: Tensor, share: float) -> int:
     2
     """
     full = min(W.shape)
-    if full <= _EXACT_SIZE:
+    if full <= GRAM_SIZE:
         squares, energy = _all_squares(W)
         return _first_to_keep(squares, share * energy)
-    energy = energy_of(W)
     guess = 16
     while True:
         guess = min(guess, full)
-        squares = principal(W, [guess]).S.square()
-        if guess == full or float(squares.sum()) >= share * energy:
-            return _first_to_keep(squares, share * energy)
+        found = principal(W, [guess])
+        squares = found.S.square()
+        if guess == full or float(squares.sum()) >= share * found.energy:
+            return _first_to_keep(squares, share * found.energy)
         guess *= 2
 
 

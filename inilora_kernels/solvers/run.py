@@ -24,7 +24,7 @@ from ..model.targets import Target
 from ..options import Options
 from .adam import Checkpoints, History, adam
 from .krylov import Principal
-from .optimum import Optimum, optima
+from .optimum import Optimum, optima, optima_from
 
 # Up to this size a second thread is worth more on another matrix than on the same.
 SMALL_MATRIX_ELEMENTS = 1 << 18
@@ -63,8 +63,16 @@ class Task:
         first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
         return draw(self.target.shape, rank, self.std, torch.Generator().manual_seed(first))
 
-    def factors(self, A: Tensor, B: Tensor, certificate: Certificate, leading: Sequence[float]) -> Factors:
-        """Those of a direct method, on the CPU."""
+    def factors(
+        self,
+        A: Tensor,
+        B: Tensor,
+        certificate: Certificate,
+        leading: Sequence[float],
+        history: History = (),
+        checkpoints: Checkpoints | None = None,
+    ) -> Factors:
+        """The result, on the CPU, with all that it says of the matrix."""
         return Factors(
             A.cpu(),
             B.cpu(),
@@ -73,6 +81,8 @@ class Task:
             rows=self.target.rows,
             transposed=self.target.transposed,
             dequantization=self.target.dequantization,
+            history=history,
+            checkpoints=checkpoints or {},
             singular_values=tuple(leading),
         )
 
@@ -125,24 +135,18 @@ def _side_by_side(
 
 def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[int, Factors]:
     """The factors of each rank, certified against f* as `optima` finds it: for methods that do not approximate W."""
-    bounds = optima(W, task.ranks, task.digest)
-    _, reached = losses(W, list(pairs.values()))
-    return {
-        rank: task.factors(A, B, _certificate(loss, bounds[rank]), bounds[rank].leading)
-        for (rank, (A, B)), loss in zip(pairs.items(), reached, strict=True)
-    }
+    return _against(W, task, pairs, optima(W, task.ranks, task.digest))
 
 
 def against_triplets(W: Tensor, task: Task, pairs: Mapping[int, Pair], found: Principal) -> dict[int, Factors]:
     """The factors of each rank, certified by what the triplets that they came from can have left behind."""
+    return _against(W, task, pairs, optima_from(found, task.ranks))
+
+
+def _against(W: Tensor, task: Task, pairs: Mapping[int, Pair], bounds: Mapping[int, Optimum]) -> dict[int, Factors]:
     _, reached = losses(W, list(pairs.values()))
     return {
-        rank: task.factors(
-            A,
-            B,
-            Certificate(loss, found.optimum(rank), found.energy, steps=0, certified=found.certified[rank]),
-            found.leading,
-        )
+        rank: task.factors(A, B, _certificate(loss, bounds[rank]), bounds[rank].leading)
         for (rank, (A, B)), loss in zip(pairs.items(), reached, strict=True)
     }
 
@@ -177,18 +181,7 @@ def _adam(
 ) -> None:
     def done(sample: Sample, certificate: Certificate, history: History, checkpoints: Checkpoints) -> None:
         task, bound = tasks[sample.index]
-        factors = Factors(
-            sample.A,
-            sample.B,
-            certificate,
-            task.sha256,
-            rows=task.target.rows,
-            transposed=task.target.transposed,
-            dequantization=task.target.dequantization,
-            history=history,
-            checkpoints=checkpoints,
-            singular_values=bound.leading,
-        )
+        factors = task.factors(sample.A, sample.B, certificate, bound.leading, history, checkpoints)
         finished(task, factors.rank, factors)
         bar.advance(0, matrices=1)
 
