@@ -15,16 +15,15 @@ from .options import Options
 from .places import cache_folder
 from .solvers.run import Task
 
-# FLOPs a second that any machine has at least, and a usual one about: torch.mm is timed only if at the first the run
-# might be worth a word.
-_SLOW, _USUAL = 1e10, 1e11
+# FLOPs a second that any machine has at least: torch.mm is timed only if at that speed the run might be worth a word.
+_SLOW = 1e10
 
 
 def announce_reading(targets: Sequence[Target], options: Options, bar: ProgressBar) -> None:
     """Tell the bar of the one reading of all matrices, and of the whole run as if the cache had none of them."""
     works = [_work(target, rank) for target in targets for rank in options.ranks_of(target.module) or (8,)]
     bar.expect("reading", len(targets), sum(map(estimate.reading_seconds, works)), len(targets))
-    _expect(works, len(targets), options, _USUAL, bar)
+    _expect(works, len(targets), options, estimate.USUAL_SPEED, bar)
 
 
 def announce_found(found: int, matrices: int, bar: ProgressBar) -> None:
@@ -42,7 +41,7 @@ def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar
     steps = options.steps if options.solver == "adam" else 0
     solver = options.solver or ""
     worth_timing = estimate.seconds(works, solver, steps, speed=_SLOW) > estimate.WORTH_SAYING
-    speed = speed_of_torch_mm() if worth_timing else _USUAL
+    speed = speed_of_torch_mm() if worth_timing else estimate.USUAL_SPEED
     card = card_of(options.backend, options.device)
     if aloud and options.backend != "reference":
         notice = estimate.notice(works, solver, steps, speed=speed, card=card)
@@ -59,6 +58,15 @@ def _expect(works: Sequence[Work], matrices: int, options: Options, speed: float
         bar.expect("solving", len(works) * steps, estimate.adam_seconds(works, steps, speed, card), len(works))
     else:
         bar.expect("solving", matrices, certifying, matrices)
+
+
+def costs(tasks: Sequence[Task], options: Options) -> list[float]:
+    """What each matrix is predicted to take here, to share them among processes.
+
+    On other hardware it is another number, so that all have to go by those of one process.
+    """
+    works = [[_work(task.target, rank) for rank in task.ranks] for task in tasks]
+    return estimate.costs(works, options.solver or "", options.steps, card_of(options.backend, options.device))
 
 
 def stopped(finished: int, total: int, cached: bool) -> str:

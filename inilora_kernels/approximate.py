@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, overload
 
-from .announcements import announce_found, announce_reading, announce_solving, stopped
+from .announcements import announce_found, announce_reading, announce_solving, costs, stopped
 from .display.progress import ProgressBar
 from .errors import OptionError, WeightError
 from .factor_set import FactorSet
@@ -160,7 +160,7 @@ def _factorize(
                     results[place] = known
         owners = job.together("found", dict.fromkeys(results, job.rank))
         missing = [task for task in tasks if any(_place(task, rank) not in owners for rank in task.ranks)]
-        parts = shares([task.cost for task in missing], job.size)
+        parts = shares(list(job.together("costs", dict(enumerate(costs(missing, options)))).values()), job.size)
 
         def finished(task: Task, rank: int, factors: Factors) -> None:
             require_converged(task.target.module, factors)

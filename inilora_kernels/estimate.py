@@ -12,6 +12,8 @@ from .kernels.gpu.gpus import Gpu
 
 # Runs that are predicted to be shorter are not spoken of.
 WORTH_SAYING = 30.0
+# FLOPs a second of torch.mm on a usual processor, where the machine at hand need not be timed.
+USUAL_SPEED = 1e11
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ def adam_seconds(works: Sequence[Work], steps: int, speed: float, card: Gpu | No
         return 0.0
     matrices = [gpu.Matrix(work.shape, min(4, work.itemsize), work.rank) for work in works]
     return gpu.plan(matrices, card, steps).seconds
+
+
+def costs(matrices: Sequence[Sequence[Work]], solver: str, steps: int, card: Gpu | None = None) -> list[float]:
+    """What each matrix, at all its ranks, weighs where they are dealt to processes: its predicted seconds among others.
+
+    >>> large, small = (Work((side, side), 2, 8) for side in (4096, 1024))
+    >>> costs([[large], [small, small]], "krylov", 0)[0] > 5 * costs([[large], [small, small]], "krylov", 0)[1]
+    True
+    """
+    among = gpu.CONCURRENCY if card is not None else 1
+    known: dict[Work, float] = {}
+    for work in {work for works in matrices for work in works}:
+        known[work] = seconds([work] * among, solver, steps, speed=USUAL_SPEED, card=card) / among
+    return [sum(known[work] for work in works) for works in matrices]
 
 
 def memory(works: Sequence[Work]) -> int:

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ dist: Any = torch.distributed
 
 _LONGEST_PAUSE = 0.1
 _LONGEST_MEETING = 30 * 60
+# Seconds after which a process that waits for the others to begin says so.
+_PATIENCE = 15.0
 AnyKey = TypeVar("AnyKey", str, int)
 
 
@@ -198,7 +201,8 @@ def meet(store: Any, rank: int, size: int) -> Any:
     name, everyone answers with a number of their own, and the name counts once rank 0 has confirmed those numbers.
     """
     mine = secrets.token_hex(8)
-    deadline = time.monotonic() + _LONGEST_MEETING
+    began = time.monotonic()
+    warned = False
     if rank == 0:
         store.set("call", mine)
     for pause in _pauses():
@@ -212,10 +216,18 @@ def meet(store: Any, rank: int, size: int) -> Any:
                 store.set(f"answer/{rank}", f"{call} {mine}")
                 if mine in _read(store, f"met/{call}").split():
                     return dist.PrefixStore(call, store)
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > _LONGEST_MEETING:
             raise ProcessError(
                 f"rank {rank} of {size} waited {_LONGEST_MEETING // 60} minutes for the others; every process of the "
                 f"job has to make the same call"
+            )
+        if waited > _PATIENCE and not warned:
+            warned = True
+            warnings.warn(
+                f"rank {rank} of {size} waits for the other processes; each of them has to make the same call, not "
+                f"rank 0 alone",
+                stacklevel=4,
             )
         time.sleep(pause)
     raise AssertionError("the pauses never end")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -124,6 +125,24 @@ def test_shares_are_balanced() -> None:
     assert shares([1.0], 3) == [[0], [], []]
 
 
+def test_the_deal_goes_by_rank_0s_prediction(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On unequal machines each would predict something else, and matrices would be computed twice or never."""
+    expected = alone(model)
+    predicted = iter([[float(i + 1) for i in range(9)], [float(9 - i) for i in range(9)]])
+    monkeypatch.setattr(main_job, "costs", lambda *_: next(predicted))
+    run = lambda: approximate_model(model, 4, "all-linear", solver="krylov", cache=False, progress=False)  # noqa: E731
+    found = together(2, True, run)
+    assert {one.to_bytes() for one in found} == {expected}
+
+
+def test_who_waits_for_the_others_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call on the main process alone would wait in silence for half an hour."""
+    monkeypatch.setattr(processes, "_PATIENCE", 0.0)
+    monkeypatch.setattr(processes, "_LONGEST_MEETING", 0.01)
+    with pytest.warns(UserWarning, match="not rank 0 alone"), pytest.raises(ProcessError, match="make the same call"):
+        meet(HashStore(), 0, 2)
+
+
 TRAINER = """
     import os, sys, torch.distributed as dist
     from inilora_kernels import approximate_model
@@ -151,36 +170,111 @@ KILLED = """
 """
 
 
-def torchrun(tmp_path: Path, size: int, script: str, *arguments: str | Path, **environment: str) -> str:
+SLOW = """
+    import os, pathlib
+    from inilora_kernels import processes
+    from inilora_kernels.storage import cache
+    from inilora_kernels.cli.main import main
+    waits, keep, gather = pathlib.Path(os.environ["LOG"]), cache.keep, processes.Job.gather
+    def keep_late(key, factors):
+        while os.environ["RANK"] == "1" and not waits.exists():
+            os.sched_yield()
+        keep(key, factors)
+    def gather_and_tell(job, mine, owners):
+        if job.rank == 0:
+            waits.touch()
+        return gather(job, mine, owners)
+    cache.keep, processes.Job.gather = keep_late, gather_and_tell
+    main()
+"""
+NO_MODEL = """
+    import os, sys
+    from inilora_kernels.cli.main import main
+    if os.environ["RANK"] == "1":
+        sys.argv[2] += "-of-another-node"
+    main()
+"""
+KRYLOV = ("--rank", "4", "-t", "all-linear", "--solver", "krylov")
+
+
+def start(tmp_path: Path, script: str, *arguments: str | Path, launch: list[str], **environment: str) -> Any:
     file = tmp_path / "script.py"
     file.write_text(textwrap.dedent(script))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    run = subprocess.run(
-        [*command, "--max-restarts=1", str(file), *map(str, arguments)],
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launch, str(file), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    assert run.returncode == 0, run.stderr
-    return run.stderr
+
+
+def torchrun(tmp_path: Path, size: int, script: str, *arguments: str | Path, **environment: str) -> None:
+    launch = ["--standalone", f"--nproc-per-node={size}", "--max-restarts=1"]
+    run = start(tmp_path, script, *arguments, launch=launch, **environment)
+    stderr = run.communicate()[1]
+    assert run.returncode == 0, stderr
+
+
+def alone(model: Path) -> bytes:
+    return approximate_model(model, 4, "all-linear", solver="krylov", cache=False, progress=False).to_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_trainers_own_gloo_processes(model: Path, tmp_path: Path, size: int) -> None:
-    alone = approximate_model(model, 4, "all-linear", solver="krylov", cache=False, progress=False).to_bytes()
     torchrun(tmp_path, size, TRAINER, model, tmp_path / "out")
-    assert {(tmp_path / f"out-{rank}").read_bytes() for rank in range(size)} == {alone}
+    assert {(tmp_path / f"out-{rank}").read_bytes() for rank in range(size)} == {alone(model)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["0", "1"])
+@pytest.mark.parametrize("victim", ["0", "1", "2"])
 def test_torchrun_restarts_what_was_killed(model: Path, tmp_path: Path, victim: str) -> None:
     log, out = tmp_path / "log", tmp_path / "out"
-    options = ["--rank", "4", "-t", "all-linear", "--solver", "krylov"]
-    torchrun(tmp_path, 2, KILLED, "approximate", model, "-o", out, *options, VICTIM=victim, LOG=str(log))
-    alone = approximate_model(model, 4, "all-linear", solver="krylov", cache=False, progress=False)
-    assert out.read_bytes() == alone.to_bytes()
+    torchrun(tmp_path, 3, KILLED, "approximate", model, "-o", out, *KRYLOV, VICTIM=victim, LOG=str(log))
+    assert out.read_bytes() == alone(model)
     keys = log.read_text().split()
-    assert len(keys) == len(set(keys)) == len(alone)
+    assert len(keys) == len(set(keys)) == 9
+
+
+@pytest.mark.slow
+def test_two_nodes_without_a_shared_folder(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    launch = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    nodes = []
+    for node in range(2):
+        folder = tmp_path / f"node{node}"
+        folder.mkdir()
+        (folder / model.name).write_bytes(model.read_bytes())
+        nodes.append(
+            start(
+                folder,
+                "from inilora_kernels.cli.main import main; main()",
+                *("approximate", folder / model.name, "-o", folder / "out", *KRYLOV),
+                launch=[*launch, "--local-addr=localhost"],
+                INILORA_CACHE=str(folder / "cache"),
+            )
+        )
+    said = [node.communicate()[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    written = [tmp_path / f"node{node}" / "out" for node in range(2)]
+    assert [out.read_bytes() for out in written if out.exists()] == [alone(model)]
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_waited_for(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    torchrun(tmp_path, 2, SLOW, "approximate", model, "-o", out, *KRYLOV, LOG=str(tmp_path / "rank 0 is done"))
+    assert out.read_bytes() == alone(model)
+
+
+@pytest.mark.slow
+def test_a_process_without_the_model_is_named_once(model: Path, tmp_path: Path) -> None:
+    launch = ["--standalone", "--nproc-per-node=3"]
+    run = start(tmp_path, NO_MODEL, "approximate", model, "-o", tmp_path / "out", *KRYLOV, launch=launch)
+    said = run.communicate()[1]
+    assert run.returncode != 0
+    assert said.count(f"inilora: {model}-of-another-node: ") == 1, said
+    assert not (tmp_path / "out").exists()

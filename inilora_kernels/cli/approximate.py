@@ -14,7 +14,7 @@ import typer
 from ..approximate import approximate_model, approximate_ranks
 from ..errors import OptionError
 from ..factor_set import FactorSet
-from ..model.checkpoint import open_checkpoint
+from ..model.layout import find_components
 from ..processes import torchruns_job
 from ..storage.atomic import require_writable
 from .arguments import options_from, with_options
@@ -47,7 +47,7 @@ def _approximate(
     ranks = options["rank"]
     outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
     plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
-    inputs = [entry.file for entry in open_checkpoint(model).tensors.values()] if model.exists() else []
+    inputs = [file for part in find_components(model) for file in part.files] if model.exists() else []
     if given["start"] is not None:
         inputs.append(given["start"])
     for one, path in outputs.items():

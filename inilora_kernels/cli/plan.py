@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ from ..kernels.gpu.gpus import GPUS, Gpu, gpu_named
 from ..model.checkpoint import open_checkpoint
 from ..model.targets import find_targets, tensors_of
 from ..options import require_count
+from ..processes import shares
 from .arguments import target_modules_from
 
 _SOLVERS = {
@@ -31,10 +34,23 @@ _SOLVERS = {
 }
 
 
+@dataclass(frozen=True)
+class _OnCards:
+    """An Adam run on GPUs of one kind. seconds: of each process. first: the plan of the one with the most work."""
+
+    seconds: tuple[float, ...]
+    first: Plan
+
+    @property
+    def name(self) -> str:
+        return self.first.gpu.name if len(self.seconds) == 1 else f"{len(self.seconds)} × {self.first.gpu.name}"
+
+
 def plan(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or one weight file.")],
     *,
     gpu: Annotated[str | None, typer.Option(help=f"Predict for a GPU too: {', '.join(GPUS)}.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them, a process of torchrun on each.")] = 1,
     rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
     steps: Annotated[int, typer.Option(help="Adam steps for each matrix.")] = 20_000,
     target_modules: Annotated[
@@ -53,6 +69,9 @@ def plan(
     require_count("rank", rank)
     require_count("steps", steps)
     card = None if gpu is None else gpu_named(gpu)
+    require_count("gpus", gpus)
+    if gpus > 1 and card is None:
+        raise OptionError(f"--gpus {gpus}: of which kind? Give --gpu too: {', '.join(GPUS)}")
     if kernels and card is None:
         raise OptionError(f"--kernels describes a GPU's kernels; give --gpu too: {', '.join(GPUS)}")
     asked = target_modules_from(target_modules)
@@ -61,45 +80,52 @@ def plan(
     if rank > min(smallest.shape):
         raise OptionError(f"rank={rank}: {smallest.module} has {min(smallest.shape)} at most")
     works = [Work(target.shape, target.dtype.itemsize, rank) for target in targets]
-    # The backend reads float64 weights as float32.
-    on_card = (
-        None if card is None else predict([Matrix(one.shape, min(4, one.itemsize), rank) for one in works], card, steps)
-    )
+    dealt = shares(estimate.costs([[work] for work in works], "adam", steps, card), gpus)
+    parts = [[works[place] for place in part] for part in dealt if part]
     speed = speed_of_torch_mm()
+    on_cards = None if card is None else _on_cards(parts, steps, speed, card)
     if as_json:
-        print(json.dumps(_json(works, steps, speed, on_card), indent=2))
-    elif kernels and on_card is not None:
-        Console(markup=False).print(plan_table(on_card))
+        print(json.dumps(_json(works, steps, speed, on_cards), indent=2))
+    elif kernels and on_cards is not None:
+        Console(markup=False).print(plan_table(on_cards.first))
     else:
-        Console(markup=False).print(_table(works, steps, speed, card, on_card))
+        Console(markup=False).print(_table(works, steps, speed, on_cards))
 
 
-def _table(works: Sequence[Work], steps: int, speed: float, card: Gpu | None, on_card: Plan | None) -> Table:
+def _on_cards(parts: Sequence[Sequence[Work]], steps: int, speed: float, card: Gpu) -> _OnCards:
+    # The processes on one machine share its processor, and are eight at most.
+    each = speed / min(len(parts), 8)
+    taken = tuple(estimate.seconds(part, "adam", steps, speed=each, card=card) for part in parts)
+    most = parts[taken.index(max(taken))]
+    # The backend reads float64 weights as float32.
+    return _OnCards(taken, predict([Matrix(one.shape, min(4, one.itemsize), one.rank) for one in most], card, steps))
+
+
+def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | None) -> Table:
     count = f"{len(works)} {'matrix' if len(works) == 1 else 'matrices'}"
-    table = Table(
-        title=f"Predicted for {count} at rank {works[0].rank}",
-        caption=f"An estimate, from this processor's {speed / 1e9:.0f} GFLOP/s in torch.mm.",
-        min_width=80,
-    )
+    caption = f"An estimate, from this processor's {speed / 1e9:.0f} GFLOP/s in torch.mm."
+    if on_cards is not None and len(on_cards.seconds) > 1:
+        busy = statistics.fmean(on_cards.seconds) / max(on_cards.seconds)
+        caption += f"\n{len(on_cards.seconds)} processes, one a GPU, busy {busy:.0%} of the time of the longest."
+    table = Table(title=f"Predicted for {count} at rank {works[0].rank}", caption=caption, min_width=80)
     table.add_column("--solver")
     table.add_column("finds", ratio=1)
     table.add_column("here", justify="right", no_wrap=True)
-    if card is not None:
-        table.add_column(card.name, justify="right", no_wrap=True)
+    if on_cards is not None:
+        table.add_column(on_cards.name, justify="right", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
     for solver, finds in _SOLVERS.items():
         here = estimate.seconds(works, solver, steps, speed=speed)
         row = [solver, f"{finds}, {steps:,} steps" if solver == "adam" else finds, duration_in_words(here)]
         memory = _size(estimate.memory(works))
-        if card is not None and on_card is not None:
-            there = estimate.seconds(works, solver, steps, speed=speed, card=card)
-            row.append(duration_in_words(there) if solver == "adam" else "")
-            memory += f" + {_size(on_card.memory)}" if solver == "adam" else ""
+        if on_cards is not None:
+            row.append(duration_in_words(max(on_cards.seconds)) if solver == "adam" else "")
+            memory += f" + {_size(on_cards.first.memory)}" if solver == "adam" else ""
         table.add_row(*row, memory)
     return table
 
 
-def _json(works: Sequence[Work], steps: int, speed: float, on_card: Plan | None) -> dict[str, Any]:
+def _json(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | None) -> dict[str, Any]:
     return {
         "predicted": True,
         "matrices": len(works),
@@ -108,7 +134,8 @@ def _json(works: Sequence[Work], steps: int, speed: float, on_card: Plan | None)
         "torch_mm_flops": speed,
         "seconds": {solver: estimate.seconds(works, solver, steps, speed=speed) for solver in _SOLVERS},
         "memory": estimate.memory(works),
-        "gpu": None if on_card is None else json_plan(on_card),
+        "seconds_by_gpu": None if on_cards is None else list(on_cards.seconds),
+        "gpu": None if on_cards is None else json_plan(on_cards.first),
     }
 
 

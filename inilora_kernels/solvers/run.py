@@ -48,11 +48,6 @@ class Task:
     std: float
     start: Factors | None = None
 
-    @property
-    def cost(self) -> float:
-        """In proportion to its time: a pass over W, and arithmetic for each column of B."""
-        return math.prod(self.target.shape) * (8.0 + sum(self.ranks))
-
     def digest(self) -> bytes:
         """What decides the direct solver's random blocks."""
         return bytes.fromhex(self.sha256)

@@ -117,6 +117,7 @@ def test_target_modules_may_be_a_regular_expression_or_all_linear(model: Path, t
         (["plan", "{model}", "--steps", "-5"], "steps=-5"),
         (["plan", "{model}", "--rank", "9999"], "rank=9999"),
         (["plan", "{model}", "--kernels"], "give --gpu"),
+        (["plan", "{model}", "--gpus", "8"], "--gpus 8: of which kind?"),
         (["approximate", "{model}", "-o", "{tmp}/out", "-t", "q_porj", "-t", "v_proj"], 'did you mean "q_proj"'),
         (["inspect", "{model}"], "without factors in it"),
     ],
