@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from inilora_kernels.kernels.backend import Problem, Schedule
+from inilora_kernels.kernels.backend import Batch, Problem, Sample, Schedule
 from inilora_kernels.kernels.gpu.backend import GRAPH_STEPS, TritonBackend
 from inilora_kernels.kernels.gpu.cost_model import Matrix, choose, step_of
 from inilora_kernels.kernels.gpu.layout import lay_out
@@ -169,13 +169,12 @@ def repeats(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
 def final(backend: TritonBackend, problems: Sequence[Problem], steps: int) -> dict[int, tuple[Tensor, Tensor]]:
     """Every matrix's factors after `steps` steps."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    backend.adam(
-        problems,
-        schedule_of(steps),
-        [steps],
-        lambda sample: bool(found.update({sample.index: (sample.A, sample.B)})) or True,
-        lambda done: None,
-    )
+
+    def observe(sample: Sample) -> bool:
+        found[sample.index] = (sample.A, sample.B)
+        return True
+
+    backend.adam(Batch(problems, schedule_of(steps), [steps], observe))
     return found
 
 

@@ -23,7 +23,7 @@ from numba import njit
 from rich.console import Console
 from rich.table import Table
 
-from inilora_kernels.kernels.backend import Problem, Schedule
+from inilora_kernels.kernels.backend import Batch, Problem, Schedule
 from inilora_kernels.kernels.cpu import simd
 
 SHAPES = {(12, 384): 1200, (24, 768): 240, (8, 2048): 40, (4, 4096): 12}
@@ -84,7 +84,7 @@ def measure(variant: str) -> list[float]:
         def seconds(steps: int, problems: list[Problem] = problems) -> float:
             schedule = Schedule(steps, 5e-4, 5000, 0.9, "mse")
             start = time.perf_counter()
-            backend.adam(problems, schedule, [steps], lambda sample: True, lambda done: None)
+            backend.adam(Batch(problems, schedule, [steps]))
             return time.perf_counter() - start
 
         seconds(2)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from inilora_kernels.kernels.backend import Problem, Schedule
+from inilora_kernels.kernels.backend import Batch, Problem, Schedule
 from inilora_kernels.kernels.gpu.cost_model import Matrix, Plan, plan
 from inilora_kernels.kernels.gpu.gpus import GPUS
 from inilora_kernels.kernels.loading import load_backend
@@ -116,17 +116,17 @@ def run_ours(matrices: Loaders, steps: int, device: str) -> float:
     schedule = Schedule(steps, 5e-4, 5_000, 0.9, "mse")
     batches = []
     for first in range(0, len(matrices), CONCURRENCY):
-        batch = []
+        problems = []
         for seed, (shape, dtype, load) in enumerate(matrices[first : first + CONCURRENCY]):
             generator = torch.Generator().manual_seed(seed)
             A = torch.randn(RANK, shape[1], generator=generator) * 0.02
             B = torch.randn(shape[0], RANK, generator=generator) * 0.02
-            batch.append(Problem(load, shape, dtype, A, B))
-        batches.append(batch)
+            problems.append(Problem(load, shape, dtype, A, B))
+        batches.append(Batch(problems, schedule, [steps]))
 
     def run() -> None:
         for batch in batches:
-            backend.adam(batch, schedule, [steps], lambda sample: True, lambda done: None)
+            backend.adam(batch)
 
     return seconds(run, device)
 

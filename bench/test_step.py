@@ -14,7 +14,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from inilora_kernels.kernels.backend import Problem, Schedule
+from inilora_kernels.kernels.backend import Batch, Problem, Schedule
 from inilora_kernels.kernels.cpu.backend import CpuBackend
 
 from .harness import Row, seconds
@@ -50,7 +50,7 @@ def test_step(
 
     def ours(steps: int) -> None:
         schedule = Schedule(steps, 5e-4, 5000, 0.9, "mse")
-        backend.adam(problems, schedule, [steps], lambda sample: True, lambda done: None)
+        backend.adam(Batch(problems, schedule, [steps]))
 
     peers = [PaperWay(matrices, rank, fused=fused) for fused in (False, True)]
     peer_steps = max(2, STEPS[size] // 60)

@@ -75,6 +75,30 @@ class Sample:
     B: Tensor
 
 
+def _go_on(_: Sample) -> bool:
+    return True
+
+
+def _count_nothing(_: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Matrices to run Adam on together, and who hears of it.
+
+    milestones: the steps at which each matrix is shown, ascending; the last one ends the run.
+    observe: called in the caller's thread with each matrix's state at each milestone; False ends that matrix.
+    advanced: called in the caller's thread now and then with the number of matrix-steps done since the last call.
+    """
+
+    problems: Sequence[Problem]
+    schedule: Schedule
+    milestones: Sequence[int]
+    observe: Callable[[Sample], bool] = _go_on
+    advanced: Callable[[int], None] = _count_nothing
+
+
 class Backend(Protocol):
     """A set of kernels on a device."""
 
@@ -90,16 +114,5 @@ class Backend(Protocol):
     def direct_dtype(self) -> torch.dtype:
         """The dtype of the direct solver's products with W."""
 
-    def adam(
-        self,
-        problems: Sequence[Problem],
-        schedule: Schedule,
-        milestones: Sequence[int],
-        observe: Callable[[Sample], bool],
-        advanced: Callable[[int], None],
-    ) -> None:
-        """Run Adam on every problem up to the last of `milestones` (ascending).
-
-        observe: called in the caller's thread with each matrix's state at each milestone; False ends that matrix.
-        advanced: called in the caller's thread now and then with the number of matrix-steps done since the last call.
-        """
+    def adam(self, batch: Batch) -> None:
+        """Run Adam on every problem of the batch up to its last milestone."""

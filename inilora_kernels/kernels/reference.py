@@ -5,13 +5,12 @@ Each function works in the dtype of its arguments, so that float64 in gives the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backend import Problem, Sample, Schedule
+from .backend import Batch, Sample, Schedule
 
 
 def gradient_products(W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,25 +90,18 @@ class ReferenceBackend:
     name: str = "reference"
     direct_dtype: torch.dtype = torch.float64
 
-    def adam(
-        self,
-        problems: Sequence[Problem],
-        schedule: Schedule,
-        milestones: Sequence[int],
-        observe: Callable[[Sample], bool],
-        advanced: Callable[[int], None],
-    ) -> None:
-        for index, problem in enumerate(problems):
+    def adam(self, batch: Batch) -> None:
+        for index, problem in enumerate(batch.problems):
             W = problem.load().to(self.device, self.dtype)
             state = AdamState.start(problem.A.to(self.device, self.dtype), problem.B.to(self.device, self.dtype))
             step = 0
-            for milestone in milestones:
+            for milestone in batch.milestones:
                 done = milestone - step
                 while step < milestone:
-                    adam_step(W, state, step, schedule)
+                    adam_step(W, state, step, batch.schedule)
                     step += 1
-                advanced(done)
+                batch.advanced(done)
                 A, B = state.A.float().cpu(), state.B.float().cpu()
                 loss = residual_loss(W, A.to(self.device), B.to(self.device))
-                if not observe(Sample(index, step, loss, A, B)):
+                if not batch.observe(Sample(index, step, loss, A, B)):
                     break

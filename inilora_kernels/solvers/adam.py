@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..factors import Certificate
-from ..kernels.backend import Backend, Problem, Sample, Schedule
+from ..kernels.backend import Backend, Batch, Problem, Sample, Schedule
 
 # How often a matrix is asked whether it has reached `tol`.
 TOLERANCE_CHECK_STEPS = 100
@@ -68,4 +68,4 @@ def adam(
         return not at_end
 
     stops = milestones(schedule.steps, checkpoint_steps, tol)
-    backend.adam(problems, schedule, stops, observe, lambda steps: advanced(steps, None))
+    backend.adam(Batch(problems, schedule, stops, observe, lambda steps: advanced(steps, None)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import ceil, fsum
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backend import Problem, Sample, Schedule
+from ..backend import Batch, Problem, Sample, Schedule
 from ..rounding import round_up
 from .products import B_BLOCK_ROWS
 from .simd import LOADS_FLOAT16, PANEL, SMALL_GROUP, kernel_view
@@ -153,36 +153,20 @@ class CpuBackend:
     device: torch.device = torch.device("cpu")
     direct_dtype: torch.dtype = torch.float32
 
-    def adam(
-        self,
-        problems: Sequence[Problem],
-        schedule: Schedule,
-        milestones: Sequence[int],
-        observe: Callable[[Sample], bool],
-        advanced: Callable[[int], None],
-    ) -> None:
-        small = [i for i, p in enumerate(problems) if 4 * p.shape[0] * p.shape[1] <= SMALL_MATRIX_BYTES]
+    def adam(self, batch: Batch) -> None:
+        small = [i for i, p in enumerate(batch.problems) if 4 * p.shape[0] * p.shape[1] <= SMALL_MATRIX_BYTES]
         alone = set(small[: len(small) // self.threads * self.threads]) if self.threads > 1 else set(small)
         with ThreadPoolExecutor(self.threads) as pool:
-            for index, problem in enumerate(problems):
+            for index in range(len(batch.problems)):
                 if index not in alone:
-                    self._run_together(pool, index, problem, schedule, milestones, observe, advanced)
+                    self._run_together(pool, batch, index)
             if alone:
-                self._run_alone(pool, {i: problems[i] for i in sorted(alone)}, schedule, milestones, observe, advanced)
+                self._run_alone(pool, batch, sorted(alone))
 
-    def _run_together(
-        self,
-        pool: ThreadPoolExecutor,
-        index: int,
-        problem: Problem,
-        schedule: Schedule,
-        milestones: Sequence[int],
-        observe: Callable[[Sample], bool],
-        advanced: Callable[[int], None],
-    ) -> None:
+    def _run_together(self, pool: ThreadPoolExecutor, batch: Batch, index: int) -> None:
         """All threads on one matrix."""
-        run = Run(problem, schedule)
-        for milestone in milestones:
+        run = Run(batch.problems[index], batch.schedule)
+        for milestone in batch.milestones:
             while run.step < milestone:
                 steps = min(run.steps_a_call, milestone - run.step)
                 members = [pool.submit(run.advance, steps, member, self.threads) for member in range(self.threads)]
@@ -190,27 +174,19 @@ class CpuBackend:
                 for member in members:
                     member.result()
                 run.step += steps
-                advanced(steps)
+                batch.advanced(steps)
             losses = pool.map(run.strip_loss, range(run.W.tiles.shape[0]))
-            if not observe(run.sample(index, losses)):
+            if not batch.observe(run.sample(index, losses)):
                 return
 
-    def _run_alone(
-        self,
-        pool: ThreadPoolExecutor,
-        problems: dict[int, Problem],
-        schedule: Schedule,
-        milestones: Sequence[int],
-        observe: Callable[[Sample], bool],
-        advanced: Callable[[int], None],
-    ) -> None:
+    def _run_alone(self, pool: ThreadPoolExecutor, batch: Batch, indices: list[int]) -> None:
         """A matrix a thread. The workers post what they have; this thread calls back."""
         news: queue.Queue[int | tuple[Sample, Future[bool]]] = queue.Queue()
         stop = threading.Event()
 
-        def work(index: int, problem: Problem) -> None:
-            run = Run(problem, schedule)
-            for milestone in milestones:
+        def work(index: int) -> None:
+            run = Run(batch.problems[index], batch.schedule)
+            for milestone in batch.milestones:
                 while run.step < milestone:
                     if stop.is_set():
                         raise _Stopped
@@ -223,7 +199,7 @@ class CpuBackend:
                 if not verdict.result():
                     return
 
-        workers = [pool.submit(work, index, problem) for index, problem in problems.items()]
+        workers = [pool.submit(work, index) for index in indices]
         for worker in workers:
             worker.add_done_callback(lambda _: news.put(0))
         try:
@@ -234,11 +210,11 @@ class CpuBackend:
                     sample, verdict = message
                     goes_on = False
                     try:
-                        goes_on = observe(sample)
+                        goes_on = batch.observe(sample)
                     finally:
                         verdict.set_result(goes_on)
                 elif message:
-                    advanced(message)
+                    batch.advanced(message)
                 else:
                     left -= 1
                     for worker in workers:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ..backend import Problem, Sample, Schedule
+from ..backend import Batch, Sample
 from .cost_model import Matrix
 from .device import CudaDevice, Device, HostDevice
 from .gpus import GPUS, Gpu, gpu_like
@@ -96,21 +96,14 @@ class TritonBackend:
         if self.device.index is None:
             object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
 
-    def adam(
-        self,
-        problems: Sequence[Problem],
-        schedule: Schedule,
-        milestones: Sequence[int],
-        observe: Callable[[Sample], bool],
-        advanced: Callable[[int], None],
-    ) -> None:
+    def adam(self, batch: Batch) -> None:
         """See `Backend.adam`. Takes the problems wave by wave, larger shapes first; each W is loaded for its wave.
 
         Raises BackendError, before anything is loaded, for a rank or a matrix that the device cannot take.
         """
-        if not problems or not milestones:
+        if not batch.problems or not batch.milestones:
             return
-        for index, problem in enumerate(problems):
+        for index, problem in enumerate(batch.problems):
             if not padded_rank(problem.rank):
                 raise BackendError(
                     f'backend="triton" takes ranks up to {RANKS[-1]}; matrix {index} of the batch, '
@@ -121,14 +114,14 @@ class TritonBackend:
             # A launch goes to the current device and stream, which need not be those whose tensors it is given.
             for context in _contexts(place):
                 scope.enter_context(context)
-            dtypes = [kernel_dtype(problem.dtype) for problem in problems]
+            dtypes = [kernel_dtype(problem.dtype) for problem in batch.problems]
             matrices = [
-                Matrix(one.shape, dtype.itemsize, one.rank) for one, dtype in zip(problems, dtypes, strict=True)
+                Matrix(one.shape, dtype.itemsize, one.rank) for one, dtype in zip(batch.problems, dtypes, strict=True)
             ]
             free = place.free_memory()
             planned = divide(matrices, dtypes, self.gpu(), free)
-            rates = rate_table(schedule, milestones[-1]).to(self.device)
-            run = _Run(place, problems, schedule, milestones, observe, advanced, rates)
+            rates = rate_table(batch.schedule, batch.milestones[-1]).to(self.device)
+            run = _Run(place, batch, rates)
             run.waves(planned, overlapped=len(planned) > 1 and _fits_twice(planned, free))
 
     def place(self) -> Device:
@@ -173,11 +166,7 @@ class _Run:
     """One call of `adam`: what does not change from wave to wave."""
 
     place: Device
-    problems: Sequence[Problem]
-    schedule: Schedule
-    milestones: Sequence[int]
-    observe: Callable[[Sample], bool]
-    advanced: Callable[[int], None]
+    batch: Batch
     rates: Tensor
 
     def waves(self, planned: Sequence[PlannedWave], *, overlapped: bool) -> None:
@@ -213,7 +202,7 @@ class _Run:
                     # The old wave's memory and its graphs go before the new ones come.
                     graphs.clear()
                     wave = None
-                    wave = Wave(plan.layout, dtype, self.rates, self.schedule, resident=plan.resident)
+                    wave = Wave(plan.layout, dtype, self.rates, self.batch.schedule, resident=plan.resident)
                     graphs.update(self._graphs(wave))
                 if coming is None:
                     self.place.copying_waits()
@@ -230,13 +219,13 @@ class _Run:
                 self._run(wave, plan.members, graphs)
 
     def _dtype(self, wave: PlannedWave) -> torch.dtype:
-        return kernel_dtype(self.problems[wave.members[0]].dtype)
+        return kernel_dtype(self.batch.problems[wave.members[0]].dtype)
 
     def _read(self, wave: PlannedWave, target: Tensor, staging: Sequence[Tensor]) -> Start:
         """Load a wave's weights into `target` on the device, by two host buffers in turns; in the reader's thread."""
         copied: list[object] = [None, None]
         norms = []
-        problems = [self.problems[index] for index in wave.members]
+        problems = [self.batch.problems[index] for index in wave.members]
         for number, (problem, place) in enumerate(zip(problems, wave.layout.places, strict=True)):
             W = problem.load()
             if W.dtype != problem.dtype or tuple(W.shape) != problem.shape:
@@ -253,11 +242,11 @@ class _Run:
         for ticket in copied:
             if ticket is not None:
                 self.place.wait(ticket)
-        return start_of(wave.layout, problems, self.schedule, norms)
+        return start_of(wave.layout, problems, self.batch.schedule, norms)
 
     def _graphs(self, wave: Wave) -> dict[int, Callable[[], None]]:
         """Blocks of steps as graphs; none for a short run or where they cannot be captured."""
-        if self.milestones[-1] <= 2 * GRAPH_STEPS[0] or not self.place.captures:
+        if self.batch.milestones[-1] <= 2 * GRAPH_STEPS[0] or not self.place.captures:
             return {}
         # Compiles and loads the kernels, which a capture must not do: on zeros, which `begin` puts in order again.
         _compiled(wave)
@@ -271,14 +260,14 @@ class _Run:
 
     def _run(self, wave: Wave, indices: Sequence[int], graphs: dict[int, Callable[[], None]]) -> None:
         step = 0
-        for milestone in self.milestones:
+        for milestone in self.batch.milestones:
             for done in self._steps(wave, graphs, milestone - step):
-                self.advanced(done * len(wave.active))
+                self.batch.advanced(done * len(wave.active))
             step = milestone
-            wave.judge(wide=step == self.milestones[-1])
+            wave.judge(wide=step == self.batch.milestones[-1])
             going = []
             for member, (loss, A, B) in wave.sampled().items():
-                if self.observe(Sample(indices[member], step, loss, A, B)):
+                if self.batch.observe(Sample(indices[member], step, loss, A, B)):
                     going.append(member)
             if len(going) < len(wave.active):
                 wave.keep(going)

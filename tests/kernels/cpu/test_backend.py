@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inilora_kernels.kernels.backend import Problem, Sample, Schedule
+from inilora_kernels.kernels.backend import Batch, Problem, Sample, Schedule
 from inilora_kernels.kernels.cpu.backend import CpuBackend, Run, pack
 from inilora_kernels.kernels.cpu.simd import kernel_view
 from inilora_kernels.kernels.cpu.step import slot_products
@@ -37,7 +37,7 @@ def run(backend: CpuBackend | ReferenceBackend, problems: list[Problem], schedul
         samples.append(sample)
         return True
 
-    backend.adam(problems, schedule, [schedule.steps], observe, lambda steps: None)
+    backend.adam(Batch(problems, schedule, [schedule.steps], observe))
     return sorted(samples, key=lambda sample: sample.index)
 
 
@@ -138,7 +138,7 @@ def test_a_matrix_can_be_stopped_and_the_others_go_on() -> None:
         return sample.index == 1
 
     problems = [problem(60, 50, 3), problem(50, 60, 3)]
-    CpuBackend(2).adam(problems, Schedule(30, 1e-3, 10, 0.9, "mse"), [10, 20, 30], observe, lambda steps: None)
+    CpuBackend(2).adam(Batch(problems, Schedule(30, 1e-3, 10, 0.9, "mse"), [10, 20, 30], observe))
     assert seen == {0: [10], 1: [10, 20, 30]}
 
 
@@ -148,9 +148,7 @@ def test_an_exception_in_the_caller_ends_the_run(threads: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        CpuBackend(threads).adam(
-            [problem(60, 50, 3)] * 4, Schedule(30, 1e-3, 10, 0.9, "mse"), [10, 30], observe, lambda steps: None
-        )
+        CpuBackend(threads).adam(Batch([problem(60, 50, 3)] * 4, Schedule(30, 1e-3, 10, 0.9, "mse"), [10, 30], observe))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -160,9 +158,7 @@ def test_an_exception_while_reading_ends_the_run(threads: int) -> None:
 
     bad = Problem(fail, (60, 50), torch.float32, torch.zeros(3, 50), torch.zeros(60, 3))
     with pytest.raises(OSError, match="gone"):
-        CpuBackend(threads).adam(
-            [problem(60, 50, 3), bad] * 2, Schedule(9, 1e-3, 10, 0.9, "mse"), [9], lambda sample: True, lambda n: None
-        )
+        CpuBackend(threads).adam(Batch([problem(60, 50, 3), bad] * 2, Schedule(9, 1e-3, 10, 0.9, "mse"), [9]))
 
 
 @pytest.mark.slow
@@ -189,7 +185,7 @@ def test_narrower_vector_units(cpu: str, tmp_path: Path) -> None:
 def test_steps_report_every_matrix_step() -> None:
     done: list[int] = []
     problems = [problem(60, 50, 3)] * 3
-    CpuBackend(2).adam(problems, Schedule(25, 1e-3, 10, 0.9, "mse"), [10, 25], lambda sample: True, done.append)
+    CpuBackend(2).adam(Batch(problems, Schedule(25, 1e-3, 10, 0.9, "mse"), [10, 25], advanced=done.append))
     assert sum(done) == 75
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from inilora_kernels.errors import BackendError
-from inilora_kernels.kernels.backend import Problem, Sample, Schedule
+from inilora_kernels.kernels.backend import Batch, Problem, Sample, Schedule
 from inilora_kernels.kernels.gpu import backend as triton_backend
 from inilora_kernels.kernels.gpu import waves
 from inilora_kernels.kernels.gpu.backend import TritonBackend, require_triton
@@ -54,7 +54,7 @@ def test_the_backend_shows_every_milestone_and_loads_once(backend: TritonBackend
         samples.append(sample)
         return not (sample.index == 1 and sample.step == 2)
 
-    backend.adam(problems, schedule, [0, 2, 6], observe, counted.append)
+    backend.adam(Batch(problems, schedule, [0, 2, 6], observe, counted.append))
     assert sorted(loads) == [0, 1, 2]
     assert sorted((s.index, s.step) for s in samples) == [
         (0, 0),
@@ -84,14 +84,14 @@ def test_a_matrix_has_the_same_bits_in_any_batch(backend: TritonBackend) -> None
     _, problems = make([(40, 24), (24, 40), (40, 24)], [4, 4, 4], torch.float32)
     schedule = Schedule(steps=3, lr=1e-3, step_size=3, gamma=0.9, loss="mse")
 
-    def final(batch: list[Problem]) -> dict[int, Tensor]:
+    def final(members: list[Problem]) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
 
         def observe(sample: Sample) -> bool:
             found[sample.index] = sample.A
             return True
 
-        backend.adam(batch, schedule, [3], observe, lambda _: None)
+        backend.adam(Batch(members, schedule, [3], observe))
         return found
 
     together = final(problems)
@@ -102,7 +102,7 @@ def test_a_matrix_has_the_same_bits_in_any_batch(backend: TritonBackend) -> None
 def test_ranks_beyond_the_kernels_are_refused(backend: TritonBackend) -> None:
     _, problems = make([(140, 140)], [129], torch.float32)
     with pytest.raises(BackendError, match=r"ranks up to 128.*140×140.*rank 129"):
-        backend.adam(problems, Schedule(1, 1e-3, 1, 0.9, "mse"), [1], lambda _: True, lambda _: None)
+        backend.adam(Batch(problems, Schedule(1, 1e-3, 1, 0.9, "mse"), [1]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -136,20 +136,21 @@ def test_memory_splits_a_batch_and_refuses_what_never_fits_before_loading(
         order.append(f"done {sample.index}")
         return True
 
-    batch = [Problem(loader(i), p.shape, p.dtype, p.A, p.B) for i, p in enumerate(problems)]
-    backend.adam(batch, schedule, [2], observe, lambda _: None)
+    loading = [Problem(loader(i), p.shape, p.dtype, p.A, p.B) for i, p in enumerate(problems)]
+    batch = Batch(loading, schedule, [2], observe)
+    backend.adam(batch)
     together, order[:] = list(order), []
     assert together == ["load 2", "load 1", "load 0", "done 2", "done 1", "done 0"]
 
     # A matrix takes 5,120 bytes, its state 6,144 and its work 768: room for one, not for the next one's weights.
     monkeypatch.setattr(HostDevice, "free_memory", lambda self: 13_000.0)
-    backend.adam(batch, schedule, [2], observe, lambda _: None)
+    backend.adam(batch)
     assert order == ["load 2", "done 2", "load 1", "done 1", "load 0", "done 0"]
 
     order.clear()
     monkeypatch.setattr(HostDevice, "free_memory", lambda self: 10_000.0)
     with pytest.raises(BackendError, match=r"1e-05 GB free, but matrix 2 .* 40×24 at rank 4, needs 1\.16e-05 GB"):
-        backend.adam(batch, schedule, [2], observe, lambda _: None)
+        backend.adam(batch)
     assert order == []
 
 
@@ -187,7 +188,7 @@ def test_replays_give_the_bits_of_plain_launches_and_one_capture_serves_all_wave
             return (sample.index, sample.step) != (3, 3)
 
         counted: list[int] = []
-        backend.adam(problems, schedule, [0, 3, 9], observe, counted.append)
+        backend.adam(Batch(problems, schedule, [0, 3, 9], observe, counted.append))
         assert sum(counted) == 3 * 9 + 3
         return found
 
@@ -215,8 +216,8 @@ def test_matrices_of_many_shapes_share_a_wave(backend: TritonBackend) -> None:
         order.append("done")
         return True
 
-    batch = [Problem(loader(W), p.shape, p.dtype, p.A, p.B) for W, p in zip(weights, problems, strict=True)]
-    backend.adam(batch, schedule, [2], observe, lambda _: None)
+    loading = [Problem(loader(W), p.shape, p.dtype, p.A, p.B) for W, p in zip(weights, problems, strict=True)]
+    backend.adam(Batch(loading, schedule, [2], observe))
     assert order == ["load"] * 3 + ["done"] * 3
 
 
@@ -228,7 +229,7 @@ def test_a_weight_on_an_odd_address_is_taken(backend: TritonBackend) -> None:
     _, (start,) = make([(40, 24)], [4], torch.bfloat16)
     found: list[Sample] = []
     one = Problem(lambda: W, (40, 24), W.dtype, start.A, start.B)
-    backend.adam([one], Schedule(1, 1e-3, 3, 0.9, "mse"), [0], lambda s: bool(found.append(s)), lambda _: None)
+    backend.adam(Batch([one], Schedule(1, 1e-3, 3, 0.9, "mse"), [0], lambda s: bool(found.append(s))))
     assert found[0].loss == pytest.approx(residual_loss(W.double(), start.A.double(), start.B.double()), rel=1e-12)
 
 
@@ -236,7 +237,7 @@ def test_what_was_announced_must_be_what_is_read(backend: TritonBackend) -> None
     (W,), (problem,) = make([(40, 24)], [4], torch.bfloat16)
     announced = Problem(lambda: W.float(), problem.shape, torch.bfloat16, problem.A, problem.B)
     with pytest.raises(BackendError, match=r"announced as torch.bfloat16 .* was read as torch.float32"):
-        backend.adam([announced], Schedule(1, 1e-3, 1, 0.9, "mse"), [1], lambda _: True, lambda _: None)
+        backend.adam(Batch([announced], Schedule(1, 1e-3, 1, 0.9, "mse"), [1]))
 
 
 def test_a_triton_too_old_is_refused() -> None:

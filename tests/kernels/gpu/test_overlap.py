@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from inilora_kernels.kernels.backend import Schedule
+from inilora_kernels.kernels.backend import Batch, Schedule
 from inilora_kernels.kernels.gpu import backend as triton_backend
 from inilora_kernels.kernels.gpu import waves
 from inilora_kernels.kernels.gpu.backend import TritonBackend
@@ -80,9 +80,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Simulated:
 def run(device: Simulated) -> int:
     _, problems = make([(40, 24)] * WAVES, [4] * WAVES, torch.float32)
     with interpreted():
-        TritonBackend(CPU).adam(
-            problems, Schedule(STEPS, 1e-3, 4, 0.9, "mse"), [STEPS], lambda sample: True, lambda done: None
-        )
+        TritonBackend(CPU).adam(Batch(problems, Schedule(STEPS, 1e-3, 4, 0.9, "mse"), [STEPS]))
     return max(device.computed, device.copied)
 
 
