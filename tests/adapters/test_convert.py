@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2LMHeadModel
 
@@ -333,18 +335,6 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
     convert(alone, factorize(minilm, start=inilora_alpha), tmp_path / "out", insist=True)
 
 
-def test_a_residual_remembers_its_factors(
-    minilm: Path, minilm_factors: FactorSet, minilm_alpha: FactorSet, tmp_path: Path
-) -> None:
-    export_residual(minilm, minilm_factors, tmp_path / "out")
-    with pytest.raises(FactorFileError, match="residual of other factors than these"):
-        convert(tmp_path / "out/adapter", minilm_alpha, tmp_path / "lora")
-    # Naming the residual as the base means the original that it was made of.
-    convert(tmp_path / "out/adapter", minilm_factors, tmp_path / "lora", base=tmp_path / "out/base")
-    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(minilm)
-
-
 def test_what_is_no_trained_lora_is_refused(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
     trained = tmp_path / "trained"
     live(minilm, minilm_factors).save_pretrained(trained)
@@ -367,3 +357,34 @@ def test_what_is_no_trained_lora_is_refused(minilm: Path, minilm_factors: Factor
     with pytest.raises(FactorFileError, match=r"adapter_config\.json: damaged"):
         convert(trained, minilm_factors, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_modules_trained_alone(llama: Path, tmp_path: Path) -> None:
+    """peft 1024: frozen towers and layers_to_transform."""
+    factors = factorize(llama, ("q_proj", "v_proj"), rank=2)
+    part = FactorSet({name: one for name, one in factors.items() if ".0." in name}, {})
+    export_delta(llama, part, tmp_path / "delta")
+    convert(tmp_path / "delta/adapter", factors, tmp_path / "lora")
+    assert len(load_peft_weights(str(tmp_path / "lora"))) == 4
+    export_residual(llama, factors, tmp_path / "residual")
+    adapter = tmp_path / "residual/adapter/adapter_model.safetensors"
+    tensors = {name: one for name, one in load_file(adapter).items() if ".0." in name}
+    save_file(tensors, adapter)
+    with pytest.raises(FactorFileError, match="trained on another model than the original"):
+        convert(tmp_path / "residual/adapter", factors, tmp_path / "no")
+
+
+def test_nan_is_refused_wherever_it_comes_from(llama: Path, tmp_path: Path) -> None:
+    factors = factorize(llama, ("q_proj",), rank=2)
+    export_delta(llama, factors, tmp_path / "delta")
+    first = next(iter(factors))
+    broken = FactorSet({**factors, first: replace(factors[first], A=factors[first].A * float("nan"))}, {})
+    with pytest.raises(FactorFileError, match="hold NaN or Inf"):
+        export_residual(llama, broken, tmp_path / "out")
+    file = tmp_path / "delta/adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(key for key in tensors if "lora_B" in key)][0, 0] = float("nan")
+    save_file(tensors, file)
+    for act in (convert, export_merged):
+        with pytest.raises(FactorFileError, match="holds NaN or Inf"):
+            act(tmp_path / "delta/adapter", factors, tmp_path / "out")

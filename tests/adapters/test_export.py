@@ -9,40 +9,17 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModel, GPT2LMHeadModel
 
-from inilora_kernels.adapters.export import export_delta, export_residual
+from inilora_kernels.adapters.export import _Residual, export_delta, export_residual
 from inilora_kernels.adapters.peft import load_delta
-from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError, OutputError
+from inilora_kernels.errors import CheckpointError, OptionError, OutputError
 from inilora_kernels.factor_set import FactorSet
-from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.factors import Certificate, Factors
+from inilora_kernels.model.fused import row_index
 
 from ..factorized import factorize, inilora_alpha
-
-QUERY = "encoder.layer.0.attention.self.query"
-
-
-def output(model: nn.Module) -> Tensor:
-    ids = torch.randint(1000, 30_000, (2, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model.eval()(ids)[0]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.fixture(scope="module")
-def sharded(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MiniLM in bfloat16, in shards, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("sharded")
-    AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="10MB")
-    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    return folder
-
+from .models import output
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -71,50 +48,6 @@ def test_auto_peft_model_finds_base_and_adapter_by_itself(
 ) -> None:
     export_residual(minilm, minilm_factors, tmp_path / "out", task_type="FEATURE_EXTRACTION")
     model = peft.AutoPeftModelForFeatureExtraction.from_pretrained(tmp_path / "out/adapter")
-    assert (output(model) - output(AutoModel.from_pretrained(minilm))).abs().max() < 2e-5
-
-
-def test_only_the_targets_change_in_the_residual(minilm: Path, sharded: Path, tmp_path: Path) -> None:
-    factors = factorize(sharded)
-    export_residual(sharded, factors, tmp_path / "out")
-    before, after = files(sharded), files(tmp_path / "out/base")
-    assert after.keys() - before.keys() == {"inilora_residual.json"}
-    assert before.keys() <= after.keys()
-    assert all(after[name] == before[name] for name in before if not name.endswith(".safetensors"))
-    source, residual = open_checkpoint(sharded), open_checkpoint(tmp_path / "out/base")
-    assert {name: (entry.file.name, entry.offset, entry.dtype) for name, entry in source.tensors.items()} == {
-        name: (entry.file.name, entry.offset, entry.dtype) for name, entry in residual.tensors.items()
-    }
-    for name in source.tensors:
-        W, R = source.read(name), residual.read(name)
-        if (module := name.removesuffix(".weight")) in factors:
-            assert torch.equal(R, (W.float() - factors[module].product()).bfloat16())
-        else:
-            assert torch.equal(W, R), name
-
-
-def test_a_torch_bin_becomes_safetensors(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
-    source = tmp_path / "bin"
-    source.mkdir()
-    (source / "config.json").write_bytes((minilm / "config.json").read_bytes())
-    tensors = load_file(minilm / "model.safetensors")
-    names = sorted(tensors)
-    weight_map = {}
-    for shard, half in (("1", names[:50]), ("2", names[50:])):
-        file = f"pytorch_model-0000{shard}-of-00002.bin"
-        torch.save({name: tensors[name] for name in half}, source / file)
-        weight_map.update(dict.fromkeys(half, file))
-    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    export_residual(source, minilm_factors, tmp_path / "out")
-    assert sorted(files(tmp_path / "out/base")) == [
-        "config.json",
-        "inilora_residual.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-    ]
-    base = AutoModel.from_pretrained(tmp_path / "out/base")
-    model = PeftModel.from_pretrained(base, tmp_path / "out/adapter")
     assert (output(model) - output(AutoModel.from_pretrained(minilm))).abs().max() < 2e-5
 
 
@@ -161,19 +94,6 @@ def test_merging_the_frozen_adapter_makes_the_residual_in_memory(
     assert (output(model) - expected).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_modules_of_several_ranks_have_the_same_scaling(minilm: Path, tmp_path: Path, use_rslora: bool) -> None:
-    factors = FactorSet({**factorize(minilm, rank=8), **factorize(minilm, (QUERY,), rank=3)}, {})
-    export_residual(minilm, factors, tmp_path / "out", lora_alpha=4, use_rslora=use_rslora)
-    model = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "out/base"), tmp_path / "out/adapter")
-    assert (output(model) - output(AutoModel.from_pretrained(minilm))).abs().max() < 2e-5
-    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    assert sorted({layer.r["default"] for layer in layers}) == [3, 8]
-    scalings = {layer.scaling["default"] for layer in layers}
-    assert max(scalings) - min(scalings) < 1e-12
-    assert min(scalings) == pytest.approx(4 / 8**0.5 if use_rslora else 0.5)
-
-
 def test_gpt2s_conv1d_with_a_fused_weight(gpt2: Path, gpt2_factors: FactorSet, tmp_path: Path) -> None:
     original = GPT2LMHeadModel.from_pretrained(gpt2)
     export_residual(gpt2, gpt2_factors, tmp_path / "residual")
@@ -188,64 +108,6 @@ def test_gpt2s_conv1d_with_a_fused_weight(gpt2: Path, gpt2_factors: FactorSet, t
         base.transformer.h[0].attn.c_attn.base_layer.weight, original.transformer.h[0].attn.c_attn.weight
     )
     assert torch.equal(load_delta(original, tmp_path / "delta").eval()(ids).logits, expected)
-
-
-def test_names_and_head_are_those_of_the_model_that_the_task_needs(
-    minilm: Path, minilm_factors: FactorSet, tmp_path: Path
-) -> None:
-    """MiniLM's file has no `bert.`, a BertForSequenceClassification has: PEFT would find none of the keys."""
-    with pytest.raises(OptionError, match="no head in it for this task"):
-        export_delta(minilm, minilm_factors, tmp_path / "out", task_type="SEQ_CLS")
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=3).save_pretrained(tmp_path / "base")
-    expected = output(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"))
-    export_delta(tmp_path / "base", minilm_factors, tmp_path / "delta", task_type="SEQ_CLS")
-    export_residual(tmp_path / "base", minilm_factors, tmp_path / "residual", task_type="SEQ_CLS")
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    model = load_delta(base, tmp_path / "delta")
-    assert torch.equal(output(model), expected)
-    layer = model.get_base_model().bert.encoder.layer[0].attention.self.query
-    assert torch.equal(layer.lora_A["default"].weight, minilm_factors[QUERY].A)
-    assert {"classifier"} == {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad} - {"bert"}
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "residual/adapter")
-    assert (output(model) - expected).abs().max() < 2e-5
-
-
-def test_a_model_with_a_prefix_in_memory_alone(gpt2: Path, gpt2_factors: FactorSet, tmp_path: Path) -> None:
-    """GPT-2's old files have no `transformer.`: PEFT's keys need it all the same."""
-    old = tmp_path / "old"
-    old.mkdir()
-    (old / "config.json").write_bytes((gpt2 / "config.json").read_bytes())
-    tensors = load_file(gpt2 / "model.safetensors")
-    save_file(
-        {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, old / "model.safetensors"
-    )
-    factors = FactorSet({name.removeprefix("transformer."): part for name, part in gpt2_factors.items()}, {})
-    export_delta(old, factors, tmp_path / "out")
-    assert all(".transformer.h." in key for key in load_file(tmp_path / "out/adapter/adapter_model.safetensors"))
-    ids = torch.arange(20)[None]
-    model = load_delta(GPT2LMHeadModel.from_pretrained(old), tmp_path / "out").eval()
-    assert torch.equal(model(ids).logits, GPT2LMHeadModel.from_pretrained(gpt2).eval()(ids).logits)
-
-
-def test_targets_are_named_so_that_no_other_module_is_meant(minilm: Path, tmp_path: Path) -> None:
-    # "dense" alone would be the output layers and the pooler too.
-    export_delta(minilm, factorize(minilm, ("intermediate.dense",)), tmp_path / "some")
-    config = json.loads((tmp_path / "some/adapter/adapter_config.json").read_text())
-    assert config["target_modules"] == ["intermediate.dense"]
-    export_delta(minilm, factorize(minilm, (QUERY,)), tmp_path / "one")
-    config = json.loads((tmp_path / "one/adapter/adapter_config.json").read_text())
-    assert config["target_modules"] == [QUERY]
-
-
-def test_factors_of_another_model_are_refused(minilm: Path, sharded: Path, gpt2: Path, tmp_path: Path) -> None:
-    factors = factorize(sharded)
-    for export in (export_residual, export_delta):
-        with pytest.raises(FactorFileError, match=r"query\.weight is not the weight that these factors were made of"):
-            export(minilm, factors, tmp_path / "out")
-        with pytest.raises(FactorFileError, match=r"not of this model.*no linear module"):
-            export(gpt2, factors, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_bad_options_and_places_are_refused_before_anything_is_written(
@@ -287,3 +149,14 @@ def test_a_failure_in_the_middle_leaves_nothing(
 def test_it_warns_where_the_residual_loses_the_weight_to_rounding(sharded: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"torch\.bfloat16 rounds away about"):
         export_residual(sharded, factorize(sharded, start=inilora_alpha), tmp_path / "out")
+
+
+def test_rows_of_every_head(tmp_path: Path) -> None:
+    """Query rows of a weight that mixes heads (GPT-NeoX) are taken out where they are, whatever the strip."""
+    torch.manual_seed(0)
+    W, A, B = torch.randn(24, 6), torch.randn(2, 6), torch.randn(8, 2)
+    part = Factors(A, B, Certificate(0.0, 0.0, 1.0, 0), source_sha256="", rows=(0, 2, 6))
+    expected = W.clone()
+    expected[row_index(part.rows, 24)] -= B @ A
+    residual = _Residual([part], 24)
+    assert torch.equal(torch.cat([residual.rows(start, W[start : start + 5]) for start in range(0, 24, 5)]), expected)

@@ -1,0 +1,91 @@
+"""Copies of a model's folder with a few weights changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from inilora_kernels.adapters import model_copy
+from inilora_kernels.adapters.convert import export_merged
+from inilora_kernels.adapters.export import export_residual
+from inilora_kernels.factor_set import FactorSet
+from inilora_kernels.model.checkpoint import open_checkpoint
+
+from ..factorized import factorize
+from .models import files, output
+
+
+def test_only_the_targets_change_in_the_residual(minilm: Path, sharded: Path, tmp_path: Path) -> None:
+    factors = factorize(sharded)
+    export_residual(sharded, factors, tmp_path / "out")
+    before, after = files(sharded), files(tmp_path / "out/base")
+    assert after.keys() - before.keys() == {"inilora_residual.json"}
+    assert before.keys() <= after.keys()
+    assert all(after[name] == before[name] for name in before if not name.endswith(".safetensors"))
+    source, residual = open_checkpoint(sharded), open_checkpoint(tmp_path / "out/base")
+    assert {name: (entry.file.name, entry.offset, entry.dtype) for name, entry in source.tensors.items()} == {
+        name: (entry.file.name, entry.offset, entry.dtype) for name, entry in residual.tensors.items()
+    }
+    for name in source.tensors:
+        W, R = source.read(name), residual.read(name)
+        if (module := name.removesuffix(".weight")) in factors:
+            assert torch.equal(R, (W.float() - factors[module].product()).bfloat16())
+        else:
+            assert torch.equal(W, R), name
+
+
+def test_a_torch_bin_becomes_safetensors(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
+    source = tmp_path / "bin"
+    source.mkdir()
+    (source / "config.json").write_bytes((minilm / "config.json").read_bytes())
+    tensors = load_file(minilm / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for shard, half in (("1", names[:50]), ("2", names[50:])):
+        file = f"pytorch_model-0000{shard}-of-00002.bin"
+        torch.save({name: tensors[name] for name in half}, source / file)
+        weight_map.update(dict.fromkeys(half, file))
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    export_residual(source, minilm_factors, tmp_path / "out")
+    assert sorted(files(tmp_path / "out/base")) == [
+        "config.json",
+        "inilora_residual.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    base = AutoModel.from_pretrained(tmp_path / "out/base")
+    model = PeftModel.from_pretrained(base, tmp_path / "out/adapter")
+    assert (output(model) - output(AutoModel.from_pretrained(minilm))).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("strip_bytes", [100, 1 << 20])
+def test_weights_are_changed_strip_by_strip(
+    gpt2: Path, gpt2_factors: FactorSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strip_bytes: int
+) -> None:
+    """Rows of one matrix at a time, transposed and fused, whose parts begin and end within strips."""
+    monkeypatch.setattr(model_copy, "_STRIP_BYTES", strip_bytes)
+    export_residual(gpt2, gpt2_factors, tmp_path / "out")
+    name = "transformer.h.1.attn.c_attn"
+    W, R = (open_checkpoint(folder).read(f"{name}.weight") for folder in (gpt2, tmp_path / "out/base"))
+    expected = W.clone()
+    for part in ("query", "value"):
+        one = gpt2_factors[f"{name}:{part}"]
+        expected[:, slice(*(one.rows or ()))] -= one.product().T
+    assert torch.allclose(R, expected, rtol=0, atol=1e-6)
+    adapter = tmp_path / "out/adapter/adapter_model.safetensors"
+    tensors = load_file(adapter)
+    save_file({key: one * 1.5 if "lora_B" in key else one for key, one in tensors.items()}, adapter)
+    config = tmp_path / "out/adapter/adapter_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path / "out/base")})
+    )
+    export_merged(tmp_path / "out/adapter", gpt2_factors, tmp_path / "merged")
+    merged = open_checkpoint(tmp_path / "merged").read(f"{name}.weight")
+    assert torch.allclose(merged, W + 0.5 * (W - R), rtol=0, atol=1e-5)
