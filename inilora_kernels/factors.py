@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Factors are stored in float32, so a product BA cannot be nearer to W than float32's half unit in the last place of
 # each entry. An optimum below this share of ||W||² is zero for every float32 result.

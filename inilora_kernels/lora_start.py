@@ -9,12 +9,12 @@ import peft
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from .adapters.layer import Form
 from .adapters.live_model import model_config
 from .adapters.modules import find_starts, is_conv1d, linear_shape
 from .adapters.peft import initialize_peft
 from .adapters.plan import common_scaling, lora_config
 from .approximate import approximate_model
+from .choices import Form
 from .errors import InitializationError, OptionError
 from .factor_set import FactorSet
 

@@ -12,9 +12,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 from .errors import OptionError
 from .factors import Factors
@@ -22,12 +20,15 @@ from .kernels.backend import Schedule
 from .kernels.loading import load_backend
 from .suggestions import did_you_mean
 
+if TYPE_CHECKING:
+    import torch
+
 LOSSES = ("mse", "frobenius")
 GAUGES = ("nearest", "svd")
 MOST_STEPS = 100_000_000
 # Beyond these the squares of a start's entries leave float32's range.
 LEAST_STD, MOST_STD = 1e-18, 1e18
-_FLOAT32_MOST = torch.finfo(torch.float32).max
+_FLOAT32_MOST = (2 - 2.0**-23) * 2.0**127
 _ENERGY = "energy:"
 
 Rank = int | str | Sequence[int]

@@ -8,9 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..choices import Form
 from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet
-from .layer import Form, LoRALinear
+from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, is_conv1d, linear_shape
 from .weights import require_own_weight, require_unshared_weight, users_of_weights, warn_if_rounded_away

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..choices import TaskType
 from ..errors import TargetError, WeightError
 from ..factor_set import FactorSet
 from ..factors import Factors
-from ..model.architecture import TaskType
 from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from .attach import adapters

@@ -14,16 +14,13 @@ which is many times larger. The gradients are those of the residual form.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from ..choices import Form
 from .modules import is_conv1d, linear_shape
 from .started import DeltaA, DeltaB, StartedA, StartedB, difference
 from .weights import device_of, require_own_weight
-
-Form = Literal["delta", "residual"]
 
 
 class LoRALinear(nn.Module):

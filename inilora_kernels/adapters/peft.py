@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
+from ..choices import Form
 from ..errors import OptionError, TargetError, WeightError
 from ..factor_set import FactorSet
 from .folder import KEY_PREFIX
-from .layer import Form
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, linear_shape
 from .peft_check import disabled, parts_of, put_back, require_layer_unchanged

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..choices import Form
 from ..errors import TargetError
-from .layer import Form
 from .peft_layer import Layer, start_layer
 from .weights import device_of
 

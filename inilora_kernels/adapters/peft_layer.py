@@ -19,8 +19,8 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from ..choices import Form
 from ..errors import OptionError
-from .layer import Form
 from .modules import is_conv1d
 from .started import DeltaA, DeltaB, Started, StartedA, StartedB, difference
 from .weights import device_of, warn_if_rounded_away

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..choices import TaskType
 from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet
-from ..model.architecture import AUTO_CLASSES, HEADS, Architecture, TaskType, describe, has_class
+from ..model.architecture import AUTO_CLASSES, HEADS, Architecture, describe, has_class
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.names import shortest_endings
 from ..storage.atomic import require_new_folder

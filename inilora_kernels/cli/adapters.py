@@ -1,6 +1,6 @@
 """The commands around training: export before it, convert and merge after it.
 
-What needs peft is imported when a command runs, as its import takes seconds that --help need not wait for.
+What they need is imported when they run, as peft and torch take seconds that --help need not wait for.
 """
 
 from __future__ import annotations
@@ -10,19 +10,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from ..adapters.layer import Form
-from ..display.tables import truncation_table
+from ..choices import Form, TaskType
 from ..errors import OptionError
-from ..factor_set import FactorSet
-from ..model.architecture import TaskType
-from ..storage.authors_folder import save_inilora_pt
-from .output import Every, Json, say
+from .arguments import Every, FactorFile, Json
 
 Format = Literal["peft", "inilora-pt"]
 Base = Annotated[Path | None, typer.Option(help="The original model's folder, which the factors were computed from.")]
-Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")]
 Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")]
 Insist = Annotated[
@@ -32,7 +26,7 @@ Trained = Annotated[Path, typer.Argument(help="The adapter folder that the train
 
 
 def export(
-    factors: Made,
+    factors: FactorFile,
     *,
     output: Folder,
     base: Base = None,
@@ -57,6 +51,9 @@ def export(
 ) -> None:
     """Write factors as folders that a trainer reads."""
     from ..adapters.export import export_delta, export_residual
+    from ..factor_set import FactorSet
+    from ..storage.authors_folder import save_inilora_pt
+    from .output import say
 
     if file_format == "inilora-pt":
         if lora_alpha is not None or rslora or lora_dropout or task_type is not None:
@@ -97,18 +94,23 @@ def convert(
 ) -> None:
     """Make a plain LoRA for the original model of a trained adapter."""
     from ..adapters.convert import convert as convert_folder
+    from ..display.tables import truncation_table
+    from ..factor_set import FactorSet
+    from .output import print_table, say
 
     errors = convert_folder(trained, FactorSet.load(init, base), output, base, rank, insist)
     if as_json:
         print(json.dumps({"truncation_error": errors}, indent=2))
     elif rank is not None:
-        Console(markup=False).print(truncation_table(errors, rank, every=every))
+        print_table(truncation_table(errors, rank, every=every))
     say(f"wrote {output}")
 
 
 def merge(trained: Trained, init: Init, output: Folder, base: Base = None, insist: Insist = False) -> None:
     """Write the original model with a trained adapter merged into it."""
     from ..adapters.convert import export_merged
+    from ..factor_set import FactorSet
+    from .output import say
 
     export_merged(trained, FactorSet.load(init, base), output, base, insist)
     say(f"wrote {output}")

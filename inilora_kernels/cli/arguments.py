@@ -1,4 +1,7 @@
-"""The command line's spelling of the options: one flag for each field of options.py, with its meaning and default."""
+"""The flags of the commands: one for each field of options.py, with its meaning, and those that several share.
+
+What a command needs for its work is imported when it runs: `--help` need not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,24 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ..errors import OptionError
-from ..factor_set import FactorSet
 from ..options import ModelOptions, meaning
+
+if TYPE_CHECKING:
+    from ..factor_set import FactorSet
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw error by layer, spectra and convergence into this .png, .svg or .pdf.")
+]
+Every = Annotated[bool, typer.Option("--all", help="A row for each matrix, not for each kind.")]
+FactorFile = Annotated[
+    Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")
+]
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -95,6 +109,8 @@ def _number_or_name(text: str | None) -> str | float | None:
 
 
 def _factors(path: Path | None) -> FactorSet | None:
+    from ..factor_set import FactorSet
+
     return None if path is None else FactorSet.load(path)
 
 

@@ -1,4 +1,7 @@
-"""`inilora cache`: the finished matrices that later runs find again."""
+"""`inilora cache`: the finished matrices that later runs find again.
+
+The storage is imported when a command runs, as it brings torch, which --help need not wait for.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,22 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import FactorFileError, OptionError
 from ..places import cache_folder
-from ..storage import cache_upkeep
-from ..storage.cache_upkeep import Entry
+from .arguments import Json
+
+if TYPE_CHECKING:
+    from ..storage.cache_upkeep import Entry
 
 cache_application = typer.Typer(
     name="cache",
     help="Look at, check and remove the finished matrices that runs find again.",
     no_args_is_help=True,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -38,12 +42,16 @@ def where() -> None:
 @cache_application.command()
 def size(as_json: Json = False) -> None:
     """Print how many matrices the cache holds, and their size."""
+    from ..storage import cache_upkeep
+
     _print(cache_upkeep.entries(), "in", as_json)
 
 
 @cache_application.command("list")
 def list_entries(as_json: Json = False) -> None:
     """List the entries, the one used longest ago first: key, size, last use."""
+    from ..storage import cache_upkeep
+
     found = cache_upkeep.entries()
     if as_json:
         print(json.dumps([{"key": one.key, "bytes": one.size, "last_used": one.last_used} for one in found], indent=2))
@@ -67,12 +75,16 @@ def prune(
         raise OptionError("give --older-than or --to-size; `inilora cache clear` removes everything")
     age = None if older_than is None else _measure("--older-than", older_than, _SECONDS, "30d")
     most = None if to_size is None else int(_measure("--to-size", to_size, _BYTES, "2GB"))
+    from ..storage import cache_upkeep
+
     _print(cache_upkeep.prune(age, most), "removed from", as_json)
 
 
 @cache_application.command()
 def clear(as_json: Json = False) -> None:
     """Remove every entry."""
+    from ..storage import cache_upkeep
+
     doomed = cache_upkeep.entries()
     cache_upkeep.remove(doomed)
     _print(doomed, "removed from", as_json)
@@ -83,6 +95,8 @@ def verify(
     remove: Annotated[bool, typer.Option("--remove", help="Remove the damaged ones.")] = False, as_json: Json = False
 ) -> None:
     """Check every entry's checksum; status 2 if one is damaged. Runs never use such an entry."""
+    from ..storage import cache_upkeep
+
     damaged = cache_upkeep.damaged_entries()
     if remove:
         cache_upkeep.remove(damaged)

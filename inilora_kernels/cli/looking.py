@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from ..display.tables import spectrum_table
-from ..factor_set import FactorSet
-from .methods import methods_json, methods_table
-from .output import Every, Json, Plot, draw, require_plot, show
-
-Made = Annotated[Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")]
+from .arguments import Every, FactorFile, Json, Plot
 
 
 def inspect(
-    file: Made,
+    file: FactorFile,
     base: Annotated[
         Path | None, typer.Option(help="For an authors' folder: the model's folder, to compare with.")
     ] = None,
@@ -27,18 +21,25 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a factor file, how good it is, and the singular spectrum."""
+    from ..display.tables import spectrum_table
+    from ..factor_set import FactorSet
+    from .output import draw, print_table, require_plot, show
+
     require_plot(plot)
     factors = FactorSet.load(file, base)
     draw(factors, plot, base or file)
     show([factors], as_json, every)
     spectrum = spectrum_table(factors, every=every)
     if spectrum is not None and not as_json:
-        Console(markup=False).print(spectrum)
+        print_table(spectrum)
 
 
 def methods(as_json: Json = False) -> None:
     """List the initializations that --method takes, with their formula and source."""
+    from .methods import methods_json, methods_table
+    from .output import print_table
+
     if as_json:
         print(json.dumps(methods_json(), indent=2, ensure_ascii=False))
     else:
-        Console(markup=False).print(methods_table())
+        print_table(methods_table())

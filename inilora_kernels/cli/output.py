@@ -1,13 +1,12 @@
-"""What the commands print and draw, and the flags that ask for it."""
+"""What the commands print and draw."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
+from rich.table import Table
 
 from ..display.plots import plot as plot_into
 from ..display.plots import require_plot_path
@@ -15,15 +14,13 @@ from ..display.reports import json_report
 from ..factor_set import FactorSet
 from ..storage.atomic import require_writable
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]
-Plot = Annotated[
-    Path | None, typer.Option(help="Draw error by layer, spectra and convergence into this .png, .svg or .pdf.")
-]
-Every = Annotated[bool, typer.Option("--all", help="A row for each matrix, not for each kind.")]
-
 
 def say(text: str) -> None:
     Console(stderr=True, markup=False).print(text, highlight=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    Console(markup=False).print(table)
 
 
 def require_plot(path: Path | None) -> None:
@@ -44,4 +41,4 @@ def show(results: list[FactorSet], as_json: bool, every: bool) -> None:
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
         for factors in results:
-            Console(markup=False).print(factors.table(every=every))
+            print_table(factors.table(every=every))

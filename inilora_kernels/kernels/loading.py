@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..errors import BackendError, OptionError
 from ..suggestions import did_you_mean
 from .backend import Backend
 from .gpu.gpus import Gpu
+
+if TYPE_CHECKING:
+    import torch
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -20,12 +22,14 @@ def load_backend(name: str, device: str | torch.device | None = None) -> Backend
     Where there is a GPU but triton cannot run on it, "auto" warns of the reason and takes the CPU, unless a CUDA device
     was asked for. Raises BackendError or OptionError.
     """
+    import torch
+
     if name not in ("auto", *BACKENDS):
         known = ("auto", *BACKENDS)
         raise OptionError(f"backend={name!r}: choose one of {', '.join(known)}{did_you_mean(name, known)}")
     try:
         chosen = torch.device(device) if device is not None else None
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here; leave device out")
@@ -55,6 +59,8 @@ def card_of(name: str, device: str | torch.device | None) -> Gpu | None:
     """The cost model's view of the GPU that a backend, by its own name, runs on; None for a processor."""
     if name != "triton":
         return None
+    import torch
+
     from .gpu.backend import TritonBackend
 
     return TritonBackend(device=torch.device(device or "cuda")).gpu()

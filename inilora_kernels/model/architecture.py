@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..choices import TaskType
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Heads on top of the body, where the class gives no `get_output_embeddings`. PEFT trains them whole.
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
 
-# PEFT's task_type, and the class with which models are loaded for it.
-TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+# The class with which models are loaded for PEFT's task_type.
 AUTO_CLASSES: Mapping[TaskType, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, BitsAndBytesConfig, GPT2LMHeadModel
 
-from inilora_kernels.adapters.layer import Form
 from inilora_kernels.adapters.peft import initialize_peft
+from inilora_kernels.choices import Form
 from inilora_kernels.errors import OptionError, TargetError, WeightError
 from inilora_kernels.factor_set import FactorSet
 

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 
 from inilora_kernels.adapters.convert import convert
-from inilora_kernels.adapters.layer import Form
 from inilora_kernels.adapters.peft import initialize_peft
+from inilora_kernels.choices import Form
 from inilora_kernels.errors import FactorFileError, OptionError
 from inilora_kernels.factor_set import FactorSet
 

@@ -156,7 +156,8 @@ def test_matrices_of_zeros_are_drawn_too(tmp_path: Path, solver: str) -> None:
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
-    for arguments in (["--help"], ["--version"], ["--show-completion", "bash"]):
+    helps = [[*name.split(), "--help"] for name in (*COMMANDS, "cache prune")]
+    for arguments in (["--help"], ["--version"], ["--show-completion", "bash"], *helps):
         program = (
             "import json, sys; from inilora_kernels.cli.main import main\n"
             f"sys.argv = ['inilora', *{arguments}]\n"
@@ -164,6 +165,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
         )
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert not {"torch", "numpy", "transformers", "numba", "matplotlib"} & set(json.loads(result.stderr)), arguments
+        assert result.stdout.strip()
     assert re.fullmatch(r"inilora \d+\.\d+\.\d+\S*\n", inilora("--version").stdout)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from inilora_kernels import FactorSet, attach, convert, detach, export_merged, merge, save_adapter, trainable_parameters
-from inilora_kernels.adapters.layer import Form
+from inilora_kernels.choices import Form
 
 from .conftest import BATCH, Logits
 

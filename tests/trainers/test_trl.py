@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from bench.movie_reviews import Review
 from bench.smollm2 import smollm2
 from inilora_kernels import FactorSet, approximate_model, convert, export_residual, initialize_peft, lora_model
-from inilora_kernels.adapters.layer import Form
+from inilora_kernels.choices import Form
 
 from .conftest import BATCH, STEPS
 

@@ -1,0 +1,83 @@
+"""What `inilora approximate` does: refuse what can't be written, run, write the files, show the tables."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..approximate import approximate_model, approximate_ranks
+from ..errors import OptionError
+from ..factor_set import FactorSet
+from ..model.layout import find_components
+from ..processes import torchruns_job
+from ..storage.atomic import require_writable
+from .arguments import options_from
+from .output import draw, require_plot, say, show
+
+
+def run(model: Path, output: Path, plot: Path | None, given: dict[str, Any], *, every: bool, as_json: bool) -> None:
+    """Factorize a model and write the factor file; in a job of several processes, the one of rank 0 does the latter.
+
+    given: the options as typed.
+    """
+    with torchruns_job() as job:
+        if job.rank:
+            # The process of rank 0 checks the outputs, shows and writes.
+            warnings.simplefilter("ignore")
+            _approximated(model, options_from(given))
+        else:
+            _approximate(model, output, plot, given, every=every, as_json=as_json)
+
+
+def _approximate(
+    model: Path, output: Path, plot: Path | None, given: dict[str, Any], *, every: bool, as_json: bool
+) -> None:
+    options = options_from(given)
+    ranks = options["rank"]
+    outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
+    plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
+    inputs = [file for part in find_components(model) for file in part.files] if model.exists() else []
+    if given["start"] is not None:
+        inputs.append(given["start"])
+    for one, path in outputs.items():
+        picture = plots[one]
+        _require_no_input(path, inputs)
+        require_writable(path)
+        if picture is not None:
+            _require_no_input(picture, [*inputs, path])
+        require_plot(picture)
+    try:
+        results = _approximated(model, options)
+    except KeyboardInterrupt as interrupted:
+        print(f"inilora: {interrupted or 'stopped'}", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    for one, factors in results.items():
+        factors.save(outputs[one])
+        draw(factors, plots[one], model)
+    show(list(results.values()), as_json, every)
+    if not as_json:
+        for path in outputs.values():
+            say(f"wrote {path}")
+
+
+def _approximated(model: Path, options: dict[str, Any]) -> dict[int, FactorSet]:
+    if isinstance(options["rank"], list):
+        return approximate_ranks(model, **options)
+    return {0: approximate_model(model, **options)}
+
+
+def _of_rank(path: Path, rank: int) -> Path:
+    """factors.safetensors → factors-r8.safetensors."""
+    return path.with_name(f"{path.stem}-r{rank}{path.suffix}")
+
+
+def _require_no_input(path: Path, inputs: Sequence[Path]) -> None:
+    """Nobody means to write over the model, or the plot over the factors."""
+    if path.resolve() in {one.resolve() for one in inputs}:
+        raise OptionError(f"{path}: this run reads or writes that file already; give another name")
