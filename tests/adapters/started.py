@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from inilora_kernels.choices import Form
 from inilora_kernels.adapters.peft import initialize_peft
+from inilora_kernels.choices import Form
 from inilora_kernels.factor_set import FactorSet
 
 FORMS: tuple[Form, ...] = ("delta", "residual")

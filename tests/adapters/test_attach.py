@@ -22,7 +22,8 @@ from inilora_kernels.adapters.attach import (
     trainable_parameters,
     unmerge,
 )
-from inilora_kernels.adapters.layer import Form, LoRALinear
+from inilora_kernels.adapters.layer import LoRALinear
+from inilora_kernels.choices import Form
 from inilora_kernels.errors import OptionError, TargetError, WeightError
 from inilora_kernels.factor_set import FactorSet
 

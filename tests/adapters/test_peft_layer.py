@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 
-from inilora_kernels.choices import Form
 from inilora_kernels.adapters.peft import initialize_peft
+from inilora_kernels.choices import Form
 from inilora_kernels.errors import OptionError
 from inilora_kernels.factor_set import FactorSet
 
