@@ -6,11 +6,19 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
 
+from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.architecture import describe
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.targets import find_targets
+
+from .models import ENCODER, LLAVA, VISION, build, found
+from .refused import refusal
 
 
 def test_a_broken_installation_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +42,40 @@ def test_no_code_of_the_models_folder_is_run(tmp_path: Path, monkeypatch: pytest
         warnings.simplefilter("ignore")
         describe(config, ["0.q_proj"])
     assert not (tmp_path / "canary").exists()
+
+
+def test_language_model_in_a_vision_model(tmp_path: Path) -> None:
+    """Its checkpoint's names are not those of the live model."""
+    targets = found(build("LlavaForConditionalGeneration", **LLAVA), tmp_path)
+    assert sum(target.module.startswith("language_model.model.layers") for target in targets) == 4
+    assert sum(target.module.startswith("vision_tower") for target in targets) in (2, 4)
+
+
+def test_weight_that_transformers_splits_on_loading(tmp_path: Path) -> None:
+    """Dinov2's `weights_in` becomes `gate_proj` and `up_proj`: it is none of the live model's matrices."""
+    model = build("Dinov2Model", **VISION, use_swiglu_ffn=True)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    target = find_targets(checkpoint, ["weights_in"])[0]
+    stored = checkpoint.read("encoder.layer.0.mlp.weights_in.weight")
+    assert torch.equal(target.read(), stored)
+    live: Any = model
+    gate_and_up = [live.encoder.layer[0].mlp.gate_proj.weight, live.encoder.layer[0].mlp.up_proj.weight]
+    assert torch.equal(stored, torch.cat(gate_and_up).detach())
+
+
+def test_config_of_another_model(tmp_path: Path) -> None:
+    build("BertModel", **ENCODER).save_pretrained(tmp_path / "small")
+    build("BertModel", **{**ENCODER, "hidden_size": 32}).config.save_pretrained(tmp_path / "small")
+    assert "do not belong together" in refusal(tmp_path / "small", CheckpointError)
+
+
+def test_config_never_runs_code_or_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("BertModel", **ENCODER)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('remote code ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
+    assert len(find_targets(open_checkpoint(tmp_path))) == 4

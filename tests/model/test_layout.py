@@ -1,35 +1,19 @@
 """Where libraries and trainers put weights: folders that they wrote, or files under the names that they use."""
 
 import json
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets
 
-TENSORS = {f"layers.{layer}.{name}.weight": torch.randn(6, 4) for layer in (0, 1) for name in ("q_proj", "v_proj")}
-
-
-def holds(path: Path, prefix: str = "") -> bool:
-    checkpoint = open_checkpoint(path)
-    return all(torch.equal(checkpoint.read(prefix + name), tensor) for name, tensor in TENSORS.items())
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as error:
-        open_checkpoint(path)
-    assert str(path) in str(error.value)
-    return str(error.value)
+from .checkpoints import TENSORS, holds, refusal
 
 
 @pytest.mark.parametrize(
@@ -192,33 +176,6 @@ def test_checkpoint_of_lightning(tmp_path: Path) -> None:
         checkpoint = open_checkpoint(path)
         assert [target.module for target in find_targets(checkpoint)] == ["model.q_proj", "model.v_proj"]
         assert torch.equal(checkpoint.read("model.q_proj.weight"), module.model["q_proj"].weight)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("inner", ["", "pytorch_model_fsdp_0"])
-@pytest.mark.filterwarnings("ignore")
-def test_distributed_checkpoint(tmp_path: Path, inner: str) -> None:
-    dcp.save(dict(TENSORS), checkpoint_id=tmp_path / inner, no_dist=True)
-    assert holds(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    name = "layers.0.q_proj.weight"
-    assert torch.equal(checkpoint.read(name, slice(1, 3)), TENSORS[name][1:3])
-    save_file(TENSORS, tmp_path.parent / f"{tmp_path.name}.safetensors")
-    same = open_checkpoint(tmp_path.parent / f"{tmp_path.name}.safetensors")
-    assert checkpoint.sha256(name) == same.sha256(name)
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
-        return (Path.touch, (Path("hostile-code-ran"),))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_code_in_distributed_metadata_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    dcp.save(dict(TENSORS), checkpoint_id=tmp_path / "model", no_dist=True)
-    (tmp_path / "model" / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    assert "more than torch's description" in refusal(tmp_path / "model")
-    assert not Path("hostile-code-ran").exists()
 
 
 def test_deepspeed_is_answered_with_its_converter(tmp_path: Path) -> None:

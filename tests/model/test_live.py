@@ -1,14 +1,10 @@
 """Live models: the factors of their folder, bit for bit."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadModel, LlamaForCausalLM
 
 from inilora_kernels import FactorSet, approximate_model
@@ -16,13 +12,7 @@ from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.live import open_live
 from inilora_kernels.model.targets import find_targets
 
-GIVEN: dict[str, Any] = {"rank": 2, "solver": "krylov", "cache": False, "progress": False}
-
-
-def same(one: FactorSet, other: FactorSet) -> bool:
-    """A, B and the sha256; a prefix of the names may differ."""
-    pairs = list(zip(one.values(), other.values(), strict=True))
-    return all(torch.equal(a.A, b.A) and torch.equal(a.B, b.B) and a.source_sha256 == b.source_sha256 for a, b in pairs)
+from .live_factors import GIVEN, same
 
 
 def test_llama(llama: Path) -> None:
@@ -71,23 +61,6 @@ def test_quantized_by_bitsandbytes(llama: Path, tmp_path: Path, bits: int) -> No
     model.save_pretrained(tmp_path / "quantized")
     folder = approximate_model(tmp_path / "quantized", **GIVEN)
     assert len(folder) == 4
-    assert same(approximate_model(model, **GIVEN), folder)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Any:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_sharded_by_fsdp2(llama: Path, one_process: Any) -> None:
-    model: Any = LlamaForCausalLM.from_pretrained(llama)
-    folder = approximate_model(llama, **GIVEN)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=one_process)
-    fully_shard(model, mesh=one_process)
-    assert type(model.model.layers[0].self_attn.q_proj.weight).__name__ == "DTensor"
     assert same(approximate_model(model, **GIVEN), folder)
 
 

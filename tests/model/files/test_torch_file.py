@@ -1,0 +1,66 @@
+"""torch's files: values, views, damage, and code that is never run."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from inilora_kernels.model.checkpoint import open_checkpoint
+
+from ..checkpoints import MIXED, assert_holds, refusal
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_file(tmp_path: Path, zipped: bool) -> None:
+    tensors = dict(MIXED)
+    if not zipped:  # torch's format before 1.6 knows no 8-bit floats
+        del tensors["fp8.weight"]
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert_holds(tmp_path / "pytorch_model.bin", tensors)
+    assert_holds(tmp_path, tensors)
+
+
+def test_torch_file_of_views_reads_and_hashes_the_values(tmp_path: Path) -> None:
+    whole = torch.randn(6, 4)
+    views = {"tail": whole[2:], "turned": whole.T, "parameter": torch.nn.Parameter(whole[:1])}
+    torch.save(views, tmp_path / "views.bin")
+    assert_holds(tmp_path / "views.bin", {name: view.detach() for name, view in views.items()})
+    assert open_checkpoint(tmp_path / "views.bin").read("turned").is_contiguous()
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("hostile-code-ran"),))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_torch_file_is_refused_and_never_run(
+    tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": Hostile()}, "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert "never run" in refusal(tmp_path)
+    Path("pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
+    assert "never run" in refusal(tmp_path)
+    assert not Path("hostile-code-ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.95])
+def test_truncated_torch_file(tmp_path: Path, zipped: bool, part: float) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(50, 50)}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    assert "corrupt" in refusal(tmp_path)
+
+
+def test_torch_file_that_is_no_state_dict(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save([torch.ones(2)], path)
+    assert "holds a list" in refusal(tmp_path)
+    torch.save({"epoch": 3, "optimizer": {"w": torch.ones(2)}}, path)
+    assert "epoch (int), optimizer (dict)" in refusal(tmp_path)
