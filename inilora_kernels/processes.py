@@ -28,10 +28,13 @@ from .storage import factor_file
 
 dist: Any = torch.distributed
 
-_LONGEST_PAUSE = 0.1
+# Looks a second into the store by all processes of a job.
+_LOOKS = 2000
 _LONGEST_MEETING = 30 * 60
 # Seconds after which a process that waits for the others to begin says so.
 _PATIENCE = 15.0
+# Bytes of results that travel together.
+_PARCEL = 16 << 20
 AnyKey = TypeVar("AnyKey", str, int)
 
 
@@ -68,21 +71,25 @@ class Job:
         results = dict(mine)
         if self.store is None:
             return results
-        for name, factors in mine.items():
-            if owners[name] == self.rank and (self.rank or self.everywhere):
-                self.give(f"result/{name}", factor_file.encode({name: factors}, {}))
+        own = {name: factors for name, factors in mine.items() if owners[name] == self.rank}
+        parcels = _parcels(own) if self.rank or self.everywhere else []
+        for place, parcel in enumerate(parcels):
+            self.give(f"result/{self.rank}/{place}", factor_file.encode(parcel, {}))
+        self.give(f"parcels/{self.rank}", str(len(parcels)).encode())
         if self.rank and not self.everywhere:
             return results
-        taken = [name for name in owners if name not in mine]
-        for name in taken:
-            content = self.take(f"result/{name}")
-            results[name] = factor_file.decode(content, f"result of rank {owners[name]}")[0][name]
+        keys = []
+        for rank in range(self.size):
+            for place in range(int(self.take(f"parcels/{rank}"))):
+                keys.append(f"result/{rank}/{place}")
+                if rank != self.rank:
+                    results.update(factor_file.decode(self.take(keys[-1]), f"result of rank {rank}")[0])
         if self.everywhere:
             self._await_all()
         if self.rank == 0:
             with contextlib.suppress(RuntimeError):  # not every kind of store can
-                for name in owners if self.everywhere else taken:
-                    self.store.delete_key(f"result/{name}")
+                for key in keys:
+                    self.store.delete_key(key)
         return results
 
     def give(self, key: str, content: bytes) -> None:
@@ -92,7 +99,7 @@ class Job:
 
     def take(self, key: str) -> bytes:
         """What another process has left, or will leave, under a key. Raises ProcessError if one of them has failed."""
-        for pause in _pauses():
+        for pause in _pauses(self.size):
             self.check()
             with _connected():
                 if self.store.check([key]):
@@ -105,7 +112,7 @@ class Job:
         with _connected():
             here = self.store.add("done", 1)
         if self.rank == 0:
-            for pause in _pauses():
+            for pause in _pauses(self.size):
                 if here == self.size:
                     return
                 self.check()
@@ -140,6 +147,19 @@ class Job:
                 elif isinstance(error, InitializationError):
                     raise ProcessError("another process of this run failed before") from error
             raise
+
+
+def _parcels(results: Mapping[str, Factors]) -> list[dict[str, Factors]]:
+    """The results in parcels of about _PARCEL bytes: each costs a few messages, whatever is in it."""
+    parcels: list[dict[str, Factors]] = []
+    room = 0
+    for name, factors in results.items():
+        if room <= 0:
+            parcels.append({})
+            room = _PARCEL
+        parcels[-1][name] = factors
+        room -= factors.A.nbytes + factors.B.nbytes
+    return parcels
 
 
 _joined: ContextVar[Job | None] = ContextVar("joined", default=None)
@@ -205,7 +225,7 @@ def meet(store: Any, rank: int, size: int) -> Any:
     warned = False
     if rank == 0:
         store.set("call", mine)
-    for pause in _pauses():
+    for pause in _pauses(size):
         with _connected():
             if rank == 0:
                 answers = [_read(store, f"answer/{other}").split() for other in range(1, size)]
@@ -263,12 +283,12 @@ def shares(costs: Sequence[float], size: int) -> list[list[int]]:
     return dealt
 
 
-def _pauses() -> Iterator[float]:
-    """Seconds to wait before each next look: short at first."""
-    pause = 0.001
+def _pauses(size: int) -> Iterator[float]:
+    """Seconds to wait before each next look: a quarter of the wait so far, and few looks a second of all together."""
+    pause, longest = 2e-4, min(max(0.01, size / _LOOKS), 1.0)
     while True:
         yield pause
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause = min(1.25 * pause, longest)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,158 @@
+"""A run shared among processes: two against one, measured here; LLaMA 3.1 405B on many GPUs, predicted.
+
+    python -m bench.processes measure     two processes against one, a thread each, and what the gathering takes
+    python -m bench.processes simulate    405B's query and value matrices on 8, 64 and 512 H100s, by the cost model
+
+The results are results/processes.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from inilora_kernels import FactorSet, approximate_model
+from inilora_kernels.estimate import USUAL_SPEED, Work, costs, seconds
+from inilora_kernels.kernels.gpu.gpus import gpu_named
+from inilora_kernels.processes import shared_run, shares
+
+from .harness import RESULTS, Row, publish
+from .table5 import synthetic
+
+REPEATS = 5
+# What one process needs some ten seconds for: the side of a square matrix, how many, and the options.
+RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "adam": (1024, 8, {"solver": "adam", "steps": 400}),
+    "krylov": (4096, 8, {"solver": "krylov"}),
+}
+LAYERS, QUERY, VALUE = 126, (16384, 16384), (1024, 16384)
+GPUS, CARD = (1, 8, 64, 512), "h100"
+
+
+def model_of(solver: str, folder: Path) -> Path:
+    """A bfloat16 checkpoint of the run's matrices."""
+    side, count, _ = RUNS[solver]
+    weights = {f"layers.{i}.q_proj.weight": synthetic((side, side), torch.bfloat16, i % 16) for i in range(count)}
+    save_file({name: weight.clone() for name, weight in weights.items()}, folder / f"{solver}.safetensors")
+    return folder / f"{solver}.safetensors"
+
+
+def approximated(model: Path, solver: str) -> FactorSet:
+    return approximate_model(model, 8, "all-linear", cache=False, progress=False, **RUNS[solver][2])
+
+
+def worker(model: Path, solver: str, result: Path) -> None:
+    """One process: seconds of each whole run and, where there are others, of handing the factors to all of them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    factors = approximated(model, solver)
+    whole, gathering = [], []
+    for _ in range(REPEATS):
+        dist.barrier()
+        began = time.perf_counter()
+        approximated(model, solver)
+        whole.append(time.perf_counter() - began)
+    for _ in range(REPEATS):
+        dist.barrier()
+        with shared_run() as job:
+            parts = shares([1.0] * len(factors), job.size)
+            names = list(factors)
+            owners = {names[place]: rank for rank, part in enumerate(parts) for place in part}
+            mine = {name: factors[name] for name, rank in owners.items() if rank == job.rank}
+            dist.barrier()
+            began = time.perf_counter()
+            job.gather(mine, owners)
+            gathering.append(time.perf_counter() - began)
+    if dist.get_rank() == 0:
+        result.write_text(json.dumps([statistics.median(whole), statistics.median(gathering)]))
+    dist.destroy_process_group()
+
+
+def measure(folder: Path) -> None:
+    """Each solver by one process and by two, in turn."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for solver, (side, count, _) in RUNS.items():
+            model = model_of(solver, Path(scratch))
+            one, _ = _launched(1, model, solver)
+            two, gathering = _launched(2, model, solver)
+            rows.append(
+                {
+                    "run": f"{solver}, {count} × {side}²",
+                    "one process s": one,
+                    "two processes s": two,
+                    "ratio": one / two,
+                    "gathering s": gathering,
+                    "gathering's share": gathering / two,
+                }
+            )
+    note = (
+        f"bfloat16, rank 8, a thread a process, the median of {REPEATS} runs after one; every process gets all factors."
+    )
+    publish("processes", "two against one", rows, "python -m bench.processes measure", note=note, folder=folder)
+
+
+def _launched(size: int, model: Path, solver: str) -> tuple[float, float]:
+    result = model.with_suffix(f".{size}")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    subprocess.run([*launch, "-m", "bench.processes", "worker", str(model), solver, str(result)], check=True)
+    whole, gathering = json.loads(result.read_text())
+    return whole, gathering
+
+
+def simulate(folder: Path) -> None:
+    """The deal that a run would make, and each process's predicted seconds."""
+    card = gpu_named(CARD)
+    rows: list[Row] = []
+    for solver in ("adam",):
+        works = [Work(shape, 2, 8) for _ in range(LAYERS) for shape in (QUERY, VALUE)]
+        weights = costs([[work] for work in works], solver, 20_000, card)
+        for count in GPUS:
+            parts = [[works[place] for place in part] for part in shares(weights, count)]
+            taken = [seconds(part, solver, 20_000, speed=USUAL_SPEED, card=card) if part else 0.0 for part in parts]
+            rows.append(
+                {
+                    "solver": solver,
+                    "GPUs": count,
+                    "predicted s": max(taken),
+                    "mean / longest": statistics.fmean(taken) / max(taken),
+                    "speed-up": sum(taken) / max(taken),
+                    "matrices a GPU": f"{min(map(len, parts))} to {max(map(len, parts))}",
+                }
+            )
+    note = (
+        f"Predicted by the cost model, not measured: {LAYERS} query matrices of {QUERY[0]}×{QUERY[1]} and as many "
+        f"value matrices of {VALUE[0]}×{VALUE[1]}, bfloat16, rank 8, 20,000 Adam steps, on {card.name}."
+    )
+    publish("processes", "405B, predicted", rows, "python -m bench.processes simulate", note=note, folder=folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.processes", description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["measure", "simulate", "worker"])
+    parser.add_argument("of_worker", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    if given.part == "worker":
+        model, solver, result = given.of_worker
+        worker(Path(model), solver, Path(result))
+    elif given.part == "measure":
+        measure(given.output)
+    else:
+        simulate(given.output)
+
+
+if __name__ == "__main__":
+    main()
