@@ -10,13 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from inilora_kernels import approximate_model, estimate
-from inilora_kernels.estimate import Work
-from inilora_kernels.kernels.gpu.gpus import gpu_named
 from inilora_kernels.storage import cache
-
-# The processor of docs/performance.md.
-SPEED = 188e9
-LLAMA2_7B = [Work((4096, 4096), 2, 8)] * 64
 
 
 @pytest.fixture
@@ -27,36 +21,6 @@ def model(tmp_path: Path) -> Path:
         {f"l.{i}.{name}_proj.weight": torch.randn(9, 7, generator=generator) for i in range(6) for name in "qv"}, path
     )
     return path
-
-
-def test_a_long_run_is_announced_with_the_solver_that_is_faster() -> None:
-    said = estimate.notice(LLAMA2_7B, "adam", 20_000, speed=SPEED)
-    assert said is not None
-    assert "about 82 min on this processor (20,000 Adam steps, 64 matrices; an estimate)" in said
-    assert "solver krylov finds the same product BA in about 17 s" in said
-    assert estimate.notice(LLAMA2_7B, "krylov", 0, speed=SPEED) is None
-    card = gpu_named("rtx4090")
-    assert estimate.seconds(LLAMA2_7B, "adam", 20_000, speed=SPEED, card=card) < 60
-    assert estimate.notice(LLAMA2_7B * 4, "adam", 20_000, speed=SPEED, card=card) is not None
-
-
-@pytest.mark.parametrize(
-    ("work", "solver", "measured"),
-    [
-        # docs/performance.md: ms a step of all matrices, and ms a matrix.
-        ([Work((768, 768), 4, 8)] * 24, "adam", 2.76e-3),
-        ([Work((768, 768), 4, 32)] * 24, "adam", 11.4e-3),
-        ([Work((2048, 2048), 4, 8)] * 8, "adam", 7.59e-3),
-        ([Work((4096, 4096), 4, 32)] * 4, "adam", 57.8e-3),
-        ([Work((4096, 4096), 2, 8)], "exact", 11.7),
-    ],
-)
-def test_the_model_is_near_the_measurements(work: list[Work], solver: str, measured: float) -> None:
-    if solver == "adam":
-        predicted = estimate.adam_seconds(work, 1, SPEED)
-    else:
-        predicted = sum(estimate.direct_seconds(one, solver, SPEED) for one in work)
-    assert predicted == pytest.approx(measured, rel=0.34)
 
 
 def test_approximate_model_warns_once_of_a_long_run(

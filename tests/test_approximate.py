@@ -10,10 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from inilora_kernels import Factors, FactorSet, approximate, approximate_model
 from inilora_kernels.errors import (
@@ -235,11 +238,6 @@ def test_what_is_no_float_matrix_is_refused(W: torch.Tensor) -> None:
         approximate(W, rank=1)
 
 
-def test_a_start_of_tensors_is_refused() -> None:
-    with pytest.raises(OptionError, match="give Factors for each matrix"):
-        approximate(torch.ones(2, 2), rank=1, solver="krylov", start=(torch.ones(1, 2), torch.ones(2, 1)))  # type: ignore[arg-type]
-
-
 def test_two_matrices_may_start_from_the_same_factors() -> None:
     W = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
     start = approximate(W, rank=2, steps=5)
@@ -252,12 +250,25 @@ def test_no_matrix_is_refused() -> None:
         approximate([], rank=1)
 
 
-def test_an_uncertified_result_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The direct solver returned without a word where it had not reached its certificate."""
-    monkeypatch.setattr("inilora_kernels.solvers.krylov.DENSE_SIZE", 0)
-    with pytest.warns(UserWarning, match="matrix 0: .* certificate was not reached"):
-        factors = approximate(torch.eye(700), rank=8, solver="krylov")
-    assert not factors.certificate.certified
-    assert factors.certificate.loss == pytest.approx(692)
-    FactorSet({"0.q": factors}, {}).save(tmp_path / "factors.safetensors")
-    assert not FactorSet.load(tmp_path / "factors.safetensors")["0.q"].certificate.certified
+def test_arrays_and_linear_layers_are_matrices_too() -> None:
+    W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    layer = nn.Linear(5, 6)
+    with torch.no_grad():
+        layer.weight.copy_(W)
+    expected = approximate(W, rank=2, solver="krylov").product()
+    for same in (W.numpy(), layer):
+        assert torch.equal(approximate(same, rank=2, solver="krylov").product(), expected)
+    several = approximate([W, layer, W.numpy()], rank=2, solver="krylov")
+    assert all(torch.equal(one.product(), expected) for one in several)
+
+
+@pytest.mark.parametrize("given", [np.eye(3, dtype=np.int64), "matrix", {"weight": torch.eye(3)}, nn.Conv2d(1, 1, 1)])
+def test_what_is_no_matrix_is_refused(given: Any) -> None:
+    with pytest.raises(InitializationError, match="give a float tensor, a float array or a linear layer"):
+        approximate(given if not isinstance(given, str) else [given], rank=1)
+
+
+@pytest.mark.parametrize("given", [torch.eye(2), np.eye(2), None])
+def test_what_is_no_model_is_answered_with_what_to_give(given: Any) -> None:
+    with pytest.raises(InitializationError, match=f"was given a {type(given).__name__}; give a model's path or hub id"):
+        approximate_model(given)

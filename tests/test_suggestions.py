@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +54,6 @@ def test_a_device_that_is_not_here() -> None:
     for backend in ("auto", "reference", "triton"):
         with pytest.raises(InitializationError, match="finds no GPU here"):
             approximate(torch.eye(4), rank=1, steps=0, backend=backend, device="cuda")
-
-
-def test_options_that_nothing_reads_are_named(recwarn: pytest.WarningsRecorder) -> None:
-    approximate(torch.eye(4), rank=1, solver="krylov", steps=500, tol=1e-3)
-    assert "solver='krylov' does not read steps, tol" in next(str(one.message) for one in recwarn)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        approximate(torch.eye(4), rank=1, solver="krylov")
 
 
 def test_a_list_for_several_models_is_taken_with_a_warning(model: Path) -> None:

@@ -14,8 +14,6 @@ from inilora_kernels.choices import Form
 from inilora_kernels.factor_set import FactorSet
 
 FORMS: tuple[Form, ...] = ("delta", "residual")
-
-
 TARGETS = ["q_proj", "v_proj"]
 
 

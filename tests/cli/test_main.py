@@ -10,94 +10,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 import typer
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from inilora_kernels import FactorSet
 from inilora_kernels.cli.main import COMMANDS, application
 
-
-def inilora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inilora_kernels", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    path = tmp_path / "model.safetensors"
-    save_file({f"layers.0.{name}_proj.weight": torch.randn(30, 20, generator=generator) * 0.05 for name in "qkv"}, path)
-    return path
-
-
-def test_approximate_then_inspect(model: Path, tmp_path: Path) -> None:
-    output, picture = tmp_path / "factors.safetensors", tmp_path / "plot.png"
-    first = inilora("approximate", model, "-o", output, "--rank", "3", "--steps", "200", "--plot", picture)
-    assert first.returncode == 0, first.stderr
-    assert "layers.0.*" in first.stdout
-    assert "q_proj" in first.stdout
-    assert "solving" in first.stderr
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    factors = FactorSet.load(output)
-    assert list(factors) == ["layers.0.q_proj", "layers.0.v_proj"]
-    second = inilora("inspect", output)
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.startswith(first.stdout)
-    assert "σ at r" in second.stdout
-
-
-def test_a_file_for_each_of_several_ranks(model: Path, tmp_path: Path) -> None:
-    output, picture = tmp_path / "factors.safetensors", tmp_path / "plot.png"
-    result = inilora("approximate", model, "-o", output, "--rank", "2,5", "--solver", "krylov", "--plot", picture)
-    assert result.returncode == 0, result.stderr
-    for rank in (2, 5):
-        factors = FactorSet.load(tmp_path / f"factors-r{rank}.safetensors")
-        assert {one.rank for one in factors.values()} == {rank}
-        assert (tmp_path / f"plot-r{rank}.png").exists()
-    assert not output.exists()
-
-
-def test_rank_pattern_and_start(model: Path, tmp_path: Path) -> None:
-    short, output = tmp_path / "short.safetensors", tmp_path / "factors.safetensors"
-    assert inilora("approximate", model, "-o", short, "--rank", "3", "--steps", "50").returncode == 0
-    near = inilora("approximate", model, "-o", output, "--rank", "3", "--solver", "krylov", "--start", short)
-    assert near.returncode == 0, near.stderr
-    patterned = inilora("approximate", model, "-o", output, "--method", "pissa", "--rank-pattern", "v_proj=2")
-    assert patterned.returncode == 0, patterned.stderr
-    assert [one.rank for one in FactorSet.load(output).values()] == [8, 2]
-    refused = inilora("approximate", model, "-o", output, "--rank-pattern", "v_proj")
-    assert refused.returncode == 2
-    assert "PATTERN=RANK" in refused.stderr
-
-
-def test_methods_are_listed() -> None:
-    assert "inilora-beta-uniform" in inilora("methods").stdout
-    listed = json.loads(inilora("methods", "--json").stdout)
-    assert listed["pissa"]["solvers"] == ["krylov", "exact"]
-
-
-def test_json_is_machine_readable(model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "factors.safetensors"
-    result = inilora(
-        "approximate", model, "-o", output, "--rank", "2", "--steps", "100", "-t", "q_proj", "-t", "k_proj", "--json"
-    )
-    report = json.loads(result.stdout)
-    assert set(report["modules"]) == {"layers.0.q_proj", "layers.0.k_proj"}
-    one = report["modules"]["layers.0.q_proj"]
-    assert one["shape"] == [30, 20]
-    assert one["loss"] >= one["optimum"] > 0
-    assert report["options"]["rank"] == 2
-    assert json.loads(inilora("inspect", output, "--json").stdout) == report
-
-
-def test_target_modules_may_be_a_regular_expression_or_all_linear(model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "factors.safetensors"
-    for given, expected in ((r".*\.[qk]_proj", 2), ("all-linear", 3), ("k_proj", 1)):
-        result = inilora("approximate", model, "-o", output, "--steps", "0", "-t", given)
-        assert result.returncode == 0, result.stderr
-        assert len(FactorSet.load(output)) == expected
+from .commands import inilora
 
 
 @pytest.mark.parametrize(
@@ -130,29 +48,6 @@ def test_bad_input_gives_one_clear_line(model: Path, tmp_path: Path, arguments: 
     assert "Traceback" not in result.stderr
     assert not result.stdout
     assert set(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("solver", ["adam", "krylov"])
-def test_matrices_of_zeros_are_drawn_too(tmp_path: Path, solver: str) -> None:
-    model, picture = tmp_path / "model.safetensors", tmp_path / "plot.png"
-    save_file({f"layers.0.{name}_proj.weight": torch.zeros(9, 7) for name in "qv"}, model)
-    result = inilora(
-        "approximate",
-        model,
-        "-o",
-        tmp_path / "out",
-        "--rank",
-        "2",
-        "--steps",
-        "5",
-        "--solver",
-        solver,
-        "--plot",
-        picture,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_help_and_version_import_nothing_heavy() -> None:

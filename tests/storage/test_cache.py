@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inilora_kernels import Certificate, Factors
-from inilora_kernels.places import cache_folder
 from inilora_kernels.storage import cache, cache_upkeep
 
-FIRST, SECOND = "ab" * 32, "cd" * 32
-
-
-def example(source: str = FIRST) -> Factors:
-    generator = torch.Generator().manual_seed(int(source[:2], 16))
-    A, B = torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator)
-    return Factors(A=A, B=B, certificate=Certificate(1.5, 1.0, 3.0, 10), source_sha256=source)
+from .entries import FIRST, SECOND, example
 
 
 def test_an_entry_comes_back() -> None:
@@ -89,37 +80,3 @@ def test_a_cache_that_cannot_be_written_costs_no_result_and_warns_once(
             cache.keep(key, example())
     assert [str(one.message).partition(" in ")[0] for one in caught] == ["finished matrices are not cached"]
     assert not cache_upkeep.entries()
-
-
-def test_a_user_without_a_home_makes_no_folder_called_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INILORA_CACHE", "~nobody-has-this-name/cache")
-    assert cache_folder() is None
-    assert cache.find(FIRST, FIRST) is None
-    with pytest.warns(UserWarning, match="no home folder"):
-        cache.keep(FIRST, example())
-
-
-def test_prune_by_age_and_by_size() -> None:
-    for number, key in enumerate(("aa" * 32, "bb" * 32, "cc" * 32)):
-        cache.keep(key, example())
-        path = cache.entry_path(key)
-        assert path is not None
-        os.utime(path, (1_000_000 * (number + 1),) * 2)
-    sizes = [entry.size for entry in cache_upkeep.entries()]
-    assert [entry.key[:2] for entry in cache_upkeep.entries()] == ["aa", "bb", "cc"]
-    # Found again is used again.
-    assert cache.find("aa" * 32, FIRST) is not None
-    assert [entry.key[:2] for entry in cache_upkeep.prune(older_than=3600)] == ["bb", "cc"]
-    cache.keep("bb" * 32, example())
-    assert not cache_upkeep.prune(to_size=2 * max(sizes))
-    assert [entry.key[:2] for entry in cache_upkeep.prune(to_size=max(sizes))] == ["aa"]
-
-
-def test_clearing_removes_entries_and_nothing_else() -> None:
-    cache.keep(FIRST, example())
-    folder = cache_folder()
-    assert folder is not None
-    (folder / "notes.txt").write_text("mine")
-    (folder / FIRST[:2] / "model.safetensors").write_text("mine")
-    cache_upkeep.remove(cache_upkeep.entries())
-    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["model.safetensors", "notes.txt"]

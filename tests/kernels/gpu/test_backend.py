@@ -18,7 +18,6 @@ from inilora_kernels.kernels.gpu import backend as triton_backend
 from inilora_kernels.kernels.gpu import waves
 from inilora_kernels.kernels.gpu.backend import TritonBackend, require_triton
 from inilora_kernels.kernels.gpu.device import HostDevice
-from inilora_kernels.kernels.gpu.tiles import RANKS, padded_rank
 from inilora_kernels.kernels.loading import load_backend
 from inilora_kernels.kernels.reference import AdamState, adam_step, residual_loss
 
@@ -111,11 +110,6 @@ def test_without_a_gpu_the_backend_says_so() -> None:
         load_backend("triton")
     with pytest.raises(BackendError, match="not on device 'cpu'"):
         load_backend("triton", "cpu")
-
-
-def test_every_rank_has_a_padded_rank() -> None:
-    assert [padded_rank(rank) for rank in (1, 8, 9, 128)] == [8, 8, 16, 128]
-    assert RANKS == (8, 16, 32, 64, 128)
 
 
 def test_memory_splits_a_batch_and_refuses_what_never_fits_before_loading(

@@ -104,15 +104,6 @@ def test_loss_as_compiled(target: str, dtype: torch.dtype) -> None:
         check(read(compiled(launch, target)), target, launch.options["num_warps"])
 
 
-def test_adam_does_not_depend_on_the_weights_dtype() -> None:
-    """Hence one dtype above stands for all: same tiles, same arguments."""
-    for target in TARGETS:
-        for rank in RANKS:
-            four = tiles(target, 4, rank)
-            two = tiles(target, 2, four.rank)
-            assert (two.rank, two.block, two.precision) == (four.rank, four.block, four.precision)
-
-
 def test_a_tile_too_large_is_caught() -> None:
     chosen = tiles("sm_80", 2, 32)
     weights, problems = make([(300, 272)], [32], torch.bfloat16)

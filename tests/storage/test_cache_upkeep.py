@@ -1,0 +1,36 @@
+"""The cache's upkeep: pruned by age and size, cleared of entries alone."""
+
+from __future__ import annotations
+
+import os
+
+from inilora_kernels.places import cache_folder
+from inilora_kernels.storage import cache, cache_upkeep
+
+from .entries import FIRST, example
+
+
+def test_prune_by_age_and_by_size() -> None:
+    for number, key in enumerate(("aa" * 32, "bb" * 32, "cc" * 32)):
+        cache.keep(key, example())
+        path = cache.entry_path(key)
+        assert path is not None
+        os.utime(path, (1_000_000 * (number + 1),) * 2)
+    sizes = [entry.size for entry in cache_upkeep.entries()]
+    assert [entry.key[:2] for entry in cache_upkeep.entries()] == ["aa", "bb", "cc"]
+    # Found again is used again.
+    assert cache.find("aa" * 32, FIRST) is not None
+    assert [entry.key[:2] for entry in cache_upkeep.prune(older_than=3600)] == ["bb", "cc"]
+    cache.keep("bb" * 32, example())
+    assert not cache_upkeep.prune(to_size=2 * max(sizes))
+    assert [entry.key[:2] for entry in cache_upkeep.prune(to_size=max(sizes))] == ["aa"]
+
+
+def test_clearing_removes_entries_and_nothing_else() -> None:
+    cache.keep(FIRST, example())
+    folder = cache_folder()
+    assert folder is not None
+    (folder / "notes.txt").write_text("mine")
+    (folder / FIRST[:2] / "model.safetensors").write_text("mine")
+    cache_upkeep.remove(cache_upkeep.entries())
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["model.safetensors", "notes.txt"]
