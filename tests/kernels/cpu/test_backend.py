@@ -138,7 +138,7 @@ def test_narrower_vector_units(cpu: str, tmp_path: Path) -> None:
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", tests],
+        [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).parent), "-k", tests],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
