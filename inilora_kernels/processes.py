@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
+import math
 import os
 import secrets
 import time
@@ -33,8 +34,9 @@ _LOOKS = 2000
 _LONGEST_MEETING = 30 * 60
 # Seconds after which a process that waits for the others to begin says so.
 _PATIENCE = 15.0
-# Bytes of results that travel together.
-_PARCEL = 16 << 20
+# Bytes of results that travel together; and of what is put into the store at once: TCPStore takes 8 MiB, and ends the
+# connection above it.
+_PARCEL, _PIECE = 16 << 20, 4 << 20
 AnyKey = TypeVar("AnyKey", str, int)
 
 
@@ -87,15 +89,18 @@ class Job:
         if self.everywhere:
             self._await_all()
         if self.rank == 0:
-            with contextlib.suppress(RuntimeError):  # not every kind of store can
-                for key in keys:
-                    self.store.delete_key(key)
+            for key in keys:
+                self._drop(key)
         return results
 
     def give(self, key: str, content: bytes) -> None:
-        """Leave something for the others."""
+        """Leave something for the others, in pieces that the store takes."""
+        count = max(1, math.ceil(len(content) / _PIECE))
         with _connected():
-            self.store.set(key, content)
+            for place in range(count):
+                self.store.set(f"{key}/{place}", content[place * _PIECE : (place + 1) * _PIECE])
+            # Last, as whoever finds it takes the pieces.
+            self.store.set(key, str(count))
 
     def take(self, key: str) -> bytes:
         """What another process has left, or will leave, under a key. Raises ProcessError if one of them has failed."""
@@ -103,9 +108,14 @@ class Job:
             self.check()
             with _connected():
                 if self.store.check([key]):
-                    return bytes(self.store.get(key))
+                    return b"".join(self.store.get(f"{key}/{place}") for place in range(int(self.store.get(key))))
             time.sleep(pause)
         raise AssertionError("the pauses never end")
+
+    def _drop(self, key: str) -> None:
+        with contextlib.suppress(RuntimeError):  # not every kind of store can
+            for place in range(int(self.store.get(key))):
+                self.store.delete_key(f"{key}/{place}")
 
     def _await_all(self) -> None:
         """Rank 0 waits until every process has come here."""

@@ -9,16 +9,18 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
-from inilora_kernels import approximate_model, processes
+from inilora_kernels import approximate, approximate_model, processes
 from inilora_kernels.errors import InitializationError, ProcessError, WeightError
+from inilora_kernels.factors import Factors
 from inilora_kernels.processes import Job, meet, shares
 
 main_job = importlib.import_module("inilora_kernels.approximate")
@@ -141,6 +143,22 @@ def test_who_waits_for_the_others_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(processes, "_LONGEST_MEETING", 0.01)
     with pytest.warns(UserWarning, match="not rank 0 alone"), pytest.raises(ProcessError, match="make the same call"):
         meet(HashStore(), 0, 2)
+
+
+def test_results_larger_than_what_a_store_takes_at_once() -> None:
+    """TCPStore ends the connection at more than 8 MiB: factors of rank 128 of a 16384² matrix have 16."""
+    server = TCPStore("localhost", 0, 2, is_master=True, wait_for_workers=False)
+    stores = [server, TCPStore("localhost", server.port, 2, is_master=False)]
+    found = approximate(torch.ones(30, 20), 1, solver="krylov")
+    large = [replace(found, A=torch.full((8, 320_000), float(rank)), B=torch.ones(9, 8)) for rank in range(2)]
+
+    def gathered(rank: int) -> dict[str, Factors]:
+        return Job(rank, 2, stores[rank], everywhere=True).gather({f"m{rank}": large[rank]}, {"m0": 0, "m1": 1})
+
+    with ThreadPoolExecutor(2) as pool:
+        for results in pool.map(gathered, range(2)):
+            assert all(torch.equal(results[f"m{rank}"].A, large[rank].A) for rank in range(2))
+    assert not stores[1].check(["result/0/0/2"])
 
 
 TRAINER = """
