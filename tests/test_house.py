@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md promises of the structure: imports go one way, files stay short, calls stay readable."""
+"""What CONTRIBUTING.md promises: imports one way, short files, calls that name arguments, a test file for a module."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import inilora_kernels
 
 PACKAGE = Path(inilora_kernels.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = Path(__file__).parent
 MOST_LINES, MOST_LINES_OF_THE_MAIN_JOB, MOST_POSITIONAL = 400, 250, 6
 
 
@@ -85,6 +86,21 @@ def test_files_are_short() -> None:
     lengths = {module_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert lengths["inilora_kernels.approximate"] < MOST_LINES_OF_THE_MAIN_JOB
     assert {module: lines for module, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+# What a test file of its own would only say again.
+WITHOUT_A_TEST_FILE = {"__main__.py", "version.py"}
+
+
+def test_every_module_has_a_test_file_of_its_name() -> None:
+    """tests/ is the package's mirror: who changes storage/cache.py finds its tests in tests/storage/test_cache.py."""
+    missing = []
+    for file in FILES:
+        path = file.relative_to(PACKAGE)
+        expected = TESTS / path.parent / f"test_{path.name}"
+        if path.name != "__init__.py" and str(path) not in WITHOUT_A_TEST_FILE and not expected.is_file():
+            missing.append(f"{expected.relative_to(TESTS.parent)} for {path}")
+    assert missing == []
 
 
 def test_calls_name_their_arguments() -> None:

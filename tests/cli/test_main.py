@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
-from inilora_kernels.cli.main import COMMANDS, application
+from inilora_kernels.cli.main import COMMANDS
 
 from .commands import inilora
 
@@ -71,15 +70,3 @@ def test_the_list_of_commands_says_what_each_help_says() -> None:
         own = found.info.help if isinstance(found, typer.Typer) else found.__doc__.splitlines()[0]
         assert summary == own
         assert f"{name} {summary}" in listed
-
-
-def test_ctrl_c_says_what_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("inilora_kernels.storage.cache.keep", interrupted)
-    command = ["approximate", str(model), "-o", str(tmp_path / "out"), "--solver", "krylov", "--rank", "2"]
-    result = CliRunner().invoke(application, command)
-    assert result.exit_code == 130
-    assert "inilora: stopped: 0 of 2 matrices are finished and kept in" in result.stderr
-    assert not (tmp_path / "out").exists()

@@ -1,44 +1,28 @@
-"""`inilora plan`: what it predicts, and for how many GPUs."""
+"""`inilora plan`: what its flags must be, before any model is opened."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from inilora_kernels.cli.main import application
+from inilora_kernels.cli.plan import plan
+from inilora_kernels.errors import OptionError
 
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """Nine matrices of three sizes."""
-    sides = {"q": 96, "v": 64, "k": 32}
-    tensors = {f"layers.{i}.{kind}_proj.weight": torch.ones(side, 64) for i in range(3) for kind, side in sides.items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    return tmp_path / "model.safetensors"
+NOWHERE = Path("no/such/model")
 
 
-def planned(*arguments: str | Path) -> Any:
-    result = CliRunner().invoke(application, ["plan", *map(str, arguments), "-t", "all-linear", "--json"])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+def test_flags_are_checked_before_the_model_is_looked_for() -> None:
+    with pytest.raises(OptionError, match="rank=0"):
+        plan(NOWHERE, rank=0)
+    with pytest.raises(OptionError, match="steps=-1"):
+        plan(NOWHERE, steps=-1)
+    with pytest.raises(OptionError, match="gpus=0"):
+        plan(NOWHERE, gpu="h100", gpus=0)
 
 
-def test_several_gpus_share_the_matrices(model: Path) -> None:
-    one = planned(model, "--gpu", "h100")["seconds_by_gpu"]
-    three = planned(model, "--gpu", "h100", "--gpus", 3)["seconds_by_gpu"]
-    assert (len(one), len(three)) == (1, 3)
-    assert max(three) < one[0] <= sum(three) * 1.01
-    # No more processes than matrices have work.
-    assert len(planned(model, "--gpu", "h100", "--gpus", 100)["seconds_by_gpu"]) == 9
-
-
-def test_the_table_says_how_many(model: Path) -> None:
-    result = CliRunner().invoke(application, ["plan", str(model), "--gpu", "h100", "--gpus", "2"])
-    assert "2 × H100 SXM" in result.output
-    assert "2 processes, one a GPU, busy" in result.output
+def test_what_needs_a_gpu_names_those_there_are() -> None:
+    with pytest.raises(OptionError, match=r"--gpus 2: of which kind\? Give --gpu too: .*rtx4090"):
+        plan(NOWHERE, gpus=2)
+    with pytest.raises(OptionError, match=r"--kernels .*; give --gpu too: .*h100"):
+        plan(NOWHERE, kernels=True)

@@ -1,0 +1,94 @@
+"""Layers whose weight is read around them, and models run on random input without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+from inilora_kernels.adapters.live_model import (
+    called_layers,
+    output_of,
+    random_inputs,
+    reads_weight,
+    require_called,
+    require_same_output,
+)
+from inilora_kernels.errors import TargetError
+
+
+class Fused(nn.Module):
+    """Multiplies with `passed_by`'s weight itself, asks `asked`'s for its dtype, and calls both others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed_by, self.asked, self.called = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.asked(x.to(self.asked.weight.dtype))
+        return self.called(F.linear(x, self.passed_by.weight))
+
+
+class InTraining(nn.Module):
+    """Takes a fused path in evaluation alone, as nn.TransformerEncoderLayer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if self.training else F.linear(x, self.layer.weight, self.layer.bias)
+
+
+def test_a_layer_that_is_passed_by_is_refused_with_who_reads_its_weight() -> None:
+    """An adapter on MultiheadAttention.out_proj, or on Mamba's dt_proj, trains and changes nothing."""
+    model = nn.ModuleDict({"block": Fused(), "attention": nn.MultiheadAttention(4, 2)})
+    assert reads_weight(model, "block.passed_by") == "Fused.forward"
+    assert reads_weight(model, "block.asked") is None
+    require_called(model, ["block.asked", "block.called"])
+    with pytest.raises(TargetError, match=r"block\.passed_by: Fused\.forward reads its weight and does not call"):
+        require_called(model, ["block.called", "block.passed_by"])
+    with pytest.raises(TargetError, match=r"attention\.out_proj: MultiheadAttention"):
+        require_called(model, ["attention.out_proj"])
+
+
+def test_called_means_in_training_and_in_evaluation() -> None:
+    inputs = {"x": torch.randn(2, 4)}
+    assert called_layers(Fused(), ["passed_by", "asked", "called"], inputs) == {"asked", "called"}
+    assert called_layers(InTraining(), ["layer"], inputs) == frozenset()
+
+
+def test_a_model_that_was_run_is_as_it_was(gpt2: Path) -> None:
+    """Dropout off, its modes, its hooks and torch's random state as before."""
+    model = GPT2LMHeadModel.from_pretrained(gpt2).train()
+    model.lm_head.eval()
+    inputs = random_inputs(model)
+    assert inputs is not None
+    state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    first, second = output_of(model, inputs), output_of(model, inputs)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    called_layers(model, ["transformer.h.0.attn.c_attn"], inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_cannot_be_run_tells_nothing() -> None:
+    assert random_inputs(nn.Linear(4, 4)) is None
+    assert output_of(nn.Linear(4, 4), {"nonsense": torch.zeros(1)}) is None
+
+
+def test_a_changed_output_is_refused_and_rounding_is_not() -> None:
+    before = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    require_same_output(before, before * (1 + 1e-5), "model")
+    require_same_output(before.bfloat16(), (before * 1.001).bfloat16(), "model")
+    require_same_output(before, None, "model")
+    with pytest.raises(TargetError, match=r"model: .*changes by 1\.0%"):
+        require_same_output(before, before * 1.01, "model")

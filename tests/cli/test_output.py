@@ -1,0 +1,44 @@
+"""What the commands print: tables for people, one JSON value for programs, and nothing drawn that was not asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from inilora_kernels import FactorSet
+from inilora_kernels.cli.output import draw, require_plot, show
+from inilora_kernels.errors import InitializationError
+
+from ..display.made import one
+
+
+def sets(*ranks: int) -> list[FactorSet]:
+    return [FactorSet({"h.0.q": one(rank=rank), "h.0.v": one(rank=rank)}, {"rank": rank}) for rank in ranks]
+
+
+def test_several_sets_are_one_json_list(capsys: pytest.CaptureFixture[str]) -> None:
+    show(sets(2), as_json=True, every=False)
+    alone = json.loads(capsys.readouterr().out)
+    show(sets(2, 4), as_json=True, every=False)
+    first, second = json.loads(capsys.readouterr().out)
+    assert first == alone
+    assert (first["options"]["rank"], second["options"]["rank"]) == (2, 4)
+
+
+def test_a_table_for_each_set(capsys: pytest.CaptureFixture[str]) -> None:
+    show(sets(2, 4), as_json=False, every=True)
+    printed = capsys.readouterr().out
+    assert printed.index("rank 2") < printed.index("rank 4")
+
+
+def test_a_plot_is_asked_for_or_there_is_none(tmp_path: Path) -> None:
+    require_plot(None)
+    draw(sets(2)[0], None, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InitializationError, match=r"\.png"):
+        require_plot(tmp_path / "plot.txt")
+    require_plot(tmp_path / "plot.png")
+    draw(sets(2)[0], tmp_path / "plot.png", tmp_path)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,42 @@
+"""What `inilora approximate` does around the run: files refused before it, written after it, and Ctrl-C."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from inilora_kernels.cli.main import application
+from inilora_kernels.errors import OptionError
+
+
+def test_ctrl_c_says_what_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inilora_kernels.storage.cache.keep", interrupted)
+    command = ["approximate", str(model), "-o", str(tmp_path / "out"), "--solver", "krylov", "--rank", "2"]
+    result = CliRunner().invoke(application, command)
+    assert result.exit_code == 130
+    assert "inilora: stopped: 0 of 2 matrices are finished and kept in" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_would_be_written_over_the_models_shards_is_refused_before_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also through another name for the same file, and the plot over the factors of one of several ranks."""
+    monkeypatch.setattr("inilora_kernels.cli.running.approximate_model", lambda *_, **__: pytest.fail("it has run"))
+    monkeypatch.setattr("inilora_kernels.cli.running.approximate_ranks", lambda *_, **__: pytest.fail("it has run"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = model.read_bytes()
+    for arguments in (
+        ["-o", str(tmp_path / "link" / model.name)],
+        ["-o", str(tmp_path / "out"), "--plot", str(model)],
+        ["-o", str(tmp_path / "out.png"), "--rank", "2,4", "--plot", str(tmp_path / "out.png")],
+    ):
+        result = CliRunner().invoke(application, ["approximate", str(model), *arguments])
+        assert isinstance(result.exception, OptionError)
+        assert "reads or writes that file already; give another name" in str(result.exception)
+    assert model.read_bytes() == before

@@ -1,0 +1,21 @@
+"""The report for programs: JSON that comes back the same, with the certificate of every matrix."""
+
+from __future__ import annotations
+
+import json
+
+from inilora_kernels.display.reports import json_report
+
+from .made import one
+
+
+def test_a_report_survives_json_and_says_what_the_certificate_says() -> None:
+    factors = {"h.0.q": one(0.5, 0.4, rank=3, shape=(6, 5)), "h.0.v": one(0.0, 0.0)}
+    report = json_report(factors, {"method": "inilora", "rank": 3})
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["options"] == {"method": "inilora", "rank": 3}
+    shown, certificate = report["modules"]["h.0.q"], factors["h.0.q"].certificate
+    assert (shown["shape"], shown["rank"]) == ([6, 5], 3)
+    assert shown["energy_kept"] == certificate.kept == 0.5
+    for name in ("loss", "optimum", "excess", "energy", "steps", "certified"):
+        assert shown[name] == getattr(certificate, name)

@@ -1,0 +1,75 @@
+"""What the formats share: codes of any width unpacked, scales applied, and values read in strips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.formats.weight import StoredWeight, codes, exponents, in_strips, nibbles, scaled
+
+
+def stream(values: Tensor, bits: int) -> Tensor:
+    """Codes (rows, n) as a dense stream of bytes, the lowest bits first: numpy's packing of the single bits."""
+    single = (values.unsqueeze(-1) >> torch.arange(bits)) & 1
+    return torch.from_numpy(np.packbits(single.view(len(values), -1).numpy().astype(bool), axis=1, bitorder="little"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(bits=st.integers(2, 8), count=st.integers(1, 40), seed=st.integers(0, 99))
+def test_codes_of_any_width(bits: int, count: int, seed: int) -> None:
+    values = torch.randint(1 << bits, (3, count), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(codes(stream(values, bits), bits, count), values.to(torch.uint8))
+    if bits == 4 and count % 2 == 0:
+        assert torch.equal(nibbles(stream(values, 4)), values.to(torch.uint8))
+
+
+def test_a_scale_stands_for_a_group_of_columns() -> None:
+    values, scale = torch.arange(24).view(2, 12), torch.tensor([[1.0, 2.0, 4.0], [0.5, 1.0, 0.0]])
+    assert torch.equal(scaled(values, scale), values * scale.repeat_interleave(4, dim=1))
+
+
+def test_bare_exponents_are_powers_of_two() -> None:
+    assert exponents(torch.tensor([127, 128, 126, 0], dtype=torch.uint8)).tolist() == [1.0, 2.0, 0.5, 2.0**-127]
+    assert exponents(torch.tensor([0.25], dtype=torch.bfloat16)).tolist() == [0.25]
+
+
+@pytest.mark.parametrize("most", [1, 10, 1 << 18])
+@pytest.mark.parametrize("rows", [slice(0, 11), slice(3, 10), slice(4, 4)])
+def test_strips_are_put_together_in_order(most: int, rows: slice) -> None:
+    whole = torch.randn(11, 5)
+    asked: list[slice] = []
+
+    def dequantize(strip: slice) -> Tensor:
+        asked.append(strip)
+        return whole[strip]
+
+    assert torch.equal(in_strips((11, 5), torch.float32, dequantize, most)(rows), whole[rows])
+    assert all((strip.stop - strip.start) * 5 <= max(most, 5) for strip in asked)
+
+
+def test_the_sha256_tells_formats_and_every_stored_tensor_apart(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 2), "b": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    a, b = (open_checkpoint(tmp_path).tensors[name] for name in "ab")
+
+    def weight(dequantization: str, **stored: object) -> StoredWeight:
+        return StoredWeight("w", (2, 2), torch.float32, dequantization, stored, lambda rows: torch.ones(2, 2)[rows])  # type: ignore[arg-type]
+
+    hashes = [
+        weight("one kind", values=a, scales=b).sha256(),
+        weight("one kind", values=b, scales=a).sha256(),
+        weight("another kind", values=a, scales=b).sha256(),
+        weight("one kind", values=a).sha256(),
+    ]
+    assert len(set(hashes)) == 4
+    assert weight("one kind", scales=b, values=a).sha256() == hashes[0]
+    plain = StoredWeight("w", (2, 2), torch.float32, "", {"values": a})
+    assert plain.sha256() == a.sha256()
+    assert torch.equal(plain.read(slice(1, 2)), torch.ones(1, 2))
