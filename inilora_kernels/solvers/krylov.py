@@ -23,7 +23,8 @@ from torch import Tensor
 from ..errors import WeightError
 from ..factors import FLOAT32_FLOOR
 from ..kernels.streaming import energy, gram_multiplier, one_torch_thread, product
-from .certificate import bound_outside, missed_factor, promise, shortfall
+from .certificate import bound_outside, missed_factor, shortfall
+from .goal import Goal
 from .krylov_space import KrylovSpace, RitzPairs
 
 # Each rank's proven excess is to be below this, or below what float32 factors can show.
@@ -44,15 +45,11 @@ _VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 2.7, 40, 0.85
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate has to come below.
 _PROMISED = 0.5
-# What the second space's bound is taken for before it is known: a share of θ_r at most.
-_EXPECTED_OUTSIDE = 0.93
 # A second space whose Ritz values come this near to θ_r has found what the first one missed.
 _MISSED = 0.985
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
 _MOST_CERTIFYING = 64
-# float32 is too coarse where what it hides comes to this share of θ_r − c', or f* to so little of the energy.
-_COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
 # Squares of squares stay in float32's range.
 _FLOAT32_RANGE = (1e-16, 1e16)
 
@@ -223,8 +220,8 @@ class _Search:
         key: Digest,
         threads: int,
     ) -> None:
-        self._W, self._total, self._ranks, self._dtype, self._tolerance = W, total, ranks, dtype, tolerance
-        self._key, self._threads = key, threads
+        self._W, self._dtype, self._key, self._threads = W, dtype, key, threads
+        self._goal = Goal(total, tuple(ranks), tolerance, torch.finfo(dtype).eps, exact=dtype == torch.float64)
         self._rank = max(ranks)
         self._size = W.shape[1]
         self._multiply = gram_multiplier(W, dtype, threads)
@@ -240,12 +237,12 @@ class _Search:
     def run(self) -> Principal | None:
         """What was found; None where float32 is too coarse for it."""
         pairs = self._converge()
-        while pairs is not None and not self._settled(pairs):
+        while pairs is not None and not self._goal.settled(pairs, self._missed):
             other = self._look_outside(pairs)
             if other is not None:
                 self._space.take(other)
                 self._missed = math.inf
-            elif self._settled(pairs) or not self._growing():
+            elif self._goal.settled(pairs, self._missed) or not self._growing():
                 break
             pairs = self._converge()
         return None if pairs is None else self._finish(pairs)
@@ -262,34 +259,6 @@ class _Search:
     def _growing(self) -> bool:
         return self._space.room and self._space.size < self._most
 
-    def _rounding(self, pairs: RitzPairs) -> float:
-        """By how much a product of M with a unit vector can be off; see certificate.py."""
-        largest = math.sqrt(max(0.0, float(pairs.values[0])) * self._total)
-        return torch.finfo(self._dtype).eps * largest
-
-    def _allowed(self, pairs: RitzPairs, rank: int) -> float:
-        """How much energy may be left behind: `tolerance` of f*, and never less than float32 factors can show."""
-        return max(self._tolerance * self._missing(pairs, rank), FLOAT32_FLOOR * self._total)
-
-    def _missing(self, pairs: RitzPairs, rank: int) -> float:
-        return max(0.0, self._total - float(pairs.values[:rank].sum()))
-
-    def _promised(self, pairs: RitzPairs, missed: float, enough: float = 0.0) -> float:
-        """The promise of the rank that is furthest from what it is allowed, as a multiple of that.
-
-        enough: a multiple below which it does not matter how much better it could be.
-        """
-        rounding = self._rounding(pairs)
-        worst = 0.0
-        for rank in self._ranks:
-            allowed = self._allowed(pairs, rank)
-            if self._missing(pairs, rank) > allowed:
-                worst = max(worst, promise(pairs, rank, missed, rounding, enough * allowed)[0] / allowed)
-        return worst
-
-    def _settled(self, pairs: RitzPairs) -> bool:
-        return self._promised(pairs, self._missed, enough=1.0) <= 1.0
-
     def _converge(self) -> RitzPairs | None:
         """Grow the space until it promises enough, or is at its end. None where float32 will not do."""
         target = max(self._space.size + 1, _FIRST_LOOK * _expected_vectors(self._rank))
@@ -298,13 +267,12 @@ class _Search:
             while self._space.size < target and self._growing():
                 self._space.expand()
             pairs = self._space.ritz()
-            if self._too_coarse(pairs):
+            if self._goal.too_coarse(pairs):
                 return None
-            highest = max(0.0, float(pairs.values[self._rank - 1]))
             missed = self._missed
             if missed == math.inf:
-                missed = min(_EXPECTED_OUTSIDE * highest, self._expected_outside(pairs))
-            promised = self._promised(pairs, missed)
+                missed = self._goal.expected_outside(pairs)
+            promised = self._goal.promised(pairs, missed)
             if promised <= _PROMISED or not self._growing():
                 return pairs
             # Residuals fall by about the same factor with each pass: look again when they should be small enough.
@@ -316,29 +284,12 @@ class _Search:
             last = size, promised
             target = size + step
 
-    def _expected_outside(self, pairs: RitzPairs) -> float:
-        """About what a second space will bound λ_max outside of this one by, from how far the Ritz values reach."""
-        place = self._rank + (len(pairs.values) - self._rank) // 4
-        return 1.3 * max(0.0, float(pairs.values[min(place, len(pairs.values) - 1)]))
-
-    def _too_coarse(self, pairs: RitzPairs) -> bool:
-        if self._dtype == torch.float64:
-            return False
-        highest = float(pairs.values[self._rank - 1])
-        rounding = self._rounding(pairs)
-        hidden = 2 * self._rank * rounding**2 / (_COARSE_GAP * max(highest, 1e-300))
-        return (
-            rounding > _COARSE_GAP**2 * highest
-            or any(self._missing(pairs, rank) < _COARSE_ENERGY * self._total for rank in self._ranks)
-            or any(hidden > self._allowed(pairs, rank) for rank in self._ranks)
-        )
-
     def _look_outside(self, pairs: RitzPairs) -> KrylovSpace | None:
         """Lower the bound on what lies outside until all is settled. Returns what was missed, where something was."""
         stream = self._stream()
         start = self._random(min(_NARROW, self._size - self._space.size), stream)
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
-        rounding = self._rounding(pairs)
+        rounding = self._goal.rounding(pairs)
         highest = float(pairs.values[self._rank - 1])
         while other.passes < _MOST_CERTIFYING and other.room:
             other.expand()
@@ -346,7 +297,7 @@ class _Search:
             missed = missed_factor(self._size, len(start), other.passes) * (largest + rounding) + rounding
             if missed < self._missed:
                 self._missed = missed
-            if self._missed < highest and self._settled(pairs):
+            if self._missed < highest and self._goal.settled(pairs, self._missed):
                 break
             if other.passes >= _JUDGED_AFTER and largest >= _MISSED * highest:
                 return other if self._growing() else None
@@ -357,42 +308,59 @@ class _Search:
 
     def _finish(self, pairs: RitzPairs) -> Principal:
         """The triplets from one more pass in float64, which the loss and the certificate rest on."""
-        rounding = self._rounding(pairs)
-        kept = max(promise(pairs, rank, self._missed, rounding)[1] for rank in self._ranks)
-        kept = min(kept, len(pairs.values))
+        kept = self._goal.kept(pairs, self._missed)
         X = self._space.vectors(pairs.vectors[:, :kept])
         Y, total = product(self._W, X, self._threads)
-        theta = Y.T @ Y
-        values, rotation = torch.linalg.eigh(theta)
-        values, rotation = values.flip(0).clamp(min=0.0), rotation.flip(1)
-        X, Y = X @ rotation, Y @ rotation
-        coupling = pairs.coupling[:, :kept] @ rotation.cpu()
-        outside = bound_outside(pairs, kept, self._missed, rounding) if math.isfinite(self._missed) else math.inf
-        values_here = values.cpu()
-        shortfalls, certified = {}, {}
-        for rank in self._ranks:
-            missing = max(0.0, total - float(values_here[:rank].sum()))
-            bound = missing
-            if math.isfinite(outside):
-                bound = min(bound, shortfall(values_here, coupling.T @ coupling, rank, outside, rounding))
-            shortfalls[rank] = bound
-            certified[rank] = bound <= max(self._tolerance * (missing - bound), FLOAT32_FLOOR * total)
-        S = values.sqrt()
-        rank = self._rank
-        lengths = torch.linalg.vector_norm(Y[:, :rank], dim=0)
-        sure = pairs.coupling.square().sum(0) <= (0.02 * pairs.values.clamp(min=0.0)).square()
-        sure[:rank] = True
-        leading = pairs.values.clamp(min=0.0).sqrt()
-        leading[:rank] = S[:rank].cpu()
-        found = leading[:LEADING][sure[:LEADING]]
-        return Principal(
-            U=Y[:, :rank] / torch.where(lengths > 0, lengths, 1.0),
-            S=S[:rank],
-            V=X[:, :rank],
-            shortfalls=shortfalls,
-            certified=certified,
-            energy=total,
-            leading=tuple(found.tolist()),
+        return concluded(
+            self._goal,
+            pairs,
+            self._missed,
+            X,
+            Y,
+            total,
             passes=self._space.passes + self._spent // _NARROW + 1,
             vectors=self._space.size + self._spent + kept,
         )
+
+
+def concluded(
+    goal: Goal, pairs: RitzPairs, missed: float, X: Tensor, Y: Tensor, total: float, *, passes: int, vectors: int
+) -> Principal:
+    """The triplets and their certificate.
+
+    missed: the bound on λ_max outside of the space of `pairs`; infinite where there is none.
+    X (k×s): its leading Ritz vectors, orthonormal. Y (d×s): WX. total: ||W||². All in float64.
+    """
+    kept, rank, rounding = X.shape[1], goal.rank, goal.rounding(pairs)
+    values, rotation = torch.linalg.eigh(Y.T @ Y)
+    values, rotation = values.flip(0).clamp(min=0.0), rotation.flip(1)
+    X, Y = X @ rotation, Y @ rotation
+    coupling = pairs.coupling[:, :kept] @ rotation.cpu()
+    outside = bound_outside(pairs, kept, missed, rounding) if math.isfinite(missed) else math.inf
+    values_here = values.cpu()
+    shortfalls, certified = {}, {}
+    for one in goal.ranks:
+        missing = max(0.0, total - float(values_here[:one].sum()))
+        bound = missing
+        if math.isfinite(outside):
+            bound = min(bound, shortfall(values_here, coupling.T @ coupling, one, outside, rounding))
+        shortfalls[one] = bound
+        certified[one] = bound <= max(goal.tolerance * (missing - bound), FLOAT32_FLOOR * total)
+    S = values.sqrt()
+    lengths = torch.linalg.vector_norm(Y[:, :rank], dim=0)
+    sure = pairs.coupling.square().sum(0) <= (0.02 * pairs.values.clamp(min=0.0)).square()
+    sure[:rank] = True
+    leading = pairs.values.clamp(min=0.0).sqrt()
+    leading[:rank] = S[:rank].cpu()
+    found = leading[:LEADING][sure[:LEADING]]
+    return Principal(
+        U=Y[:, :rank] / torch.where(lengths > 0, lengths, 1.0),
+        S=S[:rank],
+        V=X[:, :rank],
+        shortfalls=shortfalls,
+        certified=certified,
+        energy=total,
+        leading=tuple(found.tolist()),
+        passes=passes,
+        vectors=vectors,
+    )

@@ -1,0 +1,93 @@
+"""When a search for the leading singular triplets of one W may stop: what it has to prove, and what it has so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..factors import FLOAT32_FLOOR
+from .certificate import promise
+from .krylov_space import RitzPairs
+
+# What the second space's bound is taken for before it is known: a share of θ_r at most.
+_EXPECTED_OUTSIDE = 0.93
+# The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to so little of the energy.
+_COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
+
+
+@dataclass(frozen=True)
+class Goal:
+    """An excess f/f* − 1 below `tolerance` for each of `ranks`, proven.
+
+    energy: ||W||_F².
+    unit: of the products with W: the relative error of one of them, as `rounding` uses it.
+    exact: whether the arithmetic is float64, than which there is no finer.
+    """
+
+    energy: float
+    ranks: tuple[int, ...]
+    tolerance: float
+    unit: float
+    exact: bool
+
+    @property
+    def rank(self) -> int:
+        """The largest one."""
+        return max(self.ranks)
+
+    def rounding(self, pairs: RitzPairs) -> float:
+        """By how much a product of M with a unit vector can be off; see certificate.py."""
+        largest = math.sqrt(max(0.0, float(pairs.values[0])) * self.energy)
+        return self.unit * largest
+
+    def allowed(self, pairs: RitzPairs, rank: int) -> float:
+        """How much energy may be left behind: `tolerance` of f*, and never less than float32 factors can show."""
+        return max(self.tolerance * self.missing(pairs, rank), FLOAT32_FLOOR * self.energy)
+
+    def missing(self, pairs: RitzPairs, rank: int) -> float:
+        """What the Ritz pairs have not captured: f* and what is left behind."""
+        return max(0.0, self.energy - float(pairs.values[:rank].sum()))
+
+    def promised(self, pairs: RitzPairs, missed: float, enough: float = 0.0) -> float:
+        """The promise of the rank that is furthest from what it is allowed, as a multiple of that.
+
+        missed: a bound on λ_max outside of the space.
+        enough: a multiple below which it does not matter how much better it could be.
+        """
+        rounding = self.rounding(pairs)
+        worst = 0.0
+        for rank in self.ranks:
+            allowed = self.allowed(pairs, rank)
+            if self.missing(pairs, rank) > allowed:
+                worst = max(worst, promise(pairs, rank, missed, rounding, enough * allowed)[0] / allowed)
+        return worst
+
+    def settled(self, pairs: RitzPairs, missed: float) -> bool:
+        """Whether every rank is proven."""
+        return self.promised(pairs, missed, enough=1.0) <= 1.0
+
+    def expected_outside(self, pairs: RitzPairs) -> float:
+        """About what a second space will bound λ_max outside of this one by, from how far the Ritz values reach."""
+        highest = max(0.0, float(pairs.values[self.rank - 1]))
+        place = self.rank + (len(pairs.values) - self.rank) // 4
+        reached = 1.3 * max(0.0, float(pairs.values[min(place, len(pairs.values) - 1)]))
+        return min(_EXPECTED_OUTSIDE * highest, reached)
+
+    def too_coarse(self, pairs: RitzPairs) -> bool:
+        """Whether the products' rounding hides what is to be proven."""
+        if self.exact:
+            return False
+        highest = float(pairs.values[self.rank - 1])
+        rounding = self.rounding(pairs)
+        hidden = 2 * self.rank * rounding**2 / (_COARSE_GAP * max(highest, 1e-300))
+        return (
+            rounding > _COARSE_GAP**2 * highest
+            or any(self.missing(pairs, rank) < _COARSE_ENERGY * self.energy for rank in self.ranks)
+            or any(hidden > self.allowed(pairs, rank) for rank in self.ranks)
+        )
+
+    def kept(self, pairs: RitzPairs, missed: float) -> int:
+        """How many Ritz vectors the proof of all ranks is from."""
+        rounding = self.rounding(pairs)
+        kept = max(promise(pairs, rank, missed, rounding)[1] for rank in self.ranks)
+        return min(kept, len(pairs.values))
