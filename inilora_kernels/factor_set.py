@@ -14,11 +14,10 @@ from .display import tables
 from .display.html import as_html
 from .errors import OptionError, UnknownModuleError
 from .factors import Factors
-from .model.files.tensor import some
 from .storage import factor_file
 from .storage.atomic import write_whole
 from .storage.authors_folder import load_inilora_pt
-from .suggestions import did_you_mean
+from .suggestions import did_you_mean, some
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -212,8 +212,7 @@ class Options:
 
     def pattern_of(self, module: str) -> str | None:
         """The first pattern of rank_pattern that fits a module's name."""
-        fits = (pattern for pattern in self.rank_pattern or {} if re.match(rf"(.*\.)?({pattern})$", module))
-        return next(fits, None)
+        return next((pattern for pattern in self.rank_pattern or {} if fits(pattern, module)), None)
 
     def unread(self) -> list[str]:
         """The options that were set to something else than their default, though the solver does not read them."""
@@ -293,6 +292,15 @@ def meaning(one: Field[Any]) -> str:
     """An option's meaning in a line, with its default."""
     text: str = one.metadata["meaning"]
     return text if "Default:" in text or one.default is None else f"{text} Default: {one.default!r}."
+
+
+def fits(pattern: str, module: str) -> bool:
+    r"""Whether a key of rank_pattern or alpha_pattern means a module: PEFT takes it for the end of its name.
+
+    >>> [fits(r"layer.\d.query", name) for name in ("layer.0.query", "encoder.layer.0.query", "player.0.query")]
+    [True, True, False]
+    """
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def require_count(name: str, value: object) -> None:

@@ -12,7 +12,7 @@ from .factors import Factors
 from .model.targets import Target
 from .options import Options
 from .solvers.run import Task
-from .suggestions import did_you_mean
+from .suggestions import did_you_mean, some
 
 
 def require_one_rank(options: Options) -> None:
@@ -84,7 +84,7 @@ def warn_if_uncertified(results: Mapping[str, Factors]) -> None:
     loose = [module for module, factors in results.items() if not factors.certificate.certified]
     if loose:
         warnings.warn(
-            f"{loose[0]}{f' and {len(loose) - 1} more' if len(loose) > 1 else ''}: the singular values at the rank are "
+            f"{some(loose, most=1)}: the singular values at the rank are "
             f"so nearly equal that the certificate was not reached; the factors are as good as their loss says, and "
             f'the excess is an upper bound. solver="exact" decides it by a full decomposition',
             stacklevel=4,

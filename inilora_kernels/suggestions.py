@@ -1,9 +1,19 @@
-"""The nearest valid name, for errors about a name that is none."""
+"""Names in errors and warnings: a few of many, and the valid name nearest to one that is not."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, and how many more there are; nothing of none.
+
+    >>> some(["query", "key", "value", "dense"]), some(["query"], most=1)
+    ('query, key, value and 1 more', 'query')
+    """
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def did_you_mean(given: object, known: Collection[str]) -> str:

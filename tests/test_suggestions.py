@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from inilora_kernels import InitializationError, approximate, approximate_model
 from inilora_kernels.kernels.gpu.gpus import gpu_named
+from inilora_kernels.suggestions import some
 
 
 @pytest.fixture
@@ -62,3 +63,8 @@ def test_a_list_for_several_models_is_taken_with_a_warning(model: Path) -> None:
             model, rank=1, steps=0, target_modules=["value", "to_out"], cache=False, progress=False
         )
     assert len(factors) == 2
+
+
+@pytest.mark.parametrize(("count", "shown"), [(0, ""), (1, "m0"), (2, "m0 and 1 more")])
+def test_one_name_alone_has_no_zero_more(count: int, shown: str) -> None:
+    assert some([f"m{place}" for place in range(count)], most=1) == shown

@@ -22,6 +22,7 @@ from ..errors import FactorFileError, OptionError, TargetError, WeightError
 from ..factor_set import FactorSet
 from ..model.checkpoint import Checkpoint
 from ..storage.atomic import require_new_folder, whole_folder
+from ..suggestions import some
 from .base import find_original
 from .folder import KEY_PREFIX, Adapter, hub_name, read_adapter, write_adapter
 from .model_copy import Change, copy_model
@@ -230,7 +231,7 @@ def _updates(
     untrained = sorted({module_of(name) for name in factors} - set(modules.values()))
     if residual and any(f"{module}.weight" in residual for module in untrained):
         raise FactorFileError(
-            f"{trained}: the base that it was trained on holds R for {untrained[0]} and {len(untrained) - 1} more, and "
+            f"{trained}: the base that it was trained on holds R for {some(untrained, most=1)}, and "
             f"the adapter has no A and B there, so it was trained on another model than the original; train all of the "
             f"exported adapter, or export the factors of those modules alone"
         )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import FactorFileError
+from ..options import fits
 from ..storage.atomic import save_tensors
 from ..storage.schema import AdapterConfig, parse
 
@@ -57,10 +58,7 @@ def pattern_value(pattern: Mapping[str, float], module: str, otherwise: float) -
     >>> pattern_value({"layer.0.query": 4}, "encoder.layer.0.query", 8)
     4
     """
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return otherwise
+    return next((value for key, value in pattern.items() if fits(key, module)), otherwise)
 
 
 def read_adapter(folder: Path) -> Adapter:

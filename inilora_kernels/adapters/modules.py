@@ -16,6 +16,7 @@ from ..factors import Factors
 from ..model.architecture import architectures
 from ..model.fused import row_count, row_index
 from ..model.names import match_names
+from ..suggestions import some
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _match_part(wanted: Sequence[str], available: Collection[str], where: str) -
         strange = next((name for name in wanted if name not in available), None)
         raise TargetError(
             f"{where}: {f'it has no linear module {strange}, for which there are factors, and ' if strange else ''}"
-            f"{without[0]} and {len(without) - 1} more of its modules have no factors; give the factors that it "
+            f"{some(without, most=1)} of its modules have no factors; give the factors that it "
             f"started from"
         ) from error
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..choices import Form
 from ..errors import OptionError, TargetError, WeightError
 from ..factor_set import FactorSet
+from ..suggestions import some
 from .folder import KEY_PREFIX
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, linear_shape
@@ -110,7 +111,7 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
     layers = _lora_layers(peft_model, adapter_name)
     if odd := sorted(stored ^ layers.keys()):
         raise TargetError(
-            f"{folder}: {odd[0]} and {len(odd) - 1} more of its modules are not linear layers of "
+            f"{folder}: {some(odd, most=1)} of its modules are not linear layers of "
             f"{type(model).__name__} under this name; load the class of model that the export was made for "
             f"(its --task-type)"
         )
@@ -209,7 +210,7 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
     without = [name for name in layers if name not in starts]
     if without:
         raise TargetError(
-            f"target_modules selects {without[0]} and {len(without) - 1} more that have no factors; name the modules "
+            f"target_modules selects {some(without, most=1)} that have no factors; name the modules "
             f"that were factorized, or factorize these too"
         )
     return {name: start for name, start in starts.items() if name in layers}

@@ -20,6 +20,7 @@ from ..model.architecture import AUTO_CLASSES, HEADS, Architecture, describe, ha
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.names import shortest_endings
 from ..storage.atomic import require_new_folder
+from ..suggestions import some
 from .base import require_same_base
 from .folder import KEY_PREFIX, Adapter
 from .modules import Start, find_starts, module_of
@@ -176,7 +177,7 @@ def _loaded(
         raise TargetError(f"{checkpoint.path}: {model} loads none of the modules that have factors ({left_out[0]}, …)")
     if left_out:
         warnings.warn(
-            f"{checkpoint.path}: left out {left_out[0]} and {len(left_out) - 1} more, which {model} does not load; "
+            f"{checkpoint.path}: left out {some(left_out, most=1)}, which {model} does not load; "
             f"its own modules get adapters, and the rest of the model stays as it is",
             stacklevel=4,
         )

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..display.sentences import BYTES, size_in_words
 from ..errors import FactorFileError, OptionError
 from ..places import cache_folder
+from ..suggestions import some
 from .arguments import Json
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ cache_application = typer.Typer(
 )
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-_BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES = {"": 1, **BYTES}
 
 
 @cache_application.command()
@@ -57,7 +59,9 @@ def list_entries(as_json: Json = False) -> None:
         print(json.dumps([{"key": one.key, "bytes": one.size, "last_used": one.last_used} for one in found], indent=2))
         return
     for one in found:
-        print(f"{one.key}  {_size(one.size):>9}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(one.last_used))}")
+        print(
+            f"{one.key}  {size_in_words(one.size):>9}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(one.last_used))}"
+        )
 
 
 @cache_application.command()
@@ -103,7 +107,7 @@ def verify(
     _print(damaged, "damaged and removed from" if remove else "damaged in", as_json)
     if damaged and not remove:
         raise FactorFileError(
-            f"{damaged[0].path}{f' and {len(damaged) - 1} more' * (len(damaged) > 1)}: damaged; remove them with "
+            f"{some([str(one.path) for one in damaged], most=1)}: damaged; remove them with "
             f"`inilora cache verify --remove`"
         )
 
@@ -113,16 +117,8 @@ def _print(entries: Sequence[Entry], what: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"entries": len(entries), "bytes": total, "folder": str(cache_folder())}))
     else:
-        print(
-            f"{len(entries):,} {'entry' if len(entries) == 1 else 'entries'}, {_size(total)}, {what} {cache_folder()}"
-        )
-
-
-def _size(size: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000 * _BYTES[unit]:
-            return f"{size / _BYTES[unit]:.3g} {unit}"
-    return f"{size / _BYTES['GB']:,.1f} GB"
+        count = f"{len(entries):,} {'entry' if len(entries) == 1 else 'entries'}"
+        print(f"{count}, {size_in_words(total)}, {what} {cache_folder()}")
 
 
 def _measure(name: str, text: str, units: dict[str, int], example: str) -> float:

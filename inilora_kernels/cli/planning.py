@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from .. import estimate
-from ..display.sentences import duration_in_words
+from ..display.sentences import duration_in_words, size_in_words
 from ..errors import OptionError
 from ..estimate import Work
 from ..kernels.cpu.cost_model import speed_of_torch_mm
@@ -100,10 +100,10 @@ def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards |
     for solver, finds in _SOLVERS.items():
         here = estimate.seconds(works, solver, steps, speed=speed)
         row = [solver, f"{finds}, {steps:,} steps" if solver == "adam" else finds, duration_in_words(here)]
-        memory = _size(estimate.memory(works))
+        memory = size_in_words(estimate.memory(works))
         if on_cards is not None:
             row.append(duration_in_words(max(on_cards.seconds)) if solver == "adam" else "")
-            memory += f" + {_size(on_cards.first.memory)}" if solver == "adam" else ""
+            memory += f" + {size_in_words(on_cards.first.memory)}" if solver == "adam" else ""
         table.add_row(*row, memory)
     return table
 
@@ -120,7 +120,3 @@ def _json(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | 
         "seconds_by_gpu": None if on_cards is None else list(on_cards.seconds),
         "gpu": None if on_cards is None else json_plan(on_cards.first),
     }
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..factors import Factors
+if TYPE_CHECKING:
+    from ..factors import Factors
+
+# Units of 1,000, as disks and GPUs are sold.
+BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def run_in_words(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> str:
@@ -83,3 +87,13 @@ def duration_in_words(duration: float) -> str:
     if duration < 2 * 3600:
         return f"{duration / 60:.0f} min"
     return f"{duration / 3600:.1f} hours" if duration < 36 * 3600 else f"{duration / 86400:.1f} days"
+
+
+def size_in_words(size: float) -> str:
+    """Bytes as a person says them.
+
+    >>> [size_in_words(size) for size in (0, 512, 2_350_000, 38_600_000_000)]
+    ['0 B', '512 B', '2.35 MB', '38.6 GB']
+    """
+    unit = next((unit for unit in ("B", "kB", "MB") if size < 1000 * BYTES[unit]), "GB")
+    return f"{size / BYTES[unit]:{',.1f' if unit == 'GB' else '.3g'}} {unit}"

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..storage.schema import ModelConfig, parse
+from ..suggestions import some
 from .files.distributed import open_distributed
 from .files.gguf import open_gguf
 from .files.safetensors import open_safetensors
-from .files.tensor import StoredTensor, read_json, some
+from .files.tensor import StoredTensor, read_json
 from .files.torch_file import SUFFIXES, open_torch_file
 from .formats.find import find_weights
 from .formats.weight import StoredWeight

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..suggestions import some
 from .files.distributed import METADATA
-from .files.tensor import read_json, some
+from .files.tensor import read_json
 from .files.torch_file import SUFFIXES
 
 INDEX_SUFFIX = ".index.json"

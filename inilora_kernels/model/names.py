@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ..errors import TargetError
+from ..suggestions import some
 
 
 def match_names(wanted: Sequence[str], available: Collection[str], where: str) -> dict[str, str]:
@@ -30,7 +31,7 @@ def match_names(wanted: Sequence[str], available: Collection[str], where: str) -
     if not mappings:
         raise TargetError(
             f"{where}: no linear module {_missing(wanted, there)}, for which there are factors; there are "
-            f"{_some(available)}. Use the factors of this model"
+            f"{some(available, most=4) or 'none at all'}. Use the factors of this model"
         )
     if len(mappings) > 1:
         raise TargetError(
@@ -76,10 +77,3 @@ def _missing(wanted: Sequence[str], there: frozenset[str]) -> str:
     return next(
         (name for name in wanted if name not in endings and not any(e in there for e in _endings(name))), wanted[0]
     )
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
-    if not names:
-        return "none at all"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

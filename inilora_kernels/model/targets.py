@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, WeightError
-from ..suggestions import did_you_mean, did_you_mean_names
+from ..suggestions import did_you_mean, did_you_mean_names, some
 from .architecture import describe
 from .checkpoint import Checkpoint
-from .files.tensor import some
 from .formats.find import module_and_part
 from .formats.weight import StoredWeight
 from .fused import FUSED, Parts, Rows, conv1d_parts, fused_parts, row_count, row_index

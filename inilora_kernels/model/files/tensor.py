@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,8 +132,3 @@ def what_it_is(file: Path) -> str:
         if stream.read(19) == b"version https://git":
             return "; this is a Git LFS pointer, not the weights: run `git lfs pull`"
     return ""
-
-
-def some(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .tensor import some, tensor_sha256, what_it_is
+from ...suggestions import some
+from .tensor import tensor_sha256, what_it_is
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 

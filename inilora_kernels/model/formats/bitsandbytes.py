@@ -6,15 +6,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import WeightError
-from .weight import StoredModule, StoredWeight, decode_bytes, in_strips, unreadable
+from .weight import StoredModule, StoredWeight, decode_bytes, in_strips, library, unreadable
 
 _STATE = "weight.quant_state.bitsandbytes__"
 # As the library multiplies: by the float nearest to 1/127.
@@ -40,7 +37,7 @@ def _four_bits(module: StoredModule) -> StoredWeight:
         return unreadable(module, f"its quant_state says it has the shape {shape}")
 
     def dequantize(rows: slice) -> Tensor:
-        functional = _library("bitsandbytes.functional", module)
+        functional = library("bitsandbytes.functional", module)
         companions = {f"{part}": module.tensors[part].read() for part in module.tensors if part.startswith("weight.")}
         quant_state = functional.QuantState.from_dict(companions, device=torch.device("cpu"))
         values: Tensor = functional.dequantize_4bit(module.tensors["weight"].read(), quant_state)
@@ -78,12 +75,3 @@ def _eight_bits(module: StoredModule) -> StoredWeight:
         stored={"weight": weight, "SCB": scale},
         dequantize=in_strips(shape, module.dtype, dequantize),
     )
-
-
-def _library(name: str, module: StoredModule) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise WeightError(
-            f"{module.name}: stored by bitsandbytes, which is needed to read it; pip install bitsandbytes"
-        ) from error

@@ -5,15 +5,13 @@ Put together and dequantized by torchao itself.
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any
 
 from torch import Tensor
 
-from ...errors import WeightError
 from ..files.torch_file import TorchTensor
-from .weight import StoredModule, StoredWeight, unreadable
+from .weight import StoredModule, StoredWeight, library, unreadable
 
 _PREFIX = "_weight_"
 
@@ -41,7 +39,7 @@ def find(module: StoredModule) -> StoredWeight | None:
         return unreadable(module, f"torchao's {record.get('_type')} does not say its shape")
 
     def dequantize(rows: slice) -> Tensor:
-        support = _library("torchao.prototype.safetensors.safetensors_support", module)
+        support = library("torchao.prototype.safetensors.safetensors_support", module)
         metadata = {"tensor_names": json.dumps([name]), name: module.metadata[name]}
         tensors = {f"{module.name}.{part}": tensor.read() for part, tensor in parts.items()}
         whole, _ = support.unflatten_tensor_state_dict(tensors, metadata)
@@ -66,12 +64,3 @@ def _shape(record: Any, values: tuple[int, ...]) -> tuple[int, int] | None:
         shape = (record.get("_data") or {}).get("shape")
         shape = shape.get("_data") if isinstance(shape, dict) else shape
     return (int(shape[0]), int(shape[1])) if isinstance(shape, (list, tuple)) and len(shape) == 2 else None
-
-
-def _library(name: str, module: StoredModule) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise WeightError(
-            f"{module.name}: stored by torchao, which is needed to read it; pip install torchao"
-        ) from error

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ...errors import WeightError
 from ..files.tensor import StoredTensor
 
 # Values dequantized at a time: small enough for a core's cache with all that the arithmetic needs next to them.
@@ -197,6 +198,17 @@ def exponents(scale: Tensor) -> Tensor:
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     return scale.to(torch.float32)
+
+
+def library(name: str, module: StoredModule) -> Any:
+    """The library, or a module of it, that defines a format. Raises WeightError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise WeightError(
+            f"{module.name}: stored by {package}, which is needed to read it; pip install {package}"
+        ) from error
 
 
 def unreadable(module: StoredModule, reason: str) -> StoredWeight:
