@@ -117,3 +117,18 @@ class FactorSet(Mapping[str, Factors]):
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+
+def factor_set(factors: FactorSet | str | Path, base: str | Path | None = None) -> FactorSet:
+    """Return the factors, read by `FactorSet.load` if this is their path.
+
+    Raises OptionError for anything else, and what `FactorSet.load` raises.
+    """
+    if isinstance(factors, FactorSet):
+        return factors
+    if isinstance(factors, (str, Path)):
+        return FactorSet.load(factors, base)
+    raise OptionError(
+        f"factors: was given a {type(factors).__name__}; give what approximate_model or FactorSet.load returns, or the "
+        f"path of a factor file"
+    )

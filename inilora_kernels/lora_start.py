@@ -16,7 +16,7 @@ from .adapters.plan import common_scaling, lora_config
 from .approximate import approximate_model
 from .choices import Form
 from .errors import InitializationError, OptionError
-from .factor_set import FactorSet
+from .factor_set import FactorSet, factor_set
 
 
 def lora_model(
@@ -57,8 +57,7 @@ def lora_model(
     """
     if isinstance(factors, int):
         factors = approximate_model(model, rank=factors, solver="krylov")
-    elif isinstance(factors, (str, Path)):
-        factors = FactorSet.load(factors)
+    factors = factor_set(factors)
     config = lora_config_of(
         model, factors, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_dropout=lora_dropout, task_type=task_type
     )
@@ -73,7 +72,7 @@ def lora_model(
 
 def lora_config_of(
     model: nn.Module,
-    factors: FactorSet,
+    factors: FactorSet | str | Path,
     *,
     lora_alpha: float | None = None,
     use_rslora: bool = False,
@@ -90,7 +89,7 @@ def lora_config_of(
         raise OptionError(f"lora_alpha={lora_alpha}: give a number above 0, or leave it out for a scaling of 1")
     modules = dict(model.named_modules())
     shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
-    starts = find_starts(shapes, factors, type(model).__name__, model_config(model))
+    starts = find_starts(shapes, factor_set(factors), type(model).__name__, model_config(model))
     ranks = {name: start.rank for name, start in starts.items()}
     scaling = common_scaling(ranks, lora_alpha, use_rslora)
     settings: dict[str, Any] = lora_config(ranks, scaling, use_rslora, list(modules))

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
-from inilora_kernels import Certificate, Factors, FactorSet, InitializationError
+from inilora_kernels import (
+    Certificate,
+    Factors,
+    FactorSet,
+    InitializationError,
+    attach,
+    convert,
+    export_delta,
+    export_merged,
+    initialize_peft,
+    lora_config_of,
+    lora_model,
+)
 from inilora_kernels.errors import FactorFileError, OptionError, OutputError
+
+from .factorized import factorize
 
 
 def example() -> FactorSet:
@@ -117,3 +134,28 @@ def test_factors_by_an_incomplete_name(minilm_factors: FactorSet) -> None:
         minilm_factors["encoder.layer.0.attention.self.quary"]
     assert minilm_factors.get("query") is None
     assert "query" not in minilm_factors
+
+
+def test_factors_by_their_path(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "factors.safetensors"
+    factorize(llama, ("q_proj", "v_proj"), rank=2).save(path)
+    ids = torch.arange(6)[None]
+
+    def load() -> Any:
+        return LlamaForCausalLM.from_pretrained(llama).eval()
+
+    expected = load()(ids).logits
+    config = lora_config_of(load(), path)
+    for started in (
+        attach(load(), path),
+        attach(load(), str(path)),
+        initialize_peft(get_peft_model(load(), config), path),
+        lora_model(load(), path),
+    ):
+        assert torch.equal(started(ids).logits, expected)
+    export_delta(llama, path, tmp_path / "delta")
+    convert(tmp_path / "delta" / "adapter", path, tmp_path / "lora")
+    export_merged(tmp_path / "delta" / "adapter", str(path), tmp_path / "merged")
+    for given in ({"q_proj": torch.eye(2)}, None, torch.eye(2)):
+        with pytest.raises(InitializationError, match=f"was given a {type(given).__name__}; give what approximate_mod"):
+            attach(load(), given)  # type: ignore[arg-type]

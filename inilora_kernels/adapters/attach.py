@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..choices import Form
 from ..errors import OptionError, TargetError
-from ..factor_set import FactorSet
+from ..factor_set import FactorSet, factor_set
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, is_conv1d, linear_shape
@@ -23,7 +24,13 @@ _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 _FROZEN = "_inilora_trained_before"
 
 
-def attach(model: Model, factors: FactorSet, form: Form = "delta", scaling: float = 1.0, dropout: float = 0.0) -> Model:
+def attach(
+    model: Model,
+    factors: FactorSet | str | Path,
+    form: Form = "delta",
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> Model:
     """Put an adapter on every module of the model that has factors, in place, and freeze all the rest.
 
     The model's output stays what it was: to the bit in the delta form, to the rounding of R = W − sBA in the
@@ -31,7 +38,7 @@ def attach(model: Model, factors: FactorSet, form: Form = "delta", scaling: floa
     raises.
 
     model: any nn.Module whose linear layers are the checkpoint's, also a quantized one (delta form).
-    factors: from `approximate_model` or `FactorSet.load`; float32, BA ≈ W.
+    factors: from `approximate_model` or `FactorSet.load`, float32, BA ≈ W; or the path of a factor file.
     form: "delta" or "residual".
     scaling: s; A and B are divided by √s, so sBA stays the same.
     dropout: probability for the adapter's input.
@@ -60,7 +67,7 @@ def attach(model: Model, factors: FactorSet, form: Form = "delta", scaling: floa
         raise TargetError(f"{where} has adapters already; call detach(model) first")
     modules = dict(model.named_modules())
     shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
-    starts = find_starts(shapes, factors, where, model_config(model))
+    starts = find_starts(shapes, factor_set(factors), where, model_config(model))
     scaled = {name: start.scaled(scaling) for name, start in starts.items()}
     require_called(model, starts)
     if form == "residual":

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -14,6 +15,7 @@ from ..factor_set import FactorSet
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.names import match_names
 from ..storage.schema import ResidualRecord, parse
+from .folder import named_base
 from .model_copy import RESIDUAL_RECORD
 from .modules import module_of
 
@@ -66,7 +68,7 @@ def write_residual_record(folder: Path, original: Path, factors: FactorSet, resi
         again, and a merged model with a copy of the record (Axolotl makes one) is not taken for it.
     """
     record = {
-        "base": str(original.resolve()),
+        "base": "@".join(part for part in named_base(original).values() if part),
         "source_sha256": {name: part.source_sha256 for name, part in factors.items()},
         "factors_sha256": factors_sha256(factors),
         "residual_sha256": dict(residual_sha256),
@@ -75,17 +77,19 @@ def write_residual_record(folder: Path, original: Path, factors: FactorSet, resi
 
 
 def find_original(
-    named: str | None, factors: FactorSet, base: str | Path | None
+    config: Mapping[str, Any], factors: FactorSet, base: str | Path | None
 ) -> tuple[Checkpoint, dict[str, str], frozenset[str] | None]:
     """Return the original model of a trained adapter, checked, and its tensor of each module.
 
-    named: what the adapter's config names as its base; base: what the user does, an original or a residual folder.
+    config: the adapter's, which names the model that it was trained on.
+    base: what the user names: an original, a folder or an id on the hub, or a residual folder.
 
     The last value names the tensors in whose place a residual folder has R, if the adapter was trained on one; None if
     it was trained on the model itself. Raises FactorFileError (factors of another model, or another residual),
     OptionError (no such model here) and CheckpointError.
     """
-    trained_on = _local(named) if named else None
+    named = config.get("base_model_name_or_path")
+    trained_on = _local(named, config.get("revision")) if named else None
     record = _read_record(trained_on)
     if record is not None and record.factors_sha256 != factors_sha256(factors):
         raise FactorFileError(
@@ -94,10 +98,11 @@ def find_original(
         )
     original = Path(base) if base is not None else Path(record.base) if record is not None else trained_on
     # What is no path from the root may be the id of a model on the hub, which open_checkpoint looks up.
-    may_be_id = base is not None and not Path(base).is_absolute()
+    may_be_id = original is not None and not original.is_absolute()
     if original is None or not (may_be_id or original.exists()):
         raise OptionError(
-            f"cannot find the original model ({original or named or 'the adapter names none'}); give its folder as base"
+            f"cannot find the original model ({original or named or 'the adapter names none'}); give its "
+            f"folder, or its id on the hub, as base"
         )
     given = _read_record(original)
     if given is not None:
@@ -120,11 +125,11 @@ def _read_record(folder: Path | None) -> ResidualRecord | None:
     return record
 
 
-def _local(name: str) -> Path | None:
+def _local(name: str, revision: str | None) -> Path | None:
     """The folder of a model: a path, or a hub model that was downloaded before."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return None

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import FactorFileError, OptionError, TargetError, WeightError
-from ..factor_set import FactorSet
+from ..factor_set import FactorSet, factor_set
 from ..model.checkpoint import Checkpoint
 from ..storage.atomic import require_new_folder, whole_folder
 from ..suggestions import some
 from .base import find_original
-from .folder import KEY_PREFIX, Adapter, hub_name, read_adapter, write_adapter
+from .folder import KEY_PREFIX, Adapter, named_base, read_adapter, write_adapter
 from .model_copy import Change, copy_model
 from .modules import find_starts, module_of
 from .started import difference
@@ -40,7 +40,7 @@ _UNRELATED = 0.5
 
 def convert(
     trained: str | Path,
-    factors: FactorSet,
+    factors: FactorSet | str | Path,
     out: str | Path,
     base: str | Path | None = None,
     rank: int | None = None,
@@ -53,10 +53,10 @@ def convert(
     modules of a smaller rank are filled up with zeros. Sums are taken in float64, A and B written in float32.
 
     trained: the adapter folder that a trainer saved, in whichever form.
-    factors: those that it started from.
+    factors: those that it started from, or the path of their file.
     out: a folder to make.
-    base: the original model's folder, or the residual one that the adapter was trained on, if it is not where the
-        adapter's config says.
+    base: the original model, a folder or an id on the hub ("org/name", "org/name@revision"), or the residual folder
+        that the adapter was trained on, if it is not where the adapter's config says.
     rank: recompress ΔW to this rank by its singular value decomposition, the nearest there is; None: exactly 2r.
     insist: take the factors even if the adapter does not look as if it had started from them.
 
@@ -69,8 +69,8 @@ def convert(
     if rank is not None and rank < 1:
         raise OptionError(f"rank={rank}: it must be at least 1")
     require_new_folder(out)
-    adapter = read_adapter(trained)
-    checkpoint, _, residual = find_original(adapter.config.get("base_model_name_or_path"), factors, base)
+    adapter, factors = read_adapter(trained), factor_set(factors, base)
+    checkpoint, _, residual = find_original(adapter.config, factors, base)
     updates, _ = _updates(trained, adapter, factors, checkpoint, residual, insist)
     errors = dict.fromkeys(updates, 0.0)
     if rank is not None:
@@ -81,7 +81,7 @@ def convert(
     padded = {module: _pad(A, B, common) for module, (A, B) in updates.items()}
     config = {
         **adapter.config,
-        "base_model_name_or_path": hub_name(checkpoint.path),
+        **named_base(checkpoint.path),
         "r": common,
         "lora_alpha": common,
         "use_rslora": False,
@@ -100,7 +100,7 @@ def convert(
 
 def export_merged(
     trained: str | Path,
-    factors: FactorSet,
+    factors: FactorSet | str | Path,
     out: str | Path,
     base: str | Path | None = None,
     insist: bool = False,
@@ -117,9 +117,8 @@ def export_merged(
     """
     trained, out = Path(trained), Path(out)
     require_new_folder(out)
-    adapter = read_adapter(trained)
-    named = adapter.config.get("base_model_name_or_path")
-    checkpoint, tensors, residual = find_original(named, factors, base)
+    adapter, factors = read_adapter(trained), factor_set(factors, base)
+    checkpoint, tensors, residual = find_original(adapter.config, factors, base)
     updates, modules = _updates(trained, adapter, factors, checkpoint, residual, insist)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}
     changes: dict[str, Change] = {}

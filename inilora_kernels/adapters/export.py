@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from ..choices import TaskType
 from ..errors import TargetError, WeightError
-from ..factor_set import FactorSet
+from ..factor_set import FactorSet, factor_set
 from ..factors import Factors
 from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from .attach import adapters
 from .base import write_residual_record
-from .folder import KEY_PREFIX, Adapter, hub_name, write_adapter
+from .folder import KEY_PREFIX, Adapter, named_base, write_adapter
 from .model_copy import copy_model
 from .modules import is_conv1d, module_of
 from .plan import lora_config, plan_export
@@ -97,7 +97,7 @@ class _Residual:
 
 def export_residual(
     base: str | Path,
-    factors: FactorSet,
+    factors: FactorSet | str | Path,
     out: str | Path,
     *,
     lora_alpha: float | None = None,
@@ -111,7 +111,9 @@ def export_residual(
     output of the original model, to the rounding of R. R is summed in float32 and cast to W's dtype; config, tokenizer
     and all other tensors are copied as they are. Memory holds one tensor at a time.
 
-    base: a Hugging Face model folder; its target weights must be those that the factors were made of.
+    base: a Hugging Face model folder, or a model's id on the hub, "org/name" or "org/name@revision"; its target weights
+        must be those that the factors were made of.
+    factors: a FactorSet, or the path of a factor file.
     lora_alpha: PEFT's; None for a scaling of 1, as in the paper. The scaling is the same for modules of other ranks,
         and A and B are divided by its square root, so that scaling·BA stays what it is.
     use_rslora: the scaling is lora_alpha / √r instead of lora_alpha / r.
@@ -122,8 +124,9 @@ def export_residual(
     is left behind then. Warns where the dtype of R loses W to rounding.
     """
     out = Path(out)
+    factors = factor_set(factors, base)
     plan = plan_export(
-        Path(base),
+        base,
         factors,
         out,
         lora_alpha=lora_alpha,
@@ -146,7 +149,7 @@ def export_residual(
         tensor: _Residual(its_parts, plan.checkpoint.weights[tensor].shape[its_parts[0].transposed])
         for tensor, its_parts in parts.items()
     }
-    adapter = plan.adapter.with_base(str((out / "base").resolve()))
+    adapter = plan.adapter.with_base({"base_model_name_or_path": str((out / "base").resolve())})
     with whole_folder(out) as folder:
         for name in ("base", "adapter"):
             (folder / name).mkdir()
@@ -162,7 +165,7 @@ def export_residual(
 
 def export_delta(
     base: str | Path,
-    factors: FactorSet,
+    factors: FactorSet | str | Path,
     out: str | Path,
     *,
     lora_alpha: float | None = None,
@@ -175,11 +178,13 @@ def export_delta(
     Both together add nothing to the original model, which stays as it is and may be quantized. `load_delta` loads them
     so that this holds to the bit; as two active adapters of plain PEFT it holds to float32 rounding.
 
-    base: the model folder that the factors were made of. The other parameters and the errors are `export_residual`'s.
+    base: the model that the factors were made of, a folder or an id on the hub. The other parameters and the errors are
+        `export_residual`'s.
     """
     out = Path(out)
+    factors = factor_set(factors, base)
     plan = plan_export(
-        Path(base),
+        base,
         factors,
         out,
         lora_alpha=lora_alpha,
@@ -188,7 +193,7 @@ def export_delta(
         task_type=task_type,
         changes_weights=False,
     )
-    trainable = plan.adapter.with_base(hub_name(plan.checkpoint.path))
+    trainable = plan.adapter.with_base(named_base(plan.checkpoint.path))
     negative = replace(trainable, factors={module: (A, -B) for module, (A, B) in trainable.factors.items()})
     with whole_folder(out) as folder:
         for name, adapter, about in (("adapter", trainable, _ABOUT_DELTA), ("initial", negative, _ABOUT_INITIAL)):
@@ -207,7 +212,7 @@ def save_adapter(
     holds A and B alone, and modules trained whole, such as a head. A sharded model is gathered first: load its
     `adapter_state_dict` into one that is not.
 
-    base: the original model's folder; task_type: PEFT's, for whoever loads the converted adapter.
+    base: the original model, a folder or its id on the hub; task_type: PEFT's, for whoever loads the converted adapter.
 
     Raises TargetError if no adapter is attached, and OutputError.
     """
@@ -232,7 +237,7 @@ def save_adapter(
     ranks = {name: A.shape[0] for name, (A, _) in learned.items()}
     config = {
         **lora_config(ranks, next(iter(layers.values())).scaling, False, [name for name, _ in model.named_modules()]),
-        "base_model_name_or_path": hub_name(Path(base)),
+        **named_base(Path(base)),
         "lora_dropout": lora_dropout,
         "task_type": task_type,
         "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),

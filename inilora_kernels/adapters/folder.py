@@ -24,8 +24,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
-# Where huggingface_hub keeps a downloaded model: its name is in the path.
-_HUB_CACHE = re.compile(r".*[/\\]models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\][^/\\]+")
+# Where huggingface_hub keeps a downloaded model: its id and its commit are in the path.
+_HUB_CACHE = re.compile(r".*[/\\]models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[^/\\]+)")
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
     others: Mapping[str, Tensor]
 
-    def with_base(self, name: str) -> Adapter:
-        """The same adapter for a base model of this name or path."""
-        return replace(self, config={**self.config, "base_model_name_or_path": name})
+    def with_base(self, named: Mapping[str, str | None]) -> Adapter:
+        """The same adapter for another base model, as `named_base` names it."""
+        return replace(self, config={**self.config, **named})
 
     def scaling(self, module: str) -> float:
         """s of sBA: lora_alpha / r, or lora_alpha / √r with rslora, by the module's own rank and alpha."""
@@ -127,11 +127,19 @@ def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:
     (folder / "README.md").write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{about}\n")), encoding="utf-8")
 
 
-def hub_name(folder: Path) -> str:
-    """The name of a model on the Hub where the folder is huggingface_hub's cache of it; else the folder's full path.
+def named_base(folder: Path) -> dict[str, str | None]:
+    """How adapter_config.json names a model: its hub id and commit if this is the hub's cache, otherwise its full path.
 
-    >>> hub_name(Path("/home/me/.cache/huggingface/hub/models--org--model/snapshots/0123abcd"))
-    'org/model'
+    folder: the model's; what is no folder is taken for an id, "org/name" or "org/name@revision".
+
+    >>> named_base(Path("/home/me/.cache/huggingface/hub/models--org--model/snapshots/0123abcd"))
+    {'base_model_name_or_path': 'org/model', 'revision': '0123abcd'}
     """
     match = _HUB_CACHE.fullmatch(str(folder.absolute()))
-    return f"{match['owner']}/{match['name']}" if match else str(folder.resolve())
+    if match:
+        name, revision = match["id"].replace("--", "/", 1), match["commit"]
+        return {"base_model_name_or_path": name, "revision": revision}
+    if folder.exists() or folder.is_absolute():
+        return {"base_model_name_or_path": str(folder.resolve()), "revision": None}
+    name, _, revision = folder.as_posix().partition("@")
+    return {"base_model_name_or_path": name, "revision": revision or None}

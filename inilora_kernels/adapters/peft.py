@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..choices import Form
 from ..errors import OptionError, TargetError, WeightError
-from ..factor_set import FactorSet
+from ..factor_set import FactorSet, factor_set
 from ..suggestions import some
 from .folder import KEY_PREFIX
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
@@ -32,7 +32,7 @@ _GO_ON = (
 
 def initialize_peft(
     peft_model: PeftModel,
-    factors: FactorSet,
+    factors: FactorSet | str | Path,
     form: Form = "delta",
     adapter_name: str = "default",
     overwrite: bool = False,
@@ -47,6 +47,7 @@ def initialize_peft(
     PEFT's `hotswap_adapter` is right in the delta form alone. In the residual form what is swapped in is
     added to R, unnoticed.
 
+    factors: a FactorSet, or the path of a factor file.
     form: "delta" leaves the base weights as they are, exact in any dtype and on quantized bases; the
         forward pass subtracts the frozen start, [B, B − B0] [A − A0; A0] x. "residual" puts R = W − sBA into the base
         weights, as PEFT's PiSSA does, and leaves PEFT's forward pass alone.
@@ -78,7 +79,7 @@ def initialize_peft(
     if form == "delta":
         _require_forward_of_peft(peft_model)
     layers = _lora_layers(peft_model, adapter_name)
-    starts = _matched(peft_model, layers, factors)
+    starts = _matched(peft_model, layers, factor_set(factors))
     users = users_of_weights(peft_model.get_base_model())
     scaled = {}
     for name, start in starts.items():

@@ -46,7 +46,7 @@ class Plan:
 
 
 def plan_export(
-    base: Path,
+    base: str | Path,
     factors: FactorSet,
     out: Path,
     *,

@@ -16,7 +16,9 @@ from ..errors import OptionError
 from .arguments import Every, FactorFile, Json
 
 Format = Literal["peft", "inilora-pt"]
-Base = Annotated[Path | None, typer.Option(help="The original model's folder, which the factors were computed from.")]
+Base = Annotated[
+    Path | None, typer.Option(help="The original model, a folder or hub id, which the factors were computed from.")
+]
 Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")]
 Insist = Annotated[
@@ -62,7 +64,7 @@ def export(
         say(f"wrote {output}")
         return
     if base is None:
-        raise OptionError("name the folder of the model that the factors were computed from as --base")
+        raise OptionError("name the model that the factors were computed from, its folder or hub id, as --base")
     write = export_residual if form == "residual" else export_delta
     write(
         base,

@@ -107,6 +107,7 @@ class AdapterConfig(BaseModel):
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     base_model_name_or_path: str | None = None
+    revision: str | None = None
 
 
 class ResidualRecord(BaseModel):

@@ -8,12 +8,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from peft import AutoPeftModel
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from inilora_kernels import approximate_model
-from inilora_kernels.adapters.convert import convert
-from inilora_kernels.adapters.export import export_delta
+from inilora_kernels.adapters.convert import convert, export_merged
+from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets, tensors_of
@@ -140,11 +141,35 @@ def test_paths_are_not_asked_for_on_the_hub(path: str) -> None:
         open_checkpoint(path)
 
 
-def test_export_and_convert_take_an_id(tmp_path: Path, offline: Path) -> None:
+@pytest.mark.parametrize("name", ["org/model", "model"])
+def test_everything_that_takes_a_base_takes_an_id(tmp_path: Path, offline: Path, name: str) -> None:
+    original = bert(cached(offline, name))
+    into_blobs(offline / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT)
+    factors = tmp_path / "factors.safetensors"
+    approximate_model(name, rank=2, solver="krylov", cache=False, progress=False).save(factors)
+    export_delta(name, factors, tmp_path / "delta")
+    export_residual(name, factors, tmp_path / "residual")
+    for form, base in (("delta", name), ("residual", name), ("delta", None), ("residual", None)):
+        errors = convert(tmp_path / form / "adapter", factors, tmp_path / f"{form} of {base}", base)
+        assert set(errors.values()) == {0.0}
+        export_merged(tmp_path / form / "adapter", factors, tmp_path / f"{form} of {base} merged", f"{name}@{COMMIT}")
+        merged = BertModel.from_pretrained(tmp_path / f"{form} of {base} merged")
+        assert all(map(torch.equal, original.state_dict().values(), merged.state_dict().values()))
+    for folder in ("delta/adapter", "delta/initial", f"residual of {name}", "residual of None"):
+        config = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == (name, COMMIT), folder
+    loaded = AutoPeftModel.from_pretrained(str(tmp_path / f"delta of {name}"))
+    ids = torch.arange(10)[None]
+    assert torch.equal(loaded.eval()(ids)[0], original.eval()(ids)[0])
+
+
+def test_a_base_that_is_not_on_the_hub(tmp_path: Path, offline: Path) -> None:
     bert(cached(offline))
-    into_blobs(offline / "models--org--model" / "snapshots" / COMMIT)
     factors = approximate_model("org/model", rank=2, solver="krylov", cache=False, progress=False)
     export_delta("org/model", factors, tmp_path / "delta")
-    errors = convert(tmp_path / "delta" / "adapter", factors, tmp_path / "converted", base="org/model")
-    assert set(errors.values()) == {0.0}
-    assert (tmp_path / "converted" / "adapter_model.safetensors").is_file()
+    for function in (export_delta, export_residual):
+        with pytest.raises(CheckpointError, match="no such file or folder here"):
+            function("org/nothing", factors, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no such file or folder here"):
+        convert(tmp_path / "delta" / "adapter", factors, tmp_path / "out", "org/nothing")
+    assert not (tmp_path / "out").exists()
