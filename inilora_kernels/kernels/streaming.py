@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from math import fsum
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .threads import one_torch_thread
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
 _STRIP_ELEMENTS = 1 << 21
@@ -28,20 +29,6 @@ def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
 
 
 GramReader = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[int]:
-    """Hold torch to one thread for a while. Gives the number that it has else, and has again afterwards.
-
-    The number is the process's, for threads that have not asked for it yet.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def gram_multiplier(W: Tensor, dtype: torch.dtype, threads: int) -> GramReader:
@@ -82,13 +69,15 @@ def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     >>> gram_product(2 * torch.eye(2, dtype=torch.bfloat16), torch.tensor([[1.0, 3.0]]))
     (tensor([[2., 6.]]), tensor([[ 4., 12.]]))
     """
-    Y = X.new_empty(W.shape[0], X.shape[0])
-    Z = torch.zeros_like(X.T)
+    # torch multiplies a few rows several times as fast as a few columns.
+    X = X.contiguous()
+    Y, Z = X.new_empty(X.shape[0], W.shape[0]), torch.zeros_like(X)
     for rows in strips(W):
         strip = W[rows].to(X.dtype)
-        Y[rows] = strip @ X.T
-        Z.addmm_(strip.T, Y[rows])
-    return Y.T, Z.T
+        part = X @ strip.T
+        Y[:, rows] = part
+        Z.addmm_(part, strip)
+    return Y, Z
 
 
 def energy(W: Tensor) -> float:

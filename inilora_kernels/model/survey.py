@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+from contextlib import closing
 from math import fsum
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..display.progress import ProgressBar
 from ..errors import WeightError
 from ..kernels.streaming import strips
+from ..kernels.threads import at_once, in_groups, side_by_side
 from .targets import Target
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -25,12 +28,24 @@ def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list
     Raises WeightError for one that cannot be factorized.
     """
     bar.phase("reading", len(targets), len(targets))
-    hashes, stds = [], []
-    for target in targets:
-        stds.append(_deviation(target.read(), target.module))
-        hashes.append(target.sha256())
-        bar.advance(1, matrices=1)
-    return hashes, stds
+    threads = torch.get_num_threads()
+    found: dict[str, tuple[str, float]] = {}
+
+    def surveyed(target: Target) -> tuple[str, str, float]:
+        std = _deviation(target.read(), target.module)
+        return target.module, target.sha256(), std
+
+    for count, group in in_groups(targets, lambda target: together(target, threads)):
+        with closing(side_by_side(surveyed, group, count)) as results:
+            for module, sha256, std in results:
+                found[module] = sha256, std
+                bar.advance(1, matrices=1)
+    return [found[target.module][0] for target in targets], [found[target.module][1] for target in targets]
+
+
+def together(target: Target, threads: int) -> int:
+    """How many matrices of this one's size should be in work at once; see `at_once`."""
+    return at_once(math.prod(target.shape), target.dtype.itemsize, threads)
 
 
 def _deviation(W: Tensor, module: str) -> float:

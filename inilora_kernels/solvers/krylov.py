@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..errors import WeightError
 from ..factors import FLOAT32_FLOOR
-from ..kernels.streaming import energy, gram_multiplier, one_torch_thread, product
+from ..kernels.streaming import energy, gram_multiplier, product
+from ..kernels.threads import one_torch_thread
 from .certificate import bound_outside, missed_factor, shortfall
 from .goal import Goal
 from .krylov_space import KrylovSpace, RitzPairs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.streaming import one_torch_thread
+from ..kernels.threads import one_torch_thread
 from .krylov import GRAM_SIZE, LEADING, ROUNDING_SHARE, Digest, Principal, principal
 
 _STRIP_ELEMENTS = 1 << 20

@@ -6,11 +6,9 @@ An initialization (initializations.py) says which of them computes it, with what
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,15 +17,14 @@ from ..display.progress import ProgressBar
 from ..factors import Certificate, Factors
 from ..kernels.backend import Backend, Problem, Sample
 from ..kernels.loading import load_backend
-from ..kernels.streaming import losses, one_torch_thread
+from ..kernels.streaming import losses
+from ..kernels.threads import in_groups, side_by_side
+from ..model.survey import together
 from ..model.targets import Target
 from ..options import Options
 from .adam import Checkpoints, History, adam
 from .krylov import Principal
 from .optimum import Optimum, optima, optima_from
-
-# Up to this size a second thread is worth more on another matrix than on the same.
-SMALL_MATRIX_ELEMENTS = 1 << 18
 
 Shape = tuple[int, int]
 Pair = tuple[Tensor, Tensor]
@@ -90,42 +87,25 @@ Factorize = Callable[[Tensor, Task, Options, Backend], dict[int, Factors]]
 
 
 def directly(factorize: Factorize) -> Solve:
-    """A run of a method that reads each matrix once into memory; small ones on a CPU side by side."""
+    """A run of a method that reads each matrix once into memory; on a CPU several side by side."""
 
     def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
         bar.phase("solving", len(tasks), len(tasks))
         backend = load_backend(options.backend, options.device)
+        threads = torch.get_num_threads() if backend.device.type == "cpu" else 1
 
         def solved(task: Task) -> tuple[Task, dict[int, Factors]]:
             return task, factorize(task.target.read().to(backend.device), task, options, backend)
 
-        on_cpu = backend.device.type == "cpu"
-        small = [task for task in tasks if on_cpu and _is_small(task)]
-        large = [task for task in tasks if not (on_cpu and _is_small(task))]
-        for task, by_rank in chain(_side_by_side(solved, small), map(solved, large)):
-            for rank, factors in by_rank.items():
-                finished(task, rank, factors)
-                bar.advance(0, excess=factors.certificate.excess)
-            bar.advance(1, matrices=1)
+        for count, group in in_groups(tasks, lambda task: together(task.target, threads)):
+            with closing(side_by_side(solved, group, count)) as results:
+                for task, by_rank in results:
+                    for rank, factors in by_rank.items():
+                        finished(task, rank, factors)
+                        bar.advance(0, excess=factors.certificate.excess)
+                    bar.advance(1, matrices=1)
 
     return solve
-
-
-def _is_small(task: Task) -> bool:
-    return math.prod(task.target.shape) <= SMALL_MATRIX_ELEMENTS
-
-
-def _side_by_side(
-    solved: Callable[[Task], tuple[Task, dict[int, Factors]]], tasks: Sequence[Task]
-) -> Iterator[tuple[Task, dict[int, Factors]]]:
-    """Each task on one thread, as many at once as torch has threads; torch is held to one in each of them."""
-    with one_torch_thread() as threads:
-        if len(tasks) == 1:
-            # A new thread's memory is new too, and touching it costs as much again as the work.
-            yield solved(tasks[0])
-        else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                yield from pool.map(solved, tasks)
 
 
 def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[int, Factors]:

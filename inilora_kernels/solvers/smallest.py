@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.streaming import one_torch_thread
+from ..kernels.threads import one_torch_thread
 
 
 def minor(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

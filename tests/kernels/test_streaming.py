@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inilora_kernels.kernels import streaming
-from inilora_kernels.kernels.streaming import energy, gram_multiplier, gram_product, losses, one_torch_thread, strips
+from inilora_kernels.kernels.streaming import energy, gram_multiplier, gram_product, losses, strips
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,13 +63,3 @@ def test_losses_have_the_same_bits_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1]
-
-
-def test_torch_has_its_threads_back_after_an_error() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), one_torch_thread():
-        1 / 0  # noqa: B018
-    assert torch.get_num_threads() == before
-    with one_torch_thread() as threads:
-        assert (threads, torch.get_num_threads()) == (before, 1)
-    assert torch.get_num_threads() == before

@@ -9,9 +9,9 @@ from torch import Tensor
 from inilora_kernels.display.progress import ProgressBar
 from inilora_kernels.factors import Factors
 from inilora_kernels.initializations import METHODS
+from inilora_kernels.kernels import threads
 from inilora_kernels.model.in_memory import target_in_memory
 from inilora_kernels.options import Options
-from inilora_kernels.solvers import run
 from inilora_kernels.solvers.run import Solve, Task
 
 
@@ -39,7 +39,8 @@ def solve(method: str, solver: str, tasks: list[Task], **options: int) -> dict[t
 @pytest.mark.parametrize(("method", "solver"), [("inilora", "adam"), ("inilora", "krylov"), ("inilora", "exact")])
 def test_every_rank_of_every_matrix_is_finished_once(method: str, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones side by side and a large one after them; ranks that not every matrix has."""
-    monkeypatch.setattr(run, "SMALL_MATRIX_ELEMENTS", 1000)
+    monkeypatch.setattr(threads, "_ROOM", 4 * 4 * 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # on however many cores
     tasks = [task("small", weight(20, 30), 2, 4), task("other", weight(25, 20), 4), task("large", weight(60, 50), 2)]
     found = solve(method, solver, tasks, steps=20)
     assert set(found) == {("small", 2), ("small", 4), ("other", 4), ("large", 2)}

@@ -1,0 +1,66 @@
+"""How many threads work on how many matrices: torch held to one, and several matrices side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+# So many bytes of matrices may be in memory at once, whatever their number.
+_ROOM = 64 << 20
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[int]:
+    """Hold torch to one thread for a while. Gives the number that it has else, and has again afterwards.
+
+    The number is the process's, for threads that have not asked for it yet.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def at_once(elements: int, itemsize: int, threads: int) -> int:
+    """How many matrices of this size should be in work, so that none of the threads waits.
+
+    Two halves of the threads on a matrix each leave less unused than all on one. But memory stays near that of one
+    large matrix in float32: two of 16 bits, or one.
+
+    >>> [at_once(side * side, itemsize, threads=8) for side, itemsize in ((384, 4), (2048, 4), (4096, 4), (4096, 2))]
+    [8, 4, 1, 2]
+    """
+    return min(threads, max(2 if itemsize <= 2 else 1, _ROOM // max(1, elements * itemsize)))
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: int) -> Generator[Result, None, None]:
+    """`work` on each item, `count` of them at a time with a share of torch's threads each; in order.
+
+    When the iterator is closed, no other item is begun.
+    """
+    count = min(count, len(items))
+    if count <= 1:
+        # A new thread's memory is new too, and touching it costs as much again as a small matrix's work.
+        yield from map(work, items)
+        return
+    with one_torch_thread() as threads:
+        share = max(1, threads // count)
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+            yield from pool.map(work, items)
+
+
+def in_groups(items: Iterable[Item], key: Callable[[Item], int]) -> list[tuple[int, list[Item]]]:
+    """The items by their key, the largest key first, each group in order."""
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return sorted(groups.items(), reverse=True)

@@ -1,0 +1,68 @@
+"""Matrices side by side: in order, with a share of the threads each, and none begun after the end."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+
+import pytest
+import torch
+
+from inilora_kernels.kernels.threads import in_groups, one_torch_thread, side_by_side
+
+
+def test_torch_has_its_threads_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), one_torch_thread():
+        1 / 0  # noqa: B018
+    assert torch.get_num_threads() == before
+    with one_torch_thread() as threads:
+        assert (threads, torch.get_num_threads()) == (before, 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, 6), (2, 3), (3, 2), (6, 1), (60, 1)])
+def test_each_has_its_share_of_the_threads(count: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        found = list(side_by_side(lambda place: (place, torch.get_num_threads()), range(60), count))
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
+    assert found == [(place, share) for place in range(60)]
+
+
+def test_one_alone_has_all_threads() -> None:
+    assert list(side_by_side(lambda _: torch.get_num_threads(), [0], 4)) == [torch.get_num_threads()]
+
+
+def test_as_many_at_a_time_as_asked_for() -> None:
+    meeting = threading.Barrier(3, timeout=60)
+    assert list(side_by_side(lambda place: (meeting.wait(), place)[1], range(6), 3)) == list(range(6))
+
+
+def test_nothing_is_begun_after_the_end() -> None:
+    """An interrupted run of sixty large matrices ends with those in work."""
+    begun: list[int] = []
+    release = threading.Event()
+
+    def work(place: int) -> int:
+        begun.append(place)
+        if place > 0:
+            release.wait(timeout=60)
+        return place
+
+    def stopped() -> None:
+        with closing(side_by_side(work, range(60), 2)) as results:
+            next(results)
+            release.set()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert len(begun) < 60
+
+
+def test_groups_keep_their_order() -> None:
+    assert in_groups([3, 5, 1, 4, 2], lambda number: number % 2) == [(1, [3, 5, 1]), (0, [4, 2])]
