@@ -59,7 +59,7 @@ __all__ = [
     "unmerge",
 ]
 
-# Imported when first used: torch, transformers and peft take seconds, and whoever asks for --help needs none of them.
+# Imported when first used: torch, transformers and peft take seconds, and --help needs none of them.
 _MODULES = {
     "Certificate": "factors",
     "FactorSet": "factor_set",

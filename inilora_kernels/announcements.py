@@ -1,4 +1,4 @@
-"""What a run says before, and when it is cut off: what it will take, what the cache already has, what is kept."""
+"""What a run says up front and when it is interrupted: what it will take, what the cache has, what is kept."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .options import Options
 from .places import cache_folder
 from .solvers.run import Task
 
-# FLOPs a second that any machine has at least: torch.mm is timed only if at that speed the run might be worth a word.
+# FLOPs a second that any machine reaches: torch.mm is timed only if a run might be worth announcing at that speed.
 _SLOW = 1e10
 
 
 def announce_reading(targets: Sequence[Target], options: Options, bar: ProgressBar) -> None:
-    """Tell the bar of the one reading of all matrices, and of the whole run as if the cache had none of them."""
+    """Tell the bar of the first pass over all matrices, and of the whole run as if the cache held none of them."""
     works = [_work(target, rank) for target in targets for rank in options.ranks_of(target.module) or (8,)]
     bar.expect("reading", len(targets), sum(map(estimate.reading_seconds, works)), len(targets))
     _expect(works, len(targets), options, estimate.USUAL_SPEED, bar)
 
 
 def announce_found(found: int, matrices: int, bar: ProgressBar) -> None:
-    """Say how many matrices the cache has."""
+    """Say how many matrices were found in the cache."""
     if found:
         bar.note(f"{found} of {matrices} matrices found in the cache")
 
 
 def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar, *, aloud: bool) -> None:
-    """Say what these matrices will take if that is more than half a minute, by a UserWarning.
+    """Warn (UserWarning) of what these matrices will take if that is more than half a minute.
 
     The bar learns how long each stage will last. aloud: False in all but one of several processes.
     """
@@ -61,16 +61,16 @@ def _expect(works: Sequence[Work], matrices: int, options: Options, speed: float
 
 
 def costs(tasks: Sequence[Task], options: Options) -> list[float]:
-    """What each matrix is predicted to take here, to share them among processes.
+    """The seconds that each matrix is predicted to take here, to divide them among processes.
 
-    On other hardware it is another number, so that all have to go by those of one process.
+    Other hardware predicts other numbers, so all processes have to go by those of one.
     """
     works = [[_work(task.target, rank) for rank in task.ranks] for task in tasks]
     return estimate.costs(works, options.solver or "", options.steps, card_of(options.backend, options.device))
 
 
 def stopped(finished: int, total: int, cached: bool) -> str:
-    """What is kept of a run that was cut off, and how to go on."""
+    """What is kept of an interrupted run, and how to go on."""
     if not cached:
         return "stopped; nothing is kept, as this run used no cache"
     return f"stopped: {finished} of {total} matrices are finished and kept in {cache_folder()}; run it again to go on"

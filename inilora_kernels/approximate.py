@@ -39,15 +39,15 @@ def approximate_model(path: Model, options: ModelOptions) -> FactorSet:
     """Find B (d×r) and A (r×k), the start of a LoRA, for each target matrix W (d×k) of a checkpoint.
 
     The paper's IniLoRA, the default, minimizes f = ||W − BA||_F² (paper, Eq. 3) by Adam from A, B ~ N(0, σ̄²). Every
-    result, of whatever method, comes with f and the least that the rank allows, f* = Σ_{i>r} σ_i². float32.
+    result, by any method, comes with f and the least that the rank allows, f* = Σ_{i>r} σ_i². float32.
 
-    path: a model's folder, one weight file (safetensors, GGUF, or of torch, read with weights_only), or the id of a
-        model on the Hugging Face hub, of which config and the files with targets are downloaded. Quantized weights are
-        dequantized, one matrix at a time. Or a live model or its state dict, on any device: the same bytes give
-        the same factors as the folder's.
+    path: a model's folder, one weight file (safetensors, GGUF, or torch's, read with weights_only), or the id of a
+        model on the Hugging Face hub; only its config and the files with targets are downloaded. Quantized weights are
+        dequantized, one matrix at a time. Or a live model or its state dict, on any device: the same bytes give the
+        same factors as from the folder.
 
-    Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work but one: a
-    WeightError for a run that diverged.
+    Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work, except for
+    a WeightError if a run diverges.
 
     >>> import tempfile, torch, pathlib
     >>> from safetensors.torch import save_file
@@ -68,7 +68,7 @@ def approximate_model(path: Model, options: ModelOptions) -> FactorSet:
 def approximate_ranks(path: Model, options: ModelOptions) -> dict[int, FactorSet]:
     """`approximate_model` for a list of ranks, rank=[8, 16, 32], as a dict from rank to FactorSet.
 
-    The ranks share the readings of W (by Adam: those for f*). Errors are those of `approximate_model`.
+    The ranks share the passes over W (with Adam, those for f*). Errors are those of `approximate_model`.
 
     >>> import tempfile, torch, pathlib
     >>> from safetensors.torch import save_file
@@ -94,8 +94,8 @@ class _Approximate(Protocol[P]):
 def _approximate(W: Any, options: Options) -> Any:
     """`approximate_model` for matrices W (d×k) in memory, tensors, arrays or linear layers: Factors, or a list.
 
-    All matrices count as one kind for init_std; the options are those of `approximate_model` but target_modules, and
-    `start` is Factors, or a list of them. Errors are those of `approximate_model`.
+    All matrices count as one kind for init_std. The options are those of `approximate_model` without target_modules;
+    `start` is Factors or a list of them. Errors are those of `approximate_model`.
 
     >>> import torch
     >>> W = torch.outer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0]))
@@ -131,10 +131,10 @@ def _targets(model: Model, options: ModelOptions) -> list[Target]:
 def _factorize(
     targets: Sequence[Target], options: Options, start: Any, job: Job, *, keeps: bool
 ) -> dict[int, FactorSet]:
-    """A FactorSet for each of several ranks; one, under the key 0, where the rank is each matrix's own.
+    """A FactorSet for each of several ranks; a single one, under the key 0, where each matrix has a rank of its own.
 
-    start: factors by module. job: the processes that share the work; one that is to have no result gets its own part.
-    keeps: whether to use the cache and show progress where the options leave it open.
+    start: factors by module. job: the processes that share the work; one that gets no result returns its own share.
+    keeps: whether to use the cache and show progress where the options leave that open.
     """
     options = settled(options)
     require_factors(start)
@@ -173,7 +173,7 @@ def _factorize(
                 results[place] = factors
 
         solve = solver_of(options)
-        # In the model's order, whoever else there is.
+        # In the model's order, whoever computed what.
         mine = [missing[place] for place in sorted(parts[job.rank])]
         announce_found(len(tasks) - len(missing), len(tasks), bar)
         announce_solving(mine, options, bar, aloud=job.rank == 0)
@@ -203,7 +203,7 @@ def _place(task: Task, rank: int) -> str:
 
 
 def _tasks(targets: Sequence[Target], options: Options, start: Any, job: Job, bar: ProgressBar) -> list[Task]:
-    """Each matrix surveyed, with its ranks and its start settled; each process surveys a part."""
+    """Each matrix surveyed, with its ranks and its start settled; each process surveys a share."""
     mine = sorted(shares([float(math.prod(target.shape)) for target in targets], job.size)[job.rank])
     hashes, own_stds = survey([targets[place] for place in mine], bar)
     share = options.energy_share
@@ -237,9 +237,9 @@ def _cache_key(task: Task, rank: int, device: str, record: Mapping[str, Any]) ->
         "dtype": str(target.dtype),
         "rows": target.rows,
         "transposed": target.transposed,
-        # On the reference backend torch's products are other bits on another kind of device.
+        # On the reference backend, torch's products have other bits on another kind of device.
         "device": device,
-        # A release that changes bits raises RESULT_VERSION; any other finds the results of the one before.
+        # A release that changes bits raises RESULT_VERSION; any other finds its predecessor's results.
         "package_version": None,
     }
     return cache.cache_key(ingredients)

@@ -6,7 +6,7 @@ message alone and exits with status 2.
 
 
 class InitializationError(Exception):
-    """Any failure this library foresaw; the parent of all the others.
+    """Any failure that this library foresees; the parent of all the others.
 
     >>> issubclass(OptionError, InitializationError)
     True
@@ -22,11 +22,11 @@ class CheckpointError(InitializationError):
 
 
 class TargetError(InitializationError):
-    """`target_modules` selects nothing, or something that is no linear weight."""
+    """`target_modules` selects nothing, or something other than a linear layer's weight."""
 
 
 class WeightError(InitializationError):
-    """A weight matrix cannot be factorized: NaN or Inf, integer or quantized, or smaller than the rank."""
+    """A weight matrix cannot be factorized: it holds NaN or Inf, is an integer matrix, or is smaller than the rank."""
 
 
 class FactorFileError(InitializationError):
@@ -38,11 +38,11 @@ class OutputError(InitializationError):
 
 
 class BackendError(InitializationError):
-    """A backend or device was asked for that this machine does not have."""
+    """This machine does not have the backend or device that was asked for."""
 
 
 class UnknownModuleError(InitializationError, KeyError):
-    """Factors were asked for by a name that they do not have."""
+    """No factors have the name that they were asked for by."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # a KeyError would show the message's repr

@@ -1,4 +1,4 @@
-"""What a run will take, before it: seconds and bytes, on this processor or on a GPU, from the two cost models."""
+"""What a run will take, predicted from the two cost models: seconds and bytes, on this processor or on a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .kernels.cpu import cost_model as cpu
 from .kernels.gpu import cost_model as gpu
 from .kernels.gpu.gpus import Gpu
 
-# Runs that are predicted to be shorter are not spoken of.
+# Runs that are predicted to be shorter are not announced.
 WORTH_SAYING = 30.0
-# FLOPs a second of torch.mm on a usual processor, where the machine at hand need not be timed.
+# FLOPs a second of torch.mm on a typical processor, for when the machine at hand is not worth timing.
 USUAL_SPEED = 1e11
 
 
@@ -28,10 +28,10 @@ class Work:
 def seconds(works: Sequence[Work], solver: str, steps: int, *, speed: float, card: Gpu | None = None) -> float:
     """Predicted seconds of a whole run.
 
-    solver: "adam", "krylov", "exact", or "" for a random start, of which only f* is computed.
+    solver: "adam", "krylov", "exact", or "" for a random start, for which only f* is computed.
     steps: Adam's.
     speed: FLOPs a second of this machine's torch.mm.
-    card: Adam's steps run there instead of on the processor.
+    card: the GPU that Adam's steps run on; None for the processor.
 
     >>> seven_billion = [Work((4096, 4096), 2, 8)] * 64
     >>> [round(seconds(seven_billion, solver, 20_000, speed=188e9)) for solver in ("adam", "krylov")]
@@ -47,14 +47,14 @@ def reading_seconds(work: Work) -> float:
 
 
 def direct_seconds(work: Work, solver: str, speed: float) -> float:
-    """A full SVD for "exact"; a Krylov space for the rest, where Adam and random starts take f* from it."""
+    """A full SVD for "exact"; otherwise a Krylov space, which Adam and random starts need for f*."""
     if solver == "exact":
         return cpu.full_svd_seconds(work.shape, speed)
     return cpu.krylov_seconds(work.shape, work.rank, speed)
 
 
 def adam_seconds(works: Sequence[Work], steps: int, speed: float, card: Gpu | None = None) -> float:
-    """The steps of all matrices, on the processor or on a card."""
+    """The steps of all matrices, on the processor or on a GPU."""
     if card is None:
         return sum(cpu.adam_seconds(work.shape, work.rank, steps, speed) for work in works)
     if not works:
@@ -64,7 +64,7 @@ def adam_seconds(works: Sequence[Work], steps: int, speed: float, card: Gpu | No
 
 
 def costs(matrices: Sequence[Sequence[Work]], solver: str, steps: int, card: Gpu | None = None) -> list[float]:
-    """What each matrix, at all its ranks, weighs where they are dealt to processes: its predicted seconds among others.
+    """The predicted seconds of each matrix, at all its ranks, by which matrices are dealt to processes.
 
     >>> large, small = (Work((side, side), 2, 8) for side in (4096, 1024))
     >>> costs([[large], [small, small]], "krylov", 0)[0] > 5 * costs([[large], [small, small]], "krylov", 0)[1]

@@ -1,4 +1,4 @@
-"""The factors of a model as one value that users hold: by module name, saved, loaded and shown."""
+"""The factors of a model as one value, by module name: saved, loaded and shown."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class FactorSet(Mapping[str, Factors]):
             if step not in factors.checkpoints:
                 raise OptionError(
                     f"{name}: no factors were kept at step {step}; "
-                    f"there are {sorted(factors.checkpoints)}: ask for it in checkpoint_steps"
+                    f"there are {sorted(factors.checkpoints)}; ask for it in checkpoint_steps"
                 )
             A, B = factors.checkpoints[step]
             history = tuple(sample for sample in factors.history if sample[0] <= step)
@@ -88,17 +88,17 @@ class FactorSet(Mapping[str, Factors]):
         return factor_file.encode(self.modules, self.options)
 
     def save(self, path: str | Path) -> None:
-        """Write the factor file, whole or not at all. Raises OutputError."""
+        """Write the factor file, completely or not at all. Raises OutputError."""
         write_whole(Path(path), self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path, base: str | Path | None = None) -> FactorSet:
         """Read a factor file, or a folder of `{module}.weight.pt` files as the paper's authors write them.
 
-        base: only for such a folder, which does not say which weights its factors were computed from: their model, for
-            the certificates and the sha256 that exports and conversions compare.
+        base: only for such a folder, which does not say which weights its factors were computed from: the model's
+            folder, for the certificates and for the sha256 that exports and conversions compare.
 
-        Raises FactorFileError: no factor file, a damaged one, one of a newer format, or factors of another model.
+        Raises FactorFileError if the file is missing, damaged or of a newer format, or belongs to another model.
         """
         path = Path(path)
         return cls(*(load_inilora_pt(path, base) if path.is_dir() else factor_file.read(path)))

@@ -1,4 +1,4 @@
-"""The values a run ends with: the factors A and B of each matrix, and how good they are."""
+"""The results of a run: the factors A and B of each matrix, and how good they are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Factors are stored in float32, so a product BA cannot be nearer to W than float32's half unit in the last place of
+# Factors are stored in float32, so a product BA cannot be closer to W than half a unit in float32's last place of
 # each entry. An optimum below this share of ||W||² is zero for every float32 result.
 FLOAT32_FLOOR = 2.0**-48
 
@@ -19,11 +19,11 @@ class Certificate:
     """How good one matrix's factors are: f = ||W − BA||_F² against the least that rank r allows (Eckart–Young).
 
     loss: f, summed in float64 from the residual itself.
-    optimum: f* = Σ_{i>r} σ_i², or a lower bound on it that was proven, so that the excess is never understated.
+    optimum: f* = Σ_{i>r} σ_i², or a proven lower bound on it, so that the excess is never understated.
     energy: ||W||_F².
     steps: optimizer steps taken, 0 for methods without any.
-    certified: whether the bound is within 1e-8 of f* (or of float32's resolution). Where W's spectrum did not allow
-        that it is False: the excess is still never understated, but may be far overstated.
+    certified: whether the bound is within 1e-8 of f* (or of float32's resolution). False where W's spectrum did not
+        allow that; the excess is then still never understated, but may be far overstated.
 
     >>> certificate = Certificate(loss=1.5, optimum=1.0, energy=10.0, steps=100)
     >>> certificate.excess, certificate.kept
@@ -58,8 +58,8 @@ class Factors:
     """Factors of one matrix W (d×k): B (d×r) and A (r×k), float32 on the CPU, with BA ≈ W.
 
     source_sha256: of the bytes of the source tensor, as stored in the checkpoint.
-    rows: for a part of a fused weight, the rows of W (in out_features) that it covers: [start, stop), or with a third
-        number those of every so many rows, for architectures that mix heads; None for all.
+    rows: for a part of a fused weight, the rows of W (in out_features) that it covers: [start, stop), or [start, stop,
+        period) for the same rows of every period, in architectures that mix heads; None for all.
     transposed: the checkpoint stores W as (in_features, out_features), as GPT-2's Conv1D does.
     dequantization: how the source was dequantized, where it is stored quantized; "" otherwise.
     history: (step, loss) pairs in order, as sampled during the run.

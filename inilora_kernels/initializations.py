@@ -1,11 +1,11 @@
-"""Every initialization of the paper's tables and figures: a function for each, and what computes it.
+"""Every initialization of the paper's tables and figures: a function for each, and how it is computed.
 
-A new one is a function with its formula here, and a row of METHODS.
+To add one, write a function with its formula here, and a row of METHODS.
 
 The convention for all: W (d×k) is the pretrained weight, B (d×r), A (r×k), float32, and the adapted layer computes
 W x + s·(BA − B0A0) x with s = lora_alpha/r, where B0A0 is the product at the start. So the model's output at step 0 is
-that of W for every method: what the start changes is the direction of training (the residual form, R = W − s·B0A0 in
-the base, is the same in exact arithmetic). The paper trains with s = 1.
+that of W for every method: what the start changes is the direction of training. (The residual form, R = W − s·B0A0 in
+the base, is equal in exact arithmetic.) The paper trains with s = 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .solvers.run import (
 )
 from .solvers.smallest import minor
 
-# Of PiSSA more than the loss is promised: the very product BA of the full SVD. Its error is of the order of the square
+# PiSSA promises more than the loss: the product BA of the full SVD itself. Its error is of the order of the square
 # root of the excess, where the gap behind σ_r is small.
 PISSA_TOLERANCE = 1e-11
 
@@ -59,7 +59,7 @@ def gaussian(shape: Shape, rank: int, std: float, generator: torch.Generator) ->
 
 
 def inilora_alpha(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pair:
-    """IniLoRA-α: A and B ~ N(0, σ_α²), σ_α = 0.5 in the paper, wider than the weights'; no approximation of W.
+    """IniLoRA-α: A and B ~ N(0, σ_α²), σ_α = 0.5 in the paper, wider than the weights'; it does not approximate W.
 
     Source: paper, section 3.4 and Table 3; Figure 3 sweeps σ_α from 1e-4 upward. Scaling: s = 1. BA's entries have
     deviation σ_α²·√r, 0.7 at rank 8, some 35 times W's: in bfloat16 use the delta form, as W − BA rounds W away.
@@ -246,7 +246,7 @@ def _filled(shape: Shape, rank: int, fill: Callable[[Tensor], Tensor]) -> Pair:
 
 @dataclass(frozen=True)
 class Solver:
-    """One way to compute an initialization. reads_gauge: it has a product to choose the factors of; see Options."""
+    """One way to compute an initialization. reads_gauge: whether `gauge` chooses among its factors."""
 
     solve: Solve
     reads_gauge: bool = False
@@ -256,8 +256,8 @@ class Solver:
 class Initialization:
     """A row of `inilora methods`.
 
-    formula, source: as its function above says. solvers: what can compute it, the default first; the name of a random
-    start's is "". std: the deviation that init_std stands for when it is not given: a number, or the mean of the
+    formula, source: as in its function above. solvers: what can compute it, the default first; "" is the name of a
+    random start's. std: the deviation where init_std is not given: a number, or the mean of the
     weights' own, by "kind".
     """
 
@@ -268,7 +268,7 @@ class Initialization:
 
 
 def _drawn(draw: RandomStart) -> Mapping[str, Solver]:
-    """A random start, and nothing else."""
+    """A random start without any optimization."""
 
     def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
         return against_optimum(W, task, {rank: task.random_start(draw, rank, options.seed) for rank in task.ranks})
@@ -285,7 +285,7 @@ def _pissa_by(found: Triplets) -> Solver:
 
 
 def _inilora_by(found: Triplets) -> Solver:
-    """The best product of the triplets, in the gauge asked for."""
+    """The best product, from the leading triplets, in the gauge asked for."""
 
     def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
         triplets = found(W, task, backend)
@@ -368,13 +368,13 @@ _Options = TypeVar("_Options", bound=Options)
 def settled(options: _Options) -> _Options:
     """The options with the method's own solver and σ̄ where none is given.
 
-    Raises OptionError for a method or solver that there is not, or a `start` that nothing would read.
+    Raises OptionError for an unknown method or solver, or a `start` that nothing would read.
     """
     require_choice("method", options.method, METHODS)
     method = METHODS[options.method]
     solver = next(iter(method.solvers)) if options.solver is None else options.solver
     if solver not in method.solvers and "" in method.solvers:
-        raise OptionError(f"solver={solver!r}: method={options.method!r} solves nothing; leave solver out")
+        raise OptionError(f"solver={solver!r}: method={options.method!r} needs no solver; leave solver out")
     require_choice("solver", solver, method.solvers, f"for method={options.method!r}")
     reads_start = method.solvers[solver].reads_gauge and options.gauge == "nearest"
     if options.start is not None and not reads_start:
@@ -391,5 +391,5 @@ def settled(options: _Options) -> _Options:
 
 
 def solver_of(options: Options) -> Solve:
-    """What runs a batch of matrices with these settled options."""
+    """The function that factorizes a batch of matrices with these settled options."""
     return METHODS[options.method].solvers[str(options.solver)].solve

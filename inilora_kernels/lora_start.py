@@ -1,4 +1,4 @@
-"""One line for a trainer's script: a model in, a PeftModel that starts from its own weights out."""
+"""One line for a training script: takes a model, returns a PeftModel that starts from the model's own weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lora_model(
 ) -> PeftModel:
     """Return a PeftModel whose LoRA starts from the factors, ready for any trainer; its output is still the model's.
 
-    LoraConfig from the factors, `get_peft_model` and `initialize_peft` in one call, with all of their checks.
+    A LoraConfig from the factors, `get_peft_model` and `initialize_peft` in one call, with all their checks.
 
     model: any model whose linear layers are the checkpoint's, also a quantized one (delta form). It is changed in
         place, as `get_peft_model` does, and is as it was if this raises.
@@ -79,7 +79,7 @@ def lora_config_of(
     lora_dropout: float = 0.0,
     task_type: str | None = None,
 ) -> LoraConfig:
-    """Return the LoraConfig that `initialize_peft` wants for these factors, for whoever builds the PeftModel otherwise.
+    """Return the LoraConfig that `initialize_peft` needs for these factors, for building the PeftModel yourself.
 
     Names are the model's own: parts of a fused weight (`c_attn:query`) are one target of their ranks' sum, and modules
     of another rank are in rank_pattern and alpha_pattern, so that all have the same scaling. Parameters are those of

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOSSES = ("mse", "frobenius")
 GAUGES = ("nearest", "svd")
 MOST_STEPS = 100_000_000
-# Beyond these the squares of a start's entries leave float32's range.
+# Beyond these, the squares of a start's entries leave float32's range.
 LEAST_STD, MOST_STD = 1e-18, 1e18
 _FLOAT32_MOST = (2 - 2.0**-23) * 2.0**127
 _ENERGY = "energy:"
@@ -38,8 +38,8 @@ _T = TypeVar("_T")
 def option(default: _T, meaning: str, *, decides: bool = True, ignored_by: Collection[str] = ()) -> _T:
     """A field of Options.
 
-    decides: whether the result depends on it, so that it belongs to the record and the cache key.
-    ignored_by: the solvers that do not read it; "" is the solver of a random start.
+    decides: whether the result depends on it, so that it belongs in the record and the cache key.
+    ignored_by: the solvers that do not read it; "" stands for a random start.
     """
     return field(default=default, metadata={"meaning": meaning, "decides": decides, "ignored_by": ignored_by})
 
@@ -49,7 +49,7 @@ _NOT_ADAM = ("krylov", "exact", "")
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The options of `approximate`, checked when they are made. Raises OptionError or BackendError.
+    """The options of `approximate`, checked on construction. Raises OptionError or BackendError.
 
     >>> Options(rank=4).steps
     20000
@@ -60,7 +60,7 @@ class Options:
 
     rank: Rank = option(
         8,
-        'Rank r, from 1 to min(d, k); or "energy:0.2", the smallest rank of each matrix that can keep that share of '
+        'Rank r, from 1 to min(d, k); or "energy:0.2", the smallest rank of each matrix that keeps that share of '
         "||W||².",
     )
     _: KW_ONLY
@@ -75,18 +75,18 @@ class Options:
     )
     gauge: str = option(
         "nearest",
-        'Which factors of the one best product inilora takes by krylov or exact: "nearest", the balanced pair nearest '
+        'Which factors of the best product BA inilora takes, by krylov or exact: "nearest", the balanced pair nearest '
         'to the random start; "svd", B = U√Σ and A = √ΣVᵀ, which is PiSSA.',
         ignored_by=("adam",),
     )
     start: Mapping[str, Factors] | Sequence[Factors] | Factors | None = option(
         None,
-        'Factors for gauge="nearest" to be near to, those of a short Adam run for example.',
+        'Factors that gauge="nearest" comes close to, such as those of a short Adam run.',
         ignored_by=("adam",),
     )
     steps: int = option(20_000, "Adam steps for each matrix.", ignored_by=_NOT_ADAM)
     lr: float = option(5e-4, "Adam's learning rate.", ignored_by=_NOT_ADAM)
-    step_size: int = option(5_000, "StepLR: steps between two decays.", ignored_by=_NOT_ADAM)
+    step_size: int = option(5_000, "StepLR: steps between decays.", ignored_by=_NOT_ADAM)
     gamma: float = option(0.9, "StepLR: the factor of a decay.", ignored_by=_NOT_ADAM)
     loss: str = option(
         "mse",
@@ -106,7 +106,8 @@ class Options:
         (), "Keep the factors of these steps too (paper, Figure 2); see FactorSet.at_step.", ignored_by=_NOT_ADAM
     )
     backend: str = option(
-        "auto", '"triton" (a GPU), "cpu", "reference" (plain torch), or "auto": triton where there is a GPU, or cpu.'
+        "auto",
+        '"triton" (a GPU), "cpu", "reference" (plain torch), or "auto": triton where there is a GPU, otherwise cpu.',
     )
     seed: int = option(
         0,
@@ -118,7 +119,7 @@ class Options:
     )
     cache: bool | None = option(
         None,
-        "Find finished matrices again, and keep new ones as soon as each is finished. Default: on for a model, off for "
+        "Reuse finished matrices, and keep each new one as soon as it is finished. Default: on for a model, off for "
         "matrices in memory.",
         decides=False,
     )
@@ -155,7 +156,7 @@ class Options:
         for step in self.checkpoint_steps:
             _require_integer("checkpoint_steps", step, least=0)
             if step > self.steps:
-                raise OptionError(f"checkpoint_steps has {step}, but the run ends at steps={self.steps}")
+                raise OptionError(f"checkpoint_steps asks for {step}, but the run ends at steps={self.steps}")
         settled = {
             "rank_pattern": dict(self.rank_pattern or {}),
             "checkpoint_steps": tuple(self.checkpoint_steps),
@@ -185,11 +186,11 @@ class Options:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise OptionError(f"rank_pattern: {pattern!r} is no regular expression ({error})") from error
+                raise OptionError(f"rank_pattern: {pattern!r} is not a valid regular expression ({error})") from error
 
     @property
     def energy_share(self) -> float | None:
-        """The share of W's energy to keep, where the rank is to follow from it."""
+        """The share of W's energy to keep, where the rank follows from it."""
         if not isinstance(self.rank, str):
             return None
         try:
@@ -199,7 +200,7 @@ class Options:
         return share if 0 < share <= 1 else None
 
     def ranks_of(self, module: str) -> tuple[int, ...] | None:
-        """The ranks that a module is to have; None where its energy decides.
+        """The ranks for a module; None where its energy decides.
 
         As in PEFT, a key of rank_pattern is the end of a module's name or a regular expression for it.
         """
@@ -211,11 +212,11 @@ class Options:
         return (self.rank,) if isinstance(self.rank, int) else tuple(self.rank)
 
     def pattern_of(self, module: str) -> str | None:
-        """The first pattern of rank_pattern that fits a module's name."""
+        """The first pattern of rank_pattern that matches a module's name."""
         return next((pattern for pattern in self.rank_pattern or {} if fits(pattern, module)), None)
 
     def unread(self) -> list[str]:
-        """The options that were set to something else than their default, though the solver does not read them."""
+        """The options that were changed from their default although the solver does not read them."""
         return [
             one.name
             for one in fields(self)
@@ -227,7 +228,7 @@ class Options:
         return Schedule(steps=self.steps, lr=self.lr, step_size=self.step_size, gamma=self.gamma, loss=self.loss)
 
     def record(self) -> dict[str, Any]:
-        """What the result depends on besides the weights, as JSON values; `start` stands for itself."""
+        """What the result depends on besides the weights, as JSON values; `start` is left for the caller to hash."""
         names = [
             one.name
             for one in fields(self)
@@ -239,7 +240,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class ModelOptions(Options):
-    """The options of `approximate_model`: those of `approximate`, and which of the model's matrices."""
+    """The options of `approximate_model`: those of `approximate`, and which of the model's matrices to take."""
 
     target_modules: Collection[str] | str | None = option(
         None,
@@ -247,9 +248,11 @@ class ModelOptions(Options):
         "value projections.",
         decides=False,
     )
-    revision: str | None = option(None, "Of a model on the hub: its branch, tag or commit.", decides=False)
+    revision: str | None = option(None, "The branch, tag or commit of a model on the hub.", decides=False)
     token: str | None = option(
-        None, "Of a model on the hub: the access token. Default: the one that huggingface_hub has.", decides=False
+        None,
+        "The access token for a model on the hub. Default: the one that huggingface_hub has stored.",
+        decides=False,
     )
 
 
@@ -262,7 +265,7 @@ _Result = TypeVar("_Result")
 def takes(
     options: Callable[P, _Chosen],
 ) -> Callable[[Callable[[_Input, _Chosen], _Result]], Callable[Concatenate[_Input, P], _Result]]:
-    """Let a function of (input, options) be called with the options' fields as keywords, each one typed and documented.
+    """Let a function of (input, options) take the options' fields as keywords, each of them typed and documented.
 
     `options` is the class: the decorated function has its signature after the input, and its fields' meanings at the
     end of its docstring.
@@ -289,13 +292,13 @@ def takes(
 
 
 def meaning(one: Field[Any]) -> str:
-    """An option's meaning in a line, with its default."""
+    """An option's meaning in one line, with its default."""
     text: str = one.metadata["meaning"]
     return text if "Default:" in text or one.default is None else f"{text} Default: {one.default!r}."
 
 
 def fits(pattern: str, module: str) -> bool:
-    r"""Whether a key of rank_pattern or alpha_pattern means a module: PEFT takes it for the end of its name.
+    r"""Whether a key of rank_pattern or alpha_pattern matches a module: as in PEFT, it is the end of its name.
 
     >>> [fits(r"layer.\d.query", name) for name in ("layer.0.query", "encoder.layer.0.query", "player.0.query")]
     [True, True, False]

@@ -1,4 +1,4 @@
-"""Where this library keeps what it may need again."""
+"""Where this library keeps what it may need again, between runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def cache_folder() -> Path | None:
     """`$INILORA_CACHE`, or `inilora` in the user's cache folder (XDG); None for a user without a home."""
     override = os.environ.get("INILORA_CACHE")
     try:
-        # platformdirs leaves ~ as it is where no home stands for it; no folder shall get that name.
+        # platformdirs leaves ~ unexpanded where there is no home; no folder may get that name.
         return (Path(override) if override else user_cache_path("inilora")).expanduser().absolute()
     except RuntimeError:
         return None
 
 
 def private_folder(name: str) -> Path | None:
-    """A folder in the cache that only this user can write to; None if there is none to be had."""
+    """A folder in the cache that only this user can write to; None if there is no such folder."""
     cache = cache_folder()
     if cache is None or not hasattr(os, "geteuid"):
         return cache and cache / name

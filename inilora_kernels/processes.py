@@ -1,4 +1,4 @@
-"""The matrices of a run shared among processes: those that torchrun started, or a trainer's.
+"""A run's matrices shared among processes: torchrun's, or those of a trainer's job.
 
 There is no scheduler here. torch starts, restarts and numbers the processes. Its key-value store, through which they
 found each other, carries what they tell one another: the survey, which finished matrices are in whose cache, and the
@@ -29,13 +29,13 @@ from .storage import factor_file
 
 dist: Any = torch.distributed
 
-# Looks a second into the store by all processes of a job.
+# How often all processes of a job together look into the store, per second.
 _LOOKS = 2000
 _LONGEST_MEETING = 30 * 60
-# Seconds after which a process that waits for the others to begin says so.
+# A process that has waited this many seconds for the others to begin says so.
 _PATIENCE = 15.0
-# Bytes of results that travel together; and of what is put into the store at once: TCPStore takes 8 MiB, and ends the
-# connection above it.
+# Bytes of results that travel together, and bytes put into the store at once: TCPStore takes 8 MiB and closes the
+# connection above that.
 _PARCEL, _PIECE = 16 << 20, 4 << 20
 AnyKey = TypeVar("AnyKey", str, int)
 
@@ -55,7 +55,7 @@ class Job:
     everywhere: bool = False
 
     def together(self, name: str, mine: Mapping[AnyKey, Any]) -> dict[AnyKey, Any]:
-        """The entries of all processes, JSON values, in one dict; of the lowest rank where several have one."""
+        """The entries of all processes, JSON values, in one dict; of several under one key, the lowest rank's."""
         if self.store is None:
             return dict(mine)
         self.give(f"{name}/{self.rank}", json.dumps(list(mine.items())).encode())
@@ -66,9 +66,9 @@ class Job:
         return merged
 
     def gather(self, mine: Mapping[str, Factors], owners: Mapping[str, int]) -> dict[str, Factors]:
-        """All results, for whoever wants them; of the others what they have themselves.
+        """All results, for each process that wants them; a process that does not gets its own.
 
-        owners: the rank that leaves each result for the others; it is among `mine` there.
+        owners: the rank that leaves each result for the others; there the result is among `mine`.
         """
         results = dict(mine)
         if self.store is None:
@@ -94,12 +94,12 @@ class Job:
         return results
 
     def give(self, key: str, content: bytes) -> None:
-        """Leave something for the others, in pieces that the store takes."""
+        """Leave something for the others, in pieces small enough for the store."""
         count = max(1, math.ceil(len(content) / _PIECE))
         with _connected():
             for place in range(count):
                 self.store.set(f"{key}/{place}", content[place * _PIECE : (place + 1) * _PIECE])
-            # Last, as whoever finds it takes the pieces.
+            # Last, since whoever finds it takes the pieces.
             self.store.set(key, str(count))
 
     def take(self, key: str) -> bytes:
@@ -142,7 +142,7 @@ class Job:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Let the others know of an error in this block; ProcessError in its place where another one was first."""
+        """Tell the others of an error in this block; raises ProcessError instead if another process failed first."""
         try:
             yield
         except ProcessError:
@@ -160,7 +160,7 @@ class Job:
 
 
 def _parcels(results: Mapping[str, Factors]) -> list[dict[str, Factors]]:
-    """The results in parcels of about _PARCEL bytes: each costs a few messages, whatever is in it."""
+    """The results in parcels of about _PARCEL bytes: a parcel costs a few messages, whatever its size."""
     parcels: list[dict[str, Factors]] = []
     room = 0
     for name, factors in results.items():
@@ -177,9 +177,9 @@ _joined: ContextVar[Job | None] = ContextVar("joined", default=None)
 
 @contextlib.contextmanager
 def torchruns_job() -> Iterator[Job]:
-    """Join the processes that torchrun, or whoever sets its variables, has started; rank 0 gets the results.
+    """Join the processes that torchrun, or anything that sets its variables, has started; rank 0 gets the results.
 
-    Each gets the GPU of its LOCAL_RANK, or its share of the cores. Raises BackendError if they do not find each other.
+    Each gets the GPU of its LOCAL_RANK, or its share of the cores. Raises BackendError if they cannot find each other.
     """
     if not _is_started_together():
         yield Job()
@@ -188,7 +188,7 @@ def torchruns_job() -> Iterator[Job]:
         store, rank, size = next(iter(dist.rendezvous("env://")))
     except (RuntimeError, ValueError, OSError) as error:
         raise BackendError(
-            f"the processes did not find each other ({str(error).splitlines()[0]}); start them with torchrun"
+            f"the processes cannot find each other ({str(error).splitlines()[0]}); start them with torchrun"
         ) from error
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if torch.cuda.is_available():
@@ -206,7 +206,7 @@ def torchruns_job() -> Iterator[Job]:
 
 @contextlib.contextmanager
 def shared_run() -> Iterator[Job]:
-    """The job that the next run belongs to: torchrun's, a trainer's that has initialized torch.distributed, or none.
+    """The job that the next run belongs to: torchrun's, a trainer's with torch.distributed initialized, or none.
 
     In a trainer's job every process has to make the same call, and all get the result.
     """
@@ -225,7 +225,7 @@ def shared_run() -> Iterator[Job]:
 
 
 def meet(store: Any, rank: int, size: int) -> Any:
-    """The part of a store that these processes alone, in this call alone, share. Raises ProcessError after 30 minutes.
+    """The part of a store that only these processes share, in this call alone. Raises ProcessError after 30 minutes.
 
     The store of a job that torchrun restarts still holds what the killed processes left. So rank 0 calls with a new
     name, everyone answers with a number of their own, and the name counts once rank 0 has confirmed those numbers.
@@ -294,7 +294,7 @@ def shares(costs: Sequence[float], size: int) -> list[list[int]]:
 
 
 def _pauses(size: int) -> Iterator[float]:
-    """Seconds to wait before each next look: a quarter of the wait so far, and few looks a second of all together."""
+    """Seconds to wait before each look: a quarter of the wait so far, few a second in all."""
     pause, longest = 2e-4, min(max(0.01, size / _LOOKS), 1.0)
     while True:
         yield pause

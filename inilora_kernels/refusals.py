@@ -1,4 +1,4 @@
-"""What a run refuses once it knows the matrices: before any long work, but for a run that diverged."""
+"""What a run refuses once it knows the matrices: before any long work, except for a run that diverged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def require_fitting(target: Target, options: Options, start: Mapping[str, Factor
     for rank in ranks:
         if rank > min(d, k):
             raise WeightError(
-                f"{target.module}: rank {rank} is more than this {d}×{k} matrix has; take rank ≤ {min(d, k)} or "
+                f"{target.module}: rank {rank} is more than a {d}×{k} matrix can have; take rank ≤ {min(d, k)} or "
                 f"leave the module out of target_modules"
             )
     if start is None:
@@ -54,33 +54,33 @@ def require_converged(module: str, factors: Factors) -> None:
 
 
 def require_factors(start: Any) -> None:
-    """Raise OptionError unless `start` is nothing, or Factors by module."""
+    """Raise OptionError unless `start` is None, or Factors by module."""
     if not (start is None or (isinstance(start, Mapping) and all(isinstance(one, Factors) for one in start.values()))):
-        raise OptionError("start: give Factors for each matrix: a FactorSet, or for matrices in memory a list")
+        raise OptionError("start: give Factors for each matrix: a FactorSet, or a list for matrices in memory")
 
 
 def require_patterns_used(targets: Sequence[Target], options: Options) -> None:
-    """Raise OptionError for a pattern of rank_pattern that fits none of the matrices."""
+    """Raise OptionError for a pattern of rank_pattern that matches none of the matrices."""
     modules = [target.module for target in targets]
     for pattern in options.rank_pattern or {}:
         if not any(options.pattern_of(module) == pattern for module in modules):
             endings = {part for module in modules for part in module.replace(":", ".").split(".")}
             raise OptionError(
-                f"rank_pattern: {pattern!r} fits none of the {len(modules)} matrices{did_you_mean(pattern, endings)}; "
-                f"the first is {modules[0]}"
+                f"rank_pattern: {pattern!r} matches none of the {len(modules)} matrices"
+                f"{did_you_mean(pattern, endings)}; the first is {modules[0]}"
             )
 
 
 def require_unchanged(task: Task) -> None:
     if not task.target.unchanged(task.sha256):
         raise CheckpointError(
-            f"{task.target.module}: its weights changed while they were factorized, so the result belongs to neither; "
-            f"run again when nobody writes to the model"
+            f"{task.target.module}: its weights changed while they were factorized, so the result belongs to neither "
+            f"version; run again when nothing writes to the model"
         )
 
 
 def warn_if_uncertified(results: Mapping[str, Factors]) -> None:
-    """Warn of matrices whose f* is known by a loose bound only, so that their excess may be far overstated."""
+    """Warn of matrices for which only a loose bound on f* is known, so that their excess may be far overstated."""
     loose = [module for module, factors in results.items() if not factors.certificate.certified]
     if loose:
         warnings.warn(

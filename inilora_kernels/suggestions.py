@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
-    """The first few names, and how many more there are; nothing of none.
+    """The first few names, and how many more there are; "" for none.
 
     >>> some(["query", "key", "value", "dense"]), some(["query"], most=1)
     ('query, key, value and 1 more', 'query')
@@ -30,7 +30,7 @@ def did_you_mean(given: object, known: Collection[str]) -> str:
 
 
 def did_you_mean_names(given: Collection[str] | str | None, known: Collection[str]) -> str:
-    """The same for several names, or for a string that was taken for a regular expression but is a list of names.
+    """The same for several names, or for a string that was read as a regular expression but is a list of names.
 
     >>> did_you_mean_names("query,value", ["query", "value"])
     "; did you mean the list ['query', 'value']?"

@@ -30,7 +30,7 @@ def model(tmp_path: Path) -> Path:
         ({"target_modules": "query,value"}, "['query', 'value']"),
         ({"target_modules": ["quer"]}, "query"),
         ({"rank_pattern": {"valeu": 2}}, "value"),
-        ({"rank_pattern": {"key": 2}}, "fits none of the 4 matrices"),
+        ({"rank_pattern": {"key": 2}}, "matches none of the 4 matrices"),
         ({"method": "inilora-alfa"}, "inilora-alpha"),
         ({"method": "PISSA"}, "pissa"),
         ({"solver": "krilov"}, "krylov"),

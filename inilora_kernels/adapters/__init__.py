@@ -1,1 +1,1 @@
-"""What trains the factors: a PyTorch layer, PEFT, and the way back to a plain LoRA or a full model."""
+"""Factors in training: a PyTorch layer, PEFT, and the way back to a plain LoRA or a full model."""

@@ -34,8 +34,7 @@ def attach(
     """Put an adapter on every module of the model that has factors, in place, and freeze all the rest.
 
     The model's output stays what it was: to the bit in the delta form, to the rounding of R = W − sBA in the
-    residual form. A head that shall train too is unfrozen after this call, and nothing is changed if it
-    raises.
+    residual form. To train a head too, unfreeze it after this call. Nothing is changed if this raises.
 
     model: any nn.Module whose linear layers are the checkpoint's, also a quantized one (delta form).
     factors: from `approximate_model` or `FactorSet.load`, float32, BA ≈ W; or the path of a factor file.
@@ -59,7 +58,7 @@ def attach(
     (True, 7)
     """
     if form not in ("delta", "residual"):
-        raise OptionError(f'form={form!r}: it is "delta" or "residual"')
+        raise OptionError(f'form={form!r}: choose "delta" or "residual"')
     if not 0.0 <= dropout < 1.0:
         raise OptionError(f"dropout={dropout}: it must be at least 0 and below 1")
     where = type(model).__name__
@@ -77,7 +76,7 @@ def attach(
     inputs = random_inputs(model)
     before = None if inputs is None else output_of(model, inputs)
     if before is not None and form == "residual" and before.dtype.itemsize < 4:
-        before = None  # R's rounding may be all that is seen there
+        before = None  # R's rounding may be all there is
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
     for name, (A, B) in scaled.items():
@@ -93,7 +92,7 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Take the adapters off, in place: the model is as it was before `attach`, weights bit for bit. Returns it."""
+    """Take the adapters off, in place, and return the model as it was before `attach`, its weights bit for bit."""
     for name, layer in list(adapters(model)):
         _replace(model, name, layer.restored_base_layer())
     trained: frozenset[str] = getattr(model, _FROZEN, frozenset())
@@ -114,7 +113,7 @@ def merge(model: Model) -> Model:
     layers = list(adapters(model))
     users = users_of_weights(model)
     for name, layer in layers:
-        instead = "`inilora convert` makes an adapter to load beside it"
+        instead = "`inilora convert` makes an adapter to load next to it"
         require_own_weight(layer.base_layer, name, instead)
         require_unshared_weight(users, name, layer.base_layer, "merging", instead)
     for _, layer in layers:
@@ -144,14 +143,14 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A and B alone: `{module}.lora_A.weight` (r, in_features) and `{module}.lora_B.weight` (out_features, r).
 
-    Names are those in the plain model, also through DDP and torch.compile. Under FSDP2 the tensors are
+    Names are those of the plain model, even through DDP and torch.compile. Under FSDP2 the tensors are
     gathered, so every process has to call this.
     """
     return {name: _whole(parameter.detach()) for name, parameter in _named(model)}
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Put what `adapter_state_dict` gave into a model to which the same factors are attached.
+    """Load what `adapter_state_dict` returned into a model to which the same factors are attached.
 
     Raises TargetError, before any change, if names or shapes differ.
     """

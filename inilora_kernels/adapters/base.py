@@ -23,7 +23,7 @@ from .modules import module_of
 def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, str]:
     """Return the checkpoint's tensor of each module, after comparing its sha256 with the one that the factors record.
 
-    Raises FactorFileError if the factors were computed from other weights, or do not say from which.
+    Raises FactorFileError if the factors were computed from other weights, or do not say which.
     """
     modules = list(dict.fromkeys(module_of(name) for name in factors))
     weights = {name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")}
@@ -35,7 +35,7 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
     for name, part in factors.items():
         if not part.source_sha256:
             raise FactorFileError(
-                f"{name}: these factors do not record which weight they are of; "
+                f"{name}: these factors do not record which weight they were computed from; "
                 f"load them with their base: FactorSet.load(folder, base), or --base"
             )
     found: dict[str, str] = {}
@@ -44,9 +44,9 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
         sha256 = found.setdefault(tensor, found.get(tensor) or checkpoint.sha256(tensor))
         if sha256 != part.source_sha256:
             raise FactorFileError(
-                f"{checkpoint.path}: {tensor} is not the weight that these factors were made of "
+                f"{checkpoint.path}: {tensor} is not the weight that these factors were computed from "
                 f"(sha256 {sha256[:12]}… here, {part.source_sha256[:12]}… in the factors); give the base model that "
-                f"`inilora approximate` read, in the same dtype, or make factors of this one"
+                f"`inilora approximate` read, in the same dtype, or compute factors from this one"
             )
     return tensors
 
@@ -62,10 +62,10 @@ def factors_sha256(factors: FactorSet) -> str:
 
 
 def write_residual_record(folder: Path, original: Path, factors: FactorSet, residual_sha256: Mapping[str, str]) -> None:
-    """Write into a residual folder which model and which factors it was made of.
+    """Record in a residual folder which model and which factors it was computed from.
 
-    residual_sha256: of R in each target's place, by the tensor's name: by these the folder is known as a residual
-        again, and a merged model with a copy of the record (Axolotl makes one) is not taken for it.
+    residual_sha256: of R in each target's place, by the tensor's name. They identify the folder as a residual later; a
+        merged model that carries a copy of the record (Axolotl makes one) is not mistaken for it.
     """
     record = {
         "base": "@".join(part for part in named_base(original).values() if part),
@@ -84,8 +84,8 @@ def find_original(
     config: the adapter's, which names the model that it was trained on.
     base: what the user names: an original, a folder or an id on the hub, or a residual folder.
 
-    The last value names the tensors in whose place a residual folder has R, if the adapter was trained on one; None if
-    it was trained on the model itself. Raises FactorFileError (factors of another model, or another residual),
+    The last value names the tensors that a residual folder replaces by R, if the adapter was trained on one; None if it
+    was trained on the model itself. Raises FactorFileError (factors of another model, or another residual),
     OptionError (no such model here) and CheckpointError.
     """
     named = config.get("base_model_name_or_path")
@@ -97,7 +97,7 @@ def find_original(
             f"give the factor file that `inilora export` read"
         )
     original = Path(base) if base is not None else Path(record.base) if record is not None else trained_on
-    # What is no path from the root may be the id of a model on the hub, which open_checkpoint looks up.
+    # A path that is not absolute may be the id of a model on the hub, which open_checkpoint looks up.
     may_be_id = original is not None and not original.is_absolute()
     if original is None or not (may_be_id or original.exists()):
         raise OptionError(
@@ -113,7 +113,7 @@ def find_original(
 
 
 def _read_record(folder: Path | None) -> ResidualRecord | None:
-    """The record of a residual folder; None for any other, also one to which a program has copied the record."""
+    """The record of a residual folder; None for any other, even one to which a program has copied the record."""
     file = None if folder is None else folder / RESIDUAL_RECORD
     if folder is None or file is None or not file.is_file():
         return None
@@ -126,7 +126,7 @@ def _read_record(folder: Path | None) -> ResidualRecord | None:
 
 
 def _local(name: str, revision: str | None) -> Path | None:
-    """The folder of a model: a path, or a hub model that was downloaded before."""
+    """The folder of a model: a path, or a hub model that has been downloaded."""
     if Path(name).is_dir():
         return Path(name)
     try:

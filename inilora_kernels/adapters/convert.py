@@ -1,6 +1,6 @@
-"""After training: back to the original model, as a plain LoRA beside it or merged into it.
+"""After training: back to the original model, as a plain LoRA next to it or merged into it.
 
-What a trainer saves is A and B alone. Together with the factors they started from, A0 and B0, they are the update
+A trainer saves A and B alone. Together with the factors they started from, A0 and B0, they are the update
 
     ΔW = s(BA − B0A0) = s [B, B − B0] [A − A0; A0]
 
@@ -31,10 +31,11 @@ from .started import difference
 from .trained_whole import find_trained_whole
 
 _ABOUT = (
-    "A plain LoRA for the original model, made by `inilora convert` of a LoRA that started from the pretrained weights."
+    "A plain LoRA for the original model, made by `inilora convert` from a LoRA that started from the pretrained "
+    "weights."
 )
 
-# Below this cosine between the trained A and the factors' A, they are hardly the ones that training started from.
+# Below this cosine between the trained A and the factors' A, training hardly started from these factors.
 _UNRELATED = 0.5
 
 
@@ -46,24 +47,24 @@ def convert(
     rank: int | None = None,
     insist: bool = False,
 ) -> dict[str, float]:
-    """Write a trained adapter as a plain LoRA for the original model, which PEFT loads and merges as any other.
+    """Write a trained adapter as a plain LoRA for the original model, which PEFT loads and merges like any other.
 
-    The result has the trained one's key names and modules trained whole, scaling 1 and one rank: 2r, or `rank`.
-    Programs that serve LoRAs (vLLM, SGLang) read r and lora_alpha alone, so there are no patterns and no rslora in it;
-    modules of a smaller rank are filled up with zeros. Sums are taken in float64, A and B written in float32.
+    The result has the trained adapter's key names and fully trained modules, scaling 1 and one rank: 2r, or `rank`.
+    Programs that serve LoRAs (vLLM, SGLang) read r and lora_alpha alone, so it has no patterns and no rslora;
+    modules of a smaller rank are padded with zeros. Sums are taken in float64, A and B written in float32.
 
-    trained: the adapter folder that a trainer saved, in whichever form.
+    trained: the adapter folder that a trainer saved, in either form.
     factors: those that it started from, or the path of their file.
-    out: a folder to make.
+    out: a folder to create.
     base: the original model, a folder or an id on the hub ("org/name", "org/name@revision"), or the residual folder
         that the adapter was trained on, if it is not where the adapter's config says.
     rank: recompress ΔW to this rank by its singular value decomposition, the nearest there is; None: exactly 2r.
-    insist: take the factors even if the adapter does not look as if it had started from them.
+    insist: accept the factors even if the adapter does not seem to have started from them.
 
     Returns the truncation error of each module, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, all 0 without `rank`.
 
-    Raises FactorFileError (the factors are of another model or another run; the folder is no plain LoRA; it holds NaN),
-    OptionError (rank; no base to be found), CheckpointError and OutputError; nothing is left behind then.
+    Raises FactorFileError (the factors are of another model or another run; the folder holds no plain LoRA, or NaN),
+    OptionError (rank; the base cannot be found), CheckpointError and OutputError, and then leaves nothing behind.
     """
     trained, out = Path(trained), Path(out)
     if rank is not None and rank < 1:
@@ -108,8 +109,8 @@ def export_merged(
     """Write the original model with a trained adapter merged into it: W + ΔW, summed in float32, in W's dtype.
 
     Config, tokenizer and all other tensors are copied as they are, some rows of one tensor in memory at a time. An
-    embedding that was trained alone, though the model shares it with its output layer, gets a tensor of its own, and
-    config.json then says so.
+    embedding that was trained by itself, although the model shares it with its output layer, gets a tensor of its own,
+    and config.json says so.
 
     Parameters and errors are those of `convert`; FactorFileError too if a module trained whole has no tensor in the
     base, WeightError if a weight is quantized or the sum leaves the range of its dtype, TargetError if ΔW would change
@@ -142,7 +143,7 @@ def export_merged(
 
 
 def _plus(A: Tensor, B: Tensor, transposed: bool) -> Change:
-    """W's rows, as stored, plus those of BA."""
+    """Rows of W as stored, plus those of BA."""
 
     def rows(start: int, W: Tensor) -> Tensor:
         stop = start + len(W)
@@ -159,9 +160,9 @@ def _instead(value: Tensor, start: int, rows: Tensor) -> Tensor:
 def recompress(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The nearest factors of a smaller rank to BA (Eckart–Young), balanced, and the relative error ‖BA − B'A'‖/‖BA‖.
 
-    By QR of B and Aᵀ and the SVD of a small core: BA itself is never formed.
+    By QR of B and Aᵀ and the SVD of a small core; BA itself is never formed.
 
-    A: (r, k), B: (d, r). Returns A' (rank, k), B' (d, rank), filled up with zeros where BA has a smaller rank.
+    A: (r, k), B: (d, r). Returns A' (rank, k), B' (d, rank), padded with zeros where BA has a smaller rank.
 
     >>> A, B = torch.eye(2, 3, dtype=torch.float64), torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
     >>> A1, B1, error = recompress(A, B, 1)
@@ -193,7 +194,7 @@ def _updates(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
     """Factors A' (2r, k) and B' (d, 2r) of each module's ΔW, float64, and the module's name in the factor set.
 
-    Some of the modules that have factors may have been trained alone (`layers_to_transform`, frozen towers).
+    Training may have covered only some of the modules that have factors (`layers_to_transform`, frozen towers).
     """
     shapes = {module: (B.shape[0], A.shape[1]) for module, (A, B) in adapter.factors.items()}
     try:
@@ -208,8 +209,9 @@ def _updates(
         A, B = _own_half(*adapter.factors[module], A0, B0)
         if A.shape[0] == 2 * start.rank:
             raise FactorFileError(
-                f"{trained}: {module} has twice the rank of the factors, as a started model saves it: a plain LoRA "
-                f"already, which started from other factors than these; load it as it is, or give those it started from"
+                f"{trained}: {module} has twice the rank of the factors, as a started model saves it, so it is a "
+                f"plain LoRA already, which started from other factors than these; load it as it is, or give the "
+                f"factors that it started from"
             )
         if A.shape[0] != start.rank:
             raise FactorFileError(
@@ -218,7 +220,7 @@ def _updates(
             )
         if residual is None:
             # A trainer may keep A and B in bfloat16 (TRL does on a quantized base): then what was subtracted in
-            # training is A0 and B0 in bfloat16 too. A residual on disk was made of the float32 ones.
+            # training is A0 and B0 in bfloat16 too. A residual on disk was computed from the float32 ones.
             A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
         ends[module] = (A.double(), B.double(), A0.double(), B0.double())
         A1, B1 = difference(*ends[module])
@@ -238,7 +240,7 @@ def _updates(
 
 
 def _own_half(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of a folder with [A; A0] and [B, −B0], the plain LoRA that a model saves which knows its start."""
+    """A and B from a folder with [A; A0] and [B, −B0], the plain LoRA that a started model saves."""
     r = A0.shape[0]
     # Rank-stabilized scaling of twice the rank goes through √2, so A0 and B0 may differ in a last place.
     rtol = 4 * torch.finfo(A.dtype).eps
@@ -251,9 +253,9 @@ def _own_half(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Ten
 
 
 def _require_related(trained: Path, ends: Mapping[str, tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
-    """Raise FactorFileError if neither A nor the product BA is near to where the factors say that it started.
+    """Raise FactorFileError if neither A nor the product BA is near where the factors say it started.
 
-    The product too, since factors of the same product in another basis, another seed's, are as good as the right ones.
+    The product counts too, since factors of the same product in another basis (another seed's) serve as well.
     """
     nearness = {"A": 0.0, "BA": 0.0}
     for A, B, A0, B0 in ends.values():
@@ -266,7 +268,7 @@ def _require_related(trained: Path, ends: Mapping[str, tuple[Tensor, Tensor, Ten
     if max(means.values()) < _UNRELATED:
         raise FactorFileError(
             f"{trained}: neither its A nor its BA is near the factors' (mean cosine {means['A']:.2f} and "
-            f"{means['BA']:.2f}), so it has hardly started from them, and the result would be off by all of their BA; "
+            f"{means['BA']:.2f}), so it hardly started from them, and the result would be off by all of their BA; "
             f"give the factors that training started from, or insist (--insist, insist=True)"
         )
 

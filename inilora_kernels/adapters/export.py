@@ -1,4 +1,4 @@
-"""Factors as folders that PEFT, and every trainer that reads PEFT's folders, takes as they are.
+"""Factors as folders that PEFT, and every trainer that reads PEFT's folders, can load as they are.
 
 export_residual   OUT/base      the model with R = W − BA in place of each target W
                   OUT/adapter   A and B, trainable
@@ -50,13 +50,13 @@ _ABOUT_INITIAL = (
 )
 _ABOUT_TRAINED = (
     "A trained LoRA that started from the pretrained weights. **Alone on the base model it is wrong**: "
-    "`inilora convert` makes a plain LoRA of it and of the factors that it started from."
+    "`inilora convert` makes a plain LoRA from it and the factors that it started from."
 )
 
 
 @dataclass
 class _Residual:
-    """R = W − BA of one tensor, a strip of its rows after the other, and what is known of it afterwards.
+    """R = W − BA of one tensor, strip by strip, with its sha256 and size once all rows are done.
 
     parts: the factors of the whole W, or those of rows of a fused one.
     out_features: of W.
@@ -70,14 +70,14 @@ class _Residual:
     dtype: torch.dtype = torch.float32
 
     def rows(self, start: int, W: Tensor) -> Tensor:
-        """R's rows as stored, from `start` on, of W's; summed in float32."""
+        """Rows of R as stored, from `start` on, given W's; summed in float32."""
         R = W.to(torch.float32, copy=True)
         for part in self.parts:
             index = row_index(part.rows, self.out_features)
             if part.transposed:
                 R[:, index] -= part.A[:, start : start + len(W)].T @ part.B.T
                 continue
-            # Those of the part's rows, in ascending order, that are here.
+            # The part's rows, in ascending order, that lie in this strip.
             rows = torch.arange(self.out_features)[index]
             low, high = torch.searchsorted(rows, torch.tensor([start, start + len(W)])).tolist()
             R[rows[low:high] - start] -= part.B[low:high] @ part.A
@@ -105,23 +105,23 @@ def export_residual(
     lora_dropout: float = 0.0,
     task_type: TaskType | None = None,
 ) -> None:
-    """Write OUT/base, the model with R = W − BA in place of each target W, and OUT/adapter with A and B.
+    """Write OUT/base, the model with R = W − BA in place of each target W, and OUT/adapter, A and B.
 
     `PeftModel.from_pretrained(AutoModel….from_pretrained("OUT/base"), "OUT/adapter", is_trainable=True)` gives the
     output of the original model, to the rounding of R. R is summed in float32 and cast to W's dtype; config, tokenizer
     and all other tensors are copied as they are. Memory holds one tensor at a time.
 
     base: a Hugging Face model folder, or a model's id on the hub, "org/name" or "org/name@revision"; its target weights
-        must be those that the factors were made of.
+        must be the ones that the factors were computed from.
     factors: a FactorSet, or the path of a factor file.
-    lora_alpha: PEFT's; None for a scaling of 1, as in the paper. The scaling is the same for modules of other ranks,
-        and A and B are divided by its square root, so that scaling·BA stays what it is.
+    lora_alpha: PEFT's; None for a scaling of 1, as in the paper. The scaling is the same for modules of every rank, and
+        A and B are divided by its square root, so that scaling·BA stays the same.
     use_rslora: the scaling is lora_alpha / √r instead of lora_alpha / r.
-    task_type: PEFT's; the model's own class, as config.json has it, if None. It decides on the names of the modules.
+    task_type: PEFT's; None for the model's own class, from config.json. It decides the names of the modules.
         The head of SEQ_CLS, TOKEN_CLS and QUESTION_ANS must be in `base`, and is copied into the adapter.
 
-    Raises FactorFileError (factors of another model), OptionError, TargetError, CheckpointError, OutputError; nothing
-    is left behind then. Warns where the dtype of R loses W to rounding.
+    Raises FactorFileError (factors of another model), OptionError, TargetError, CheckpointError and OutputError, and
+    then leaves nothing behind. Warns where the dtype of R loses W to rounding.
     """
     out = Path(out)
     factors = factor_set(factors, base)
@@ -173,9 +173,9 @@ def export_delta(
     lora_dropout: float = 0.0,
     task_type: TaskType | None = None,
 ) -> None:
-    """Write OUT/adapter with A and B, to train, and OUT/initial with A and −B, to stay frozen beside it.
+    """Write OUT/adapter with A and B, to train, and OUT/initial with A and −B, to stay frozen next to it.
 
-    Both together add nothing to the original model, which stays as it is and may be quantized. `load_delta` loads them
+    Together they add nothing to the original model, which stays as it is and may be quantized. `load_delta` loads them
     so that this holds to the bit; as two active adapters of plain PEFT it holds to float32 rounding.
 
     base: the model that the factors were made of, a folder or an id on the hub. The other parameters and the errors are
@@ -208,11 +208,11 @@ def save_adapter(
 ) -> None:
     """Write what a model with attached adapters has learned as PEFT's adapter folder, as PEFT itself would.
 
-    For training without PEFT: `attach`, train, `save_adapter`, and `convert` makes a plain LoRA of the folder. It
-    holds A and B alone, and modules trained whole, such as a head. A sharded model is gathered first: load its
-    `adapter_state_dict` into one that is not.
+    For training without PEFT: `attach`, train, `save_adapter`; `convert` then makes a plain LoRA from the folder. It
+    holds A and B alone, and modules trained whole, such as a head. Gather a sharded model first: load its
+    `adapter_state_dict` into a model that is not sharded.
 
-    base: the original model, a folder or its id on the hub; task_type: PEFT's, for whoever loads the converted adapter.
+    base: the original model, a folder or its id on the hub; task_type: PEFT's, for loading the converted adapter.
 
     Raises TargetError if no adapter is attached, and OutputError.
     """

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder: its config, by PEFT's own LoraConfig, its tensors, and a card that says what it is."""
+"""PEFT's adapter folder: its config, by PEFT's own LoraConfig, its tensors, and a model card that says what it is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Adapter:
 
     config: adapter_config.json.
     factors: A (r, in_features) and B (out_features, r) by the module's name in the model.
-    others: tensors trained whole (`modules_to_save`), by their full key.
+    others: fully trained tensors (`modules_to_save`), by their full key.
     """
 
     config: Mapping[str, Any]
@@ -62,9 +62,9 @@ def pattern_value(pattern: Mapping[str, float], module: str, otherwise: float) -
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter folder that PEFT, or a trainer by way of it, wrote. Raises FactorFileError.
+    """Read an adapter folder that PEFT, or a trainer through PEFT, wrote. Raises FactorFileError.
 
-    Refused, because BA is not all that they add to W: DoRA, and LoRA with a bias.
+    DoRA and LoRA with a bias are refused, since they add more than BA to W.
     """
     try:
         text = (folder / CONFIG).read_bytes()
@@ -90,7 +90,7 @@ def read_adapter(folder: Path) -> Adapter:
         A, B = tensors.pop(f"{module}.lora_A.weight"), tensors.pop(f"{module}.lora_B.weight")
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or not A.shape[0]:
             raise FactorFileError(
-                f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, which are no factors "
+                f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not "
                 f"(r, in_features) and (out_features, r); save it again"
             )
         if not (A.isfinite().all() and B.isfinite().all()):
@@ -103,7 +103,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:
-    """Write an adapter into a folder that is there, as this version of PEFT writes it, and a card.
+    """Write an adapter into an existing folder, as this version of PEFT writes it, with a model card.
 
     about: what the card says of it, in Markdown.
     """
@@ -111,8 +111,11 @@ def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:
     try:
         config = LoraConfig(**{name: value for name, value in adapter.config.items() if name in known})
     except (TypeError, ValueError) as error:
-        raise FactorFileError(f"{CONFIG}: PEFT does not take it ({error}); save the adapter again") from error
-    for name in ("target_modules", "exclude_modules"):  # sets by now, whose order differs from run to run
+        raise FactorFileError(f"{CONFIG}: PEFT does not accept it ({error}); save the adapter again") from error
+    for name in (
+        "target_modules",
+        "exclude_modules",
+    ):  # PEFT has made sets of these, whose order differs from run to run
         if isinstance(getattr(config, name, None), set):
             setattr(config, name, sorted(getattr(config, name)))
     config.save_pretrained(str(folder), auto_mapping_dict=adapter.config.get("auto_mapping"))

@@ -8,7 +8,7 @@ In the delta form the difference is taken between the factors, before anything i
     BA − B0A0 = B(A − A0) + (B − B0)A0 = [B, B − B0] [A − A0; A0]
 
 As long as A = A0 and B = B0 both differences are exactly 0, so the layer returns the base layer's output in
-any dtype, by any kernel; afterwards the rounding error is relative to what training changed, and not to BA,
+any dtype, by any kernel; afterwards the rounding error is relative to what training changed, not to BA,
 which is many times larger. The gradients are those of the residual form.
 """
 
@@ -28,13 +28,13 @@ class LoRALinear(nn.Module):
 
     base_layer: an nn.Linear, quantized or not, or transformers' Conv1D; frozen.
     A: (r, in_features), B: (out_features, r): where the adapter starts, already divided by √scaling.
-    form: "delta" or "residual", as at the head of this module.
-    dropout: probability for the adapter's input. In the delta form step 0 is exact with it too; in the residual form,
-        during training, it drops a part of W itself.
+    form: "delta" or "residual"; see the top of this module.
+    dropout: probability for the adapter's input. In the delta form step 0 is exact even so; in the residual form,
+        dropout in training drops part of W itself.
 
     A and B are float32 whatever the base's dtype, and so is the adapter's arithmetic outside autocast; the
-    sum is rounded once to the dtype of the base's output. Only they are in the state dict; A0 and B0 are
-    buffers that it leaves out. `weight` and `bias` are the base layer's, for code that asks for their dtype.
+    sum is rounded once to the dtype of the base's output. They alone are in the state dict; A0 and B0 are buffers that
+    it leaves out. `weight` and `bias` are the base layer's, for code that asks for their dtype.
 
     >>> base = nn.Linear(3, 2, dtype=torch.bfloat16)
     >>> x = torch.randn(5, 3, dtype=torch.bfloat16)
@@ -67,7 +67,7 @@ class LoRALinear(nn.Module):
         self.lora_A = of_A(nn.Parameter(A.to(device, copy=True)), A)
         self.lora_B = of_B(nn.Parameter(B.to(device, copy=True)), B)
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        # The weight as it was, on the CPU, while another stands in its place: W comes back bit for bit.
+        # The original weight, on the CPU, while another is in its place, so that W comes back bit for bit.
         self._original: Tensor | None = None
         if form == "residual":
             self._put_weight(self._residual())
@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
         return getattr(self.base_layer, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Wx, or what the head of this module says; x (…, in_features), y (…, out_features)."""
+        """Wx, or as at the top of this module; x (…, in_features), y (…, out_features)."""
         y: Tensor = self.base_layer(x)
         if self.merged:
             return y
@@ -98,13 +98,13 @@ class LoRALinear(nn.Module):
         return self.scaling * (B.float() @ A.float())
 
     def merge(self) -> None:
-        """Put W + s(BA − B0A0), summed in float32, into the base layer, which then does all the work.
+        """Put W + s(BA − B0A0), summed in float32, into the base layer, which from then on does all the work.
 
         Raises WeightError where the base layer is quantized, sharded or offloaded.
         """
         if self.merged:
             return
-        require_own_weight(self.base_layer, "merge", "`inilora convert` makes an adapter to load beside it")
+        require_own_weight(self.base_layer, "merge", "`inilora convert` makes an adapter to load next to it")
         original = self._weight() if self._original is None else self._original.to(self._weight())
         self._put_weight(self._add(original, self.delta()))
         self.merged = True

@@ -1,4 +1,4 @@
-"""What a live model does with the layers that are to get an adapter: whether it calls them, and what it computes."""
+"""What a live model does with the layers that will get an adapter: whether it calls them, and what it computes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NOT_THE_FORWARD_PASS = ("__init__", "_init", "init_", "reset_", "_reset", "tie_
 
 
 def require_called(model: nn.Module, names: Collection[str]) -> None:
-    """Raise TargetError if a layer's weight is read by the code around it, which does not call the layer.
+    """Raise TargetError if the code around a layer reads its weight instead of calling it.
 
-    An adapter on such a layer does nothing: `MultiheadAttention.out_proj`, `dt_proj` of Mamba. The source of the
+    An adapter on such a layer has no effect: `MultiheadAttention.out_proj`, `dt_proj` of Mamba. The source of the
     modules around each layer says where its weight is read; where the model can be run on random input, that decides
-    whether the layer is called all the same.
+    whether the layer is called after all.
     """
     suspects = {name: reader for name in names if (reader := reads_weight(model, name))}
     if not suspects:
@@ -38,13 +38,13 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
     for name, reader in suspects.items():
         if name not in called:
             raise TargetError(
-                f"{name}: {reader} reads its weight and does not call the layer, so an adapter on it would do "
-                f"nothing; leave this module out of target_modules and of the factors"
+                f"{name}: {reader} reads its weight and does not call the layer, so an adapter on it would have "
+                f"no effect; leave this module out of target_modules and of the factors"
             )
 
 
 def reads_weight(model: nn.Module, name: str) -> str | None:
-    """The class and method around a module that computes with `module.weight` itself, by its source; or None.
+    """The class and method around a module whose source computes with `module.weight` itself; None if there is none.
 
     >>> reads_weight(nn.MultiheadAttention(4, 2), "out_proj")
     'MultiheadAttention.forward'
@@ -78,10 +78,10 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def require_same_output(before: Tensor, after: Tensor | None, where: str) -> None:
-    """Raise TargetError if a model's output on the same input has changed: a start must not change it.
+    """Raise TargetError if a model's output on the same input has changed, as a start must not change it.
 
-    The tolerance is far above what kernels that add in no fixed order change, and what R's rounding does, and far below
-    what a layer does that starts from BA instead of W.
+    The tolerance is far above the effect of R's rounding and of kernels that add in no fixed order, and far below that
+    of a layer that starts from BA instead of W.
     """
     if after is None or before.shape != after.shape:
         return
@@ -101,7 +101,7 @@ def model_config(model: nn.Module) -> dict[str, object] | None:
 
 
 def called_layers(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tensor]) -> frozenset[str]:
-    """Which of these layers are called both in evaluation and in training, where fused kernels may pass them by."""
+    """Which of these layers are called both in evaluation and in training, where fused kernels may bypass them."""
     called = frozenset(names)
     for training in (False, True):
         called &= _called(model, names, inputs, training)
@@ -127,7 +127,7 @@ def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = F
     with _mode(model, training), torch.random.fork_rng(devices=[]):
         try:
             output = model(**inputs)
-        except Exception:  # whatever a model raises on input that is not meant for it: then it tells us nothing
+        except Exception:  # whatever a model raises on input that is not meant for it; it then tells us nothing
             return None
     first = (
         output
@@ -159,7 +159,7 @@ def _methods(module: nn.Module) -> dict[str, Any]:
         if owner not in (nn.Module, object):
             for name, function in vars(owner).items():
                 functions.setdefault(name, function)
-    if "forward" in vars(module):  # patched on the object, as some kernels' integrations do
+    if "forward" in vars(module):  # patched on the object, as some kernel integrations do
         functions["forward"] = vars(module)["forward"]
     return {
         f"{type(module).__name__}.{name}": inspect.unwrap(function)

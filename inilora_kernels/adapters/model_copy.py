@@ -1,4 +1,4 @@
-"""A copy of a model's folder with a few weights changed, strip by strip: memory holds some rows of one tensor."""
+"""Copy a model's folder with a few weights changed, strip by strip; memory holds some rows of one tensor."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..storage.atomic import save_tensors
 
 RESIDUAL_RECORD = "inilora_residual.json"
 
-# Gets the number of a tensor's first row and some rows as stored; returns the new rows in the same shape and dtype.
+# (index of the first row, rows as stored) ↦ the new rows, in the same shape and dtype.
 Change = Callable[[int, Tensor], Tensor]
 
-# Other copies of a model's weights, files of other programs, and what we ourselves know of another folder: a changed
-# model must not carry them along.
+# Other copies of a model's weights, other programs' files, and our own record of another folder: a changed model must
+# not carry them along.
 _LEFT_BEHIND = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index\.json)?|\..*"
     rf"|{re.escape(RESIDUAL_RECORD)}"
@@ -40,13 +40,13 @@ def copy_model(
     """Copy a model's folder: config, tokenizer and whatever else is there, and its weights, some of them changed.
 
     changes: by the tensor's name.
-    untied: tensors to add, by name: their values, or the name of the tensor, unchanged, with which the model has shared
+    untied: tensors to add, by name: their values, or the name of the unchanged tensor that the model has shared with
         them so far. config.json then says that nothing is shared.
 
     A safetensors shard is copied as a file and then overwritten in the places of the changed tensors, so everything
-    else stays as it was to the byte. A torch file becomes safetensors, a shard in memory at a time.
+    else stays the same to the byte. A torch file becomes safetensors, with one shard in memory at a time.
 
-    Raises CheckpointError: a single file, or weights in another folder than the config, or of another kind.
+    Raises CheckpointError for a single file, weights in another folder than the config, and other kinds of file.
     """
     source = checkpoint.path
     if not source.is_dir():
@@ -57,7 +57,9 @@ def copy_model(
         raise CheckpointError(f"{source}: its weights are in {elsewhere}; give that folder as the base")
     in_place = all(shard.suffix == ".safetensors" for shard in shards)
     if not in_place and not all(shard.suffix in SUFFIXES for shard in shards):
-        raise CheckpointError(f"{shards[0]}: neither safetensors nor a torch file; save_pretrained the model first")
+        raise CheckpointError(
+            f"{shards[0]}: neither safetensors nor a torch file; save the model with save_pretrained first"
+        )
     parts = _parts_of_sentence_transformers(source)
 
     def left_behind(where: str, names: list[str]) -> list[str]:
@@ -72,7 +74,7 @@ def copy_model(
 
 
 def _parts_of_sentence_transformers(folder: Path) -> frozenset[str]:
-    """The folders of further layers (`2_Dense`), which belong to the model and have weights of their own."""
+    """The folders of further layers (`2_Dense`) that belong to the model and have their own weights."""
     file = folder / "modules.json"
     try:
         modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
@@ -84,7 +86,7 @@ def _parts_of_sentence_transformers(folder: Path) -> frozenset[str]:
 def _overwrite(
     checkpoint: Checkpoint, shards: list[Path], folder: Path, changes: Mapping[str, Change]
 ) -> dict[str, str]:
-    """Copy the shards and put the changed tensors in their places. Returns the file of each tensor."""
+    """Copy the shards and overwrite the changed tensors in place. Returns the file of each tensor."""
     for shard in shards:
         shutil.copyfile(shard, folder / shard.name)
     for index in checkpoint.path.glob("*.safetensors.index.json"):
@@ -100,7 +102,7 @@ def _overwrite(
 
 
 def _rewrite(checkpoint: Checkpoint, shards: list[Path], folder: Path, changes: Mapping[str, Change]) -> dict[str, str]:
-    """Write what torch files hold as safetensors. Returns the file of each tensor."""
+    """Write the contents of torch files as safetensors. Returns the file of each tensor."""
     files: dict[str, str] = {}
     for place, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{place:05}-of-{len(shards):05}.safetensors"
@@ -117,7 +119,7 @@ def _rewrite(checkpoint: Checkpoint, shards: list[Path], folder: Path, changes: 
 
 
 def _untie(checkpoint: Checkpoint, folder: Path, files: Mapping[str, str], untied: Mapping[str, Tensor | str]) -> None:
-    """Give each of these names a tensor of its own, in a shard of its own, and say in config.json that it has one."""
+    """Give each of these names a tensor of its own, in a shard of its own, and say so in config.json."""
     files = dict(files)
     if "model.safetensors" in files.values():  # with a file of this name, transformers looks at no index
         (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -159,7 +161,7 @@ def _checked(change: Change, name: str, start: int, rows: Tensor) -> Tensor:
     if new.is_floating_point() and rows.isfinite().all() and not new.isfinite().all():
         raise WeightError(
             f"{name}: the new weight is not finite in {new.dtype}: the sum leaves its range, or the factors or the "
-            f"trained adapter hold NaN; look at them, or use the model in a wider dtype"
+            f"trained adapter hold NaN; check them, or use the model in a wider dtype"
         )
     return new
 

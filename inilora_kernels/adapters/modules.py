@@ -1,4 +1,4 @@
-"""Which linear module of a model each matrix of a FactorSet belongs to, and what its factors start there."""
+"""Which linear module of a model each matrix of a FactorSet belongs to, and the start its factors give it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..suggestions import some
 class Start:
     """The factors that an adapter of one module starts from, float32: A (r, in_features), B (out_features, r), BA ≈ W.
 
-    names: of the matrices in the FactorSet that it comes from; several for a fused weight.
+    names: the matrices of the FactorSet that it comes from; several for a fused weight.
     """
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Start:
         return int(self.A.shape[0])
 
     def scaled(self, scaling: float) -> tuple[Tensor, Tensor]:
-        """(A/√s, B/√s), so that s·B'A' = BA. Both by the same, which keeps balanced factors balanced.
+        """(A/√s, B/√s), so that s·B'A' = BA. Dividing both by the same keeps balanced factors balanced.
 
         Raises OptionError if s is not positive and finite, or so large or small that A/√s or B/√s leaves float32.
         """
@@ -45,10 +45,10 @@ class Start:
         scaled = []
         for factor in (self.A, self.B):
             largest = float(factor.abs().max())
-            # Beyond these bounds float32's range ends for entries 2²⁶ times smaller, or larger, than the largest.
+            # Beyond these bounds, entries 2²⁶ times smaller or larger than the largest leave float32's range.
             if largest and not 2.0**-100 < largest / root < 2.0**100:
                 raise OptionError(
-                    f"scaling={scaling:g}: A and B of {self.names[0]} divided by its root leave float32's range; "
+                    f"scaling={scaling:g}: A and B of {self.names[0]}, divided by its root, leave float32's range; "
                     f"give a lora_alpha nearer to the rank"
                 )
             scaled.append(factor / root)
@@ -89,9 +89,9 @@ def find_starts(
     """Return the start of each module that has factors, by the module's name in the model, in the FactorSet's order.
 
     shapes: (out_features, in_features) of the model's linear modules, by name.
-    where: names the model in messages.
-    config: the model's config.json, for modules that transformers calls otherwise than the checkpoint does.
-    partial: each of `shapes` has factors, but not the other way round.
+    where: what messages call the model.
+    config: the model's config.json, for modules to which transformers gives other names than the checkpoint.
+    partial: every one of `shapes` has factors, but some factors may have no module.
 
     Names in a checkpoint and in a model may differ by a prefix, `bert.` or `base_model.model.`, the same
     one for all. Two parts of one fused weight start one adapter together: their A stacked, each B in its
@@ -101,11 +101,11 @@ def find_starts(
     hold NaN or Inf.
     """
     if not factors:
-        raise TargetError(f"{where}: the factor set is empty; make it again with `inilora approximate`")
+        raise TargetError(f"{where}: the factor set is empty; compute it again with `inilora approximate`")
     parts: dict[str, dict[str, Factors]] = {}
     for name, part in factors.items():
         if not (part.A.isfinite().all() and part.B.isfinite().all()):
-            raise FactorFileError(f"{name}: its factors hold NaN or Inf; make them again with `inilora approximate`")
+            raise FactorFileError(f"{name}: its factors hold NaN or Inf; compute them again with `inilora approximate`")
         parts.setdefault(module_of(name), {})[name] = part
     live_names = _live_names(list(parts), shapes, where, config, partial)
     return {
@@ -138,7 +138,7 @@ def _live_names(
 
 
 def _match_part(wanted: Sequence[str], available: Collection[str], where: str) -> dict[str, str]:
-    """As `match_names`, where some of the wanted names are not there."""
+    """Like `match_names`, where some of the wanted names may be missing."""
     try:
         return {name: live for live, name in match_names(list(available), wanted, where).items()}
     except TargetError as error:

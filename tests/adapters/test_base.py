@@ -19,7 +19,9 @@ from ..factorized import factorize
 def test_factors_of_another_model_are_refused(minilm: Path, sharded: Path, gpt2: Path, tmp_path: Path) -> None:
     factors = factorize(sharded)
     for export in (export_residual, export_delta):
-        with pytest.raises(FactorFileError, match=r"query\.weight is not the weight that these factors were made of"):
+        with pytest.raises(
+            FactorFileError, match=r"query\.weight is not the weight that these factors were computed from"
+        ):
             export(minilm, factors, tmp_path / "out")
         with pytest.raises(FactorFileError, match=r"not of this model.*no linear module"):
             export(gpt2, factors, tmp_path / "out")
@@ -32,7 +34,7 @@ def test_a_residual_remembers_its_factors(
     export_residual(minilm, minilm_factors, tmp_path / "out")
     with pytest.raises(FactorFileError, match="residual of other factors than these"):
         convert(tmp_path / "out/adapter", minilm_alpha, tmp_path / "lora")
-    # Naming the residual as the base means the original that it was made of.
+    # Naming the residual as the base means the original that it was computed from.
     convert(tmp_path / "out/adapter", minilm_factors, tmp_path / "lora", base=tmp_path / "out/base")
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(minilm)

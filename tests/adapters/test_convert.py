@@ -171,7 +171,7 @@ def test_converted_adapters_take_turns_on_one_base(llama: Path, tmp_path: Path) 
 
 
 def test_an_adapter_in_bfloat16_from_a_residual_folder(llama: Path, tmp_path: Path) -> None:
-    """Unsloth, Axolotl and torchtune may save bfloat16; the residual was made of the float32 factors all the same."""
+    """Unsloth, Axolotl and torchtune may save bfloat16; its residual is that of the float32 factors all the same."""
     factors = factorize(llama, ("q_proj", "v_proj"), rank=4, start=inilora_alpha)
     export_residual(llama, factors, tmp_path / "residual")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "residual/base")
@@ -316,7 +316,9 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
     export_delta(minilm, minilm_factors, tmp_path / "delta")
     alone = tmp_path / "delta/adapter"
     for act in (convert, export_merged):
-        with pytest.raises(FactorFileError, match=r"query\.weight is not the weight that these factors were made of"):
+        with pytest.raises(
+            FactorFileError, match=r"query\.weight is not the weight that these factors were computed from"
+        ):
             act(tmp_path / "trained", wrong, tmp_path / "out")
         with pytest.raises(FactorFileError, match="is not the weight"):
             act(tmp_path / "trained", minilm_factors, tmp_path / "out", base=other)

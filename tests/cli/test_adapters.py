@@ -144,13 +144,13 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(
     out = ["-o", tmp_path / "out"]
     for arguments, message in (
         (["export", file, *out], "as --base"),
-        (["export", file, "--base", other, *out], "is not the weight that these factors were made of (sha256"),
+        (["export", file, "--base", other, *out], "is not the weight that these factors were computed from (sha256"),
         (["export", file, "--base", minilm, *out, "--form", "both"], "'both' is not one of"),
         (["export", file, "--base", minilm, *out, "--task-type", "SFT"], "'SFT' is not one of"),
         (["export", file, "--base", minilm, "-o", trained], "already there"),
         (["convert", trained, "--init", tmp_path / "other.safetensors", *out], "is not the weight that these factors"),
         (["merge", trained, "--init", tmp_path / "other.safetensors", *out], "is not the weight that these factors"),
-        (["convert", trained, "--init", tmp_path / "pt", *out], "do not record which weight they are of"),
+        (["convert", trained, "--init", tmp_path / "pt", *out], "do not record which weight they were computed"),
         (["convert", trained, "--init", tmp_path / "gone", *out], "no such factor file"),
         (["convert", minilm, "--init", file, *out], "adapter_config.json"),
         (["convert", trained, "--init", file, *out, "--rank", 0], "rank=0"),

@@ -1,4 +1,4 @@
-"""The flags that are made of options.py: one for each field, with its default, and values read from their text."""
+"""The flags that are made from options.py: one for each field, with its default, and values read from their text."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_there_and_back_and_into_peft(minilm: Path, minilm_alpha: FactorSet, tmp
     assert torch.equal(model(ids)[0], original(ids)[0])
     convert(tmp_path / "delta/adapter", factors, tmp_path / "lora")
     assert torch.equal(PeftModel.from_pretrained(original, tmp_path / "lora").eval()(ids)[0], model(ids)[0])
-    with pytest.raises(FactorFileError, match="do not record which weight they are of"):
+    with pytest.raises(FactorFileError, match="do not record which weight they were computed"):
         convert(tmp_path / "delta/adapter", FactorSet.load(tmp_path / "pt"), tmp_path / "other")
 
 
