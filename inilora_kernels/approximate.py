@@ -41,10 +41,9 @@ def approximate_model(path: Model, options: ModelOptions) -> FactorSet:
     The paper's IniLoRA, the default, minimizes f = ||W − BA||_F² (paper, Eq. 3) by Adam from A, B ~ N(0, σ̄²). Every
     result, by any method, comes with f and the least that the rank allows, f* = Σ_{i>r} σ_i². float32.
 
-    path: a model's folder, one weight file (safetensors, GGUF, or torch's, read with weights_only), or the id of a
-        model on the Hugging Face hub; only its config and the files with targets are downloaded. Quantized weights are
-        dequantized, one matrix at a time. Or a live model or its state dict, on any device: the same bytes give the
-        same factors as from the folder.
+    path: a model's folder, a weight file (safetensors, GGUF, or of torch, read with weights_only), a hub id, of which
+        config and the files with targets are downloaded, or a live model or its state dict, on any device: the same
+        bytes give the same factors. Quantized weights are dequantized, one matrix at a time.
 
     Raises OptionError, CheckpointError, TargetError, WeightError or BackendError, all before any long work, except for
     a WeightError if a run diverges.
@@ -124,8 +123,9 @@ approximate = _overloaded(Options)
 
 
 def _targets(model: Model, options: ModelOptions) -> list[Target]:
-    checkpoint = open_model(model, options.revision, options.token, tensors_of(options.target_modules))
-    return find_targets(checkpoint, options.target_modules, lambda module: max(options.ranks_of(module) or (1,)))
+    modules, parameters = options.target_modules, options.target_parameters
+    checkpoint = open_model(model, options.revision, options.token, tensors_of(modules, parameters))
+    return find_targets(checkpoint, modules, lambda module: max(options.ranks_of(module) or (1,)), parameters)
 
 
 def _factorize(

@@ -248,6 +248,12 @@ class ModelOptions(Options):
         "value projections.",
         decides=False,
     )
+    target_parameters: Collection[str] | None = option(
+        None,
+        "As in PEFT's LoraConfig: parameters of experts, by name ending, such as mlp.experts.gate_up_proj; a matrix "
+        "for each expert. Default: none.",
+        decides=False,
+    )
     revision: str | None = option(None, "The branch, tag or commit of a model on the hub.", decides=False)
     token: str | None = option(
         None,

@@ -135,4 +135,5 @@ _SPELLED: Mapping[str, _Spelled] = {
         target_modules_from,
         " Repeat for more names, or put commas between; anything else is an expression.",
     ),
+    "target_parameters": _Spelled(list[str] | None, None, lambda names: names or None, " Repeat for more."),
 }

@@ -61,6 +61,18 @@ class Layer:
     shared_with: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """How transformers makes one parameter of several stored tensors, as seen from one of them.
+
+    operations: what is done with them, in order: "MergeModulelist(0)" stacks, "Concatenate(1)" joins.
+    place: of this tensor among those that are joined.
+    """
+
+    operations: tuple[str, ...]
+    place: int
+
+
 @dataclass(frozen=True, eq=False)
 class Architecture:
     """The modules of one model.
@@ -68,6 +80,7 @@ class Architecture:
     model: the model itself, on the meta device.
     layers: by the module's name in the checkpoint; only those that the model loads one to one.
     merged: the parameter that several modules' weights become on loading, such as all experts of a layer.
+    conversions: how each of these modules' weights becomes a part of it.
     unloaded: modules of the checkpoint that the model does not load.
     missing: modules of the model that the checkpoint has no weight for.
     complete: every linear layer of the model is in the checkpoint, so what else is there is not the model's.
@@ -79,6 +92,7 @@ class Architecture:
     model: PreTrainedModel
     layers: Mapping[str, Layer]
     merged: Mapping[str, str]
+    conversions: Mapping[str, Conversion]
     unloaded: frozenset[str]
     missing: tuple[str, ...]
     complete: bool
@@ -105,7 +119,8 @@ class Architecture:
         name = type(self.model).__name__
         if module in self.merged:
             parameter = re.sub(r"\.\d+\.", ".*.", self.merged[module])
-            return f"{name} keeps it as a part of {parameter}, which is no linear layer and takes no adapter"
+            ending = ".".join(parameter.split(".")[-2:])
+            return f'{name} keeps it as a part of {parameter}, which target_parameters=["{ending}"] factorizes'
         return f"{name} does not load it" if module in self.unloaded else None
 
 
@@ -167,8 +182,8 @@ def loaded_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, st
     loads_into = _loader(model)
     names = {}
     for module in modules:
-        live, merged = loads_into(f"{module}.weight")
-        if live is not None and not merged:
+        live, conversion = loads_into(f"{module}.weight")
+        if live is not None and conversion is None:
             names[module] = live.removesuffix(".weight")
     return names
 
@@ -195,14 +210,15 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
     loads_into = _loader(model)
     layers: dict[str, Layer] = {}
     merged: dict[str, str] = {}
+    conversions: dict[str, Conversion] = {}
     unloaded = []
     for module in modules:
-        live, is_merged = loads_into(f"{module}.weight")
+        live, conversion = loads_into(f"{module}.weight")
         name = None if live is None else live.removesuffix(".weight")
         if name is None:
             unloaded.append(module)
-        elif is_merged:
-            merged[module] = name
+        elif conversion is not None:
+            merged[module], conversions[module] = name, conversion
         elif name in every:
             layers[module] = every[name]
     # What comes of one tensor alone was split or permuted: its own matrix, though none of the model's.
@@ -211,13 +227,14 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
     missing = [name for name, layer in every.items() if name not in sources and not layer.shared_with]
 
     def live_name(tensor: str) -> str | None:
-        live, is_merged = loads_into(tensor)
-        return None if is_merged else live
+        live, conversion = loads_into(tensor)
+        return None if conversion is not None else live
 
     return Architecture(
         model=model,
         layers=layers,
         merged={module: name for module, name in merged.items() if parts[name] > 1},
+        conversions=conversions,
         unloaded=frozenset(unloaded),
         missing=tuple(missing),
         complete=all(every[name].form == "other" for name in missing),
@@ -227,8 +244,8 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
     )
 
 
-def _loader(model: PreTrainedModel) -> Callable[[str], tuple[str | None, bool]]:
-    """Where a tensor of a checkpoint goes: its name in the model, None if nowhere; whether it is merged with others."""
+def _loader(model: PreTrainedModel) -> Callable[[str], tuple[str | None, Conversion | None]]:
+    """Where a tensor of a checkpoint goes: its name in the model, None if nowhere; how, if not just as it is."""
     prefix: str = model.base_model_prefix
     tensors = model.state_dict(keep_vars=True)
     try:
@@ -237,26 +254,32 @@ def _loader(model: PreTrainedModel) -> Callable[[str], tuple[str | None, bool]]:
     except ImportError:  # transformers 4: each class has its own patterns, and modules are never merged
         patterns: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
 
-        def renamed(name: str) -> tuple[str | None, bool]:
+        def renamed(name: str) -> tuple[str | None, Conversion | None]:
             for pattern, replacement in patterns.items():
                 name = re.sub(pattern, replacement, name)
             for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
                 if candidate in tensors:
-                    return candidate, False
-            return None, False
+                    return candidate, None
+            return None, None
 
         return renamed
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
 
-    def loads_into(name: str) -> tuple[str | None, bool]:
-        live, converter = rename_source_key(name, renamings, converters, prefix, tensors)
+    def loads_into(name: str) -> tuple[str | None, Conversion | None]:
+        live, pattern = rename_source_key(name, renamings, converters, prefix, tensors)
         if live not in tensors and name in tensors:
-            live, converter = rename_source_key(name, [], [], prefix, tensors)
-        return (live if live in tensors else None), converter is not None
+            live, pattern = rename_source_key(name, [], [], prefix, tensors)
+        return (live if live in tensors else None), None if pattern is None else _conversion(pattern, converters)
 
     return loads_into
+
+
+def _conversion(pattern: str, converters: Iterable[Any]) -> Conversion:
+    converter = next(one for one in converters if pattern in one.source_patterns)
+    operations = (f"{type(one).__name__}({getattr(one, 'dim', '')})" for one in converter.operations)
+    return Conversion(tuple(operations), list(converter.source_patterns).index(pattern))
 
 
 def _layers(model: PreTrainedModel) -> dict[str, Layer]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, WeightError
 from ..suggestions import did_you_mean, did_you_mean_names, some
-from .architecture import describe
+from .architecture import Architecture, describe
 from .checkpoint import Checkpoint
+from .experts import ExpertParameter, find_expert_parameters, is_selected, selected
 from .formats.find import module_and_part
 from .formats.weight import StoredWeight
 from .fused import FUSED, Parts, Rows, conv1d_parts, fused_parts, row_count, row_index
@@ -56,7 +57,8 @@ _STRIP_BYTES = 1 << 24
 class Target:
     """One matrix W (d×k) to factorize, d = out_features, k = in_features, and how to read it.
 
-    module: the tensor's name without `.weight`; a part of a fused weight adds `:query` or `:value`.
+    module: the tensor's name without `.weight`; a part of a fused weight adds `:query` or `:value`; of a parameter of
+        experts (model/experts.py) its name in the model and `:3`, the expert's number.
     kind: "query", "value", or the last part of any other name ("k_proj").
     shape: (d, k) of W, after orientation and slicing.
     dtype: the checkpoint's.
@@ -84,8 +86,9 @@ def find_targets(
     checkpoint: Checkpoint,
     target_modules: Collection[str] | str | None = None,
     rank_of: Callable[[str], int] | None = None,
+    target_parameters: Collection[str] | None = None,
 ) -> list[Target]:
-    """The matrices that `target_modules` selects, in the order of the layers.
+    """The matrices that `target_modules` and `target_parameters` select, in the order of the layers.
 
     target_modules:
         None: the query and value projection of every attention block. GPT-2's and Phi-3's fused weights give
@@ -95,6 +98,8 @@ def find_targets(
         a string: a regular expression that matches the whole name.
         "all-linear": every linear layer but the output layer.
     rank_of: the rank that a module will have: "all-linear" leaves out, with a warning, what is thinner.
+    target_parameters: parameters of experts by their names in the model or endings of them, as in PEFT: a matrix for
+        each expert. With them alone, and target_modules None, nothing else.
 
     Names are those in the checkpoint, those that transformers gives the modules when it loads it, and both
     with the base model's prefix (`bert.`), so what works in a `LoraConfig` works here.
@@ -117,6 +122,11 @@ def find_targets(
     """
     target = partial(_target, checkpoint, functools.cache(checkpoint.sha256))
     every = find_modules(checkpoint)
+    experts = find_expert_parameters(checkpoint, next((module.architecture for module in every), None))
+    chosen = selected(checkpoint, experts, target_parameters or ())
+    matrices = [_expert(one, number) for one in chosen for number in range(len(one.stored))]
+    if chosen and target_modules is None:
+        return matrices
     modules = [module for module in every if module.left_out is None]
     left_out = [module for module in every if module.left_out is not None]
     named_all = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
@@ -135,16 +145,31 @@ def find_targets(
     targets = [one for one in targets if one not in thin]
     if not targets:
         raise _nothing_found(checkpoint, modules, target_modules)
+    left_out = [module for module in left_out if _merged(module) not in {one.name for one in chosen}]
+    fused = [one.name for one in experts if one not in chosen and one.is_fused] if named_all else []
+    if fused:
+        endings = sorted({".".join(name.split(".")[-2:]) for name in fused})
+        warnings.warn(
+            f"{checkpoint.path}: left out {some(fused)}: no linear layers but parameters of all experts; "
+            f"target_parameters={endings} factorizes them",
+            stacklevel=2,
+        )
     if thin:
         shapes = f"{some([one.module for one in thin])}: {thin[0].shape[0]}×{thin[0].shape[1]} is thinner than the rank"
         warnings.warn(f"{checkpoint.path}: left out {shapes}", stacklevel=2)
     for reason in dict.fromkeys(module.left_out for module in left_out):
         names = [module.name for module in left_out if module.left_out == reason]
         warnings.warn(f"{checkpoint.path}: left out {some(names)}: {reason}", stacklevel=2)
-    return targets
+    return targets + matrices
 
 
-def tensors_of(target_modules: Collection[str] | str | None) -> Choose:
+def _merged(module: Module) -> str | None:
+    return module.architecture.merged.get(module.name) if module.architecture else None
+
+
+def tensors_of(
+    target_modules: Collection[str] | str | None, target_parameters: Collection[str] | None = None
+) -> Choose:
     """Which tensors of a checkpoint `find_targets` needs, told by their names and config.json alone.
 
     At least those: what cannot be told apart by name is included.
@@ -157,10 +182,23 @@ def tensors_of(target_modules: Collection[str] | str | None) -> Choose:
         architecture = describe(config, dict.fromkeys(modules.values())) if config else None
         selects = _by_default if target_modules is None else selector(target_modules)
         chosen = {module for module in set(modules.values()) if selects(aliases(module, architecture))}
+        if target_parameters:
+            chosen = chosen if target_modules is not None else set()
+            live = {module: _parameter_name(module, architecture) for module in set(modules.values())}
+            # A parameter stored as it is has no part of its own: its name is a module's and a parameter's.
+            live |= {name: _parameter_name(name, architecture) for name in names}
+            chosen |= {module for module, name in live.items() if is_selected(name, target_parameters)}
+            return [name for name, module in modules.items() if module in chosen or name in chosen] or names
         # A selection that misses everything is refused with the names of what is there.
         return [name for name, module in modules.items() if module in chosen] or names
 
     return choose
+
+
+def _parameter_name(module: str, architecture: Architecture | None) -> str:
+    if architecture is None:
+        return module
+    return architecture.merged.get(module) or architecture.live_name(module) or module
 
 
 def _by_default(names: Collection[str]) -> bool:
@@ -268,6 +306,20 @@ def _target(
         dequantization=entry.dequantization,
         rows=rows,
         unchanged=watch((part.file for part in entry.stored.values()), partial(checkpoint.sha256, tensor)),
+    )
+
+
+def _expert(parameter: ExpertParameter, number: int) -> Target:
+    return Target(
+        module=f"{parameter.name}:{number}",
+        kind=last_part(parameter.name),
+        shape=parameter.shape,
+        dtype=parameter.dtype,
+        read=partial(parameter.read, number),
+        sha256=partial(parameter.sha256, number),
+        transposed=parameter.turned,
+        dequantization=parameter.dequantization,
+        unchanged=watch(parameter.files(number), partial(parameter.sha256, number)),
     )
 
 

@@ -133,7 +133,7 @@ def test_experts_are_refused_by_name_and_left_out_otherwise(tmp_path: Path) -> N
     base = save("Qwen3MoeForCausalLM", tmp_path / "base", **GROUPED, **EXPERTS, num_experts=4)
     with pytest.raises(TargetError, match=r"gate_proj.*experts"):
         find_targets(open_checkpoint(base), ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])
-    with pytest.warns(UserWarning, match=r"experts.*takes no adapter"):
+    with pytest.warns(UserWarning, match=r"experts.*target_parameters"):
         targets = find_targets(open_checkpoint(base), "all-linear")
     assert {target.module.split(".")[-1] for target in targets} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     with pytest.raises(TargetError, match="cannot get an adapter"):

@@ -1,0 +1,203 @@
+"""Experts: parameters that hold a matrix for each expert of a layer, whatever way a checkpoint stores them.
+
+transformers 5 keeps all experts of a layer in one parameter of three dimensions, `experts.gate_up_proj`, which PEFT
+adapts by `target_parameters`. On disk it may be that parameter (gpt-oss, Llama 4; blocks and scales of MXFP4 too), or a
+matrix for each expert and projection (Mixtral, Qwen, DeepSeek), which transformers stacks on loading. Both are the same
+matrices, so they have one name here, that of the parameter and the expert's number: `mlp.experts.gate_up_proj:3`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, TargetError
+from ..suggestions import some
+from .architecture import Architecture
+from .checkpoint import Checkpoint
+from .files.tensor import tensor_sha256
+from .formats.weight import StoredWeight
+
+_STACKED = ("MergeModulelist(0)",)
+_STACKED_AND_JOINED = ("MergeModulelist(0)", "Concatenate(1)")
+
+
+@dataclass(frozen=True)
+class ExpertParameter:
+    """A parameter (experts, …, …) of a model, and the stored weights that make it up.
+
+    name: in the model.
+    shape: (d, k) of each expert's W, out_features by in_features as PEFT takes them.
+    transposed: the parameter holds Wᵀ for each expert; PEFT knows that by the module's `is_transposed`.
+    stored: for each expert, the weights whose rows, one below the other, are its W. Where the checkpoint stores all
+        experts in one tensor, that one weight, of three dimensions, for all.
+    count: how many experts the model has.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+    stored: tuple[tuple[StoredWeight, ...], ...]
+    count: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored[0][0].dtype
+
+    @property
+    def dequantization(self) -> str:
+        return self.stored[0][0].dequantization
+
+    def read(self, expert: int) -> Tensor:
+        """One expert's W (d×k), contiguous and in memory of its own. Raises CheckpointError."""
+        parts = self.stored[expert]
+        if len(parts[0].shape) == 2:
+            return parts[0].read() if len(parts) == 1 else torch.cat([part.read() for part in parts])
+        W = parts[0].read(slice(expert, expert + 1))[0]
+        return W.T.contiguous() if self.turned else W
+
+    @property
+    def turned(self) -> bool:
+        """Whether the stored tensor holds Wᵀ. MXFP4's blocks are along in_features, so they hold W."""
+        fused = self.stored[0][0]
+        return self.transposed and self.is_fused and not fused.is_quantized
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one stored tensor holds all experts."""
+        return len(self.stored[0][0].shape) == 3
+
+    def files(self, expert: int) -> list[Path]:
+        """Where one expert's W is stored."""
+        return [tensor.file for part in self.stored[expert] for tensor in part.stored.values()]
+
+    def sha256(self, expert: int) -> str:
+        """sha256 (hex) of W's values, row by row, dequantized where they are quantized: the same in every storage."""
+        return tensor_sha256(self.read(expert))
+
+
+def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | None) -> list[ExpertParameter]:
+    """Every parameter of experts that the checkpoint holds whole, in the model's order.
+
+    architecture: of the model; None where transformers knows none: then they are the tensors of three dimensions that
+        are no layer's `weight`, and each holds W for every expert.
+    """
+    if architecture is None:
+        return [
+            ExpertParameter(
+                name, (weight.shape[1], weight.shape[2]), False, ((weight,),) * weight.shape[0], weight.shape[0]
+            )
+            for name, weight in _fused(checkpoint).items()
+            if len(weight.shape) == 3 and not name.endswith((".weight", ".bias"))
+        ]
+    live = {architecture.live_name(name): weight for name, weight in _fused(checkpoint).items()}
+    stacked = _stacked(checkpoint, architecture)
+    found = []
+    for name, parameter in architecture.model.named_parameters():
+        module = architecture.model.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim != 3 or isinstance(module, (nn.Conv1d, nn.Linear, nn.Embedding)):
+            continue
+        count, *sides = parameter.shape
+        transposed = bool(getattr(module, "is_transposed", False))
+        shape = (sides[1], sides[0]) if transposed else (sides[0], sides[1])
+        parts = ((live[name],),) * count if name in live else stacked.get(name)
+        if parts is None:
+            continue
+        found.append(ExpertParameter(name, shape, transposed, parts, count))
+    return found
+
+
+def selected(
+    checkpoint: Checkpoint, parameters: Collection[ExpertParameter], target_parameters: Collection[str]
+) -> list[ExpertParameter]:
+    """Those that `target_parameters` selects, in PEFT's syntax: whole names, or their endings after a dot.
+
+    Raises TargetError for a name that selects none, and CheckpointError where experts are missing, or their shapes
+    differ from the model's.
+    """
+    if isinstance(target_parameters, str):
+        raise TargetError(f"target_parameters={target_parameters!r}: give a list of names, as PEFT wants it")
+    for name in target_parameters:
+        if not any(is_selected(one.name, [name]) for one in parameters):
+            endings = sorted({".".join(one.name.split(".")[-2:]) for one in parameters})
+            there = f"here there are {', '.join(endings)}" if endings else "this checkpoint has no fused experts"
+            raise TargetError(
+                f"target_parameters: {name!r} selects no parameter of experts; {there}. Linear layers are named in "
+                f"target_modules"
+            )
+    chosen = [one for one in parameters if is_selected(one.name, target_parameters)]
+    for one in chosen:
+        _require_shape(checkpoint, one)
+    return chosen
+
+
+def is_selected(name: str, target_parameters: Collection[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in target_parameters)
+
+
+def parameter_of_expert(name: str) -> str | None:
+    """The parameter that a matrix of a FactorSet is one expert of; None where it is no expert's.
+
+    >>> parameter_of_expert("mlp.experts.gate_up_proj:3"), parameter_of_expert("h.0.attn.c_attn:query")
+    ('mlp.experts.gate_up_proj', None)
+    """
+    parameter, _, expert = name.rpartition(":")
+    return parameter if expert.isdecimal() else None
+
+
+def _fused(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
+    """The tensors that may be a whole parameter: stored as they are, or as a format's experts."""
+    plain = {
+        name: StoredWeight(name, tensor.shape, tensor.dtype, "", {"values": tensor})
+        for name, tensor in checkpoint.tensors.items()
+        if len(tensor.shape) == 3 and tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2
+    }
+    return plain | {
+        name: weight for name, weight in checkpoint.weights.items() if len(weight.shape) == 3 and weight.is_quantized
+    }
+
+
+def _stacked(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, tuple[tuple[StoredWeight, ...], ...]]:
+    """By the parameter: for each expert, in the order of their numbers, the weights that transformers stacks."""
+    found: dict[str, dict[int, dict[int, StoredWeight]]] = {}
+    for module, parameter in architecture.merged.items():
+        conversion = architecture.conversions[module]
+        number = _expert_number(module, parameter)
+        if conversion.operations in (_STACKED, _STACKED_AND_JOINED) and number is not None:
+            weight = checkpoint.weights[f"{module}.weight"]
+            found.setdefault(parameter, {}).setdefault(number, {})[conversion.place] = weight
+    return {
+        parameter: tuple(tuple(parts[place] for place in sorted(parts)) for _, parts in sorted(experts.items()))
+        for parameter, experts in found.items()
+    }
+
+
+def _expert_number(module: str, parameter: str) -> int | None:
+    """The last number in a stored module's name, which its parameter has not."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", module)
+    return int(numbers[-1]) if len(numbers) == len(re.findall(r"(?<=\.)\d+(?=\.)", parameter)) + 1 else None
+
+
+def _require_shape(checkpoint: Checkpoint, parameter: ExpertParameter) -> None:
+    where, count = f"{checkpoint.path}: {parameter.name}", parameter.count
+    if len(parameter.stored) != count:
+        raise CheckpointError(f"{where} is made of {len(parameter.stored)} experts, and config.json says {count}")
+    for number, parts in enumerate(parameter.stored):
+        refused = next((part.refusal for part in parts if part.refusal), "")
+        if refused:
+            raise CheckpointError(f"{where}: expert {number} cannot be read ({refused})")
+        d, k = parameter.shape
+        if len(parts[0].shape) == 3:
+            fits = parts[0].shape == ((count, k, d) if parameter.turned else (count, d, k))
+        else:
+            fits = sum(part.shape[0] for part in parts) == d and all(part.shape[1:] == (k,) for part in parts)
+        if not fits:
+            raise CheckpointError(
+                f"{where}: expert {number} is stored as {some([str(part.shape) for part in parts])}, and config.json "
+                f"makes it {d}×{k}; config.json and weights do not belong together"
+            )
