@@ -1,6 +1,6 @@
 """The commands around training: export before it, convert and merge after it.
 
-What they need is imported when they run, as peft and torch take seconds that --help need not wait for.
+What they need is imported when they run, so that --help does not wait seconds for peft and torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Base = Annotated[
 Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")]
 Insist = Annotated[
-    bool, typer.Option("--insist", help="Take the factors even if the adapter does not look as if started from them.")
+    bool,
+    typer.Option("--insist", help="Accept the factors even if the adapter does not seem to have started from them."),
 ]
 Trained = Annotated[Path, typer.Argument(help="The adapter folder that the trainer saved.")]
 
@@ -48,7 +49,7 @@ def export(
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by lora_alpha / √r.")] = False,
     lora_dropout: Annotated[float, typer.Option(help="PEFT's lora_dropout.")] = 0.0,
     task_type: Annotated[
-        TaskType | None, typer.Option(help="PEFT's task_type. Default: the model's own class, as config.json has it.")
+        TaskType | None, typer.Option(help="PEFT's task_type. Default: the model's own class, from config.json.")
     ] = None,
 ) -> None:
     """Write factors as folders that a trainer reads."""

@@ -1,6 +1,6 @@
-"""The flags of the commands: one for each field of options.py, with its meaning, and those that several share.
+"""The flags of the commands: one for each field of options.py, with its meaning, and those that several commands share.
 
-What a command needs for its work is imported when it runs: `--help` need not wait for torch.
+What a command needs for its work is imported when it runs, so that `--help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
 def with_options(command: _Command) -> _Command:
-    """Give a command a flag for each of approximate_model's options; it takes them as keywords, as typed."""
+    """Give a command a flag for each of approximate_model's options; it receives them as keywords, as typed."""
     own = list(inspect.signature(command, eval_str=True).parameters.values())
     flags = [_flag(one) for one in fields(ModelOptions) if "meaning" in one.metadata]
     named = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -42,7 +42,7 @@ def with_options(command: _Command) -> _Command:
 
 
 def options_from(given: Mapping[str, Any]) -> dict[str, Any]:
-    """approximate_model's keywords of the flags that `with_options` made. Raises OptionError or FactorFileError."""
+    """approximate_model's keywords from the flags that `with_options` added. Raises OptionError or FactorFileError."""
     return {name: _SPELLED[name].read(value) if name in _SPELLED else value for name, value in given.items()}
 
 
@@ -66,14 +66,14 @@ def _flag(one: Field[Any]) -> inspect.Parameter:
 
 
 class _Spelled:
-    """How a flag is written: its type on the command line, its default there, and what makes a value of its text."""
+    """How a flag is written: its type on the command line, its default there, and how to read a value from its text."""
 
     def __init__(self, kind: Any, default: Any, read: Callable[[Any], Any], more: str = "") -> None:
         self.kind, self.default, self.read, self.more = kind, default, read, more
 
 
 def _rank(text: str) -> int | str | list[int]:
-    """8, energy:0.2 as it is, or 8,16,32; what is none of them is left to be refused."""
+    """8, energy:0.2 (kept as text) or 8,16,32; anything else is refused later."""
     try:
         ranks = [int(one) for one in text.split(",")]
     except ValueError:
@@ -86,13 +86,13 @@ def _rank_pattern(given: list[str] | None) -> dict[str, int]:
     for one in given or []:
         name, _, rank = one.rpartition("=")
         if not name or not rank.isdecimal():
-            raise OptionError(f"--rank-pattern {one}: give PATTERN=RANK, value=4 for example")
+            raise OptionError(f"--rank-pattern {one}: give PATTERN=RANK, for example value=4")
         pattern[name] = int(rank)
     return pattern
 
 
 def target_modules_from(given: list[str] | None) -> list[str] | str | None:
-    """A plain name is a suffix, as are names with commas between; else it is a regular expression, as PEFT's string."""
+    """Plain names, separated by commas, are suffixes; anything else is a regular expression, as in PEFT."""
     if given and len(given) == 1:
         names = given[0].split(",")
         if given[0] == "all-linear" or not all(re.fullmatch(r"[\w.]+", name) for name in names):
@@ -133,7 +133,7 @@ _SPELLED: Mapping[str, _Spelled] = {
         list[str] | None,
         None,
         target_modules_from,
-        " Repeat for more names, or put commas between; anything else is an expression.",
+        " Repeat for more names, or separate them by commas; anything else is a regular expression.",
     ),
     "target_parameters": _Spelled(list[str] | None, None, lambda names: names or None, " Repeat for more."),
 }

@@ -1,6 +1,6 @@
-"""`inilora cache`: the finished matrices that later runs find again.
+"""`inilora cache`: the finished matrices that later runs reuse.
 
-The storage is imported when a command runs, as it brings torch, which --help need not wait for.
+The storage is imported when a command runs: it imports torch, and --help does not wait for that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 cache_application = typer.Typer(
     name="cache",
-    help="Look at, check and remove the finished matrices that runs find again.",
+    help="Look at, check and remove the finished matrices that runs reuse.",
     no_args_is_help=True,
 )
 
@@ -34,7 +34,7 @@ _BYTES = {"": 1, **BYTES}
 
 @cache_application.command()
 def where() -> None:
-    """Print the cache's folder; INILORA_CACHE sets another one."""
+    """Print the cache's folder, which INILORA_CACHE changes."""
     folder = cache_folder()
     if folder is None:
         raise OptionError("this user has no home folder; set INILORA_CACHE to a folder for the cache")
@@ -51,7 +51,7 @@ def size(as_json: Json = False) -> None:
 
 @cache_application.command("list")
 def list_entries(as_json: Json = False) -> None:
-    """List the entries, the one used longest ago first: key, size, last use."""
+    """List the entries, least recently used first: key, size, last use."""
     from ..storage import cache_upkeep
 
     found = cache_upkeep.entries()
@@ -67,10 +67,10 @@ def list_entries(as_json: Json = False) -> None:
 @cache_application.command()
 def prune(
     older_than: Annotated[
-        str | None, typer.Option(help="Remove what was last used longer ago: 30d, 12h, 2w, 90min.")
+        str | None, typer.Option(help="Remove entries not used for this long: 30d, 12h, 2w, 90min.")
     ] = None,
     to_size: Annotated[
-        str | None, typer.Option(help="Remove the longest unused until this much is left: 500MB, 2GB.")
+        str | None, typer.Option(help="Remove the least recently used entries until this much is left: 500MB, 2GB.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -98,7 +98,7 @@ def clear(as_json: Json = False) -> None:
 def verify(
     remove: Annotated[bool, typer.Option("--remove", help="Remove the damaged ones.")] = False, as_json: Json = False
 ) -> None:
-    """Check every entry's checksum; status 2 if one is damaged. Runs never use such an entry."""
+    """Check every entry's checksum; exit with status 2 if one is damaged. Runs never use such an entry."""
     from ..storage import cache_upkeep
 
     damaged = cache_upkeep.damaged_entries()

@@ -1,4 +1,4 @@
-"""`inilora inspect` and `inilora methods`: a look at a factor file, and at what there is to choose from."""
+"""`inilora inspect` and `inilora methods`: what is in a factor file, and which initializations there are."""
 
 from __future__ import annotations
 

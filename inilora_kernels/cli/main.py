@@ -1,4 +1,4 @@
-"""The command line: `inilora`. A command is imported when it is used, as torch alone takes seconds."""
+"""The command line: `inilora`. A command is imported when it is used, since torch alone takes seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import InitializationError, ProcessError
 from ..suggestions import did_you_mean
 from ..version import __version__
 
-# Each command: its module, its name there, and the first line of its help, so that the list needs no import.
+# Each command: its module, its name there, and the first line of its help, so that listing them imports nothing.
 COMMANDS = {
     "approximate": ("approximate", "approximate", "Factorize a model's weights and write the factor file."),
     "inspect": ("looking", "inspect", "Show what is in a factor file, how good it is, and the singular spectrum."),
@@ -24,7 +24,7 @@ COMMANDS = {
     "export": ("adapters", "export", "Write factors as folders that a trainer reads."),
     "convert": ("adapters", "convert", "Make a plain LoRA for the original model of a trained adapter."),
     "merge": ("adapters", "merge", "Write the original model with a trained adapter merged into it."),
-    "cache": ("cache", "cache_application", "Look at, check and remove the finished matrices that runs find again."),
+    "cache": ("cache", "cache_application", "Look at, check and remove the finished matrices that runs reuse."),
 }
 
 
@@ -85,16 +85,16 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    # The library's own are UserWarnings; what others deprecate is no concern of whoever runs a command.
+    # The library's own are UserWarnings; other packages' deprecations do not concern users of a command.
     if category is UserWarning:
         print(f"inilora: warning: {message}", file=sys.stderr)
 
 
 def main() -> None:
-    """Run the command line; one clear line and status 2 for whatever the library refuses, one line for a warning."""
+    """Run the command line; print one clear line for a warning, and one, with status 2, for whatever is refused."""
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
-        # A terminal without σ shows ? in its place; it does not decide whether a result is kept.
+        # A terminal without σ shows ? instead; that must not cost a result.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:

@@ -10,7 +10,7 @@ from ..initializations import METHODS
 
 
 def methods_table() -> Table:
-    """One row an initialization: what `--method` and `--solver` take, formula, source, and the convention for all."""
+    """One row per initialization: what `--method` and `--solver` take, formula, source; and the convention for all."""
     result = Table(
         title="Initializations (--method)",
         caption="W x + s(BA − B₀A₀) x at the start is W x for all; s = lora_alpha/r. d×k = out×in, B: d×r, A: r×k.",

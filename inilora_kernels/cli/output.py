@@ -35,7 +35,7 @@ def draw(factors: FactorSet, path: Path | None, model: Path) -> None:
 
 
 def show(results: list[FactorSet], as_json: bool, every: bool) -> None:
-    """Tables; or one JSON value, a list of them where there are several sets."""
+    """Print tables, or one JSON value: a list if there are several sets."""
     if as_json:
         reports = [json_report(factors, factors.options) for factors in results]
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))

@@ -1,4 +1,4 @@
-"""`inilora plan`: what a run would take, before it."""
+"""`inilora plan`: what a run would take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def plan(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or one weight file.")],
     *,
     gpu: Annotated[str | None, typer.Option(help=f"Predict for a GPU too: {', '.join(GPUS)}.")] = None,
-    gpus: Annotated[int, typer.Option(help="How many of them, a process of torchrun on each.")] = 1,
+    gpus: Annotated[int, typer.Option(help="How many of them, with one torchrun process on each.")] = 1,
     rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
     steps: Annotated[int, typer.Option(help="Adam steps for each matrix.")] = 20_000,
     target_modules: Annotated[
@@ -26,7 +26,7 @@ def plan(
     ] = None,
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="With --gpu: launches, bytes and what bounds each, for tuning them."),
+        typer.Option("--kernels", help="With --gpu: each kernel's launches, bytes and bottleneck, for tuning."),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -33,7 +33,7 @@ _SOLVERS = {
 
 @dataclass(frozen=True)
 class _OnCards:
-    """An Adam run on GPUs of one kind. seconds: of each process. first: the plan of the one with the most work."""
+    """An Adam run on GPUs of one kind. seconds: of each process. first: the plan of the process with the most work."""
 
     seconds: tuple[float, ...]
     first: Plan
@@ -61,7 +61,7 @@ def show_plan(
     targets = find_targets(open_checkpoint(model, choose=tensors_of(asked)), asked)
     smallest = min(targets, key=lambda target: min(target.shape))
     if rank > min(smallest.shape):
-        raise OptionError(f"rank={rank}: {smallest.module} has {min(smallest.shape)} at most")
+        raise OptionError(f"rank={rank}: {smallest.module} can have {min(smallest.shape)} at most")
     works = [Work(target.shape, target.dtype.itemsize, rank) for target in targets]
     dealt = shares(estimate.costs([[work] for work in works], "adam", steps, card), gpus)
     parts = [[works[place] for place in part] for part in dealt if part]
@@ -76,7 +76,7 @@ def show_plan(
 
 
 def _on_cards(parts: Sequence[Sequence[Work]], steps: int, speed: float, card: Gpu) -> _OnCards:
-    # The processes on one machine share its processor, and are eight at most.
+    # The processes on one machine, eight at most, share its processor.
     each = speed / min(len(parts), 8)
     taken = tuple(estimate.seconds(part, "adam", steps, speed=each, card=card) for part in parts)
     most = parts[taken.index(max(taken))]

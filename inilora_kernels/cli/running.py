@@ -22,13 +22,13 @@ from .output import draw, require_plot, say, show
 
 
 def run(model: Path, output: Path, plot: Path | None, given: dict[str, Any], *, every: bool, as_json: bool) -> None:
-    """Factorize a model and write the factor file; in a job of several processes, the one of rank 0 does the latter.
+    """Factorize a model and write the factor file; in a job of several processes, rank 0 writes it.
 
     given: the options as typed.
     """
     with torchruns_job() as job:
         if job.rank:
-            # The process of rank 0 checks the outputs, shows and writes.
+            # Rank 0 checks the outputs, shows the result and writes it.
             warnings.simplefilter("ignore")
             _approximated(model, options_from(given))
         else:
@@ -78,6 +78,6 @@ def _of_rank(path: Path, rank: int) -> Path:
 
 
 def _require_no_input(path: Path, inputs: Sequence[Path]) -> None:
-    """Nobody means to write over the model, or the plot over the factors."""
+    """Raise OptionError if an output would overwrite the model, or the plot the factors."""
     if path.resolve() in {one.resolve() for one in inputs}:
         raise OptionError(f"{path}: this run reads or writes that file already; give another name")

@@ -11,7 +11,7 @@ _PRE = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.25; font-
 
 
 def as_html(table: Table, width: int = 100) -> str:
-    """A table as a terminal of that width would show it, as HTML that needs no style sheet."""
+    """HTML that shows a table as a terminal of that width would; it needs no style sheet."""
     console = Console(markup=False, record=True, file=io.StringIO(), width=width, force_jupyter=False)
     console.print(table)
     return console.export_html(inline_styles=True, code_format=_PRE)

@@ -1,17 +1,17 @@
-"""Module names as a table or a figure shows them: what all share, which kind each is, and in which layer it stands."""
+"""Module names as a table or a figure shows them: what all share, each one's kind, and the layer it is in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A kind's name of more parts than this is shown by its first and its last.
+# A kind's name with more parts than this is shown by its first and its last.
 _MOST_PARTS = 3
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module stands. kind: its name without the numbers, shortened; layer: the first number that varies."""
+    """Where a module is. kind: its name without the numbers, shortened; layer: the first number that varies."""
 
     kind: str
     layer: int
@@ -38,7 +38,7 @@ def places_of(names: Sequence[str]) -> list[Place]:
 
 
 def labels_of(names: Sequence[str]) -> tuple[list[str], str]:
-    """What tells each name from the others, and the pattern they share.
+    """What distinguishes each name from the others, and the pattern they share.
 
     >>> labels_of(["layer.0.self.query", "layer.1.self.query"])
     (['0', '1'], 'layer.*.self.query')
@@ -53,7 +53,7 @@ def labels_of(names: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _varying_numbers(rows: Sequence[Sequence[str]]) -> set[tuple[tuple[str, ...], int]]:
-    """(parts before it, place) of each number that takes more than one value there."""
+    """(parts before it, position) of each number that takes more than one value there."""
     seen: dict[tuple[tuple[str, ...], int], set[str]] = {}
     for row in rows:
         for place, part in enumerate(row):
@@ -63,13 +63,13 @@ def _varying_numbers(rows: Sequence[Sequence[str]]) -> set[tuple[tuple[str, ...]
 
 
 def _starred(row: Sequence[str], pattern: Sequence[str]) -> tuple[str, ...]:
-    """The pattern with every number behind its first star starred too."""
+    """The pattern with every number after its first star starred too."""
     first = pattern.index("*") if "*" in pattern else len(pattern)
     return tuple("*" if place > first and row[place].isdecimal() else part for place, part in enumerate(pattern))
 
 
 def _shortest_endings(patterns: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """For each pattern the fewest of its last parts that no other ends in, without stars at the front."""
+    """For each pattern, the fewest of its last parts that no other pattern ends in, without leading stars."""
     endings = {}
     for pattern in patterns:
         count = 1

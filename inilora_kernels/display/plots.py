@@ -1,4 +1,4 @@
-"""How a result is drawn: the error over the layers, the spectra and the convergence, one line a kind of matrix."""
+"""Figures of a result: the error by layer, the spectra and the convergence, with one line for each kind of matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALL = "all kinds"
 
 
 def require_plot_path(path: Path) -> None:
-    """Raise OptionError unless a plot can be drawn into such a file."""
+    """Raise OptionError unless a plot can be written to a file of this name."""
     if path.suffix.lower() not in SUFFIXES:
         raise OptionError(f"--plot {path}: the name must end in one of {', '.join(SUFFIXES)}")
     try:
@@ -40,7 +40,7 @@ def require_plot_path(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix in the figure. kind: its line; layer: its place on the line."""
+    """One matrix in the figure. kind: its line; layer: its position on the line."""
 
     kind: str
     layer: int
@@ -60,7 +60,7 @@ class Matrix:
 
 
 def plot(factors: Mapping[str, Factors], options: Mapping[str, Any], path: Path, model: str) -> None:
-    """Draw the error by layer next to its least at this rank, the spectra and the convergence curves into `path`.
+    """Draw the error by layer, compared with the least at this rank, the spectra and the convergence into `path`.
 
     options: the run's, as the factor file records them. model: its name for the title.
     """
@@ -70,7 +70,7 @@ def plot(factors: Mapping[str, Factors], options: Mapping[str, Any], path: Path,
 
 
 def draw(factors: Mapping[str, Factors], options: Mapping[str, Any], model: str) -> Figure:
-    """The figure itself. A panel is left out where the factors carry nothing for it."""
+    """The figure itself. A panel is left out if the factors hold no data for it."""
     from matplotlib.figure import Figure
 
     places = places_of(list(factors))
@@ -100,7 +100,7 @@ Lines = Mapping[str, Sequence[Matrix]]
 
 
 def _draw_errors(axes: Axes, lines: Lines, colors: Mapping[str, str]) -> None:
-    """A line a kind; where several matrices of a kind stand in one layer, their median and middle half."""
+    """A line for each kind; where a layer has several matrices of a kind, their median and middle half."""
     errors = [matrix.error for mine in lines.values() for matrix in mine]
     least = [matrix.least for mine in lines.values() for matrix in mine]
     together = all(math.isclose(error, bound, rel_tol=5e-3) for error, bound in zip(errors, least, strict=True))
@@ -127,7 +127,7 @@ def _draw_errors(axes: Axes, lines: Lines, colors: Mapping[str, str]) -> None:
 
 
 def _draw_error_map(axes: Axes, lines: Lines, colors: Mapping[str, str]) -> None:
-    """Kinds down, layers across, the error as a color: for more kinds than lines can be told apart."""
+    """Kinds down, layers across, the error as a color: for more kinds than lines can show."""
     from matplotlib.colors import LogNorm
 
     layers = sorted({matrix.layer for mine in lines.values() for matrix in mine})
@@ -148,7 +148,7 @@ def _draw_error_map(axes: Axes, lines: Lines, colors: Mapping[str, str]) -> None
 
 
 def _draw_spectra(axes: Axes, lines: Lines, colors: Mapping[str, str]) -> None:
-    """The median over a kind's matrices and their middle half, as far as every one of them is known."""
+    """The median over a kind's matrices and their middle half, as far as all of them are known."""
     from matplotlib.ticker import FuncFormatter
 
     for kind, color in colors.items():
@@ -192,7 +192,7 @@ def _draw_convergence(axes: Axes, lines: Lines, colors: Mapping[str, str]) -> No
 
 
 def _band(axes: Axes, points: Mapping[int, Sequence[float]], color: str, label: str, *, marked: bool = False) -> None:
-    """A line of medians within the band that holds the middle half of the values."""
+    """A line of medians in the band that holds the middle half of the values."""
     if not points:
         return
     at = list(points)
@@ -226,7 +226,7 @@ def _spans_decades(values: Sequence[float]) -> bool:
 
 
 def _scale(axes: Axes, logarithmic: bool, values: Sequence[float]) -> None:
-    """Zero at the bottom of a linear axis, or decades; written as percent, or as multiples from tenfold on."""
+    """A linear axis from zero, or decades; labels in percent, or multiples from tenfold on."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     if logarithmic:
@@ -238,7 +238,7 @@ def _scale(axes: Axes, logarithmic: bool, values: Sequence[float]) -> None:
 
 
 def _percent(value: float, place: object = None) -> str:
-    """Of ||W||²: 85 %, or 252× where that is easier to read.
+    """A share of ||W||²: 85 %, or 252× where that is easier to read.
 
     >>> _percent(85.0), _percent(25_200.0), _percent(0.001)
     ('85 %', '252×', '0.001 %')
@@ -251,7 +251,7 @@ def _plain(value: float, place: object = None) -> str:
 
 
 def _plain_where_rare(value: float, place: object = None) -> str:
-    """2 and 5 between the decades: all nine would overlap."""
+    """Label 2 and 5 between the decades; all nine labels would overlap."""
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
@@ -267,7 +267,7 @@ def _spectrum(matrix: Matrix) -> Sequence[float]:
 
 
 def _excesses(one: Factors) -> list[tuple[int, float]]:
-    """(step, excess) of the run, as far as a logarithmic axis can show them; none if that is no curve."""
+    """(step, excess) of the run, as far as a logarithmic axis can show them; none if that is too few for a curve."""
     samples = ((step, replace(one.certificate, loss=loss).excess) for step, loss in one.history)
     points = [(step, excess) for step, excess in samples if step > 0 and 0 < excess < math.inf]
     return points if len(points) > 1 else []

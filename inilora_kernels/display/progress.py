@@ -1,4 +1,4 @@
-"""What a run shows while it works: one bar for all of it on a terminal, lines at a calm pace elsewhere, and a log.
+"""What a run shows while it works: one bar on a terminal, occasional lines elsewhere, and a log.
 
 Every line also goes to the logger `inilora_kernels` at level INFO, which is quiet unless a program listens:
 
@@ -21,11 +21,11 @@ from .sentences import duration_in_words
 
 logger = logging.getLogger("inilora_kernels")
 
-# Seconds between two lines where there is no terminal: more in a long run, so that a night fits on a screen or two.
+# Seconds between two lines without a terminal: more in a long run, so that a night fits on a screen or two.
 FIRST_LINE = 5.0
 SLOWER = 1.3
 LAST_LINE = 300.0
-# Before this share of the run is done, the time left is the predicted one: what went before was mostly start-up.
+# Until this share of the run is done, the time left is the predicted one: the time so far was mostly start-up.
 TOO_EARLY = 0.05
 
 
@@ -33,7 +33,7 @@ TOO_EARLY = 0.05
 class Stage:
     """A part of the run.
 
-    weight: its predicted seconds. units, done: of work, in total and so far. matrices, finished: the same of matrices.
+    weight: its predicted seconds. units, done: of work, in total and so far. matrices, finished: the same for matrices.
     """
 
     weight: float
@@ -44,13 +44,13 @@ class Stage:
 
 
 class ProgressBar:
-    """One bar over all stages of a run, on standard error; lines in its place where that is no terminal.
+    """One bar over all stages of a run, on standard error; lines instead if that is not a terminal.
 
     Use as a context manager. `expect` announces the stages, so that the bar and the time left cover the whole run;
-    `phase` begins one, `advance` moves it on, `note` leaves a line.
+    `phase` begins one, `advance` moves it on, `note` prints a line.
 
-    shown: with False only the logger hears of the run.
-    clock: seconds, for tests.
+    shown: False leaves the run to the logger alone.
+    clock: returns seconds; for tests.
     """
 
     def __init__(self, shown: bool, clock: Callable[[], float] = time.monotonic) -> None:
@@ -101,9 +101,9 @@ class ProgressBar:
         self._stages[name] = Stage(weight, units, matrices, done=before.done, finished=before.finished)
 
     def phase(self, name: str, matrices: int, units: int) -> None:
-        """Begin a stage, or the next batch of one, over a number of matrices, of a number of units of work in total."""
+        """Begin a stage, or its next batch, with its matrices and units of work in total."""
         if name not in self._stages:
-            # Not announced: it counts as much as all that was.
+            # Not announced: it counts as much as all the announced ones.
             self._add(name, units, sum(stage.weight for stage in self._stages.values()) or 1.0, matrices)
         self._name, self._excess, self._speed = name, None, ""
         self._speed_since = (self._clock(), 0)
@@ -111,7 +111,7 @@ class ProgressBar:
         self._line(f"{name} {matrices} {'matrix' if matrices == 1 else 'matrices'}")
 
     def advance(self, units: int, *, matrices: int = 0, excess: float | None = None, unit: str = "") -> None:
-        """Move on by units of work and by finished matrices; show the excess and, for a named unit, the speed."""
+        """Move on by units of work and finished matrices; show the excess and, if the unit has a name, the speed."""
         if not self._name:
             return
         stage = self._stages[self._name]
@@ -143,7 +143,7 @@ class ProgressBar:
 
     @property
     def left(self) -> str:
-        """The time left: at first the predicted one, then from the time taken; nothing where neither is known."""
+        """The time left: at first as predicted, then from the time taken; "" if neither is known."""
         fraction, passed = self.fraction, self._clock() - self._started
         if fraction >= TOO_EARLY:
             return f"about {duration_in_words(passed * (1 - fraction) / fraction)} left" if passed > 0 else ""

@@ -1,4 +1,4 @@
-"""What the commands print for programs: a result as JSON values."""
+"""What the commands print for other programs: a result as JSON values."""
 
 from __future__ import annotations
 

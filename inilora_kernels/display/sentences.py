@@ -1,4 +1,4 @@
-"""A result in words: what was run, and what its numbers mean."""
+"""A result in words: what was run, and what the numbers mean."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_in_words(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> 
 
 
 def worth_in_words(factors: Mapping[str, Factors]) -> str:
-    """How much of all weights' energy BA keeps, and how much of what its rank can keep."""
+    """How much of the weights' energy BA keeps, and how much of what its rank could keep."""
     certificates = [one.certificate for one in factors.values()]
     energy = math.fsum(certificate.energy for certificate in certificates)
     loss = math.fsum(certificate.loss for certificate in certificates)
@@ -42,7 +42,7 @@ def worth_in_words(factors: Mapping[str, Factors]) -> str:
 
 
 def share(value: float) -> str:
-    """A share as percent, with as many nines as it has, never rounded up to all of it.
+    """A share in percent, with as many nines as it has, never rounded up to 100 %.
 
     >>> share(0.1502), share(0.99999914), share(1.0), share(0.5)
     ('15.0 %', '99.9999 %', '100 %', '50.0 %')
@@ -65,7 +65,7 @@ def relative(error: float) -> str:
 
 
 def times(value: float) -> str:
-    """A factor to three digits.
+    """A multiple, to three digits.
 
     >>> times(94.12), times(25_230.0)
     ('94.1×', '25,200×')

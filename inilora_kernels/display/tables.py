@@ -1,4 +1,4 @@
-"""How a result is shown to people, as tables."""
+"""A result as tables."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .sentences import relative, run_in_words, worth_in_words
 
 # Tables fit a terminal of this many columns.
 WIDTH = 80
-# Singular values drawn as a row of bars in the terminal, at most.
+# At most this many singular values are drawn as a row of bars in the terminal.
 _SPARKS = 8
 
 
 def result_table(factors: Mapping[str, Factors], options: Mapping[str, Any], *, every: bool = False) -> Table:
-    """A row for each kind of matrix, the mean over it; with every=True a row for each matrix.
+    """A row of means for each kind of matrix; with every=True, a row for each matrix.
 
-    error: ‖W − BA‖² as a share of ‖W‖². least: f*/‖W‖², what no BA of this rank can go below. excess: f/f* − 1, the
-    worst of the row.
+    error: ‖W − BA‖² as a share of ‖W‖². least: f*/‖W‖², below which no BA of this rank can go. excess: f/f* − 1, the
+    row's worst.
     """
     shared, rows = _rows(list(factors), every)
     result = Table(
@@ -50,7 +50,7 @@ def result_table(factors: Mapping[str, Factors], options: Mapping[str, Any], *, 
 def spectrum_table(factors: Mapping[str, Factors], *, every: bool = False) -> Table | None:
     """Singular values, and the energy that the best approximation of each rank keeps: the median of each kind.
 
-    every: a row for each matrix. None where the file carries no singular values.
+    every: a row for each matrix. None if the file holds no singular values.
     """
     known = {name: one for name, one in factors.items() if one.singular_values}
     if not known:
@@ -80,7 +80,7 @@ def spectrum_table(factors: Mapping[str, Factors], *, every: bool = False) -> Ta
 
 
 def _rows(names: Sequence[str], every: bool) -> tuple[str, dict[str, list[str]]]:
-    """The line under the title, and the modules of each row by its label."""
+    """The line under the title, and each row's modules by its label."""
     labels, pattern = labels_of(names)
     if every:
         return pattern, {label: [name] for label, name in zip(labels, names, strict=True)}
@@ -91,7 +91,7 @@ def _rows(names: Sequence[str], every: bool) -> tuple[str, dict[str, list[str]]]
 
 
 def _worth(factors: Sequence[Factors]) -> tuple[str, str, str]:
-    """Error and least of all together, and the worst excess."""
+    """Error and least over all of them, and the worst excess."""
     certificates = [one.certificate for one in factors]
     energy = math.fsum(certificate.energy for certificate in certificates) or 1.0
     error = math.fsum(certificate.loss for certificate in certificates) / energy
@@ -130,7 +130,7 @@ def _columns(factors: Sequence[Factors], count: int) -> list[list[float]]:
 
 
 def _value_at(factors: Sequence[Factors], mark: str) -> str:
-    """The median singular value at a place, where every matrix has it."""
+    """The median singular value at an index, if every matrix has one there."""
     places = [{"first": 0, "rank": one.rank - 1, "next": one.rank}[mark] for one in factors]
     known = all(place < len(one.singular_values) for place, one in zip(places, factors, strict=True))
     return _median([one.singular_values[i] for i, one in zip(places, factors, strict=True)], ".3g") if known else ""
@@ -156,7 +156,7 @@ def _sparkline(values: Sequence[float]) -> str:
 
 
 def truncation_table(errors: Mapping[str, float], rank: int, *, every: bool = False) -> Table:
-    """‖ΔW − ΔW'‖ / ‖ΔW‖ of updates recompressed to a rank: the worst of each kind, or with every=True each one."""
+    """‖ΔW − ΔW'‖ / ‖ΔW‖ of updates recompressed to a rank: the worst of each kind, or all with every=True."""
     shared, rows = _rows(list(errors), every)
     title = f"{len(errors)} updates recompressed to rank {rank}\n{shared}"
     result = Table(title=title, show_footer=True, min_width=WIDTH)

@@ -1,1 +1,1 @@
-"""What is read: a checkpoint's files, its architecture, and the matrices to factorize."""
+"""Reading models: a checkpoint's files, its architecture, and the matrices to factorize."""

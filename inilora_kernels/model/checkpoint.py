@@ -1,7 +1,7 @@
-"""Checkpoints in: which tensors and weights one holds, and one of them at a time.
+"""Checkpoints: which tensors and weights one holds, and how to read them one at a time.
 
-Opening a checkpoint reads headers only. A tensor is then read from its bytes on disk into memory of its own, so that
-the peak is that tensor, and quantized weights are dequantized one at a time.
+Opening a checkpoint reads headers only. A tensor is then read from disk into its own memory, so that the peak is one
+tensor; quantized weights are dequantized one at a time.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .layout import Component, find_components
 class Checkpoint:
     """An opened checkpoint: its tensors as stored, the weights that they make up, and config.json where there is one.
 
-    tensors: by name; a pipeline's have the component's name in front ("unet.").
-    weights: by the parameter's name in the model; those of plain checkpoints are the tensors of that name.
-    name: what to call it when a base model is named: the hub's id, or the absolute path.
-    absent: names of tensors in shards that were not downloaded, since nobody asked for them.
+    tensors: by name; in a pipeline, prefixed with the component's name ("unet.").
+    weights: by the parameter's name in the model; in a plain checkpoint, the tensor of that name.
+    name: how to name it as a base model: its hub id, or its absolute path.
+    absent: names of tensors in shards that were not downloaded because nothing needed them.
 
     >>> import tempfile, torch
     >>> from safetensors.torch import save_file
@@ -56,17 +56,17 @@ class Checkpoint:
     absent: tuple[str, ...] = ()
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """The values of a weight, dequantized where it is quantized, or of any other tensor; or rows of them.
+        """The values of a weight, dequantized if it is quantized, or of any other tensor; all of them or some rows.
 
-        In memory of its own and contiguous. Raises CheckpointError if the file has changed or vanished.
+        In its own memory and contiguous. Raises CheckpointError if the file has changed or vanished.
         """
         weight = self.weights.get(name)
         return weight.read(rows) if weight is not None else self.tensors[name].read(rows)
 
     def sha256(self, name: str) -> str:
-        """sha256 (hex) of a weight's stored bytes, with its scales where it is quantized, or of a tensor's.
+        """sha256 (hex) of a weight's stored bytes, including its scales if it is quantized, or of a tensor's.
 
-        Raises CheckpointError as `read` does.
+        Raises CheckpointError, as `read` does.
         """
         weight = self.weights.get(name)
         return weight.sha256() if weight is not None else self.tensors[name].sha256()
@@ -75,19 +75,19 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, revision: str | None = None, token: str | None = None, choose: Choose | None = None
 ) -> Checkpoint:
-    """Open a model's folder, one weight file, or a model of the Hugging Face hub, reading headers only.
+    """Open a model's folder, one weight file, or a model on the Hugging Face hub, reading headers only.
 
-    A folder holds weights under any of the names that Hugging Face's libraries, their variants and the trainers give
-    them; safetensors goes first. A file is a `.safetensors`, a `.gguf`, or what torch.save wrote. The config is the
-    `config.json` of the folder, also for a single file in it; None without one.
+    A folder may hold its weights under any name that Hugging Face's libraries, their variants or trainers use;
+    safetensors comes first. A file is a `.safetensors`, a `.gguf`, or what torch.save wrote. The config is the folder's
+    `config.json`, even for a single file in it; None without one.
 
-    path: a folder or file, or an id such as "org/name", with "@revision" after it if wanted.
-    revision, token: of the hub; huggingface_hub's own defaults apply, and its offline mode and cache.
-    choose: of a sharded model on the hub, the tensors that will be read, so that other shards are not downloaded; None
+    path: a folder or file, or an id such as "org/name", optionally followed by "@revision".
+    revision, token: for the hub; huggingface_hub's defaults, offline mode and cache apply.
+    choose: for a sharded model on the hub, the tensors that will be read, so that other shards are not downloaded; None
         downloads the whole model with its tokenizer.
 
-    Raises CheckpointError: nothing there, no weights in the folder, a truncated or corrupt file, a file that holds
-    code, a missing shard, an index that names a tensor its shard lacks, a config.json that is no JSON object.
+    Raises CheckpointError if the path does not exist, a folder has no weights, a file is truncated or corrupt or holds
+    code, a shard is missing or lacks a tensor of the index, or config.json is not a JSON object.
     """
     folder, name, kept = Path(path), "", None
     if not folder.exists() or revision is not None:
@@ -107,7 +107,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _open_component(component: Component) -> Checkpoint:
-    """One model of a layout; names are as its files have them."""
+    """One model of a layout; names are those in its files."""
     config = _config(component.config) if component.config is not None else None
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
@@ -116,7 +116,7 @@ def _open_component(component: Component) -> Checkpoint:
         if component.weight_map is None:
             twice = [name for name in found if name in tensors]
             if twice:
-                raise CheckpointError(f"{file}: {some(twice)} stand in another shard too; remove the copy")
+                raise CheckpointError(f"{file}: {some(twice)} are in another shard too; remove the copy")
             tensors.update(found)
         else:
             tensors.update(_of_shard(file, component, found))
@@ -150,13 +150,13 @@ def _of_shard(file: Path, component: Component, found: Mapping[str, StoredTensor
     if lacking:
         raise CheckpointError(
             f"{file}: {component.index} expects {some(lacking)} in this shard, which lacks "
-            f"{'them' if len(lacking) > 1 else 'it'}; index and shards are not of one download"
+            f"{'them' if len(lacking) > 1 else 'it'}; the index and the shards are not from the same download"
         )
     return {name: found[name] for name in names}
 
 
 def _together(path: Path, components: Sequence[Component], parts: Sequence[Checkpoint]) -> Checkpoint:
-    """A pipeline's models as one checkpoint, each one's names with its own in front."""
+    """A pipeline's models as one checkpoint, the names of each prefixed with its own."""
     tensors: dict[str, StoredTensor] = {}
     weights: dict[str, StoredWeight] = {}
     for component, part in zip(components, parts, strict=True):

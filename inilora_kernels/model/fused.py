@@ -1,4 +1,4 @@
-"""Fused projections: which rows of a weight that holds queries, keys and values together are the queries and values.
+"""Fused projections: which rows of a weight of queries, keys and values together are the queries and the values.
 
 Rows are given as (start, stop), one range, or as (start, stop, period): those from start to stop of every `period`
 rows, which is how architectures that mix heads store them. GPT-NeoX with 2 heads of 4, for example:
@@ -25,7 +25,7 @@ FUSED = re.compile(r"c_attn|query_key_value|W?qkv(_proj)?|wqkv|attn_qkv|W_pack|i
 
 
 def row_count(rows: Rows | None, out_features: int) -> int:
-    """How many rows of a weight these are.
+    """How many rows this is.
 
     >>> row_count((0, 4, 12), 24), row_count((4, 10), 24), row_count(None, 24)
     (8, 6, 24)
@@ -37,7 +37,7 @@ def row_count(rows: Rows | None, out_features: int) -> int:
 
 
 def row_index(rows: Rows | None, out_features: int) -> slice | Tensor:
-    """What selects these rows of a tensor (out_features, …): W[row_index(rows, len(W))].
+    """An index for these rows of a tensor (out_features, …): W[row_index(rows, len(W))].
 
     >>> row_index((2, 4, 6), 12)
     tensor([2, 3, 8, 9])
@@ -51,26 +51,26 @@ def row_index(rows: Rows | None, out_features: int) -> slice | Tensor:
 
 
 def fused_parts(config: Any, name: str, out_features: int, in_features: int) -> Parts:
-    """The rows of query and value in a fused weight; empty for a weight that is not fused, or in no known way.
+    """The rows of query and value in a fused weight; empty for a weight that is not fused, or not in a known layout.
 
-    config: transformers' own of the model, or config.json's values as attributes; None without one.
+    config: transformers' config of the model, or config.json's values as attributes; None without one.
     name: of the module.
 
-    Raises CheckpointError: the number of rows contradicts the config.
+    Raises CheckpointError if the number of rows contradicts the config.
     """
     last = name.rpartition(".")[2]
     model_type = getattr(config, "model_type", None)
     layout = _LAYOUTS.get((str(model_type), last))
     if layout is not None:
         return layout(config, name, out_features)
-    # timm's own configs do not say how a model is built; its blocks are all alike.
+    # timm's configs do not say how a model is built; all its blocks are alike.
     if last == "qkv" and name.endswith("attn.qkv") and out_features == 3 * in_features:
         return _thirds(out_features)
     return {}
 
 
 def conv1d_parts(name: str, out_features: int) -> Parts:
-    """Of GPT-2's c_attn; that of a cross-attention holds keys and values only, and the queries are q_attn's."""
+    """For GPT-2's c_attn; a cross-attention's holds keys and values only, as its queries are in q_attn."""
     if "crossattention" in name:
         return {"value": (out_features // 2, out_features)}
     return _thirds(out_features)
@@ -149,7 +149,7 @@ def _head_size(name: str, d: int, parts: int) -> int:
     return size
 
 
-# By model_type and the last part of the module's name. A model that is not here is refused, not guessed.
+# By model_type and the last part of the module's name. A model that is missing here is refused, not guessed.
 _LAYOUTS: dict[tuple[str, str], Callable[[Any, str, int], Parts]] = {
     ("phi3", "qkv_proj"): _in_order,
     ("phi4_multimodal", "qkv_proj"): _in_order,

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: downloaded by huggingface_hub into its own cache, no more of them than is read."""
+"""Models on the Hugging Face hub: huggingface_hub downloads into its own cache what will be read, and no more."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..errors import CheckpointError
 from .files.tensor import read_json
 from .layout import read_weight_map, trained_components, weight_files
 
-# Given the names of all tensors and config.json: those that will be read.
+# (names of all tensors, config.json) ↦ the tensors that will be read.
 Choose: TypeAlias = Callable[[Collection[str], Mapping[str, Any] | None], Collection[str]]
 
 _ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 # Small files that say what a repository is.
 _DESCRIBES = re.compile(r"(.*/)?(config|model_index|modules|params|adapter_config|[\w.-]+\.index(\.[\w-]+)?)\.json")
-# Weights for other libraries, and pictures, which no copy of a model wants.
+# Weights for other libraries, and pictures: no copy of a model needs them.
 _NOT_THE_MODELS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "*.pb", "onnx/*", "openvino/*"]
 
 
@@ -37,7 +37,7 @@ class Download:
 
 
 def fetch(path: str | Path, revision: str | None, token: str | None, choose: Choose | None) -> Download:
-    """Download what is not in the cache yet; see `open_checkpoint` for the parameters. Raises CheckpointError."""
+    """Download what is not in the cache yet; parameters as for `open_checkpoint`. Raises CheckpointError."""
     text = path.as_posix() if isinstance(path, Path) else path
     match = _ID.fullmatch(text)
     if match is None or text.startswith((".", "/")) or text.endswith((".safetensors", ".bin", ".gguf")):
@@ -53,7 +53,9 @@ def fetch(path: str | Path, revision: str | None, token: str | None, choose: Cho
     except OSError as error:
         raise CheckpointError(f"{text}: {_reason(error, name, revision)}") from error
     except _library().errors.HFValidationError as error:
-        raise CheckpointError(f"{text}: no such file or folder, and no id of a model on the hub ({error})") from error
+        raise CheckpointError(
+            f"{text}: no such file or folder, and not the id of a model on the hub ({error})"
+        ) from error
 
 
 def _whole(name: str, revision: str | None, token: str | None) -> Download:
@@ -87,13 +89,13 @@ def _parts(name: str, revision: str | None, token: str | None, choose: Choose) -
 
 
 def _listed(name: str, revision: str | None, token: str | None) -> list[str]:
-    """The files of a repository; offline, those in the cache, of which indexes name the others."""
+    """The files of a repository; offline, those in the cache and those that its indexes name."""
     try:
         return list(_library().list_repo_files(name, revision=revision, token=token))
     except (_library().errors.RepositoryNotFoundError, _library().errors.RevisionNotFoundError):
         raise
     except OSError:
-        # Offline, or the hub is out of reach: what is in the cache may be enough.
+        # Offline, or the hub cannot be reached: what is in the cache may be enough.
         config = None
         for file in ("config.json", "model_index.json", "modules.json", "model.safetensors"):
             config = config or _library().try_to_load_from_cache(name, file, revision=revision)
@@ -128,7 +130,7 @@ def _join(folder: str, file: str) -> str:
 
 def _reason(error: OSError, name: str, revision: str | None) -> str:
     if isinstance(error, _library().errors.GatedRepoError):
-        return f"the hub lets only those in who accepted its terms; accept them at hf.co/{name} and give a token"
+        return f"access is limited to users who accepted its terms; accept them at hf.co/{name} and give a token"
     if isinstance(error, _library().errors.RevisionNotFoundError):
         return f"the hub's {name} has no revision {revision}"
     if isinstance(error, _library().errors.RepositoryNotFoundError):
@@ -140,6 +142,6 @@ def _reason(error: OSError, name: str, revision: str | None) -> str:
 
 
 def _library() -> Any:
-    """huggingface_hub, which a run on local files does not need."""
+    """huggingface_hub, which runs on local files do not need."""
     importlib.import_module("huggingface_hub.errors")
     return importlib.import_module("huggingface_hub")

@@ -1,4 +1,4 @@
-"""Matrices in memory, read as if they stood in a checkpoint."""
+"""Matrices in memory, read as if they were in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from ..errors import WeightError
 from .targets import FLOAT_DTYPES, Target
 
-# What stands for one matrix W (d×k); of a linear layer, its weight.
+# What may be given as a matrix W (d×k); a linear layer stands for its weight.
 MatrixLike = Tensor | NDArray[np.floating] | nn.Linear
 
 
 def target_in_memory(name: str, matrix: MatrixLike) -> Target:
-    """A matrix W (d×k) in memory as a target. Raises WeightError for what is no dense float matrix."""
+    """A matrix W (d×k) in memory as a target. Raises WeightError for anything but a dense float matrix."""
     W = _tensor(name, matrix)
     if W.ndim != 2 or W.dtype not in FLOAT_DTYPES:
-        raise WeightError(f"{name}: {W.dtype} of shape {tuple(W.shape)}; give a float matrix of two dimensions")
+        raise WeightError(f"{name}: {W.dtype} of shape {tuple(W.shape)}; give a float matrix with two dimensions")
     if W.is_meta or W.layout != torch.strided:
         kind = "on the meta device, without values" if W.is_meta else f"stored as {W.layout}"
         raise WeightError(f"{name} is {kind}; give a dense matrix")

@@ -1,4 +1,4 @@
-"""Where a model's weights are: the files of a folder, under the names that libraries and trainers give them."""
+"""Where a model's weights are: the files of a folder, under the names that libraries and trainers use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .files.torch_file import SUFFIXES
 
 INDEX_SUFFIX = ".index.json"
 
-# transformers, diffusers, open_clip and the models' own authors; the earlier of two that are there has the weights.
+# transformers, diffusers, open_clip and the models' own authors; if several exist, the first one counts.
 SINGLE_FILES = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -27,7 +27,7 @@ SINGLE_FILES = (
     "consolidated.00.pth",
 )
 
-# What a pipeline of diffusers trains: the denoiser and the text encoders, not the autoencoder.
+# The trainable parts of a diffusers pipeline: the denoiser and the text encoders, not the autoencoder.
 _TRAINED = re.compile(r"transformer(_\d+)?|unet|prior|text_encoder(_\d+)?")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<place>\d+)-of-(?P<count>\d+)(?P<variant>\.\w+)?\.(?P<suffix>safetensors|bin)")
 _VARIANT = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.(?P<variant>[\w-]+)\.(safetensors|bin)")
@@ -38,10 +38,10 @@ _VARIANT_INDEX = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.\w+
 class Component:
     """One model of a folder.
 
-    name: what its tensors' names begin with in a pipeline; "" for a model alone.
-    files: with its weights; a folder for a distributed checkpoint.
-    config: its config.json, where there is one.
-    index: the name of the file that says which tensor is in which shard, and weight_map what it says; None without one.
+    name: the prefix of its tensors' names in a pipeline; "" for a model by itself.
+    files: its weight files; a folder for a distributed checkpoint.
+    config: its config.json, if there is one.
+    index, weight_map: the name and content of the file that says which tensor is in which shard; None without one.
     absent: tensors in shards that were not downloaded.
     """
 
@@ -63,11 +63,11 @@ class WeightFiles:
 
 
 def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Component, ...]:
-    """The models of a path, one or a pipeline's several, and their files.
+    """The models at a path, one or all of a pipeline's, and their files.
 
-    kept: of a download, the names of the files that were chosen; None for all that are there.
+    kept: for a download, the names of the files that were chosen; None for all files.
 
-    Raises CheckpointError: no weights there, a shard is missing, or what is there is not a model.
+    Raises CheckpointError if there are no weights, a shard is missing, or the folder holds something else.
     """
     if not path.is_dir():
         if path.suffix not in (".safetensors", ".gguf", *SUFFIXES):
@@ -89,7 +89,7 @@ def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Co
 
 
 def weight_files(names: Sequence[str], where: object) -> WeightFiles | None:
-    """Which files of a folder hold the weights, by their names alone; None if none does. Raises CheckpointError."""
+    """Which files of a folder hold the weights, by name alone; None if none do. Raises CheckpointError."""
     for file in SINGLE_FILES:
         if file in names:
             if file == "consolidated.00.pth" and "consolidated.01.pth" in names:
@@ -104,7 +104,7 @@ def weight_files(names: Sequence[str], where: object) -> WeightFiles | None:
 
 
 def _model(folder: Path, kept: Collection[str] | None = None) -> Component | None:
-    """The weights right in a folder. kept: of a download, the files that were chosen; None for all."""
+    """The weights directly in a folder. kept: for a download, the files that were chosen; None for all."""
     config = _config(folder)
     names = sorted(entry.name for entry in folder.iterdir())
     found = weight_files(names, folder)
@@ -118,7 +118,7 @@ def _model(folder: Path, kept: Collection[str] | None = None) -> Component | Non
         if not (folder / shard).is_file():
             tensors = [name for name, file in here.items() if file == shard]
             raise CheckpointError(
-                f"{folder / shard}: shard is missing; {found.index} expects {len(tensors)} tensors in it: "
+                f"{folder / shard}: this shard is missing; {found.index} expects {len(tensors)} tensors in it: "
                 f"{some(tensors)}. Download it again"
             )
     files = tuple(folder / shard for shard in sorted(set(here.values())))
@@ -128,19 +128,19 @@ def _model(folder: Path, kept: Collection[str] | None = None) -> Component | Non
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """What an index says: the shard of each tensor. Raises CheckpointError."""
+    """The shard of each tensor, from an index. Raises CheckpointError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: no `weight_map` from tensor to shard in it; download the index again")
     for shard in sorted(set(weight_map.values())):
-        # An index is data from somewhere else: it may not point outside its own folder.
+        # An index is untrusted data: it may not point outside its own folder.
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: shard {shard!r} is not in the index's own folder")
     return weight_map
 
 
 def _variant(names: Iterable[str], where: object) -> WeightFiles | None:
-    """`model.fp16.safetensors` and the like: a variant where nothing else is there, and it is the only one."""
+    """`model.fp16.safetensors` and the like, if there is nothing else and only one variant."""
     found: dict[str, list[str]] = {}
     for name in names:
         match = _VARIANT.fullmatch(name) or _VARIANT_INDEX.fullmatch(name)
@@ -161,7 +161,7 @@ def _shards_without_index(names: Iterable[str], where: object) -> WeightFiles | 
     if not shards:
         return None
     if len({(match["stem"], match["count"], match["variant"], match["suffix"]) for match in shards}) > 1:
-        raise CheckpointError(f"{where}: shards of more than one set of weights; keep those of one")
+        raise CheckpointError(f"{where}: shards of more than one set of weights; keep only one set")
     places = {int(match["place"]): match[0] for match in shards}
     missing = [place for place in range(1, int(shards[0]["count"]) + 1) if place not in places]
     if missing:
@@ -173,7 +173,7 @@ def _shards_without_index(names: Iterable[str], where: object) -> WeightFiles | 
 
 
 def _only_file(names: Iterable[str], where: object) -> WeightFiles | None:
-    """A weight file of whatever name, where it is the only one of its kind."""
+    """A weight file of any name, if it is the only one of its kind."""
     for suffixes in ((".safetensors",), (".gguf",), (".ckpt", ".pth", ".pt")):
         files = [name for name in names if name.endswith(suffixes) and not name.startswith("adapter_model")]
         if len(files) == 1 and not _is_deepspeed(files[0]):
@@ -184,7 +184,7 @@ def _only_file(names: Iterable[str], where: object) -> WeightFiles | None:
 
 
 def _distributed(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
-    """A folder of torch.distributed.checkpoint, or one that FSDP's trainers put next to the config."""
+    """A folder of torch.distributed.checkpoint, or the one that FSDP trainers put next to the config."""
     for name in ("", *names):
         if (folder / name / METADATA).is_file() and any((folder / name).glob("*.distcp")):
             return Component("", folder, (folder / name,), config)
@@ -232,7 +232,7 @@ def _refuse_deepspeed(folder: Path) -> None:
     if inner or (folder / "zero_to_fp32.py").is_file() or any(_is_deepspeed(path.name) for path in folder.iterdir()):
         where = folder if (folder / "zero_to_fp32.py").is_file() or inner else folder.parent
         raise CheckpointError(
-            f"{folder}: DeepSpeed's checkpoint, in pieces by process; put it together with "
+            f"{folder}: a DeepSpeed checkpoint, in one piece per process; put it together with "
             f"`python {where / 'zero_to_fp32.py'} {where} OUT --safe_serialization` and give OUT"
         )
 

@@ -1,4 +1,4 @@
-"""A model in memory as a checkpoint: the same factors as from its folder, without any file."""
+"""A model in memory as a checkpoint: the same factors as from its folder, without a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Model: TypeAlias = str | PathLike[str] | nn.Module | Mapping[str, Tensor]
 
 
 def open_model(model: Model, revision: str | None, token: str | None, choose: Choose | None) -> Checkpoint:
-    """A model wherever it is; see `open_checkpoint` and `open_live`. Raises CheckpointError for anything else too."""
+    """A model on disk, on the hub or in memory; see `open_checkpoint`, `open_live`. Raises CheckpointError."""
     if isinstance(model, (nn.Module, Mapping)):
         return open_live(model)
     if isinstance(model, (str, PathLike)):
@@ -36,8 +36,8 @@ def open_model(model: Model, revision: str | None, token: str | None, choose: Ch
 def open_live(model: nn.Module | Mapping[str, Tensor]) -> Checkpoint:
     """A live model, quantized or not, or a state dict, as a checkpoint. Its tensors stay where they are.
 
-    Raises CheckpointError for what holds no tensors, for weights on the meta device or sharded over several processes,
-    and for a model that has adapters.
+    Raises CheckpointError if it holds no tensors, or weights on the meta device or sharded over several processes, or
+    adapters.
     """
     label = Path(f"<{type(model).__name__}>")
     held = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
@@ -67,7 +67,7 @@ def open_live(model: nn.Module | Mapping[str, Tensor]) -> Checkpoint:
 
 
 def _processes(tensor: object) -> int:
-    """How many processes hold a tensor together: a DTensor of FSDP2, or a parameter of ZeRO-3."""
+    """How many processes share a tensor: a DTensor of FSDP2, or a parameter of ZeRO-3."""
     if hasattr(tensor, "ds_id"):
         return dist.get_world_size()
     mesh = getattr(tensor, "device_mesh", None)
@@ -75,7 +75,7 @@ def _processes(tensor: object) -> int:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, the quantizers' in its place, and transformers' Conv1D."""
+    """nn.Linear, quantizers' replacements for it, and transformers' Conv1D."""
     return hasattr(module, "in_features") or type(module).__name__ == "Conv1D"
 
 

@@ -1,4 +1,4 @@
-"""The modules of a checkpoint that have a weight: what is known of each, and which of them PEFT's syntax selects."""
+"""The modules of a checkpoint that have a weight: what is known about each, and which ones PEFT's syntax selects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .architecture import HEADS, Architecture, Layer, describe
 from .checkpoint import Checkpoint
 from .formats.weight import StoredWeight
 
-# What modules without a known architecture are, by the last part of their name.
+# What the modules of an unknown architecture are, by the last part of their name.
 EMBEDDING = re.compile(r"\w*embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias")
 OUTPUT = re.compile(r"lm_head|embed_out|output_projection|proj_out|output|cls\.predictions\.decoder")
 CONV1D = re.compile(r"c_attn|c_proj|c_fc|q_attn")
@@ -24,8 +24,8 @@ class Module:
     """A module of the checkpoint with a weight, and what is known about it.
 
     entry: its weight.
-    layer: what transformers says; None if it knows no such module.
-    left_out: why it cannot be a target, whatever is asked for; None if it can.
+    layer: what transformers says about it; None if it knows no such module.
+    left_out: why it cannot be a target under any target_modules; None if it can.
     """
 
     path: Path
@@ -54,7 +54,7 @@ def aliases(module: str, architecture: Architecture | None) -> set[str]:
 
 
 def find_modules(checkpoint: Checkpoint) -> list[Module]:
-    """Every module of the checkpoint that has a weight, layer 2 before layer 10."""
+    """Every module of the checkpoint that has a weight; layer 2 comes before layer 10."""
     entries = {
         name.removesuffix(".weight"): weight for name, weight in checkpoint.weights.items() if name.endswith(".weight")
     }
@@ -69,7 +69,7 @@ def find_modules(checkpoint: Checkpoint) -> list[Module]:
             inner = form != "other" and not layer.is_output and not layer.shared_with
         else:
             form = _form_by_name(name, entries[name], stored_transposed)
-            # A tensor that a complete model has no place for is a leftover, such as a pretraining head.
+            # A tensor without a place in a complete model is a leftover, such as a pretraining head.
             inner = form != "other" and not is_output_by_name(name) and not (architecture and architecture.complete)
         modules.append(
             Module(
@@ -91,7 +91,7 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def _looks_like_gpt2(checkpoint: Checkpoint, modules: Iterable[str]) -> bool:
-    """Whether modules named as Conv1D's are stored as (in, out): a bias has out_features entries."""
+    """Whether modules with Conv1D's names are stored as (in, out), by the length of a bias, out_features."""
     for module in modules:
         weight, bias = checkpoint.tensors.get(f"{module}.weight"), checkpoint.tensors.get(f"{module}.bias")
         if CONV1D.fullmatch(last_part(module)) and weight and bias and len(weight.shape) == 2:
@@ -112,13 +112,13 @@ def is_output_by_name(name: str) -> bool:
 
 
 def selector(target_modules: Collection[str] | str) -> Callable[[Collection[str]], bool]:
-    """Whether `target_modules` selects a module, by all the names that it goes under. Raises TargetError."""
+    """A function that says whether `target_modules` selects a module, given all its names. Raises TargetError."""
     if isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
         except re.error as error:
             raise TargetError(
-                f"target_modules={target_modules!r} is no regular expression ({error}); "
+                f"target_modules={target_modules!r} is not a valid regular expression ({error}); "
                 f'for module names give a list: ["query", "value"]'
             ) from error
         return lambda aliases: any(pattern.fullmatch(name) for name in aliases)

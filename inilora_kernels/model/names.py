@@ -1,4 +1,4 @@
-"""Names of the same modules in a checkpoint, in a model and in a factor set: they differ by a prefix."""
+"""The same modules' names in a checkpoint, in a model and in a factor set, which may differ by a prefix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..suggestions import some
 
 
 def match_names(wanted: Sequence[str], available: Collection[str], where: str) -> dict[str, str]:
-    """Return the name among `available` of each wanted name: itself, or with one prefix for all added or taken away.
+    """Return each wanted name's counterpart in `available`: itself, or with one prefix added to or removed from all.
 
-    Takes time in proportion to the number of names, not to its square: a model of experts has 40,000.
+    Takes time proportional to the number of names, not to its square: a mixture of experts has 40,000.
 
     Raises TargetError if there is no such prefix, or more than one.
 
@@ -44,7 +44,7 @@ def match_names(wanted: Sequence[str], available: Collection[str], where: str) -
 def shortest_endings(chosen: Collection[str], available: Iterable[str]) -> list[str] | None:
     """Return the shortest endings of one to three parts that select `chosen` among `available` and nothing else.
 
-    None if there are none.
+    None if there are no such endings.
 
     >>> shortest_endings({"0.attn.q", "1.attn.q"}, ["0.attn.q", "0.attn.k", "1.attn.q", "pooler"])
     ['q']
@@ -65,14 +65,14 @@ def _last_parts(name: str, parts: int) -> str:
 
 
 def _endings(name: str) -> Iterator[str]:
-    """The name, then what is left of it after each dot."""
+    """The name, then what remains of it after each dot."""
     while name:
         yield name
         name = name.partition(".")[2]
 
 
 def _missing(wanted: Sequence[str], there: frozenset[str]) -> str:
-    """The first name that no prefix could find, or the first of all."""
+    """The first name that no prefix could match, or else the first of all."""
     endings = {end for name in there for end in _endings(name)}
     return next(
         (name for name in wanted if name not in endings and not any(e in there for e in _endings(name))), wanted[0]

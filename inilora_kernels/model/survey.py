@@ -1,4 +1,4 @@
-"""One reading of every matrix before the work: refused if unfit, with its hash and its standard deviation."""
+"""One pass over every matrix before the work: unfit ones are refused; hash and standard deviation are taken."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..kernels.threads import at_once, in_groups, side_by_side
 from .targets import Target
 
 _FLOAT32 = torch.finfo(torch.float32)
-# A random start of the same deviation reaches 6 times as far at times.
+# A random start of the same deviation may reach 6 times as far.
 _LARGEST = _FLOAT32.max / 16
 
 
 def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list[float]]:
-    """The sha256 and the standard deviation of every matrix, each read once before any long work.
+    """The sha256 and the standard deviation of every matrix; each is read once, before any long work.
 
-    Raises WeightError for one that cannot be factorized.
+    Raises WeightError for a matrix that cannot be factorized.
     """
     bar.phase("reading", len(targets), len(targets))
     threads = torch.get_num_threads()
@@ -74,8 +74,8 @@ def _deviation(W: Tensor, module: str) -> float:
         )
     count, total, square = W.numel(), fsum(sums), fsum(squares)
     variance = max(0.0, square - total**2 / count) / max(1, count - 1)
-    # A constant matrix has no deviation, and a start of zeros would stay there: its root mean square stands in. What
-    # rounding leaves of a constant's variance counts as none.
+    # A constant matrix has no deviation, and Adam would never leave a start of zeros: its root mean square stands in.
+    # Whatever variance rounding leaves of a constant counts as none.
     return float(variance**0.5 if variance > 1e-12 * square / count else (square / count) ** 0.5)
 
 
@@ -88,7 +88,7 @@ def _refuse(W: Tensor, module: str) -> None:
 
 
 def start_stds(targets: Sequence[Target], stds: Sequence[float], init_std: str | float) -> list[float]:
-    """σ̄ of each matrix's start: the mean of the standard deviations of its kind, or of all (paper, Eq. 2)."""
+    """σ̄ for each matrix's start: the mean standard deviation of its kind, or of all matrices (paper, Eq. 2)."""
     if not isinstance(init_std, str):
         return [float(init_std)] * len(targets)
     kinds = [target.kind if init_std == "kind" else "" for target in targets]

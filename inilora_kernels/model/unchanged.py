@@ -1,4 +1,4 @@
-"""Whether a weight that is read several times in a run is the same all along."""
+"""Whether a weight that is read several times in a run stays the same."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# File systems count time in ticks, the coarsest of them 2 s. A file changed so recently may change again unnoticed.
+# File systems count time in ticks of up to 2 s. A file that has just changed may change again unnoticed.
 _TICK_NS = 2_000_000_000
 
 
 def watch(files: Iterable[Path], sha256: Callable[[], str]) -> Callable[[str], bool]:
-    """A question for later: whether the weight in these files still has the sha256 that was found after this call.
+    """A check for later: whether the weight in these files still has the sha256 that was computed after this call.
 
-    Usually the files' times and sizes answer it. Where those have changed, or were too young to show a change, the
-    weight is hashed again by `sha256`, which raises CheckpointError if it is gone.
+    The files' times and sizes usually answer it. If they have changed, or were too recent to show a change, the weight
+    is hashed again by `sha256`, which raises CheckpointError if the file is gone.
     """
     watched = sorted(set(files))
     before = _state(watched)
@@ -27,7 +27,7 @@ def watch(files: Iterable[Path], sha256: Callable[[], str]) -> Callable[[str], b
 
 
 def _state(files: list[Path]) -> list[tuple[int, int, int]] | None:
-    """None where it says nothing: a file is gone, no file, or too young."""
+    """None where it proves nothing: a file is gone, not a regular file, or too recent."""
     try:
         found = [os.stat(file) for file in files]
     except OSError:

@@ -1,1 +1,1 @@
-"""What is kept: the factor file, the authors' folders and the cache."""
+"""Storage: the factor file, the authors' folders and the cache."""

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent: written beside, synced, renamed.
+"""Files and folders that are complete or absent: written next to their place, synced, renamed.
 
 Only regular files are ever replaced, never a link, device or pipe, and nothing in the folder of a model or an adapter.
-Modes follow the umask. What can be known before long work (a place that is no place, a full disk) is refused before it.
+Modes follow the umask. What can be known before long work (an unwritable place, a full disk) is refused before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import OutputError
 from .temporary import Temporary, ended_cleanly, sweep, temporary_file, temporary_folder
 
-# What makes a folder that of a model or an adapter, and the names in it that their loaders look for.
+# What marks a folder as a model's or an adapter's, and the names in it that their loaders look for.
 _MARKS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 _LOADED = re.compile(r".*config\.json|.*\.index\.json|(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)")
 
@@ -38,9 +38,9 @@ _ADVICE = {
 def require_writable(path: Path, size: int = 0) -> None:
     """Raise OutputError now if `write_whole(path, …)` could not succeed later; remove what killed runs left there.
 
-    size: bytes that will be written, as far as known; they must be free.
+    size: bytes that will be written, as far as known; that much must be free.
 
-    Long work must not end in a file that cannot be written, so the folder is tried with a real temporary file.
+    Long work must not end in a file that cannot be written, so a real temporary file is tried in the folder.
     """
     _require_replaceable(path)
     with _reporting(path):
@@ -54,8 +54,8 @@ def require_writable(path: Path, size: int = 0) -> None:
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Put `content` at `path` so that no reader, and no crash, ever sees half of it. Raises OutputError.
 
-    durable: wait until it is on the disk. Without it a power cut, though no crash of the process, may leave a file of
-        zeros: for files with a checksum.
+    durable: wait until it is on the disk. Without that, a power cut (though not a crash of the process) may leave a
+        file of zeros; for files with a checksum only.
     """
     _require_replaceable(path)
     with _reporting(path), ended_cleanly():
@@ -80,9 +80,9 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def require_new_folder(path: Path, size: int = 0) -> None:
-    """Raise OutputError if a folder of `size` bytes cannot be made at `path`; nothing is made yet.
+    """Raise OutputError if a folder of `size` bytes cannot be created at `path`; creates nothing yet.
 
-    An empty folder may be there, and parents may be missing.
+    An empty folder may exist, and parents may be missing.
     """
     with _reporting(path):
         if path.is_symlink():
@@ -93,10 +93,10 @@ def require_new_folder(path: Path, size: int = 0) -> None:
             raise OutputError(f"{path}: a mount point, which cannot be renamed; give a new folder in it")
         parent = _nearest(path)
         if not parent.is_dir():
-            raise OutputError(f"cannot write {path}: {parent} is no folder; choose another place")
+            raise OutputError(f"cannot write {path}: {parent} is not a folder; choose another place")
         for part in path.absolute().relative_to(parent).parts:
             with contextlib.suppress(FileNotFoundError):
-                os.lstat(parent / part)  # raises where the file system takes no such name
+                os.lstat(parent / part)  # raises if the file system does not allow the name
         sweep(parent)
         probe = temporary_folder(parent)
         probe.close()
@@ -106,12 +106,12 @@ def require_new_folder(path: Path, size: int = 0) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, size: int = 0) -> Iterator[Path]:
-    """A folder to fill, beside `path`; it takes that name when all went well, and vanishes otherwise.
+    """A folder to fill, next to `path`; it takes that name if all goes well, and vanishes otherwise.
 
-    size: bytes that will be written, as far as known; they must be free.
+    size: bytes that will be written, as far as known; that much must be free.
 
-    On an error and on SIGTERM the parents made for it vanish too. What SIGKILL leaves, the next output at that place
-    removes. Raises OutputError.
+    On an error and on SIGTERM, parents created for it vanish too. What SIGKILL leaves is removed by the next output at
+    that place. Raises OutputError.
     """
     require_new_folder(path, size)
     made: list[Path] = []
@@ -139,7 +139,7 @@ def whole_folder(path: Path, size: int = 0) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file into a folder of `whole_folder`'s, straight from the tensors. Raises OutputError.
+    """Write a safetensors file into a folder from `whole_folder`, straight from the tensors. Raises OutputError.
 
     safetensors gives its files mode 0600; this one follows the umask.
     """
@@ -152,7 +152,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors contiguous and each in memory of its own, as safetensors demands; copies where two share it."""
+    """The tensors, contiguous and each in its own memory, as safetensors demands; copies where two share memory."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -206,7 +206,7 @@ def _require_space(path: Path, size: int) -> None:
 
 
 def _nearest(path: Path) -> Path:
-    """The nearest parent that is there."""
+    """The nearest existing parent."""
     parent = path.absolute().parent
     while not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
@@ -223,19 +223,19 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:
-    """Make a folder and its parents, adding each new one to `made`."""
+    """Create a folder and its parents, adding each new one to `made`."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     for parent in reversed(missing):
         try:
             parent.mkdir()
-        except FileExistsError:  # another run's, made meanwhile
+        except FileExistsError:  # another run has created it meanwhile
             continue
         made.append(parent)
 
 
 @contextlib.contextmanager
 def _reporting(path: Path) -> Iterator[None]:
-    """OSError and safetensors' own as OutputError, with advice."""
+    """Turn OSError and safetensors' errors into OutputError, with advice."""
     try:
         yield
     except SafetensorError as error:

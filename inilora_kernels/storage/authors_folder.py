@@ -1,7 +1,7 @@
-"""The factor folders of IniLoRA's authors: one `{module}.weight.pt` a matrix, in their own letters.
+"""The factor folders of IniLoRA's authors: one `{module}.weight.pt` per matrix, in their own letters.
 
-Each file holds a dict with 'A' = U (d×r) and 'B' = Pᵀ (r×k), so W ≈ A·B there: their A is our B, their B our A. Beside
-it may lie `{module}.weight.loss.pt` with {'loss': the mean squared error of each step}.
+Each file holds a dict with 'A' = U (d×r) and 'B' = Pᵀ (r×k), so W ≈ A·B there: their A is our B, their B our A. Next to
+it there may be `{module}.weight.loss.pt` with {'loss': the mean squared error of each step}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOSS_SUFFIX = ".weight.loss.pt"
 def save_inilora_pt(factors: Mapping[str, Factors], folder: str | Path) -> None:
     """Write a folder that the authors' training code reads, with the sampled losses.
 
-    Raises OptionError for a part of a fused weight or a Conv1D, for which the format has no place, and OutputError.
+    Raises OptionError for a part of a fused weight or a Conv1D, which the format cannot express, and OutputError.
     """
     for name, part in factors.items():
         if part.rows or part.transposed or "/" in name:
@@ -46,13 +46,13 @@ def save_inilora_pt(factors: Mapping[str, Factors], folder: str | Path) -> None:
 
 
 def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """The factors by module, and the options, of such a folder; tensors only, nothing in it is run.
+    """The factors by module, and the options, from such a folder; only tensors are loaded, and no code is run.
 
-    base: the model that the factors are of. With it the certificates and the sha256 of the weights are computed, and
-        `convert` and the exports can check that factors and model belong together; without it the certificates are
-        NaN and those refuse them.
+    base: the model that the factors were computed from. With it, the certificates and the sha256 of the weights are
+        computed, so that `convert` and the exports can check that factors and model belong together; without it, the
+        certificates are NaN and both refuse the factors.
 
-    Raises FactorFileError (no such files, a damaged one, no A and B in it, not of this base) and CheckpointError.
+    Raises FactorFileError (no such files, a damaged one, one without A and B, or another base) and CheckpointError.
     """
     folder = Path(folder)
     files = sorted(file for file in folder.glob(f"*{SUFFIX}"))
@@ -77,7 +77,7 @@ def _certified(factors: Mapping[str, Factors], base: Path) -> dict[str, Factors]
         shape = (part.B.shape[0], part.A.shape[1])
         if W.shape != shape:
             raise FactorFileError(
-                f"{base}: {tensor} is {tuple(W.shape)}, but the factors make {shape}; give their base"
+                f"{base}: {tensor} is {tuple(W.shape)}, but the factors' product is {shape}; give their base"
             )
         energy, (loss,) = losses(W, [(part.A, part.B)])
         least = optimum(W, part.rank)
@@ -90,7 +90,7 @@ def _load(file: Path) -> Factors:
     content = _torch_load(file)
     A, B = content.get("B"), content.get("A")
     if not (isinstance(A, Tensor) and isinstance(B, Tensor) and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]):
-        raise FactorFileError(f"{file}: no 'A' (d×r) and 'B' (r×k) in it; make it again")
+        raise FactorFileError(f"{file}: no 'A' (d×r) and 'B' (r×k) in it; write it again")
     losses: list[float] = []
     loss_file = file.with_name(file.name.removesuffix(SUFFIX) + LOSS_SUFFIX)
     if loss_file.is_file():
@@ -109,7 +109,7 @@ def _torch_load(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch raises whatever its unpickler met; a hostile file and a broken one look alike.
+        # torch raises whatever its unpickler meets; a hostile file and a broken one look alike.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise FactorFileError(f"{file}: damaged, or holds objects other than tensors ({reason})") from error
     if not isinstance(content, dict):

@@ -1,7 +1,7 @@
 """Finished matrices, found again by what they were computed from.
 
 An entry's name is the sha256 of everything that decides its content: the source tensor's bytes, shape and dtype, and
-every option that changes the result. So a model may move or be renamed, a run may crash half-way, and no matrix is
+every option that changes the result. So a model may move or be renamed, a run may crash halfway, and no matrix is
 computed twice.
 
 An entry is a factor file of one module whose options hold its own key and a checksum: the sha256 of the file with zeros
@@ -32,12 +32,12 @@ RESULT_VERSION = 6
 
 _ENTRY = "matrix"
 _ZEROS = "0" * 64
-# As it stands in the file: JSON in a JSON string.
+# As it appears in the file: JSON in a JSON string.
 _CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{64})\\"')
 
 
 def cache_key(ingredients: Mapping[str, Any]) -> str:
-    """The name of the entry made from these ingredients, JSON values all.
+    """The name of the entry with these ingredients, all of them JSON values.
 
     >>> cache_key({"rank": 8, "seed": 0}) == cache_key({"seed": 0, "rank": 8}) != cache_key({"rank": 8, "seed": 1})
     True
@@ -47,7 +47,7 @@ def cache_key(ingredients: Mapping[str, Any]) -> str:
 
 
 def find(key: str, source_sha256: str) -> Factors | None:
-    """The cached factors, or None; an entry that is damaged, or of another key or matrix, counts as none."""
+    """The cached factors, or None; an entry that is damaged, or belongs to another key or matrix, counts as None."""
     path = entry_path(key)
     if path is None:
         return None
@@ -57,20 +57,20 @@ def find(key: str, source_sha256: str) -> Factors | None:
         return None
     if factors.source_sha256 != source_sha256:
         return None
-    with contextlib.suppress(OSError):  # a cache to read only
+    with contextlib.suppress(OSError):  # a read-only cache
         os.utime(path)
     return factors
 
 
 def keep(key: str, factors: Factors) -> None:
-    """Store factors. A cache that cannot be written costs the next run its time, so it warns and goes on."""
+    """Store factors. A cache that cannot be written only costs the next run time, so this warns and goes on."""
     path = entry_path(key)
     if path is None:
         _warn("this user has no home folder")
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not durable: what a power cut leaves of an entry, its checksum tells.
+        # Not durable: the checksum shows what a power cut has damaged.
         entry = factor_file.encode({_ENTRY: factors}, {"key": key, "checksum": _ZEROS})
         write_whole(path, _sealed(entry), durable=False)
     except OSError as error:
@@ -81,7 +81,7 @@ def keep(key: str, factors: Factors) -> None:
 
 
 def read_entry(path: Path, key: str) -> Factors:
-    """The factors of the entry at `path`, which has to be that of `key`. Raises FactorFileError or OSError."""
+    """The factors of the entry at `path`, which must have this key. Raises FactorFileError or OSError."""
     content = path.read_bytes()
     place = _CHECKSUM.search(content)
     if place is None or place.group(1) != _checksum(content, place.span(1)):
@@ -113,7 +113,7 @@ def _checksum(content: bytes, place: tuple[int, int]) -> bytes:
 
 
 def _warn(reason: str) -> None:
-    # The same words for every matrix, so that Python shows them once a run.
+    # The same words for every matrix, so that Python shows them once per run.
     warnings.warn(
         f"finished matrices are not cached in {cache_folder() or 'any folder'} ({reason}); "
         f"set INILORA_CACHE to a writable folder",

@@ -1,4 +1,4 @@
-"""What the user does with the cache as a whole: look at it, check it, and remove entries.
+"""Upkeep of the whole cache, for the user: look at it, check it, and remove entries.
 
 Only files with an entry's name, and what killed runs left, are ever removed: the folder may hold more than the cache.
 """
@@ -37,7 +37,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All entries, the one used longest ago first; none where there is no cache."""
+    """All entries, least recently used first; none if there is no cache."""
     found = []
     for part in _parts():
         for path in part.glob("*.safetensors"):
@@ -50,7 +50,7 @@ def entries() -> list[Entry]:
 
 
 def damaged_entries() -> list[Entry]:
-    """Those whose checksum or key is not their own; a run computes such a matrix again."""
+    """The entries whose checksum or key does not match; a run computes such a matrix again."""
     damaged = []
     for entry in entries():
         try:
@@ -65,8 +65,8 @@ def damaged_entries() -> list[Entry]:
 
 
 def prune(older_than: float | None = None, to_size: int | None = None) -> list[Entry]:
-    """Remove the entries last used more than `older_than` seconds ago, then the longest unused until `to_size` bytes
-    are left. Returns what was removed. Raises OutputError if an entry cannot be removed."""
+    """Remove entries not used for `older_than` seconds, then the least recently used until `to_size` bytes are left.
+    Returns what was removed. Raises OutputError if an entry cannot be removed."""
     everything = entries()
     now = time.time()
     doomed = [entry for entry in everything if older_than is not None and now - entry.last_used > older_than]
@@ -83,7 +83,7 @@ def prune(older_than: float | None = None, to_size: int | None = None) -> list[E
 
 
 def remove(doomed: Iterable[Entry]) -> None:
-    """Remove entries, folders that this empties, and what killed runs left there. Raises OutputError."""
+    """Remove entries, the folders that this empties, and what killed runs left there. Raises OutputError."""
     for entry in doomed:
         try:
             entry.path.unlink(missing_ok=True)
@@ -99,5 +99,5 @@ def _parts() -> list[Path]:
     folder = cache_folder()
     try:
         return sorted(folder.glob("[0-9a-f][0-9a-f]")) if folder is not None and folder.is_dir() else []
-    except OSError:  # a name too long, a folder of somebody else's
+    except OSError:  # a name that is too long, somebody else's folder
         return []

@@ -44,9 +44,9 @@ def encode(modules: Mapping[str, Factors], options: Mapping[str, Any]) -> bytes:
 
 
 def digest(modules: Mapping[str, Factors]) -> str:
-    """sha256 (hex) of some factors, which stands for them in a record."""
+    """sha256 (hex) of factors, which stands for them in a record."""
     total = hashlib.sha256()
-    # Each on its own: one file may not hold the same tensor twice, but two modules may have the same factors.
+    # One by one: a file may not hold the same tensor twice, but two modules may have the same factors.
     for name in sorted(modules):
         total.update(encode({name: modules[name]}, {}))
     return total.hexdigest()
@@ -74,7 +74,7 @@ def _record(factors: Factors) -> dict[str, Any]:
 def read(path: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
     """The factors by module, and the options, of a factor file.
 
-    Raises FactorFileError: no such file, no factor file, a damaged one, or one of a newer format.
+    Raises FactorFileError if the file is missing, is no factor file, is damaged, or is of a newer format.
     """
     if not path.is_file():
         raise FactorFileError(f"{path}: no such factor file; `inilora approximate MODEL -o FILE` writes one")
@@ -85,9 +85,9 @@ def read(path: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
 
 
 def decode(content: bytes, where: str) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """The same from the file's bytes. Every record and every tensor is checked. where: names the file in messages."""
+    """The same from the file's bytes. Every record and every tensor is checked. where: what messages call the file."""
     try:
-        # Before anything is looked up by what the metadata says, safetensors checks the file as such.
+        # safetensors checks the file itself before the metadata is relied on.
         tensors = load(content)
         entry = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"][METADATA_KEY]
     except KeyError as error:
@@ -136,9 +136,9 @@ def _pair(
                 f"float32 matrix; compute the factors again"
             )
         if not factor.isfinite().all():
-            raise FactorFileError(f"{where}: {key} has NaN or Inf in it; compute the factors again")
+            raise FactorFileError(f"{where}: {key} holds NaN or Inf; compute the factors again")
     rows = record.rows
-    # Of every so many rows: as often as the whole weight, which the file does not hold, is long.
+    # Periodic rows repeat to the end of the weight, whose length the file does not record.
     fits = rows is None or (
         B.shape[0] == rows[1] - rows[0] if len(rows) == 2 else B.shape[0] % (rows[1] - rows[0]) == 0
     )

@@ -1,7 +1,7 @@
-"""The JSON that is read from files, one strict schema for each: types, ranges and lengths, checked at the door.
+"""The JSON that is read from files, with one strict schema for each kind: types, ranges and lengths are checked.
 
-It comes from disks, hubs and other programs. pydantic's own parser reads it, so that deep nesting and huge numbers end
-in an error of ours too.
+It comes from disks, hubs and other programs. pydantic's own parser reads it, so that deep nesting and huge numbers also
+end in one of our errors.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ..errors import FactorFileError, InitializationError
 # Scalings beyond these leave float32's range when A and B are divided by their square root.
 LEAST_SCALING, MOST_SCALING = 1e-12, 1e12
 
-_MOST = 2**53  # beyond it JSON's numbers are not whole any more
+_MOST = 2**53  # above this, JSON's numbers are no longer exact integers
 
 
 def _expression(pattern: str) -> str:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+        raise ValueError(f"{pattern!r} is not a valid regular expression ({error})") from error
     return pattern
 
 
@@ -38,9 +38,9 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 class ModuleRecord(BaseModel):
-    """What a factor file says of one matrix; see Factors and Certificate.
+    """What a factor file records of one matrix; see Factors and Certificate.
 
-    loss, optimum and energy are NaN only where it is not known which weights the factors were computed from.
+    loss, optimum and energy are NaN only if it is unknown which weights the factors were computed from.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -65,16 +65,16 @@ class ModuleRecord(BaseModel):
         if not all(0 <= number < math.inf for number in numbers) and (
             self.source_sha256 or not all(math.isnan(number) for number in numbers)
         ):
-            raise ValueError("loss, optimum and energy have to be finite and not negative")
+            raise ValueError("loss, optimum and energy must be finite and not negative")
         if self.rows is not None and not (self.rows[0] < self.rows[1] <= self.rows[-1]):
-            raise ValueError(f"rows {self.rows} are none")
+            raise ValueError(f"rows {self.rows} are not a range of rows")
         if not set(self.checkpoint_steps) <= {step for step, _ in self.history}:
             raise ValueError("a step of checkpoint_steps has no loss in history")
         return self
 
 
 class FormatVersion(BaseModel):
-    """Of a factor file's metadata what every version has."""
+    """The part of a factor file's metadata that every version has."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -91,7 +91,7 @@ class FactorFileHeader(BaseModel):
 
 
 class AdapterConfig(BaseModel):
-    """Of PEFT's adapter_config.json what decides on the update that A and B stand for; the rest is kept as it is."""
+    """The part of PEFT's adapter_config.json that decides what A and B stand for; the rest is kept unchanged."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
@@ -113,7 +113,7 @@ class AdapterConfig(BaseModel):
 class ResidualRecord(BaseModel):
     """inilora_residual.json: which model and which factors a residual folder was computed from.
 
-    residual_sha256: of R in each target's place, by the tensor's name; none in files of version 0.1.0.
+    residual_sha256: of R in place of each target, by the tensor's name; missing in files of version 0.1.0.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -125,7 +125,7 @@ class ResidualRecord(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Of a model's config.json what this library reads itself; the rest is transformers'."""
+    """The part of a model's config.json that this library reads itself; transformers reads the rest."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -137,7 +137,7 @@ class ModelConfig(BaseModel):
 def parse(
     schema: type[AnyModel], content: str | bytes, where: str, refusal: type[InitializationError] = FactorFileError
 ) -> AnyModel:
-    """`content`, JSON in UTF-8, as a schema's value. Raises `refusal`, naming the first field that is wrong."""
+    """`content`, JSON in UTF-8, parsed by a schema. Raises `refusal`, naming the first field that is wrong."""
     try:
         return schema.model_validate_json(content)
     except ValidationError as error:

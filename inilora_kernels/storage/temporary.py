@@ -1,8 +1,8 @@
-"""Temporary files and folders beside an output: locked while their process lives, removed once it is dead.
+"""Temporary files and folders next to an output: locked while their process lives, removed once it is dead.
 
 A process that is killed cannot clean up. So each temporary name is held by an flock, which the kernel drops with the
-process: whoever comes later to the same place can tell a dead one from one in use, also across containers, and removes
-it. Where a file system has no locks, nothing is removed.
+process: a later process at the same place can tell a dead one from one in use, even across containers, and removes it.
+On a file system without locks, nothing is removed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _ENDINGS = ("SIGTERM", "SIGHUP")
 
 @dataclass(frozen=True)
 class Temporary:
-    """A file or folder under a temporary name, and the descriptor that holds its lock; -1 where there is none."""
+    """A file or folder under a temporary name, and the descriptor that holds its lock; -1 if there is none."""
 
     path: Path
     descriptor: int
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
 
@@ -55,7 +55,7 @@ def temporary_folder(folder: Path) -> Temporary:
     while True:
         path = folder / f"{PREFIX}{secrets.token_hex(8)}"
         path.mkdir()
-        if sys.platform == "win32":  # which opens no folders
+        if sys.platform == "win32":  # which cannot open folders
             return Temporary(path, -1)
         try:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -66,9 +66,9 @@ def temporary_folder(folder: Path) -> Temporary:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed runs of this user left in `folder`, and warn that it was there.
+    """Remove what this user's killed runs left in `folder`, and warn of it.
 
-    A folder is renamed before it is emptied, so that its owner, if locks should fail to show it, cannot finish with a
+    A folder is renamed before it is emptied, so that its owner, should the locks fail to show it, cannot finish with
     part of it.
     """
     try:
@@ -92,9 +92,9 @@ def sweep(folder: Path) -> None:
 
 @contextlib.contextmanager
 def ended_cleanly() -> Iterator[None]:
-    """SIGTERM and SIGHUP first leave this block by an exception, so that it cleans up, and end the process then.
+    """SIGTERM and SIGHUP first raise an exception out of this block, so that it cleans up, and then end the process.
 
-    Only in the main thread, and only where nobody else handles them.
+    Only in the main thread, and only if nothing else handles them.
     """
     names = [name for name in _ENDINGS if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
@@ -103,7 +103,7 @@ def ended_cleanly() -> Iterator[None]:
     received: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
-        # The second one must not cut the cleaning short.
+        # A second signal must not cut the cleanup short.
         if not received:
             received.append(number)
             raise _Ended
@@ -124,11 +124,11 @@ def ended_cleanly() -> Iterator[None]:
 
 
 class _Ended(BaseException):
-    """A signal to end the process has come."""
+    """A signal to end the process has arrived."""
 
 
 def _hold(path: Path, descriptor: int) -> bool:
-    """Lock a new name; False if another process took it for a dead one in the instant before."""
+    """Lock a new name; False if another process has mistaken it for a dead one in the meantime."""
     _lock(descriptor)
     try:
         mine = os.path.samestat(os.stat(path), os.fstat(descriptor))
@@ -140,7 +140,7 @@ def _hold(path: Path, descriptor: int) -> bool:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether the lock is ours now; None where there are no locks."""
+    """Whether the lock is now ours; None if there are no locks."""
     if sys.platform == "win32":
         return None
     try:

@@ -103,7 +103,7 @@ def test_missing_shard(tmp_path: Path) -> None:
     shard = sorted(set(weight_map.values()))[1]
     (tmp_path / shard).unlink()
     message = refusal(tmp_path)
-    assert f"{shard}: shard is missing" in message
+    assert f"{shard}: this shard is missing" in message
     assert next(name for name in weight_map if weight_map[name] == shard) in message
 
 

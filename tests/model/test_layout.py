@@ -84,7 +84,7 @@ def test_missing_shard_without_an_index(tmp_path: Path) -> None:
 def test_same_tensor_in_two_shards_without_an_index(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model-00001-of-00002.safetensors")
     save_file(TENSORS, tmp_path / "model-00002-of-00002.safetensors")
-    assert "stand in another shard too" in refusal(tmp_path)
+    assert "are in another shard too" in refusal(tmp_path)
 
 
 def test_llamas_own_parts(tmp_path: Path) -> None:

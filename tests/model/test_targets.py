@@ -226,7 +226,7 @@ def test_nothing_linear_at_all(tmp_path: Path) -> None:
 
 def test_invalid_expression(tmp_path: Path) -> None:
     build("BertModel", **ENCODER).save_pretrained(tmp_path)
-    assert "no regular expression" in refusal(tmp_path, TargetError, "*.query")
+    assert "not a valid regular expression" in refusal(tmp_path, TargetError, "*.query")
 
 
 @pytest.mark.parametrize("target_modules", [[""], ["query", 3], [None]])

@@ -92,7 +92,7 @@ def test_what_is_no_such_folder_is_refused(
         with pytest.raises(FactorFileError, match=match):
             FactorSet.load(tmp_path / "pt")
     torch.save({"A": torch.zeros(380, 8), "B": torch.zeros(8, 384)}, file)
-    with pytest.raises(FactorFileError, match=r"is \(384, 384\), but the factors make \(380, 384\)"):
+    with pytest.raises(FactorFileError, match=r"is \(384, 384\), but the factors' product is \(380, 384\)"):
         FactorSet.load(tmp_path / "pt", minilm)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(FactorFileError, match="damaged"):

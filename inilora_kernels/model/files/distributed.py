@@ -1,6 +1,6 @@
 """Folders of torch.distributed.checkpoint (DCP), as FSDP and Lightning write them, by torch's own reader.
 
-torch unpickles a folder's `.metadata` whatever is in it; here it may hold the classes of torch's own description alone.
+torch unpickles a folder's `.metadata` whatever it holds; here only the classes of torch's own description are allowed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SAFE_NAMES = {
 
 @dataclass(frozen=True)
 class DistributedTensor:
-    """A tensor of a DCP folder; see `StoredTensor`. It may be in pieces in several files."""
+    """A tensor of a DCP folder; see `StoredTensor`. It may be split among several files."""
 
     name: str
     file: Path
@@ -79,7 +79,7 @@ class _Unpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or module in _SAFE_MODULES or (module, name) in _SAFE_NAMES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in it")
 
 
 def _reader(folder: Path) -> Any:
@@ -100,7 +100,7 @@ def _reader(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns that it reads in one process, which is what is asked of it."""
+    """Silence torch's warning that it reads in one process, which is intended here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,6 +1,6 @@
-"""GGUF files, llama.cpp's: under the names, and with the config, that transformers gives them.
+"""GGUF files, llama.cpp's, with the names and the config that transformers gives them.
 
-Values are read from the file as bytes; `formats.gguf` turns them into a matrix.
+Values are read as bytes; `formats.gguf` turns them into a matrix.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .tensor import ContiguousTensor
 
 @dataclass(frozen=True)
 class GGUFTensor(ContiguousTensor):
-    """A tensor of a GGUF file: its bytes, (rows, bytes of a row).
+    """A tensor of a GGUF file as bytes (rows, bytes per row).
 
-    type: GGML's name of how they are quantized.
-    values: the shape of the tensor that they stand for.
+    type: GGML's name for their quantization.
+    values: the shape of the tensor that they encode.
     processor: transformers' own, which undoes what llama.cpp's converter did to the rows.
     """
 
@@ -33,7 +33,7 @@ class GGUFTensor(ContiguousTensor):
 def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
     """The tensors of a GGUF file by their names in transformers' model, and that model's config.
 
-    Raises CheckpointError: damaged, of an architecture that transformers does not load from GGUF, or gguf is not
+    Raises CheckpointError if the file is damaged, transformers does not load its architecture from GGUF, or gguf is not
     installed.
     """
     gguf, loading = _libraries(file)
@@ -43,7 +43,7 @@ def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
         processor = loading.TENSOR_PROCESSORS.get(config["model_type"], loading.TensorProcessor)(config=config)
         names = loading.get_gguf_hf_weights_map(_model(config), processor)
     except Exception as error:
-        # The reader slices whatever offsets a damaged file states, and raises what numpy does.
+        # The reader slices at whatever offsets a damaged file states, and raises what numpy raises.
         raise CheckpointError(f"{file}: not a GGUF file that transformers {_version()} loads ({error})") from error
     tensors = {}
     for stored in reader.tensors:
@@ -73,9 +73,7 @@ def _libraries(file: Path) -> tuple[Any, Any]:
     try:
         return importlib.import_module("gguf"), importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     except ImportError as error:
-        raise CheckpointError(
-            f"{file}: a GGUF file, which needs gguf to be read ({error}); pip install gguf"
-        ) from error
+        raise CheckpointError(f"{file}: reading a GGUF file needs gguf ({error}); pip install gguf") from error
 
 
 def _version() -> str:

@@ -1,4 +1,4 @@
-"""Tensors of a live model or a state dict, wherever they are: read one at a time, whole where they are sharded."""
+"""Tensors of a live model or a state dict, on any device: read one at a time, gathered if they are sharded."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from ...errors import CheckpointError
 from .tensor import ContiguousTensor, what_it_is
 
-# safetensors' names of the dtypes. Others (packed 4- and 6-bit floats, say) are bytes to us: nothing reads
-# them, and as integers they are refused as targets.
+# safetensors' names of the dtypes. Others (packed 4- and 6-bit floats, say) count as bytes: nothing reads them, and as
+# integers they are refused as targets.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

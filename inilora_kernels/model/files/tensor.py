@@ -1,4 +1,4 @@
-"""What every kind of file offers for each tensor in it, and what the kinds share."""
+"""What every kind of file offers for each of its tensors, and what the kinds share."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _HASH_CHUNK = 1 << 20
 
 
 class StoredTensor(Protocol):
-    """One tensor as a file stores it, without its values.
+    """One tensor as stored in a file, without its values.
 
     name: in its file.
-    file: where it is; of a live model's tensor, what to call the model in messages.
-    offset: of its first byte, where the file holds the values row after row in one piece; None otherwise.
+    file: where it is; for a live model's tensor, what messages call the model.
+    offset: of its first byte, if the file holds the values row by row in one piece; None otherwise.
     """
 
     @property
@@ -40,21 +40,21 @@ class StoredTensor(Protocol):
     def offset(self) -> int | None: ...
 
     def read(self, rows: slice = slice(None)) -> Tensor:
-        """The tensor, or rows of it (no step), contiguous, on the CPU, in memory of its own and in the stored dtype.
+        """The tensor, or rows of it (no step), contiguous, on the CPU, in its own memory and in the stored dtype.
 
         Raises CheckpointError if the file has changed or vanished since it was opened.
         """
 
     def sha256(self) -> str:
-        """sha256 (hex) of the values as stored, row by row: the same in every kind of file. Raises as `read` does."""
+        """sha256 (hex) of the values as stored, the same in every kind of file. Raises what `read` raises."""
 
 
 @dataclass(frozen=True)
 class ContiguousTensor:
-    """A tensor whose values a file holds row after row in one piece; see `StoredTensor`.
+    """A tensor whose values a file holds row by row in one piece; see `StoredTensor`.
 
-    It is read from the file into memory of its own, so that the peak is that tensor: a memory map would count the
-    file's pages on top.
+    It is read into its own memory, so that the peak is one tensor: with a memory map, the file's pages would count as
+    well.
     """
 
     name: str
@@ -100,7 +100,7 @@ class ContiguousTensor:
         while buffer:
             count = stream.readinto(buffer)
             if not count:
-                raise CheckpointError(f"{self.file}: ends within {self.name}; the file changed since it was opened")
+                raise CheckpointError(f"{self.file}: ends within {self.name}; the file has changed since it was opened")
             buffer = buffer[count:]
 
 
@@ -127,7 +127,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def what_it_is(file: Path) -> str:
-    """The end of a sentence about a file that cannot be read."""
+    """The end of an error about an unreadable file: what it is, if that is known."""
     with file.open("rb") as stream:
         if stream.read(19) == b"version https://git":
             return "; this is a Git LFS pointer, not the weights: run `git lfs pull`"

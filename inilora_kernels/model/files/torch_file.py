@@ -1,7 +1,7 @@
 """Files that torch.save wrote: .bin, .pt, .pth, and Lightning's .ckpt. Only ever loaded with `weights_only=True`.
 
-A file in torch's format since 1.6 is memory-mapped for each reading and closed again; the older format is loaded whole,
-and the last such file kept.
+A file in torch's format since 1.6 is memory-mapped for each read and closed again; a file in the older format is loaded
+whole, and the last one is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
 class TorchTensor:
     """A tensor in a file of torch.save; see `StoredTensor`.
 
-    type: the class of a tensor that is none of torch's own, such as torchao's, which are read dequantized;
+    type: the class of a tensor that is not one of torch's own, such as torchao's, which are read dequantized;
         "" otherwise.
     """
 
@@ -61,12 +61,12 @@ class TorchTensor:
             return _load(self.file)[self.name].detach()
         except (OSError, KeyError) as error:
             raise CheckpointError(
-                f"{self.file}: cannot read {self.name}: the file changed since it was opened"
+                f"{self.file}: cannot read {self.name}: the file has changed since it was opened"
             ) from error
 
 
 def open_torch_file(file: Path) -> dict[str, TorchTensor]:
-    """The tensors of a torch file by name. Raises CheckpointError, also where it holds code, and OSError."""
+    """The tensors of a torch file by name. Raises CheckpointError, also if the file holds code, and OSError."""
     return {
         name: TorchTensor(name, file, tensor.dtype, tuple(tensor.shape), _type(tensor))
         for name, tensor in _load(file).items()
@@ -95,7 +95,7 @@ def _load_checked(file: Path, mmap: bool) -> Mapping[str, Tensor]:
     try:
         content = _torch_load(file, mmap)
     except Exception as error:
-        # torch raises whatever its unpickler met; a hostile file and a broken one look alike.
+        # torch raises whatever its unpickler meets; a hostile file and a broken one look alike.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"{file}: corrupt, or holds pickled objects other than tensors, which are never run ({reason})"

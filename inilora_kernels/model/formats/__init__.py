@@ -1,1 +1,1 @@
-"""Kinds of stored weights, one module each: which stored tensors make up a weight matrix, and its values."""
+"""Kinds of stored weights, one module each: which stored tensors make up a matrix, and how to compute its values."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from .weight import StoredModule, StoredWeight, decode_bytes, in_strips, library, unreadable
 
 _STATE = "weight.quant_state.bitsandbytes__"
-# As the library multiplies: by the float nearest to 1/127.
+# The library multiplies by the float nearest to 1/127.
 _ONE_127TH = 7.874015718698502e-3
 
 
@@ -61,7 +61,7 @@ def _eight_bits(module: StoredModule) -> StoredWeight:
     shape = (weight.shape[0], weight.shape[1])
 
     def dequantize(rows: slice) -> Tensor:
-        # The library multiplies by the row's scale first, and by 1/127 then.
+        # The library multiplies by the row's scale first, then by 1/127.
         values = decode_bytes(weight.read(rows), scale.read(rows).unsqueeze(1), shape[1])
         in_place = values.numpy()  # not by torch, see SERIAL_VALUES
         in_place *= _ONE_127TH

@@ -2,7 +2,7 @@
 
     W = weight · weight_scale_inv[row // 128, column // 128]
 
-`weight_scale_inv` is multiplied with, whatever its name says. A scale without dimensions is that of the whole matrix.
+Despite its name, `weight_scale_inv` is multiplied with. A scale without dimensions is for the whole matrix.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def find(module: StoredModule) -> StoredWeight | None:
 
 
 def block_scaled(values: Tensor, scale: Tensor, rows: slice, block: tuple[int, int]) -> Tensor:
-    """Rows of a matrix (rows, k) times the scales of the whole one's blocks, float32."""
+    """Rows of a matrix (rows, k) times the block scales of the whole matrix, float32."""
     scale = scale.reshape(-1, 1 if scale.ndim < 2 else scale.shape[-1])
     return decode_bytes(values, scale[torch.arange(rows.start, rows.stop) // block[0]], block[1])
 

@@ -1,4 +1,4 @@
-"""What llm-compressor and its library compressed-tensors write, and what others write alike (fbgemm, ModelOpt's FP8).
+"""What llm-compressor and its library compressed-tensors write; fbgemm and ModelOpt's FP8 write the same.
 
     8 bits a value   W = (weight − zero_point) · weight_scale             float8 or int8
     packed           W = (codes(weight_packed) − 2^(bits−1) − zero_point) · weight_scale
@@ -63,7 +63,7 @@ def _block(shape: tuple[int, int], scale: tuple[int, ...]) -> tuple[int, int] | 
     counts = (*scale, 1) if len(scale) == 1 else scale or (1, 1)
     if len(counts) != 2 or 0 in counts:
         return None
-    # Blocks may be cut off at the end: 128 is what all such models have.
+    # Blocks may be cut off at the edge; 128 is the size in all such models.
     sizes = [side // count if side % count == 0 else 128 for side, count in zip(shape, counts, strict=True)]
     fits = all(-(-side // size) == count for side, size, count in zip(shape, sizes, counts, strict=True))
     return (sizes[0], sizes[1]) if fits else None
@@ -109,6 +109,6 @@ def _packed(module: StoredModule) -> StoredWeight:
 
 
 def _rows_of(scale: Tensor, rows: slice) -> Tensor:
-    """The rows' own scales; a single one stands for all rows."""
+    """The rows' own scales; a single scale applies to all rows."""
     scale = scale.reshape(-1, scale.shape[1] if scale.ndim == 2 else 1)
     return scale if len(scale) == 1 else scale[rows]

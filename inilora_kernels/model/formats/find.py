@@ -1,4 +1,4 @@
-"""Which weights a checkpoint holds: its stored tensors, module by module, shown to each format in turn."""
+"""Which weights a checkpoint holds: each format in turn looks at its stored tensors, module by module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..files.tensor import StoredTensor
 from . import bitsandbytes, block_fp8, compressed_tensors, fp4, gguf, gptq, mlx, torchao
 from .weight import Format, StoredModule, StoredWeight, unreadable
 
-# The first that knows a module's tensors has it.
+# The first that recognizes a module's tensors takes it.
 FORMATS: tuple[Format, ...] = (
     gguf.find,
     block_fp8.find,
@@ -23,7 +23,7 @@ FORMATS: tuple[Format, ...] = (
     torchao.find,
 )
 
-# What quantizers that none of the formats knows store in a weight's place, or next to it: HQQ, AQLM, VPTQ, HIGGS.
+# What quantizers without a format here store in place of a weight, or next to it: HQQ, AQLM, VPTQ, HIGGS.
 _UNKNOWN = ("qweight", "weight_packed", "W_q", "blocks")
 _UNKNOWN_IF_QUANTIZED = ("codes", "indices", "weight_scale", "weight_scale_inv")
 
@@ -33,9 +33,9 @@ def find_weights(
 ) -> dict[str, StoredWeight]:
     """Every weight by its name in the model, in the order of the tensors.
 
-    tensors: those stored, by name.
+    tensors: the stored ones, by name.
     config: config.json.
-    metadata: of the weight files, where torchao describes its tensors.
+    metadata: of the weight files; torchao describes its tensors there.
     """
     config = config or {}
     quantization = config.get("quantization_config") or config.get("quantization") or {}
@@ -53,7 +53,7 @@ def find_weights(
 
 
 def module_and_part(name: str, tensors: Collection[str]) -> tuple[str, str]:
-    """The module that a tensor belongs to, and what it is in it; of a fused parameter of experts, the parameter."""
+    """The module that a tensor belongs to, and its name there; for a fused parameter of experts, the parameter."""
     module, within, rest = name.partition(".weight.")
     if within:
         return module, f"weight.{rest}"
@@ -84,7 +84,7 @@ def _plain(name: str, tensor: StoredTensor) -> StoredWeight:
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype in which the model computes, which is what formats that do not say it themselves are read as."""
+    """The dtype in which the model computes; formats that do not state their own are read as this."""
     for own in (config, config.get("text_config") or {}):
         dtype = getattr(torch, str(own.get("dtype") or own.get("torch_dtype")).removeprefix("torch."), None)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2:

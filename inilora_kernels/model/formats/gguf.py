@@ -1,7 +1,7 @@
 """GGUF's weights, of every type that gguf's own code dequantizes (Q8_0, Q4_K, Q6_K and the others).
 
-llama.cpp's converter moves rows of some architectures (LLaMA's queries and keys); transformers' loader, whose code does
-it here, moves them back. So these are the matrices of the model that transformers loads from the file.
+llama.cpp's converter permutes rows in some architectures (LLaMA's queries and keys); transformers' loader, called here,
+moves them back. The result is the matrices of the model that transformers loads from the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def find(module: StoredModule) -> StoredWeight | None:
     def dequantize(rows: slice) -> Tensor:
         gguf: Any = importlib.import_module("gguf")
         values = gguf.dequantize(stored.read().numpy(), gguf.GGMLQuantizationType[stored.type]).reshape(stored.values)
-        # GPT-2's only turns matrices into Conv1D's orientation.
+        # GPT-2's processor only transposes matrices into Conv1D's orientation.
         if type(stored.processor).__name__ != "GPT2TensorProcessor":
             values = stored.processor.process(weights=values, name=stored.name).weights
         return torch.from_numpy(values[rows]).contiguous()

@@ -3,7 +3,7 @@
     W = (codes(qweight) − zeros(qzeros)) · scales                  qweight is stored transposed: in_features first
 
 GPTQ packs along in_features and stores each zero point less 1 (but not in its format "gptq_v2"); g_idx says which group
-a column is in. AWQ packs along out_features, the eight of a word in an order of its own.
+a column is in. AWQ packs along out_features, the eight codes of a word in an order of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .weight import StoredModule, StoredWeight, as_bytes, codes, decode_transposed, in_strips, nibbles, unreadable
 
-# The place in its word of each of eight neighbours.
+# The position within its word of each of eight neighbours.
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -81,7 +81,7 @@ def _awq(module: StoredModule) -> StoredWeight:
         group = torch.arange(k) // (k // groups)
 
         def dequantize(own: slice) -> Tensor:
-            # Whole words: eight rows each.
+            # Whole words of eight rows each.
             first, last = own.start // 8, -(-own.stop // 8)
             every, shifts = slice(8 * first, 8 * last), [4 * place for place in _AWQ_ORDER]
             values = decode_transposed(words[:, first:last], scale[:, every], zeros[:, every], group, shifts)

@@ -31,7 +31,7 @@ def find(module: StoredModule) -> StoredWeight | None:
     settings = {**module.quantization, **(stated if isinstance(stated, dict) else {})}
     size = settings.get("group_size")
     if biases is None or settings.get("mode", "affine") != "affine" or not isinstance(size, int):
-        return unreadable(module, f"of MLX's quantizations only the affine one is read, not {settings.get('mode')!r}")
+        return unreadable(module, f"only MLX's affine quantization can be read, not {settings.get('mode')!r}")
     if len(weight.shape) != 2 or scales.shape != biases.shape:
         return unreadable(module, f"its weight has the shape {weight.shape}, its scales {scales.shape}")
     d, k = weight.shape[0], scales.shape[1] * size

@@ -1,6 +1,6 @@
-"""torchao's tensors, as transformers saves them: a tensor for each part, and the rest in the file's metadata.
+"""torchao's tensors as transformers saves them: a tensor for each part, everything else in the file's metadata.
 
-Put together and dequantized by torchao itself.
+torchao itself puts them together and dequantizes them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find(module: StoredModule) -> StoredWeight | None:
 
 
 def _shape(record: Any, values: tuple[int, ...]) -> tuple[int, int] | None:
-    """Of the whole matrix: stated where several values share a byte, that of the values otherwise."""
+    """The whole matrix's shape: stated where several values share a byte, otherwise that of the stored values."""
     if record.get("_type") in ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor"):
         shape: Any = values
     else:

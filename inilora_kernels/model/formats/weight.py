@@ -14,9 +14,9 @@ from torch import Tensor
 from ...errors import WeightError
 from ..files.tensor import StoredTensor
 
-# Values dequantized at a time: small enough for a core's cache with all that the arithmetic needs next to them.
+# Values dequantized at a time: few enough for a core's cache, together with everything else the arithmetic needs.
 STRIP_VALUES = 1 << 18
-# torch starts threads for more than these, and waiting for them takes longer than the arithmetic on a strip.
+# Above this many values torch starts threads, and waiting for them takes longer than the arithmetic on a strip.
 SERIAL_VALUES = 1 << 15
 
 
@@ -27,11 +27,11 @@ class StoredWeight:
     name: of the parameter in the model ("layers.0.self_attn.q_proj.weight").
     shape: of the parameter's values, usually (out_features, in_features).
     dtype: of what `read` returns.
-    dequantization: names the format and what its arithmetic depends on besides the stored tensors; "" where the values
-        are stored as they are.
-    stored: the tensors that make it up, by what each is called within the module; the values come first.
-    dequantize: the values of a range of rows, from the stored tensors. None where they are stored as they are. Those of
-        a quantized weight are (out_features, in_features) whatever the module's class, as quantizers see to.
+    dequantization: names the format and whatever else its arithmetic depends on besides the stored tensors; "" where
+        the values are stored as they are.
+    stored: the tensors that make it up, by their names within the module; the values come first.
+    dequantize: the values of a range of rows, from the stored tensors. None where they are stored as they are. A
+        quantized weight's are (out_features, in_features) whatever the module's class; quantizers ensure that.
     refusal: why it cannot be read; "" where it can.
     """
 
@@ -48,7 +48,7 @@ class StoredWeight:
         return self.dequantization != ""
 
     def read(self, rows: slice = slice(None)) -> Tensor:
-        """The values, or rows of them (no step), contiguous and in memory of their own. Raises CheckpointError."""
+        """The values, or rows of them (no step), contiguous and in their own memory. Raises CheckpointError."""
         if self.dequantize is None:
             return next(iter(self.stored.values())).read(rows)
         start, stop, _ = rows.indices(self.shape[0])
@@ -57,8 +57,8 @@ class StoredWeight:
     def sha256(self) -> str:
         """sha256 (hex) of the stored bytes.
 
-        Of one tensor, that of its bytes; of a quantized weight, that of its dequantization, and of the name and the
-        sha256 of each tensor, a line each: whoever has the same value has the same matrix.
+        For a plain tensor, of its bytes. For a quantized weight, of its dequantization and of each tensor's name and
+        sha256, one line each: equal hashes mean equal matrices.
         """
         if self.dequantize is None:
             return next(iter(self.stored.values())).sha256()
@@ -70,7 +70,7 @@ class StoredWeight:
 class StoredModule:
     """The stored tensors of one module, by their names in it ("weight", "weight_scale"), and what config.json says.
 
-    quantization: config.json's `quantization_config`, or MLX's `quantization`; empty where there is none.
+    quantization: config.json's `quantization_config`, or MLX's `quantization`; empty if there is none.
     metadata: the weight file's own.
     """
 
@@ -84,17 +84,17 @@ class StoredModule:
         return all(part in self.tensors for part in parts)
 
 
-# A format: the weight of a module that is stored so, None of any other. Raises WeightError where it is stored so, but
-# in a variant that cannot be read.
+# A format: returns the weight of a module that is stored in it, None for any other module. Raises WeightError for a
+# variant that cannot be read.
 Format: TypeAlias = Callable[[StoredModule], "StoredWeight | None"]
 
 
 def in_strips(
     shape: tuple[int, int], dtype: torch.dtype, dequantize: Callable[[slice], Tensor], most: int = STRIP_VALUES
 ) -> Callable[[slice], Tensor]:
-    """Dequantize rows a strip at a time into the result, so that nothing else of its size is in memory.
+    """Dequantize rows into the result a strip at a time, so that nothing else of its size is in memory.
 
-    most: values of a strip.
+    most: the values of a strip.
     """
     step = max(1, most // max(1, shape[1]))
     serial = max(1, SERIAL_VALUES // max(1, shape[1]))
@@ -114,7 +114,7 @@ def in_strips(
 
 
 def scaled(values: Tensor, scale: Tensor) -> Tensor:
-    """values (rows, k) times scale (rows, groups), whose columns stand for k/groups of values each; float32."""
+    """values (rows, k) times scale (rows, groups), each of whose columns covers k/groups values; float32."""
     rows, k = values.shape
     product = values.to(torch.float32, copy=True).view(rows, scale.shape[1], -1)
     return product.mul_(scale.to(torch.float32).unsqueeze(-1)).view(rows, k)
@@ -137,7 +137,7 @@ def decode_bytes(values: Tensor, scale: Tensor, width: int) -> Tensor:
 def decode_nibbles(packed: Tensor, table: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
     """(table[code] − offset) · scale of 4-bit codes, bytes (rows, k/2), low half first; float32 (rows, k).
 
-    table: what each of the 16 codes stands for. scale, offset: (rows, groups); None for no offset.
+    table: the value of each of the 16 codes. scale, offset: (rows, groups); None for no offset.
     """
     scale = scale.to(torch.float32).contiguous()
     offset = torch.zeros_like(scale) if offset is None else offset.to(torch.float32).contiguous()
@@ -152,7 +152,7 @@ def decode_transposed(
     """(code − offset) · scale of 4-bit codes that are stored transposed; float32 (columns, k).
 
     words: int32, 8 codes each. scale, offset: (groups, columns) float32. group: of each of the k rows of codes.
-    shifts: at which bits a word's codes begin, where they are neighbours along the columns; None where along k.
+    shifts: the bits at which a word's codes begin, if they are neighbours along the columns; None if along k.
     """
     out = torch.empty(scale.shape[1], len(group))
     arrays = [array.contiguous().numpy() for array in (words, offset, scale, group)]
@@ -164,7 +164,7 @@ def decode_transposed(
 
 
 def _kernels() -> Any:
-    """Compiled by numba, which a checkpoint of plain weights does not need yet."""
+    """The kernels that numba compiles; a checkpoint of plain weights does without them."""
     return importlib.import_module("...kernels.cpu.dequantize", __package__)
 
 
@@ -212,6 +212,6 @@ def library(name: str, module: StoredModule) -> Any:
 
 
 def unreadable(module: StoredModule, reason: str) -> StoredWeight:
-    """A weight that is there and cannot be read."""
+    """A weight that exists but cannot be read."""
     tensors = module.tensors
     return StoredWeight(f"{module.name}.weight", (), torch.uint8, "unreadable", tensors, refusal=reason)

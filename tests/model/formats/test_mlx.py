@@ -57,4 +57,4 @@ def test_sha256_covers_every_part(tmp_path: Path) -> None:
 
 def test_other_modes_are_refused(tmp_path: Path) -> None:
     tensors, _ = stored(4, torch.float16)
-    assert "only the affine one" in read_one(write(tmp_path, tensors, config(4, mode="mxfp4"))).refusal
+    assert "only MLX's affine quantization" in read_one(write(tmp_path, tensors, config(4, mode="mxfp4"))).refusal
