@@ -9,6 +9,7 @@ import peft
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from .adapters.experts import expert_shapes
 from .adapters.live_model import model_config
 from .adapters.modules import find_starts, is_conv1d, linear_shape
 from .adapters.peft import initialize_peft
@@ -88,17 +89,22 @@ def lora_config_of(
     if lora_alpha is not None and not lora_alpha > 0:
         raise OptionError(f"lora_alpha={lora_alpha}: give a number above 0, or leave it out for a scaling of 1")
     modules = dict(model.named_modules())
-    shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
-    starts = find_starts(shapes, factor_set(factors), type(model).__name__, model_config(model))
+    shapes: dict[str, tuple[int, ...]] = {
+        name: shape for name, module in modules.items() if name and (shape := linear_shape(module))
+    }
+    experts = expert_shapes(model)
+    starts = find_starts(shapes | experts, factor_set(factors), type(model).__name__, model_config(model))
     ranks = {name: start.rank for name, start in starts.items()}
     scaling = common_scaling(ranks, lora_alpha, use_rslora)
-    settings: dict[str, Any] = lora_config(ranks, scaling, use_rslora, list(modules))
+    settings: dict[str, Any] = lora_config(ranks, scaling, use_rslora, list(modules), experts)
+    if settings["target_parameters"] and lora_dropout:
+        raise OptionError(f"lora_dropout={lora_dropout}: PEFT has no dropout for experts; leave it out")
     return LoraConfig(
         **{name: value for name, value in settings.items() if name != "peft_type"}
         | {
             "inference_mode": False,
             "lora_dropout": lora_dropout,
             "task_type": task_type,
-            "fan_in_fan_out": any(is_conv1d(modules[name]) for name in ranks),
+            "fan_in_fan_out": any(is_conv1d(modules[name]) for name in ranks if name in modules),
         }
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..choices import Form
 from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet, factor_set
+from ..model.experts import parameter_of_expert
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, is_conv1d, linear_shape
@@ -66,7 +67,8 @@ def attach(
         raise TargetError(f"{where} has adapters already; call detach(model) first")
     modules = dict(model.named_modules())
     shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
-    starts = find_starts(shapes, factor_set(factors), where, model_config(model))
+    _require_no_experts(factors := factor_set(factors))
+    starts = find_starts(shapes, factors, where, model_config(model))
     scaled = {name: start.scaled(scaling) for name, start in starts.items()}
     require_called(model, starts)
     if form == "residual":
@@ -168,6 +170,15 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_like(state_dict[name], parameter))
+
+
+def _require_no_experts(factors: FactorSet) -> None:
+    experts = next((name for name in factors if parameter_of_expert(name)), None)
+    if experts is not None:
+        raise TargetError(
+            f"{experts}: adapters of experts need PEFT's target_parameters; use lora_model or initialize_peft, or make "
+            f"the factors again without target_parameters"
+        )
 
 
 def _require_residual(name: str, base_layer: nn.Module, start: Start, users: Mapping[int, list[str]]) -> None:

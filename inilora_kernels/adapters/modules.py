@@ -14,6 +14,7 @@ from ..errors import FactorFileError, OptionError, TargetError
 from ..factor_set import FactorSet
 from ..factors import Factors
 from ..model.architecture import architectures
+from ..model.experts import parameter_of_expert
 from ..model.fused import row_count, row_index
 from ..model.names import match_names
 from ..suggestions import some
@@ -22,6 +23,8 @@ from ..suggestions import some
 @dataclass(frozen=True)
 class Start:
     """The factors that an adapter of one module starts from, float32: A (r, in_features), B (out_features, r), BA ≈ W.
+
+    Of a parameter of E experts A is (E, r, in_features) and B (E, out_features, r).
 
     names: the matrices of the FactorSet that it comes from; several for a fused weight.
     """
@@ -32,7 +35,7 @@ class Start:
 
     @property
     def rank(self) -> int:
-        return int(self.A.shape[0])
+        return int(self.A.shape[-2])
 
     def scaled(self, scaling: float) -> tuple[Tensor, Tensor]:
         """(A/√s, B/√s), so that s·B'A' = BA. Dividing both by the same keeps balanced factors balanced.
@@ -56,7 +59,7 @@ class Start:
 
 
 def module_of(name: str) -> str:
-    """The module that a matrix of a FactorSet belongs to: its name without `:query` or `:value`.
+    """The module that a matrix of a FactorSet belongs to: its name without `:query` or `:value`, or an expert's number.
 
     >>> module_of("h.0.attn.c_attn:query")
     'h.0.attn.c_attn'
@@ -80,7 +83,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def find_starts(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     factors: FactorSet,
     where: str,
     config: Mapping[str, Any] | None = None,
@@ -88,7 +91,8 @@ def find_starts(
 ) -> dict[str, Start]:
     """Return the start of each module that has factors, by the module's name in the model, in the FactorSet's order.
 
-    shapes: (out_features, in_features) of the model's linear modules, by name.
+    shapes: (out_features, in_features) of the model's linear modules, by name; (experts, out_features, in_features) of
+        parameters of experts.
     where: what messages call the model.
     config: the model's config.json, for modules to which transformers gives other names than the checkpoint.
     partial: every one of `shapes` has factors, but some factors may have no module.
@@ -128,6 +132,7 @@ def _live_names(
     except TargetError:
         for architecture in architectures(config, wanted) if config else ():
             renamed = {architecture.layers[name].name: name for name in wanted if name in architecture.layers}
+            renamed |= {name: name for name in wanted if name in architecture.parameter_names}
             if not renamed or (len(renamed) < len(wanted) and not partial):
                 continue
             try:
@@ -154,7 +159,9 @@ def _match_part(wanted: Sequence[str], available: Collection[str], where: str) -
         ) from error
 
 
-def _combine(parts: Mapping[str, Factors], shape: tuple[int, int], where: str) -> Start:
+def _combine(parts: Mapping[str, Factors], shape: tuple[int, ...], where: str) -> Start:
+    if len(shape) == 3:
+        return _stack(parts, shape, where)
     out_features, in_features = shape
     blocks = []
     for name, part in parts.items():
@@ -170,3 +177,28 @@ def _combine(parts: Mapping[str, Factors], shape: tuple[int, int], where: str) -
         block[row_index(part.rows, out_features)] = part.B
         blocks.append(block)
     return Start(tuple(parts), torch.cat([part.A for part in parts.values()]), torch.cat(blocks, dim=1))
+
+
+def _stack(parts: Mapping[str, Factors], shape: tuple[int, ...], where: str) -> Start:
+    """The factors of all experts of a parameter, of which each has to have some, of one rank."""
+    experts, out_features, in_features = shape
+    numbers = [int(name.rpartition(":")[2]) for name in parts if parameter_of_expert(name)]
+    if sorted(numbers) != list(range(experts)):
+        raise TargetError(
+            f"{where} has {experts} experts, and there are factors for {len(numbers)}; use the factors of this model, "
+            f"of all of its experts"
+        )
+    ordered = [parts[f"{module_of(next(iter(parts)))}:{number}"] for number in range(experts)]
+    odd = next((name for name, part in parts.items() if part.rank != ordered[0].rank), None)
+    if odd is not None:
+        raise TargetError(
+            f"{where}: its experts have factors of rank {ordered[0].rank}, but {odd} of {parts[odd].rank}; PEFT gives "
+            f"all experts of a parameter one rank: compute them with a rank, not with a share of the energy"
+        )
+    A, B = torch.stack([part.A for part in ordered]), torch.stack([part.B for part in ordered])
+    if A.shape[2] != in_features or B.shape[1] != out_features:
+        raise TargetError(
+            f"{where} has experts of {out_features}×{in_features}, but their factors are of {B.shape[1]}×{A.shape[2]}; "
+            f"use the factors of this model"
+        )
+    return Start(tuple(parts), A, B)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from ..choices import Form
 from ..errors import OptionError, TargetError, WeightError
 from ..factor_set import FactorSet, factor_set
 from ..suggestions import some
+from .experts import expert_shapes, name_of, require_expert_parameter, stacks, start_experts
 from .folder import KEY_PREFIX
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, linear_shape
@@ -59,9 +60,10 @@ def initialize_peft(
 
     Returns the model. Raises TargetError (no such module, no factors for a module, a shape differs, the model reads a
     module's weight instead of calling it), OptionError (no such adapter, rank differs, an adapter that holds something
-    already or is merged, DoRA or another variant, biases, embeddings, `target_parameters`, an initialization that has
-    changed the base, the delta form where Unsloth's or Axolotl's kernels bypass PEFT's forward) and WeightError
-    (residual form of a quantized, sharded, offloaded or shared weight); nothing is changed then.
+    already or is merged, DoRA or another variant, biases, embeddings, the residual form of experts, an
+    initialization that has changed the base, the delta form where Unsloth's or Axolotl's kernels bypass PEFT's
+    forward) and WeightError (residual form of a quantized, sharded, offloaded or shared weight); nothing is
+    changed then.
 
     >>> import peft
     >>> from inilora_kernels.factors import Certificate, Factors
@@ -78,6 +80,11 @@ def initialize_peft(
     config = _config(peft_model, adapter_name)
     if form == "delta":
         _require_forward_of_peft(peft_model)
+    elif config.target_parameters:
+        raise OptionError(
+            "the residual form of experts would round R = W − sBA in every one of them, and saves nothing: PEFT adds "
+            'their update to the parameter in either form; use form="delta"'
+        )
     layers = _lora_layers(peft_model, adapter_name)
     starts = _matched(peft_model, layers, factor_set(factors))
     users = users_of_weights(peft_model.get_base_model())
@@ -89,7 +96,7 @@ def initialize_peft(
         if form == "residual":
             _require_untouched(layers[name], name, users)
         scaled[name] = start.scaled(layers[name].scaling[adapter_name])
-    require_called(peft_model.get_base_model(), starts)
+    require_called(peft_model.get_base_model(), _linear(layers, starts))
     _start(peft_model, layers, scaled, form, adapter_name)
     return peft_model
 
@@ -110,7 +117,8 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
     }
     peft_model = PeftModel.from_pretrained(model, str(folder / "initial"), adapter_name=adapter_name, is_trainable=True)
     layers = _lora_layers(peft_model, adapter_name)
-    if odd := sorted(stored ^ layers.keys()):
+    paths = {name for name, module in peft_model.get_base_model().named_modules() if module in layers.values()}
+    if odd := sorted(stored ^ paths):
         raise TargetError(
             f"{folder}: {some(odd, most=1)} of its modules are not linear layers of "
             f"{type(model).__name__} under this name; load the class of model that the export was made for "
@@ -121,7 +129,9 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
         _require_supported(layer, name, adapter_name)
         A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         scaled[name] = (A.detach().clone(), -B.detach().clone())
-    require_called(peft_model.get_base_model(), scaled)
+        if isinstance(layer, ParamWrapper):
+            scaled[name] = stacks(*scaled[name], layer.num_experts)
+    require_called(peft_model.get_base_model(), _linear(layers, scaled))
     _start(peft_model, layers, scaled, "delta", adapter_name)
     peft_model.load_adapter(str(folder / "adapter"), adapter_name, is_trainable=True)
     return peft_model
@@ -139,8 +149,8 @@ def _start(
     Only a layer itself can say whether its forward pass is one that a start leaves unchanged: PEFT has a class for each
     kind of base, and others are registered by users.
     """
-    for name, (A, B) in scaled.items():
-        require_layer_unchanged(layers[name], name, A, B, form, adapter_name)
+    for name in _linear(layers, scaled):
+        require_layer_unchanged(layers[name], name, *scaled[name], form, adapter_name)
     base = peft_model.get_base_model()
     alone = form == "delta" and peft_model.active_adapters == [adapter_name]
     inputs = random_inputs(base) if alone else None
@@ -150,7 +160,10 @@ def _start(
             before = output_of(peft_model, inputs)
     kept = {name: parts_of(layers[name], adapter_name) for name in scaled} if before is not None else {}
     for name, (A, B) in scaled.items():
-        start_layer(layers[name], adapter_name, A, B, form, name)
+        if isinstance(layers[name], ParamWrapper):
+            start_experts(layers[name], adapter_name, A, B, name)
+        else:
+            start_layer(layers[name], adapter_name, A, B, form, name)
     if inputs is not None and before is not None:
         try:
             require_same_output(before, output_of(peft_model, inputs), type(base).__name__)
@@ -181,18 +194,13 @@ def _config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
             f"bias={config.bias!r} trains biases of the base, which no LoRA for the original model can hold; "
             f'make the LoraConfig with bias="none"'
         )
-    if config.target_parameters:
-        raise OptionError(
-            f"target_parameters={config.target_parameters!r}: factors start linear layers, not bare parameters such as "
-            f"fused experts; leave target_parameters out, and the experts with it"
-        )
     return config
 
 
 def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Layer]:
-    """The layers with this adapter, also embeddings, by their name in the base model."""
+    """The layers with this adapter, also embeddings, by their name in the base model; experts by the parameter's."""
     return {
-        name: module
+        name_of(module, name): module
         for name, module in peft_model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
     }
@@ -202,12 +210,12 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
     """The start of each layer; names are looked up among all linear layers, of which the adapter may have a part."""
     base = peft_model.get_base_model()
     inside = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         name: shape
         for name, module in base.named_modules()
         if name and id(module) not in inside and (shape := linear_shape(getattr(module, "base_layer", module)))
     }
-    starts = find_starts(shapes, factors, type(base).__name__, model_config(base))
+    starts = find_starts(shapes | expert_shapes(base), factors, type(base).__name__, model_config(base))
     without = [name for name in layers if name not in starts]
     if without:
         raise TargetError(
@@ -215,6 +223,11 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
             f"that were factorized, or factorize these too"
         )
     return {name: start for name, start in starts.items() if name in layers}
+
+
+def _linear(layers: Mapping[str, Layer], names: Iterable[str]) -> list[str]:
+    """Those of these layers that are linear ones, and no parameters of experts."""
+    return [name for name in names if not isinstance(layers[name], ParamWrapper)]
 
 
 def _require_plain_lora(layer: Layer, name: str, start: Start, adapter_name: str) -> None:
@@ -236,10 +249,14 @@ def _require_plain_lora(layer: Layer, name: str, start: Start, adapter_name: str
 def _require_supported(layer: Layer, name: str, adapter_name: str) -> None:
     base_layer = layer.get_base_layer()
     lora_A = dict(layer.lora_A.items()).get(adapter_name)
-    if isinstance(layer, ParamWrapper) or linear_shape(base_layer) is None or not isinstance(lora_A, nn.Linear):
+    if isinstance(layer, ParamWrapper):
+        require_expert_parameter(layer, name)
+    elif linear_shape(base_layer) is None:
+        lora_A = None
+    if not isinstance(lora_A, nn.Linear):
         raise TargetError(
-            f"{name}: {type(base_layer).__name__} is not a linear layer, and factors start nothing else (a fused "
-            f"weight of experts, an embedding, a convolution); leave it out of target_modules"
+            f"{name}: {type(base_layer).__name__} is not a linear layer, and factors start nothing else but parameters "
+            f"of experts (no embedding, no convolution); leave it out of target_modules"
         )
     variant = layer.lora_variant.get(adapter_name)
     if layer.use_dora.get(adapter_name) or (variant is not None and not isinstance(variant, DeltaVariant)):

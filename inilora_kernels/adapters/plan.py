@@ -109,11 +109,16 @@ def common_scaling(ranks: Mapping[str, int], lora_alpha: float | None, use_rslor
 
 
 def lora_config(
-    ranks: Mapping[str, int], scaling: float, use_rslora: bool, all_modules: Collection[str]
+    ranks: Mapping[str, int],
+    scaling: float,
+    use_rslora: bool,
+    all_modules: Collection[str],
+    all_experts: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the part of PEFT's LoraConfig that says which modules have which rank and the same scaling.
 
-    r is the most common rank; modules of another one are in rank_pattern and alpha_pattern.
+    r is the most common rank; modules of another one are in rank_pattern and alpha_pattern. all_experts: the model's
+    parameters of experts, which go into target_parameters.
 
     >>> config = lora_config({"0.q": 4, "0.v": 4, "1.q": 2}, 2.0, False, ["0.q", "0.v", "1.q", "1.k"])
     >>> config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]
@@ -134,7 +139,8 @@ def lora_config(
         "lora_alpha": alpha(common),
         "rank_pattern": others,
         "alpha_pattern": {module: alpha(rank) for module, rank in others.items()},
-        "target_modules": shortest_endings(set(ranks), all_modules) or sorted(ranks),
+        "target_modules": _endings(ranks.keys() - set(all_experts), all_modules),
+        "target_parameters": _endings(ranks.keys() & set(all_experts), all_experts) or None,
         "use_rslora": use_rslora,
         "use_dora": False,
         "bias": "none",
@@ -142,6 +148,11 @@ def lora_config(
         "modules_to_save": None,
         "inference_mode": True,
     }
+
+
+def _endings(chosen: Collection[str], available: Collection[str]) -> list[str]:
+    """What PEFT's target_modules or target_parameters says of these: endings, or all names."""
+    return (shortest_endings(chosen, available) or sorted(chosen)) if chosen else []
 
 
 def _architecture(checkpoint: Checkpoint, task_type: TaskType | None) -> Architecture | None:

@@ -31,6 +31,8 @@ class Started(nn.Linear):
     initial: Tensor
     axis: int
     sign: float
+    # Of how many matrices, one after the other along `axis`, the weight is made: as many as a parameter has experts.
+    blocks: int = 1
 
     def __init__(
         self, weight: nn.Parameter, initial: Tensor, bias: nn.Parameter | None = None, persistent: bool = False
@@ -45,7 +47,12 @@ class Started(nn.Linear):
         """The weight and its start side by side: [A; A0] or [B, −B0], so that their product is BA − B0A0."""
         if weight.shape != self.initial.shape:
             return weight
-        return torch.cat([weight, self.sign * self.initial.to(weight)], dim=self.axis)
+        halves = [self._each(half) for half in (weight, self.sign * self.initial.to(weight))]
+        return torch.cat(halves, dim=self.axis + 1).flatten(self.axis, self.axis + 1)
+
+    def _each(self, weight: Tensor) -> Tensor:
+        """The weight with one dimension more along `axis`, its blocks."""
+        return weight.unflatten(self.axis, (self.blocks, -1))  # type: ignore[no-untyped-call, no-any-return]
 
     def swapped(self) -> bool:
         """Whether PEFT's hotswap has put a weight of another rank here, a plain LoRA that started from nothing."""
@@ -56,7 +63,8 @@ class Started(nn.Linear):
         found = state_dict.get(key)
         rank = self.initial.shape[self.axis]
         if isinstance(found, Tensor) and found.dim() == 2 and found.shape[self.axis] == 2 * rank:
-            own, start = torch.split(found, rank, dim=self.axis)
+            halves = torch.split(self._each(found), rank // self.blocks, dim=self.axis + 1)
+            own, start = (half.flatten(self.axis, self.axis + 1) for half in halves)
             if not _is_same(start, self.sign * self.initial):
                 raise FactorFileError(
                     f"{key}: this adapter was trained from other factors than the model was started from; start the "
@@ -110,6 +118,8 @@ class DeltaB(StartedB):
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of BA − B0A0, of rank 2r and without cancellation: A' = [A − A0; A0] (2r, k), B' = [B, B − B0] (d, 2r).
 
+    Of stacks (experts, r, k) and (experts, d, r) too.
+
     Where A = A0 and B = B0 their product is exactly 0. A0 and B0 are taken in the dtype of A and B, so this
     also holds for a model that was cast.
 
@@ -119,4 +129,4 @@ def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Te
     tensor(0.)
     """
     A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
-    return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
+    return torch.cat([A - A0, A0], dim=-2), torch.cat([B, B - B0], dim=-1)

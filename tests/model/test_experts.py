@@ -33,7 +33,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_each_expert_is_a_matrix_of_the_live_parameter(saved: dict[str, Path], kind: str) -> None:
-    """https://github.com/huggingface/peft/issues/2710: what transformers 5 fuses, target_parameters adapts."""
     model = AutoModelForCausalLM.from_pretrained(saved[kind])
     parameters = dict(model.named_parameters())
     targets = find_targets(open_checkpoint(saved[kind]), None, None, PARAMETERS)
