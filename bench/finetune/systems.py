@@ -36,16 +36,17 @@ def prepare(run: Run, model: Path, labels: int) -> tuple[nn.Module, dict[str, fl
 
     labels: of the head; 0: a language model, which has none.
     """
-    dropout = {}
+    options: dict[str, Any] = {"dtype": getattr(torch, run.dtype)}
     if run.dropout is not None:
-        dropout = {"hidden_dropout_prob": run.dropout, "attention_probs_dropout_prob": run.dropout}
+        options |= {"hidden_dropout_prob": run.dropout, "attention_probs_dropout_prob": run.dropout}
+    if run.attention is not None:
+        options["attn_implementation"] = run.attention
     # The head's random start is the same for every method: nothing random comes before it.
     torch.manual_seed(run.seed)
-    dtype = getattr(torch, run.dtype)
     if labels:
-        network = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels, dtype=dtype, **dropout)
+        network = AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels, **options)
     else:
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **dropout)
+        network = AutoModelForCausalLM.from_pretrained(model, **options)
     found: dict[str, float] = {}
     if run.method == "full":
         network.requires_grad_(True)
@@ -73,7 +74,7 @@ def _attach_factors(network: nn.Module, run: Run, model: Path) -> dict[str, floa
         solver=run.solver,
         steps=run.steps,
         init_std=run.init_std,
-        seed=run.seed,
+        seed=run.seed if run.factors_seed is None else run.factors_seed,
         progress=False,
     )
     attach(network, factors, form=run.form)  # type: ignore[arg-type]

@@ -20,11 +20,15 @@ FOLDER = Path(__file__).parent / "tables"
 
 @dataclass(frozen=True)
 class Cell:
-    """A run and the place that a table gives it."""
+    """A run and the place that a table gives it.
+
+    sweep: it has a say in a learning rate. common: it is at the learning rate that all systems have in common.
+    """
 
     system: str
     run: Run
     sweep: bool = False
+    common: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,11 @@ class Table:
     grid: settings with several values; every combination is run for every system.
     variants: sets of settings that go together, the data and what is evaluated after it; each is run like the grid.
     sweep: `lr`, the learning rates, for some systems others in `lr_of`, and `seed`, the seeds to try them with. The
-        rate of the best mean validation score is then run with every seed of the grid.
+        rate of the best mean validation score, or, `by: loss`, of the least mean validation loss, is then run with
+        every seed of the grid. `extend`: a best rate at an end of the grid adds the next one, in steps of about √10,
+        until it is bracketed. `settings`: of these runs alone.
+    common_rate: a learning rate that every seed of the grid is run at too, whatever is best for a system.
+    margin: differences smaller than this count as none; set before the runs.
     rates_of: instead, the table whose sweep's best rates are used, and the system there for each system here.
     show: how it is drawn: `columns`, settings whose values are columns; `against`, the system that the others are
         tested against; `plot`, one of plots.py's, with its options.
@@ -51,6 +59,8 @@ class Table:
     show: Mapping[str, Any]
     sweep: Mapping[str, Any] | None = None
     rates_of: Mapping[str, Any] | None = None
+    common_rate: float | None = None
+    margin: float | None = None
     variants: Sequence[Mapping[str, Any]] = ({},)
     quick: bool = False
 
@@ -61,11 +71,13 @@ class Table:
             for variant, *values in itertools.product(self.variants, *(self.grid[name] for name in names)):
                 settings = {**self.settings, **variant, **dict(zip(names, values, strict=True)), **system}
                 if self.sweep:
-                    yield from (Cell(label, run, sweep=True) for run in self._sweep_runs(label, settings))
+                    yield from (Cell(label, run, sweep=True) for run in self._sweep_runs(label, settings, rows))
                 rate = settings.get("lr") or self.best_rate(label, settings, rows)
                 if rate is not None:
                     for seed in self.grid["seed"]:
                         yield Cell(label, _run({**settings, "lr": rate, "seed": seed}))
+                for seed in self.grid["seed"] if self.common_rate else ():
+                    yield Cell(label, _run({**settings, "lr": self.common_rate, "seed": seed}), common=True)
 
     def evaluations(self) -> set[str]:
         """The benchmarks that any of its runs is evaluated with."""
@@ -73,25 +85,65 @@ class Table:
         return {name for part in parts for name in part.get("evaluations", ())}
 
     def best_rate(self, label: str, settings: Mapping[str, Any], rows: Mapping[Run, Row]) -> float | None:
-        """The swept learning rate of the best mean validation score; None as long as a run of the sweep is missing."""
+        """The best of the swept learning rates; None as long as a run of the sweep is missing."""
         if self.rates_of:
             other = load(self.rates_of["table"], quick=self.quick)
             label = self.rates_of.get("systems", {}).get(label, label)
             chosen = {**other.settings, **{name: values[0] for name, values in other.grid.items() if name != "seed"}}
             return other.best_rate(label, {**chosen, **other.systems[label]}, rows)
         assert self.sweep is not None, f"{self.name}: no lr, no sweep and no rates_of"
-        scores: dict[float, list[float]] = {}
-        for run in self._sweep_runs(label, settings):
-            if run not in rows:
-                return None
-            score = rows[run]["validation_score"]
-            scores.setdefault(run.lr, []).append(score if math.isfinite(score) else -math.inf)
-        return max(scores, key=lambda rate: fmean(scores[rate]))
+        rates = self._rates(label, settings, rows)
+        worth = {rate: self._worth(settings, rate, rows) for rate in rates}
+        if any(value is None for value in worth.values()):
+            return None
+        return max(rates, key=lambda rate: -math.inf if worth[rate] is None else worth[rate])
 
-    def _sweep_runs(self, label: str, settings: Mapping[str, Any]) -> list[Run]:
+    def _rates(self, label: str, settings: Mapping[str, Any], rows: Mapping[Run, Row]) -> list[float]:
+        """The learning rates to sweep, as far as the rows can tell."""
         assert self.sweep is not None
-        rates, seeds = self.sweep.get("lr_of", {}).get(label, self.sweep["lr"]), self.sweep["seed"]
-        return [_run({**settings, "lr": rate, "seed": seed}) for rate in rates for seed in seeds]
+        rates = sorted(self.sweep.get("lr_of", {}).get(label, self.sweep["lr"]))
+        while self.sweep.get("extend"):
+            worth = [self._worth(settings, rate, rows) for rate in rates]
+            known = [value for value in worth if value is not None]
+            if len(known) < len(worth) or max(known) == -math.inf:
+                break
+            best = known.index(max(known))
+            if 0 < best < len(rates) - 1:
+                break
+            rates = sorted([*rates, neighbour(rates[best], up=best > 0)])
+        return rates
+
+    def _worth(self, settings: Mapping[str, Any], rate: float, rows: Mapping[Run, Row]) -> float | None:
+        """The mean over the sweep's seeds, the more the better; −∞ where one diverged, None where one is missing."""
+        assert self.sweep is not None
+        runs = self._runs_at(settings, rate)
+        if any(run not in rows for run in runs):
+            return None
+        if self.sweep.get("by") == "loss":
+            values = [-rows[run]["metrics"]["validation"]["loss"] for run in runs]
+        else:
+            values = [rows[run]["validation_score"] for run in runs]
+        return fmean(values) if all(math.isfinite(value) for value in values) else -math.inf
+
+    def _runs_at(self, settings: Mapping[str, Any], rate: float) -> list[Run]:
+        assert self.sweep is not None
+        own = self.sweep.get("settings", {})
+        return [_run({**settings, **own, "lr": rate, "seed": seed}) for seed in self.sweep["seed"]]
+
+    def _sweep_runs(self, label: str, settings: Mapping[str, Any], rows: Mapping[Run, Row]) -> list[Run]:
+        return [run for rate in self._rates(label, settings, rows) for run in self._runs_at(settings, rate)]
+
+
+def neighbour(rate: float, up: bool) -> float:
+    """The next rate on the grid 1, 3, 10, 30, …
+
+    >>> neighbour(3e-3, up=True), neighbour(1e-3, up=True), neighbour(1e-3, up=False), neighbour(3e-3, up=False)
+    (0.01, 0.003, 0.0003, 0.001)
+    """
+    digit, exponent = f"{rate:e}".split("e")
+    one = digit.startswith("1")
+    power = int(exponent) + (0 if one == up else 1 if up else -1 if one else 0)
+    return float(f"{3 if one else 1}e{power}")
 
 
 def _run(settings: Mapping[str, Any]) -> Run:

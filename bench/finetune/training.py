@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from .data import Task, load_task, load_tokenizer
-from .evaluation import evaluate, score_predictions
+from .evaluation import evaluate, outcomes, score_predictions
 from .rows import Row
 from .run import Run
 from .systems import prepare
@@ -48,7 +48,7 @@ def finetune(run: Run, model: Path, data: Path | None) -> Row:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = time.monotonic()
-        metrics = _measure(trainer, task, run)
+        metrics, per_example = _measure(trainer, task, run)
     for name in run.evaluations:
         metrics.setdefault("benchmarks", {}).update(evaluate(name, network, tokenizer, run.evaluation_size))
     history = trainer.state.log_history
@@ -58,13 +58,14 @@ def finetune(run: Run, model: Path, data: Path | None) -> Row:
         "scores": metrics.get("benchmarks") or metrics.get("test") or metrics.get("validation", {}),
         "validation_score": metrics["validation"][task.metrics[0]] if task.metrics else None,
         "metrics": metrics,
+        "per_example": per_example,
         "training_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "factors": found,
         "examples": {
             part: len(rows)
             for part, rows in (("train", task.train), ("validation", task.validation), ("test", task.test))
-            if rows is not None
+            if rows is not None and (run.test or part != "test")
         },
         "seconds": {"prepare": prepared - begin, "train": trained - prepared, "evaluate": done - trained},
         "transformers": transformers.__version__,
@@ -75,15 +76,16 @@ def _arguments(run: Run, examples: int, folder: str) -> TrainingArguments:
     at_once = run.device_batch_size or run.batch_size
     steps = run.max_steps if run.max_steps > 0 else math.ceil(math.ceil(examples / run.batch_size) * run.epochs)
     # transformers 4, which the adapters' environment has, calls it otherwise.
-    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    sampling: dict[str, Any] = {"train_sampling_strategy": run.sampling}
     if not hasattr(TrainingArguments, "train_sampling_strategy"):
-        grouped = {"group_by_length": True}
+        sampling = {"group_by_length": run.sampling == "group_by_length"}
     return TrainingArguments(
         output_dir=folder,
         learning_rate=run.lr,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=run.schedule,
         warmup_steps=math.ceil(run.warmup_ratio * steps),
         weight_decay=run.weight_decay,
+        max_grad_norm=run.max_grad_norm,
         optim="adamw_torch",
         num_train_epochs=run.epochs,
         max_steps=run.max_steps,
@@ -101,7 +103,7 @@ def _arguments(run: Run, examples: int, folder: str) -> TrainingArguments:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
-        **grouped,
+        **sampling,
     )
 
 
@@ -114,8 +116,12 @@ def best_epoch(epochs: list[dict[str, float]], score: str) -> dict[str, float]:
     return max(epochs, key=lambda entry: entry[score] if math.isfinite(entry[score]) else -math.inf)
 
 
-def _measure(trainer: Trainer, task: Task, run: Run) -> dict[str, dict[str, float]]:
-    """The task's metrics on its validation part, at the end or in the best epoch, and on its test part."""
+def _measure(trainer: Trainer, task: Task, run: Run) -> tuple[dict[str, dict[str, float]], list[float]]:
+    """The task's metrics on its validation part, at the end or in the best epoch, and on its test part.
+
+    Also every test example's outcome, the part's longest first.
+    """
+    per_example: list[float] = []
     metrics: dict[str, dict[str, float]] = {}
     if task.validation is not None:
         epochs = [entry for entry in trainer.state.log_history if f"eval_{task.metrics[0]}" in entry]
@@ -123,10 +129,11 @@ def _measure(trainer: Trainer, task: Task, run: Run) -> dict[str, dict[str, floa
             epochs = [trainer.evaluate()]
         best = best_epoch(epochs, f"eval_{task.metrics[0]}")
         metrics["validation"] = {name: best[f"eval_{name}"] for name in (*task.metrics, "loss")}
-    if task.test is not None:
-        measured = trainer.evaluate(task.test)
-        metrics["test"] = {name: measured[f"eval_{name}"] for name in (*task.metrics, "loss")}
-    return metrics
+    if task.test is not None and run.test:
+        predicted = trainer.predict(task.test)
+        metrics["test"] = {name: predicted.metrics[f"test_{name}"] for name in (*task.metrics, "loss")}
+        per_example = outcomes(np.asarray(predicted.label_ids), np.asarray(predicted.predictions))
+    return metrics, per_example
 
 
 def _scores(task: Task, prediction: EvalPrediction) -> dict[str, float]:

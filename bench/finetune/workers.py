@@ -49,7 +49,11 @@ def run_table(
         underway: dict[Future[Row], Cell] = {}
         while True:
             cells = list(table.cells(rows))
-            missing = [cell for cell in cells if cell.run not in rows]
+            # Sweeps first, then seed by seed, so that a table cut off has as many seeds of one system as of another.
+            missing = sorted(
+                (cell for cell in cells if cell.run not in rows),
+                key=lambda cell: (not cell.sweep, 0 if cell.sweep else table.grid["seed"].index(cell.run.seed)),
+            )
             progress.update(
                 bar,
                 completed=len({cell.run for cell in cells} - {cell.run for cell in missing}),
