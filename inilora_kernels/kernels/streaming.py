@@ -17,8 +17,6 @@ from .threads import one_torch_thread
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
 _STRIP_ELEMENTS = 1 << 21
-# Up to this size W stays in the caches between two readings, and torch multiplies it as fast as the fused kernels.
-_CACHED_ELEMENTS = 1 << 21
 
 
 def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
@@ -56,7 +54,7 @@ def gram_multiplier(W: Tensor, dtype: torch.dtype, threads: int) -> GramReader:
 
 
 def _fused(W: Tensor, dtype: torch.dtype) -> bool:
-    if W.device.type != "cpu" or dtype != torch.float32 or W.numel() <= _CACHED_ELEMENTS:
+    if W.device.type != "cpu" or dtype != torch.float32:
         return False
     from .cpu.gram import takes
 

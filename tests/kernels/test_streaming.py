@@ -16,7 +16,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of 8 to 64 rows of 97, so that a small matrix has many."""
     monkeypatch.setattr(streaming, "_STRIP_ELEMENTS", 64 * 97)
-    monkeypatch.setattr(streaming, "_CACHED_ELEMENTS", 0)
 
 
 def matrix(dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from inilora_kernels import Factors, approximate
 from inilora_kernels.factors import FLOAT32_FLOOR
-from inilora_kernels.kernels import streaming
 from inilora_kernels.kernels.streaming import gram_multiplier
 from inilora_kernels.solvers import certificate, krylov
 from inilora_kernels.solvers.krylov import Principal, principal
@@ -57,14 +56,14 @@ SPECTRA: dict[str, Tensor] = {
 }
 
 
-@pytest.fixture(params=["torch", "fused kernels"])
-def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small matrices are read by torch; here the kernels that read large ones have to take them too."""
-    if request.param == "fused kernels":
-        monkeypatch.setattr(streaming, "_CACHED_ELEMENTS", 0)
+@pytest.fixture(params=["by WᵀW", "by a search"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are decomposed through WᵀW; here the search for large ones has to take them too."""
+    if request.param == "by a search":
+        monkeypatch.setattr(krylov, "GRAM_SIZE", 0)
 
 
-@pytest.mark.usefixtures("reader")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_certificate_holds_against_a_full_svd(name: str) -> None:
     W = SPECTRA[name]
@@ -120,7 +119,7 @@ def test_factors_reach_the_minimum(name: str, gauge: str) -> None:
     torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-4, atol=1e-5 * math.sqrt(energy))
 
 
-@pytest.mark.usefixtures("reader")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     W = with_spectrum(420, 300, lambda i: i**-0.4).to(dtype)
@@ -131,7 +130,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert found.shortfalls[8] <= 1e-8 * float(squares[8:].sum())
 
 
-@pytest.mark.usefixtures("reader")
+@pytest.mark.usefixtures("way")
 def test_the_same_matrix_gives_the_same_bits() -> None:
     W = with_spectrum(600, 900, lambda i: i**-0.4)
     first, second = principal(W, [8]), principal(W.clone(), [8])

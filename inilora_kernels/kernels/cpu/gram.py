@@ -1,14 +1,9 @@
-"""XWᵀ and XWᵀW from one reading of W on the CPU: a part of W is packed once and multiplied twice while in cache.
+"""XWᵀ and XWᵀW from one reading of W on the CPU: a part of W comes from memory once, and a second time from the cache.
 
-Layouts (float32 but for W; padding is zero):
-
-    W       in the checkpoint's own dtype and place, its rows (or, where W is a transposed view, its columns) contiguous
-    packed  a thread's copy of the part of W at hand, in panels of PANEL columns of the stored matrix
-    along the stored rows     (length rounded up, b)
-    along the stored columns  (panels, b, PANEL)
-
-b is X's number of rows rounded up to the rank group. The sums over parts of W are kept in slots that the shape alone
-decides on, so any number of threads gives the same bits.
+W lies in the checkpoint's own dtype and place, its rows (or, where W is a transposed view, its columns) contiguous;
+X and the products are float32. Both kernels are made of two loops over four rows of the stored matrix and four columns
+of X, whose sixteen sums stay in registers; numba vectorizes them as they stand. The sums over parts of W are kept in
+slots that the shape alone decides on, so any number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -23,34 +18,26 @@ from torch import Tensor
 
 from ..rounding import round_up
 from .jit import njit
-from .simd import (
-    GROUP,
-    LANES,
-    LOADS_FLOAT16,
-    PANEL,
-    ROWS,
-    SMALL_GROUP,
-    VECTORS,
-    copy_runs,
-    inner_products,
-    kernel_view,
-    outer_products,
-)
+from .simd import LOADS_FLOAT16, entry, kernel_view
 
 MOST_SLOTS = 12
-# A packed part of W is about so large: it stays in a core's second cache, beside the blocks that it meets.
-PACKED_BYTES = 1 << 18
-# A strip has a multiple of so many rows, and at most so many, where X's traffic is small beside W's.
-_ROW_STEP, _MOST_ROWS = 6, 96
-_TILE_PANELS = 8
+# A strip of rows of W, or all rows of a tile of its columns, stays in a core's second cache between its two products.
+_STRIP_BYTES, _COLUMN_BYTES = 1 << 18, 1 << 19
+_LEAST_COLUMNS, _MOST_COLUMNS = 128, 1024
+# One slot for so many elements, as far as there are.
+_SLOT_ELEMENTS = 1 << 19
+# Columns of X in a loop, and rows of W.
+_BLOCK = 4
 # Below this a second thread costs more than it saves.
 _FLOPS_A_THREAD = 1e7
+# Sums may be taken in any order, which is what the vector units need; nothing is assumed of NaN or Inf.
+_SUMS = frozenset({"reassoc", "contract", "nsz"})
 
 
 def takes(W: Tensor) -> bool:
     """Whether these kernels can read W (d×k, d ≥ k) as it lies."""
     dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if LOADS_FLOAT16 else [])]
-    return W.device.type == "cpu" and W.dtype in dtypes and 1 in W.stride() and min(W.shape) >= PANEL
+    return W.device.type == "cpu" and W.dtype in dtypes and 1 in W.stride() and min(W.shape) >= 2 * _BLOCK
 
 
 class FusedGramReader:
@@ -68,171 +55,171 @@ class FusedGramReader:
         self._stride = stored.stride(0)
         m, n = stored.shape
         self._flat = kernel_view(stored.as_strided(((m - 1) * self._stride + n,), (1,)))
-        b = round_up(width, SMALL_GROUP)
-        panels = ceil(n / PANEL)
-        row_bytes = PANEL * W.element_size()
+        b = round_up(width, _BLOCK)
         if self._by_rows:
-            rows = PACKED_BYTES // (panels * row_bytes) // _ROW_STEP * _ROW_STEP
-            self._step = min(max(_ROW_STEP, rows), _MOST_ROWS)
-            self._parts, self._packed = ceil(m / self._step), panels * PANEL * self._step
-            along_rows = self._parts * self._step
+            self._step = max(_BLOCK, _STRIP_BYTES // (n * W.element_size()) // _BLOCK * _BLOCK)
+            self._parts = ceil(m / self._step)
         else:
-            along_rows = round_up(m, ROWS)
-            self._step = min(panels, _TILE_PANELS, max(1, PACKED_BYTES // (along_rows * row_bytes)))
-            self._parts, self._packed = ceil(panels / self._step), self._step * PANEL * along_rows
-        self._parts_a_slot = ceil(self._parts / MOST_SLOTS)
+            columns = max(_LEAST_COLUMNS, _COLUMN_BYTES // (m * W.element_size()))
+            self._step = min(columns, _MOST_COLUMNS, n)
+            self._parts = ceil(n / self._step)
+        wanted = max(1, min(MOST_SLOTS, m * n // _SLOT_ELEMENTS))
+        self._parts_a_slot = ceil(self._parts / wanted)
         slots = ceil(self._parts / self._parts_a_slot)
         self._threads = max(1, min(threads, slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
-        self._pool = ThreadPoolExecutor(self._threads)
-        in_panels, in_rows = (panels, b, PANEL), (along_rows, b)
-        self._given = torch.zeros(in_panels if self._by_rows else in_rows)
-        self._once = torch.empty(in_rows if self._by_rows else in_panels)
+        self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
+        along_columns, along_rows = (b, n), (m, b)
+        self._given = torch.zeros(along_columns if self._by_rows else along_rows)
+        self._once = torch.empty(along_rows if self._by_rows else along_columns)
         self._twice = torch.empty(slots, *self._given.shape)
-        self._work = [np.zeros(self._packed, self._flat.dtype) for _ in range(self._threads)]
 
     def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        m, n = self._shape
         if self._by_rows:
-            _fill_panels(self._given, X)
+            self._given[: self._width] = X
         else:
-            self._given[:m, : self._width] = X.T
-        if self._threads == 1:
+            self._given[:, : self._width] = X.T
+        if self._pool is None:
             self._read(0)
         else:
             list(self._pool.map(self._read, range(self._threads)))
-        total = self._twice.sum(0)
-        along_rows, in_panels = (self._once, total) if self._by_rows else (total, self._once)
-        found = along_rows[:m, : self._width].T.contiguous(), _from_panels(in_panels)[: self._width, :n]
-        return found if self._by_rows else (found[1], found[0])
+        total = self._twice[0] if len(self._twice) == 1 else self._twice.sum(0)
+        if self._by_rows:
+            return self._once[:, : self._width].T.contiguous(), total[: self._width].clone()
+        return self._once[: self._width].clone(), total[:, : self._width].T.contiguous()
 
     def _read(self, member: int) -> None:
         slots = len(self._twice)
         m, n = self._shape
-        kernel = row_strips if self._by_rows else column_panels
+        kernel = row_strips if self._by_rows else column_tiles
         for slot in range(slots * member // self._threads, slots * (member + 1) // self._threads):
             first = slot * self._parts_a_slot
             kernel(
-                self._flat, self._stride, m, n, self._given.numpy(), self._once.numpy(),
-                self._twice[slot].numpy(), self._work[member], self._step, first,
-                min(first + self._parts_a_slot, self._parts),
+                self._flat, self._stride, m, n, self._given.numpy(), self._once.numpy(), self._twice[slot].numpy(),
+                self._step, first, min(first + self._parts_a_slot, self._parts),
             )  # fmt: skip
 
 
-def _fill_panels(panels: Tensor, rows: Tensor) -> None:
-    """Rows (b×n) into the panels (n/PANEL rounded up, b rounded up, PANEL) that they fit."""
-    width, n = rows.shape
-    whole = n // PANEL
-    panels[:whole, :width] = rows[:, : whole * PANEL].reshape(width, whole, PANEL).transpose(0, 1)
-    if whole < len(panels):
-        panels[whole, :width, : n - whole * PANEL] = rows[:, whole * PANEL :]
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def _add_inner(W: Any, at: int, stride: int, count: int, X: Any, column: int, left: int, out: Any, row: int) -> None:
+    """out[row + i, column + c] += Σ_j W_i[j]·X[column + c, left + j] for 4 rows W_i = W[at + i·stride…] and 4 c."""
+    W0, W1 = W[at : at + count], W[at + stride : at + stride + count]
+    W2, W3 = W[at + 2 * stride : at + 2 * stride + count], W[at + 3 * stride : at + 3 * stride + count]
+    X0, X1 = X[column, left : left + count], X[column + 1, left : left + count]
+    X2, X3 = X[column + 2, left : left + count], X[column + 3, left : left + count]
+    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = np.float32(0)
+    s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = np.float32(0)
+    for j in range(count):
+        w0, w1, w2, w3 = entry(W0, j), entry(W1, j), entry(W2, j), entry(W3, j)
+        x0, x1, x2, x3 = X0[j], X1[j], X2[j], X3[j]
+        s00 += w0 * x0
+        s01 += w0 * x1
+        s02 += w0 * x2
+        s03 += w0 * x3
+        s10 += w1 * x0
+        s11 += w1 * x1
+        s12 += w1 * x2
+        s13 += w1 * x3
+        s20 += w2 * x0
+        s21 += w2 * x1
+        s22 += w2 * x2
+        s23 += w2 * x3
+        s30 += w3 * x0
+        s31 += w3 * x1
+        s32 += w3 * x2
+        s33 += w3 * x3
+    for i, sums in enumerate(((s00, s01, s02, s03), (s10, s11, s12, s13), (s20, s21, s22, s23), (s30, s31, s32, s33))):
+        for c in range(4):
+            out[row + i, column + c] += sums[c]
 
 
-def _from_panels(panels: Tensor) -> Tensor:
-    return panels.transpose(0, 1).reshape(panels.shape[1], -1)
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def _add_outer(W: Any, at: int, stride: int, count: int, X: Any, row: int, column: int, out: Any, left: int) -> None:
+    """out[column + c, left + j] += Σ_{i<4} X[row + i, column + c]·W_i[j] for 4 rows W_i = W[at + i·stride…] and 4 c."""
+    W0, W1 = W[at : at + count], W[at + stride : at + stride + count]
+    W2, W3 = W[at + 2 * stride : at + 2 * stride + count], W[at + 3 * stride : at + 3 * stride + count]
+    out0, out1 = out[column, left : left + count], out[column + 1, left : left + count]
+    out2, out3 = out[column + 2, left : left + count], out[column + 3, left : left + count]
+    x00, x01, x02, x03 = X[row, column], X[row, column + 1], X[row, column + 2], X[row, column + 3]
+    x10, x11, x12, x13 = X[row + 1, column], X[row + 1, column + 1], X[row + 1, column + 2], X[row + 1, column + 3]
+    x20, x21, x22, x23 = X[row + 2, column], X[row + 2, column + 1], X[row + 2, column + 2], X[row + 2, column + 3]
+    x30, x31, x32, x33 = X[row + 3, column], X[row + 3, column + 1], X[row + 3, column + 2], X[row + 3, column + 3]
+    for j in range(count):
+        w0, w1, w2, w3 = entry(W0, j), entry(W1, j), entry(W2, j), entry(W3, j)
+        out0[j] += x00 * w0 + x10 * w1 + x20 * w2 + x30 * w3
+        out1[j] += x01 * w0 + x11 * w1 + x21 * w2 + x31 * w3
+        out2[j] += x02 * w0 + x12 * w1 + x22 * w2 + x32 * w3
+        out3[j] += x03 * w0 + x13 * w1 + x23 * w2 + x33 * w3
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _pack(
-    W: Any, stride: int, row: int, rows: int, columns: int, left: int, right: int, packed: Any, tile: int
-) -> None:
-    """Copy panels [left, right) of `rows` stored rows to packed[panel·tile + i·PANEL …], panel counted from `left`."""
-    whole = min(right, columns // PANEL)
-    for i in range(rows):
-        at = (row + i) * stride
-        copy_runs(packed, i * PANEL, tile, W, at + left * PANEL, PANEL, whole - left, LANES, VECTORS)
-        if whole < right:
-            to = (whole - left) * tile + i * PANEL
-            packed[to : to + PANEL] = 0
-            for j in range(whole * PANEL, columns):
-                packed[to + j - whole * PANEL] = W[at + j]
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def _add_inner_row(W: Any, at: int, count: int, X: Any, column: int, left: int, out: Any, row: int) -> None:
+    """`_add_inner` for one row, of those that are no four."""
+    for c in range(column, column + 4):
+        total = np.float32(0)
+        for j in range(count):
+            total += entry(W, at + j) * X[c, left + j]
+        out[row, c] += total
 
 
-@njit(cache=True, nogil=True)
-def row_strips(
-    W: Any, stride: int, m: int, n: int, A: Any, Q: Any, P: Any, packed: Any, strip_rows: int, first: int, last: int,
-) -> None:  # fmt: skip
-    """Q = W·Aᵀ for strips [first, last) of the m×n matrix W, and P = Σ QᵀW over them.
-
-    A, P: (panels, b, PANEL). Q: (rows, b). packed: (panels, strip_rows, PANEL), whose size the caller fits to a core's
-    cache. Reads W once from memory and writes it to `packed`, which the products read b/GROUP times each; reads A and
-    reads and writes P once a strip.
-    """
-    n_panels, b = A.shape[0], A.shape[1]
-    A_flat, Q_flat, P_flat = A.reshape(-1), Q.reshape(-1), P.reshape(-1)
-    tile = strip_rows * PANEL
-    P_flat[:] = 0
-    for strip in range(first, last):
-        row = strip * strip_rows
-        rows = min(strip_rows, m - row)
-        Q_flat[row * b : (row + strip_rows) * b] = 0
-        if rows < strip_rows:
-            packed[:] = 0
-        _pack(W, stride, row, rows, n, 0, n_panels, packed, tile)
-        for left in range(0, n_panels, _TILE_PANELS):
-            right = min(left + _TILE_PANELS, n_panels)
-            for i in range(0, strip_rows, ROWS):
-                for p in range(0, b, GROUP):
-                    Q_at, W_at, A_at = (row + i) * b + p, left * tile + i * PANEL, (left * b + p) * PANEL
-                    if b - p >= GROUP:
-                        inner_products(
-                            Q_flat, Q_at, b, packed, W_at, tile, A_flat, A_at, b * PANEL, right - left, ROWS, GROUP
-                        )
-                    else:
-                        inner_products(
-                            Q_flat, Q_at, b, packed, W_at, tile, A_flat, A_at, b * PANEL, right - left, ROWS,
-                            SMALL_GROUP,
-                        )  # fmt: skip
-        for panel in range(n_panels):
-            for p in range(0, b, GROUP):
-                P_at = (panel * b + p) * PANEL
-                if b - p >= GROUP:
-                    outer_products(
-                        P_flat, P_at, PANEL, Q_flat, row * b + p, b, 1, packed, panel * tile, PANEL, rows, GROUP,
-                        LANES, VECTORS,
-                    )  # fmt: skip
-                else:
-                    outer_products(
-                        P_flat, P_at, PANEL, Q_flat, row * b + p, b, 1, packed, panel * tile, PANEL, rows,
-                        SMALL_GROUP, LANES, VECTORS,
-                    )  # fmt: skip
+@njit(cache=True, nogil=True, fastmath=_SUMS)
+def _add_outer_row(W: Any, at: int, count: int, X: Any, row: int, column: int, out: Any, left: int) -> None:
+    """`_add_outer` for one row, of those that are no four."""
+    for c in range(column, column + 4):
+        x = X[row, c]
+        for j in range(count):
+            out[c, left + j] += x * entry(W, at + j)
 
 
 @njit(cache=True, nogil=True)
-def column_panels(
-    W: Any, stride: int, m: int, n: int, X: Any, P: Any, Q: Any, packed: Any, group: int, first: int, last: int,
-) -> None:  # fmt: skip
-    """P = (WᵀX)ᵀ for groups [first, last) of `group` panels of the m×n matrix W, and Q = Σ W·Pᵀ over them.
+def _inner(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
+    """out[i, c] += Σ_j W[i, left + j]·X[c, left + j] for rows [top, bottom) of W and all c."""
+    whole = top + (bottom - top) // 4 * 4
+    for i in range(top, whole, 4):
+        for column in range(0, X.shape[0], 4):
+            _add_inner(W, i * stride + left, stride, count, X, column, left, out, i)
+    for i in range(whole, bottom):
+        for column in range(0, X.shape[0], 4):
+            _add_inner_row(W, i * stride + left, count, X, column, left, out, i)
 
-    X, Q: (m rounded up, b). P: (panels, b, PANEL). packed: (group, m rounded up, PANEL), whose size the caller fits to
-    a core's cache. Reads W once from memory and writes it to `packed`, which the products read b/GROUP times each;
-    reads X and reads and writes Q once a group.
+
+@njit(cache=True, nogil=True)
+def _outer(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
+    """out[c, left + j] += Σ_i X[i, c]·W[i, left + j] for rows [top, bottom) of W and all c."""
+    whole = top + (bottom - top) // 4 * 4
+    for i in range(top, whole, 4):
+        for column in range(0, X.shape[1], 4):
+            _add_outer(W, i * stride + left, stride, count, X, i, column, out, left)
+    for i in range(whole, bottom):
+        for column in range(0, X.shape[1], 4):
+            _add_outer_row(W, i * stride + left, count, X, i, column, out, left)
+
+
+@njit(cache=True, nogil=True)
+def row_strips(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, strip: int, first: int, last: int) -> None:
+    """Y = WXᵀ for strips [first, last) of `strip` rows of the m×n matrix W, and Z = Σ YᵀW over them.
+
+    X, Z: (b, n). Y: (m, b). b: a multiple of 4. Reads a strip of W from memory once and again from the second cache;
+    reads X, and reads and writes Z, once for four rows, from the caches.
     """
-    n_panels, b, m_padded = P.shape[0], P.shape[1], X.shape[0]
-    X_flat, P_flat, Q_flat = X.reshape(-1), P.reshape(-1), Q.reshape(-1)
-    tile = m_padded * PANEL
-    Q_flat[:] = 0
-    for left in range(first * group, min(last * group, n_panels), group):
-        right = min(left + group, n_panels)
-        P_flat[left * b * PANEL : right * b * PANEL] = 0
-        _pack(W, stride, 0, m, n, left, right, packed, tile)
-        for panel in range(left, right):
-            for p in range(0, b, GROUP):
-                P_at, W_at = (panel * b + p) * PANEL, (panel - left) * tile
-                if b - p >= GROUP:
-                    outer_products(P_flat, P_at, PANEL, X_flat, p, b, 1, packed, W_at, PANEL, m, GROUP, LANES, VECTORS)
-                else:
-                    outer_products(
-                        P_flat, P_at, PANEL, X_flat, p, b, 1, packed, W_at, PANEL, m, SMALL_GROUP, LANES, VECTORS
-                    )
-        for i in range(0, m_padded, ROWS):
-            for p in range(0, b, GROUP):
-                Q_at, P_at = i * b + p, (left * b + p) * PANEL
-                if b - p >= GROUP:
-                    inner_products(
-                        Q_flat, Q_at, b, packed, i * PANEL, tile, P_flat, P_at, b * PANEL, right - left, ROWS, GROUP
-                    )
-                else:
-                    inner_products(
-                        Q_flat, Q_at, b, packed, i * PANEL, tile, P_flat, P_at, b * PANEL, right - left, ROWS,
-                        SMALL_GROUP,
-                    )  # fmt: skip
+    Z[:] = 0
+    for part in range(first, last):
+        top, bottom = part * strip, min((part + 1) * strip, m)
+        Y[top:bottom] = 0
+        _inner(W, stride, top, bottom, 0, n, X, Y)
+        _outer(W, stride, top, bottom, 0, n, Y, Z)
+
+
+@njit(cache=True, nogil=True)
+def column_tiles(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, tile: int, first: int, last: int) -> None:
+    """Y = XᵀW for tiles [first, last) of `tile` columns of the m×n matrix W, and Z = Σ WYᵀ over them.
+
+    X, Z: (m, b). Y: (b, n). b: a multiple of 4. Reads a tile of W from memory once and again from the second cache;
+    reads X, and reads and writes Z, once a tile.
+    """
+    Z[:] = 0
+    for part in range(first, last):
+        left = part * tile
+        count = min(tile, n - left)
+        Y[:, left : left + count] = 0
+        _outer(W, stride, 0, m, left, count, X, Y)
+        _inner(W, stride, 0, m, left, count, Y, Z)

@@ -14,16 +14,22 @@ from ...places import private_folder
 
 
 def njit(
-    *, cache: bool = False, nogil: bool = False, inline: Literal["never", "always"] = "never"
+    *,
+    cache: bool = False,
+    nogil: bool = False,
+    inline: Literal["never", "always"] = "never",
+    fastmath: frozenset[str] = frozenset(),
 ) -> Callable[[Callable[..., Any]], Any]:
     """numba's njit with a cache that may fail.
 
     numba keeps its cache next to the module, or in the user's cache folder. In a container neither may be writable, and
     numba would refuse the function: then the cache is in ours, or there is none.
+
+    fastmath: LLVM's flags of what it may assume of floats.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher: Any = numba.njit(nogil=nogil, inline=inline)(function)
+        dispatcher: Any = numba.njit(nogil=nogil, inline=inline, fastmath=set(fastmath))(function)
         kept = _cache(function) if cache else None
         if kept is not None:
             dispatcher._cache = kept  # as its own enable_caching() does

@@ -77,6 +77,23 @@ def _load(builder: Any, address: Any, index: Any, lanes: int, dtype: Any) -> Any
     return value
 
 
+@_intrinsic
+def entry(typing: Any, array: Any, index: Any) -> Any:
+    """array[index] as float32; uint16 holds bfloat16's bits, int16 float16's. Loops over it are vectorized by LLVM."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # By a pointer that LLVM can follow, so that it can prove what does not overlap.
+        data = context.make_array(array)(context, builder, value=arguments[0]).data
+        value = builder.load(builder.gep(data, [arguments[1]]))
+        if array.dtype == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16)), _FLOAT)
+        if array.dtype == types.int16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), _FLOAT)
+        return value
+
+    return types.float32(array, types.intp), generate
+
+
 def _store(builder: Any, address: Any, index: Any, value: Any) -> None:
     place = builder.add(address, builder.mul(index, _INT64(4)))
     builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
@@ -247,50 +264,6 @@ def inner_products(
 
     place = types.int64
     signature = types.void(out, place, place, W, place, place, A, place, place, place, rows, group)
-    return signature, generate
-
-
-@_intrinsic
-def copy_runs(
-    typing: Any,
-    out: Any,
-    out_start: Any,
-    out_step: Any,
-    W: Any,
-    W_start: Any,
-    W_step: Any,
-    count: Any,
-    lanes: Any,
-    vectors: Any,
-) -> Any:
-    """out[i, :] = W[i, :] for i < count and runs of lanes·vectors elements, both of W's dtype.
-
-    Run i begins at out_start + i·out_step and W_start + i·W_step. lanes and vectors are compile-time constants. numba's
-    own loop over elements checks each index for wrap-around and is not vectorized.
-    """
-    if out.dtype != W.dtype or not all(isinstance(t, types.IntegerLiteral) for t in (lanes, vectors)):
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        n_lanes, n_vectors = lanes.literal_value, vectors.literal_value
-        out_at, W_at = (_pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (W, 3)))
-        out_0, out_i, W_0, W_i, n = (arguments[i] for i in (1, 2, 4, 5, 6))
-        width = W.dtype.bitwidth // 8
-        kind = ir.VectorType(ir.IntType(8 * width), n_lanes).as_pointer()
-
-        def place(address: Any, index: Any) -> Any:
-            return builder.inttoptr(builder.add(address, builder.mul(index, _INT64(width))), kind)
-
-        with cgutils.for_range(builder, n) as loop:
-            row = builder.add(W_0, builder.mul(loop.index, W_i))
-            to = builder.add(out_0, builder.mul(loop.index, out_i))
-            for v in range(n_vectors):
-                offset = _INT64(v * n_lanes)
-                value = builder.load(place(W_at, builder.add(row, offset)), align=width)
-                builder.store(value, place(out_at, builder.add(to, offset)), align=width)
-        return context.get_dummy_value()
-
-    signature = types.void(out, *[types.int64] * 2, W, *[types.int64] * 3, lanes, vectors)
     return signature, generate
 
 

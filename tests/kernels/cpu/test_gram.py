@@ -38,8 +38,8 @@ def _check(W: Tensor, width: int, threads: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    d=st.integers(48, 700),
-    k=st.integers(48, 700),
+    d=st.integers(8, 700),
+    k=st.integers(8, 700),
     width=st.integers(1, 40),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     by_columns=st.booleans(),
@@ -74,4 +74,4 @@ def test_bits_do_not_depend_on_the_number_of_threads(by_columns: bool) -> None:
 def test_what_it_does_not_take() -> None:
     assert not takes(torch.ones(64, 64, dtype=torch.float64))
     assert not takes(torch.ones(64, 128)[:, ::2])
-    assert not takes(torch.ones(64, 47))
+    assert not takes(torch.ones(64, 7))

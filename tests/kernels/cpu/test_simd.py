@@ -19,7 +19,7 @@ from inilora_kernels.kernels.cpu.simd import (
     SMALL_GROUP,
     VECTORS,
     atomic_add,
-    copy_runs,
+    entry,
     give_way,
     inner_products,
     kernel_view,
@@ -71,8 +71,9 @@ def inner_small(out: Any, W: Any, A: Any, panels: int) -> None:
 
 
 @njit
-def copied(out: Any, W: Any, count: int) -> None:
-    copy_runs(out, 5, PANEL, W, 5, PANEL + 3, count, LANES, VECTORS)
+def every_entry(out: Any, W: Any) -> None:
+    for i in range(len(W)):
+        out[i] = entry(W, i)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,12 +109,11 @@ def test_products_of_no_terms_leave_what_is_there() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copied_runs_are_the_same_bits(dtype: torch.dtype) -> None:
-    W = normal(COUNT, PANEL + 3, dtype=dtype)
-    whole, out = among_nan(torch.zeros(COUNT, PANEL, dtype=dtype))
-    copied(out, among_nan(W)[1], COUNT)
-    assert torch.equal(whole[MARGIN:-MARGIN].view(COUNT, PANEL), W[:, :PANEL])
-    assert bool(torch.isnan(whole[-MARGIN:]).all())
+def test_entries_are_exact_in_float32(dtype: torch.dtype) -> None:
+    W = torch.cat([normal(500, dtype=dtype), torch.tensor([0.0, -0.0, 1e-40, float("inf"), -float("inf")]).to(dtype)])
+    out = torch.empty(len(W))
+    every_entry(out.numpy(), kernel_view(W))
+    assert torch.equal(out, W.float())
 
 
 def test_float16_beyond_its_normal_range_is_widened_exactly() -> None:
