@@ -16,7 +16,7 @@ from ..display.sentences import duration_in_words, size_in_words
 from ..errors import OptionError
 from ..estimate import Work
 from ..kernels.cpu.cost_model import speed_of_torch_mm
-from ..kernels.gpu.cost_model import Matrix, Plan, json_plan, plan_table
+from ..kernels.gpu.cost_model import Matrix, Plan, layout_of
 from ..kernels.gpu.cost_model import plan as predict
 from ..kernels.gpu.gpus import Gpu
 from ..model.checkpoint import open_checkpoint
@@ -70,7 +70,7 @@ def show_plan(
     if as_json:
         print(json.dumps(_json(works, steps, speed, on_cards), indent=2))
     elif kernels and on_cards is not None:
-        print_table(plan_table(on_cards.first))
+        print_table(_kernels_table(on_cards.first))
     else:
         print_table(_table(works, steps, speed, on_cards))
 
@@ -118,5 +118,75 @@ def _json(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | 
         "seconds": {solver: estimate.seconds(works, solver, steps, speed=speed) for solver in _SOLVERS},
         "memory": estimate.memory(works),
         "seconds_by_gpu": None if on_cards is None else list(on_cards.seconds),
-        "gpu": None if on_cards is None else json_plan(on_cards.first),
+        "gpu": None if on_cards is None else _kernels_json(on_cards.first),
     }
+
+
+def _kernels_json(result: Plan) -> dict[str, Any]:
+    """The plan as JSON values: what `_kernels_table` shows, in bytes, FLOPs and seconds."""
+    return {
+        "gpu": result.gpu.name,
+        "predicted": True,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "launches": result.launches,
+        "weight_bytes": result.weight_bytes,
+        "memory": result.memory,
+        "groups": [
+            {
+                "shape": list(group.matrix.shape),
+                "bits": 8 * group.matrix.itemsize,
+                "rank": group.matrix.rank,
+                "count": group.count,
+                "wave": group.step.matrices,
+                "waves": group.waves,
+                "in_cache": group.resident,
+                "parts": group.parts,
+                "step": {
+                    "weight_bytes": group.step.weight_bytes,
+                    "partial_bytes": group.step.partial_bytes,
+                    "state_bytes": group.step.state_bytes,
+                    "flops": group.step.flops,
+                    "products_seconds": group.step.products,
+                    "adam_seconds": group.step.adam,
+                    "bound": group.step.bound,
+                },
+                "seconds": group.seconds,
+                "overhead_seconds": group.overhead,
+            }
+            for group in result.groups
+        ],
+    }
+
+
+def _kernels_table(result: Plan) -> Table:
+    """The plan for `inilora plan --kernels`: a column for each group of equal matrices. Every number is predicted."""
+    table = Table(
+        title=f"Predicted on {result.gpu.name}: {result.seconds:.1f} s for {result.steps:,} steps\n"
+        f"{result.launches:,} launches, {result.memory / 1e9:.2f} GB on the device",
+        caption="Predicted by the cost model, not measured.\nPartial sums are written once and read once a step.",
+    )
+    table.add_column("matrices")
+    rows: dict[str, list[str]] = {}
+    for group in result.groups:
+        step, (d, k) = group.step, group.matrix.shape
+        table.add_column(f"{group.count} × {d}×{k}", justify="right")
+        cells = {
+            "weights": f"{8 * group.matrix.itemsize}-bit, rank {group.matrix.rank}",
+            "a wave": f"{step.matrices}, {'in cache' if group.resident else 'from DRAM'}",
+            "waves": f"{group.waves}",
+            "strips × parts": f"{layout_of(group.matrix, result.gpu, group.parts).places[0].strips} × {group.parts}",
+            "W read a step": f"{step.weight_bytes / 1e6:.1f} MB",
+            "partial sums": f"{step.partial_bytes / 1e6:.1f} MB, {step.partial_bytes / step.weight_bytes:.1%}",
+            "products a step": f"{step.flops / 1e9:.2f} GFLOP",
+            "1st launch": f"{step.products * 1e6:.1f} µs",
+            "2nd launch": f"{step.adam * 1e6:.1f} µs",
+            "bound by": step.bound,
+            "all steps": f"{group.seconds:.1f} s",
+            "loading, losses": f"{group.overhead:.1f} s",
+        }
+        for label, cell in cells.items():
+            rows.setdefault(label, []).append(cell)
+    for label, row in rows.items():
+        table.add_row(label, *row)
+    return table

@@ -50,15 +50,17 @@ def row_index(rows: Rows | None, out_features: int) -> slice | Tensor:
     return (torch.arange(0, out_features, period)[:, None] + torch.arange(start, stop)).flatten()
 
 
-def fused_parts(config: Any, name: str, out_features: int, in_features: int) -> Parts:
+def fused_parts(config: Any, name: str, out_features: int, in_features: int, *, conv1d: bool = False) -> Parts:
     """The rows of query and value in a fused weight; empty for a weight that is not fused, or not in a known layout.
 
     config: transformers' config of the model, or config.json's values as attributes; None without one.
-    name: of the module.
+    name: of the module. conv1d: whether it is transformers' Conv1D.
 
     Raises CheckpointError if the number of rows contradicts the config.
     """
     last = name.rpartition(".")[2]
+    if conv1d and last in _CONV1D:
+        return _CONV1D[last](name, out_features)
     model_type = getattr(config, "model_type", None)
     layout = _LAYOUTS.get((str(model_type), last))
     if layout is not None:
@@ -69,11 +71,9 @@ def fused_parts(config: Any, name: str, out_features: int, in_features: int) -> 
     return {}
 
 
-def conv1d_parts(name: str, out_features: int) -> Parts:
-    """For GPT-2's c_attn; a cross-attention's holds keys and values only, as its queries are in q_attn."""
-    if "crossattention" in name:
-        return {"value": (out_features // 2, out_features)}
-    return _thirds(out_features)
+def _gpt2(name: str, d: int) -> Parts:
+    """Queries, keys, values; a cross-attention's holds keys and values only, as its queries are in q_attn."""
+    return {"value": (d // 2, d)} if "crossattention" in name else _thirds(d)
 
 
 def _thirds(d: int) -> Parts:
@@ -149,7 +149,10 @@ def _head_size(name: str, d: int, parts: int) -> int:
     return size
 
 
-# By model_type and the last part of the module's name. A model that is missing here is refused, not guessed.
+# Of a Conv1D, by the last part of the module's name: GPT-2 and the models built from its blocks.
+_CONV1D: dict[str, Callable[[str, int], Parts]] = {"c_attn": _gpt2}
+
+# Of a linear layer, by model_type and the last part of the module's name. What is missing is refused, not guessed.
 _LAYOUTS: dict[tuple[str, str], Callable[[Any, str, int], Parts]] = {
     ("phi3", "qkv_proj"): _in_order,
     ("phi4_multimodal", "qkv_proj"): _in_order,

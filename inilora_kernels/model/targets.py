@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .experts import ExpertParameter, find_expert_parameters, is_selected, selected
 from .formats.find import module_and_part
 from .formats.weight import StoredWeight
-from .fused import FUSED, Parts, Rows, conv1d_parts, fused_parts, row_count, row_index
+from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index
 from .hub import Choose
 from .modules import Module, aliases, find_modules, is_output_by_name, last_part, selector
 from .unchanged import watch
@@ -251,9 +251,8 @@ def _parts(module: Module, name: str, config: Any) -> Parts:
     turned = module.form == "conv1d" and not module.entry.is_quantized
     k, d = module.entry.shape if turned else module.entry.shape[::-1]
     try:
-        if module.form == "conv1d" and last_part(name) == "c_attn":
-            return conv1d_parts(name, d)
-        return fused_parts(module.architecture.config if module.architecture else config, name, d, k)
+        config = module.architecture.config if module.architecture else config
+        return fused_parts(config, name, d, k, conv1d=module.form == "conv1d")
     except (CheckpointError, AttributeError, StopIteration) as error:
         raise CheckpointError(
             f"{module.path}: {error or 'config.json does not say how many heads there are'}"

@@ -17,9 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rich.table import Table
 
 from ...errors import OptionError
 from .gpus import Gpu
@@ -115,7 +112,7 @@ class Plan:
     def memory(self) -> int:
         return max(
             min(group.wave, group.count)
-            * (_weight_bytes(group.matrix) + _layout(group.matrix, self.gpu, group.parts).state_bytes)
+            * (_weight_bytes(group.matrix) + layout_of(group.matrix, self.gpu, group.parts).state_bytes)
             for group in self.groups
         )
 
@@ -124,20 +121,21 @@ def _weight_bytes(matrix: Matrix) -> int:
     return weight_bytes(matrix.shape, matrix.itemsize)
 
 
-def _layout(matrix: Matrix, gpu: Gpu, parts: int) -> Layout:
+def layout_of(matrix: Matrix, gpu: Gpu, parts: int) -> Layout:
+    """The layout of one such matrix on this GPU, its columns divided into `parts`."""
     chosen = tiles(gpu.architecture, matrix.itemsize, matrix.rank)
     return lay_out([matrix.shape], [matrix.rank], [parts], chosen)
 
 
 def _slot_bytes(matrix: Matrix, gpu: Gpu, parts: int) -> int:
     """P slots, one a strip of rows, and Q slots, one a part of the columns, all float32."""
-    return 4 * _layout(matrix, gpu, parts).slots
+    return 4 * layout_of(matrix, gpu, parts).slots
 
 
 def step_of(matrix: Matrix, gpu: Gpu, parts: int, count: int, resident: bool) -> Step:
     """The model of one step of `count` matrices like `matrix`, columns in `parts`, W in the cache or not."""
     d, k = matrix.shape
-    layout = _layout(matrix, gpu, parts)
+    layout = layout_of(matrix, gpu, parts)
     chosen, (place,) = layout.tiles, layout.places
     weights, partial = _weight_bytes(matrix), 4 * layout.slots
     # Every strip reads A anew and every part reads B anew: from the cache, as both are small.
@@ -204,7 +202,7 @@ def choose(matrix: Matrix, gpu: Gpu) -> Choice:
     """
     streamed_parts = _parts(matrix, gpu, 8, resident=False)
     streamed = Choice(streamed_parts, CONCURRENCY, resident=False)
-    working = _weight_bytes(matrix) + _layout(matrix, gpu, 1).state_bytes
+    working = _weight_bytes(matrix) + layout_of(matrix, gpu, 1).state_bytes
     wave = min(CONCURRENCY, int(gpu.cache * gpu.cache_usable // working))
     if wave == 0:
         return streamed
@@ -255,73 +253,3 @@ def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int = 20_000) -> Plan:
         )
         groups.append(Group(matrix, count, choice.parts, wave, choice.resident, step, seconds, overhead))
     return Plan(gpu, steps, tuple(groups))
-
-
-def json_plan(result: Plan) -> dict[str, Any]:
-    """The plan as JSON values: what `plan_table` shows, in bytes, FLOPs and seconds."""
-    return {
-        "gpu": result.gpu.name,
-        "predicted": True,
-        "steps": result.steps,
-        "seconds": result.seconds,
-        "launches": result.launches,
-        "weight_bytes": result.weight_bytes,
-        "memory": result.memory,
-        "groups": [
-            {
-                "shape": list(group.matrix.shape),
-                "bits": 8 * group.matrix.itemsize,
-                "rank": group.matrix.rank,
-                "count": group.count,
-                "wave": group.step.matrices,
-                "waves": group.waves,
-                "in_cache": group.resident,
-                "parts": group.parts,
-                "step": {
-                    "weight_bytes": group.step.weight_bytes,
-                    "partial_bytes": group.step.partial_bytes,
-                    "state_bytes": group.step.state_bytes,
-                    "flops": group.step.flops,
-                    "products_seconds": group.step.products,
-                    "adam_seconds": group.step.adam,
-                    "bound": group.step.bound,
-                },
-                "seconds": group.seconds,
-                "overhead_seconds": group.overhead,
-            }
-            for group in result.groups
-        ],
-    }
-
-
-def plan_table(result: Plan) -> Table:
-    """The plan as `inilora plan` prints it: a column a group of equal matrices. Every number in it is predicted."""
-    table = Table(
-        title=f"Predicted on {result.gpu.name}: {result.seconds:.1f} s for {result.steps:,} steps\n"
-        f"{result.launches:,} launches, {result.memory / 1e9:.2f} GB on the device",
-        caption="Predicted by the cost model, not measured.\nPartial sums are written once and read once a step.",
-    )
-    table.add_column("matrices")
-    rows: dict[str, list[str]] = {}
-    for group in result.groups:
-        step, (d, k) = group.step, group.matrix.shape
-        table.add_column(f"{group.count} × {d}×{k}", justify="right")
-        cells = {
-            "weights": f"{8 * group.matrix.itemsize}-bit, rank {group.matrix.rank}",
-            "a wave": f"{step.matrices}, {'in cache' if group.resident else 'from DRAM'}",
-            "waves": f"{group.waves}",
-            "strips × parts": f"{_layout(group.matrix, result.gpu, group.parts).places[0].strips} × {group.parts}",
-            "W read a step": f"{step.weight_bytes / 1e6:.1f} MB",
-            "partial sums": f"{step.partial_bytes / 1e6:.1f} MB, {step.partial_bytes / step.weight_bytes:.1%}",
-            "products a step": f"{step.flops / 1e9:.2f} GFLOP",
-            "1st launch": f"{step.products * 1e6:.1f} µs",
-            "2nd launch": f"{step.adam * 1e6:.1f} µs",
-            "bound by": step.bound,
-            "all steps": f"{group.seconds:.1f} s",
-            "loading, losses": f"{group.overhead:.1f} s",
-        }
-        for label, cell in cells.items():
-            rows.setdefault(label, []).append(cell)
-    for label, row in rows.items():
-        table.add_row(label, *row)
-    return table

@@ -2,7 +2,8 @@
 
     W = weight · weight_scale_inv[row // 128, column // 128]
 
-Despite its name, `weight_scale_inv` is multiplied with. A scale without dimensions is for the whole matrix.
+Despite its name, `weight_scale_inv` is multiplied with. A scale without dimensions is for the whole matrix. FP8 with a
+`weight_scale` of another shape is compressed_tensors.py's.
 """
 
 from __future__ import annotations
