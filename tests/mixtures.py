@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -14,7 +16,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from inilora_kernels import FactorSet, approximate_model
+
 EXPERTS = 3
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 _COMMON: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -57,3 +62,28 @@ def mixture(kind: str) -> Any:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def saved(kind: str, folder: Path) -> Path:
+    mixture(kind).save_pretrained(folder)
+    return folder
+
+
+def factorized(model: Any, **options: Any) -> FactorSet:
+    options = {"rank": 2, "target_modules": ["o_proj"], "target_parameters": PARAMETERS} | options
+    return approximate_model(model, solver="krylov", cache=False, progress=False, **options)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    ids = torch.arange(24).view(2, 12)
+    return model(input_ids=ids).logits.clone()  # type: ignore[no-any-return]
+
+
+def train(model: Any, steps: int = 2) -> None:
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    ids = torch.arange(24).view(2, 12)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import huggingface_hub
 
 from ..errors import FactorFileError, OptionError, TargetError
 from ..factor_set import FactorSet
+from ..model.architecture import describe
 from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..model.experts import ExpertParameter, find_expert_parameters, parameter_of_expert
 from ..model.names import match_names
 from ..storage.schema import ResidualRecord, parse
 from .folder import named_base
@@ -25,13 +28,15 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
 
     Raises FactorFileError if the factors were computed from other weights, or do not say which.
     """
-    modules = list(dict.fromkeys(module_of(name) for name in factors))
+    experts = expert_parameters(checkpoint, factors)
+    modules = list(dict.fromkeys(module_of(name) for name in factors if not parameter_of_expert(name)))
     weights = {name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")}
     try:
-        names = match_names(modules, weights, str(checkpoint.path))
+        names = match_names(modules, weights, str(checkpoint.path)) if modules else {}
     except TargetError as error:
         raise FactorFileError(f"the factors are not of this model: {error}") from error
     tensors = {module: f"{name}.weight" for module, name in names.items()}
+    tensors |= {name: parameter.name for name, parameter in experts.items()}
     for name, part in factors.items():
         if not part.source_sha256:
             raise FactorFileError(
@@ -41,7 +46,10 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
     found: dict[str, str] = {}
     for name, part in factors.items():
         tensor = tensors[module_of(name)]
-        sha256 = found.setdefault(tensor, found.get(tensor) or checkpoint.sha256(tensor))
+        if parameter_of_expert(name):
+            sha256 = experts[module_of(name)].sha256(int(name.rpartition(":")[2]))
+        else:
+            sha256 = found.setdefault(tensor, found.get(tensor) or checkpoint.sha256(tensor))
         if sha256 != part.source_sha256:
             raise FactorFileError(
                 f"{checkpoint.path}: {tensor} is not the weight that these factors were computed from "
@@ -49,6 +57,31 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
                 f"`inilora approximate` read, in the same dtype, or compute factors from this one"
             )
     return tensors
+
+
+def expert_parameters(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, ExpertParameter]:
+    """Return the checkpoint's parameter of experts of each one in the factors, by its name there.
+
+    Raises FactorFileError where it has none, or not as many experts as there are factors for.
+    """
+    counts = Counter(parameter for name in factors if (parameter := parameter_of_expert(name)))
+    if not counts:
+        return {}
+    modules = [name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")]
+    architecture = describe(checkpoint.config, modules) if checkpoint.config else None
+    there = {one.name: one for one in find_expert_parameters(checkpoint, architecture)}
+    try:
+        names = match_names(list(counts), there, str(checkpoint.path))
+    except TargetError as error:
+        raise FactorFileError(f"the factors are not of this model: {error}") from error
+    for parameter, count in counts.items():
+        one = there[names[parameter]]
+        if not len(one.stored) == one.count == count:
+            raise FactorFileError(
+                f"{checkpoint.path}: {one.name} has {one.count} experts, and there are factors for {count}; compute "
+                f"factors from this model, of all of its experts"
+            )
+    return {parameter: there[name] for parameter, name in names.items()}
 
 
 def factors_sha256(factors: FactorSet) -> str:

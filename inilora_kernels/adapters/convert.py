@@ -21,9 +21,11 @@ from torch import Tensor
 from ..errors import FactorFileError, OptionError, TargetError, WeightError
 from ..factor_set import FactorSet, factor_set
 from ..model.checkpoint import Checkpoint
+from ..model.experts import ExpertParameter
 from ..storage.atomic import require_new_folder, whole_folder
 from ..suggestions import some
-from .base import find_original
+from .base import expert_parameters, find_original
+from .expert_folder import unwrapped, wrapped
 from .folder import KEY_PREFIX, Adapter, named_base, read_adapter, write_adapter
 from .model_copy import Change, copy_model
 from .modules import find_starts, module_of
@@ -70,7 +72,8 @@ def convert(
     if rank is not None and rank < 1:
         raise OptionError(f"rank={rank}: it must be at least 1")
     require_new_folder(out)
-    adapter, factors = read_adapter(trained), factor_set(factors, base)
+    factors = factor_set(factors, base)
+    adapter = unwrapped(read_adapter(trained), factors, str(trained))
     checkpoint, _, residual = find_original(adapter.config, factors, base)
     updates, _ = _updates(trained, adapter, factors, checkpoint, residual, insist)
     errors = dict.fromkeys(updates, 0.0)
@@ -78,7 +81,7 @@ def convert(
         for module, (A, B) in updates.items():
             A, B, errors[module] = recompress(A, B, rank)
             updates[module] = (A, B)
-    common = rank or max(A.shape[0] for A, _ in updates.values())
+    common = rank or max(A.shape[-2] for A, _ in updates.values())
     padded = {module: _pad(A, B, common) for module, (A, B) in updates.items()}
     config = {
         **adapter.config,
@@ -95,7 +98,7 @@ def convert(
     if isinstance(config.get("target_modules"), str):  # SGLang reads a list of names, no regular expression
         config["target_modules"] = sorted(updates)
     with whole_folder(out) as folder:
-        write_adapter(folder, Adapter(config, padded, adapter.others), _ABOUT)
+        write_adapter(folder, Adapter(config, wrapped(padded), adapter.others), _ABOUT)
     return errors
 
 
@@ -118,14 +121,21 @@ def export_merged(
     """
     trained, out = Path(trained), Path(out)
     require_new_folder(out)
-    adapter, factors = read_adapter(trained), factor_set(factors, base)
+    factors = factor_set(factors, base)
+    adapter = unwrapped(read_adapter(trained), factors, str(trained))
     checkpoint, tensors, residual = find_original(adapter.config, factors, base)
     updates, modules = _updates(trained, adapter, factors, checkpoint, residual, insist)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}
     changes: dict[str, Change] = {}
     live = {}
+    experts = expert_parameters(checkpoint, factors)
     for module, update in updates.items():
         tensor = tensors[modules[module]]
+        if modules[module] in experts:
+            changes |= _plus_experts(checkpoint, experts[modules[module]], *update)
+            if experts[modules[module]].is_fused:
+                live[module] = tensor
+            continue
         weight = checkpoint.weights[tensor]
         if weight.is_quantized:
             raise WeightError(
@@ -153,6 +163,29 @@ def _plus(A: Tensor, B: Tensor, transposed: bool) -> Change:
     return rows
 
 
+def _plus_experts(checkpoint: Checkpoint, parameter: ExpertParameter, A: Tensor, B: Tensor) -> dict[str, Change]:
+    """Change each stored tensor of a parameter of experts by its part of B_e A_e, stacks (E, r, k) and (E, d, r)."""
+    if parameter.dequantization:
+        raise WeightError(
+            f"{checkpoint.path}: {parameter.name} is quantized ({parameter.dequantization}), so W + ΔW cannot be "
+            f"written in its place; use `inilora convert`, and merge the adapter into the original model"
+        )
+    if parameter.is_fused:
+
+        def experts(start: int, W: Tensor) -> Tensor:
+            update = B[start : start + len(W)] @ A[start : start + len(W)]
+            return (W.float() + (update.mT if parameter.turned else update).float()).to(W.dtype)
+
+        return {parameter.stored[0][0].name: experts}
+    changes: dict[str, Change] = {}
+    for number, parts in enumerate(parameter.stored):
+        first = 0
+        for part in parts:
+            changes[part.name] = _plus(A[number], B[number, first : first + part.shape[0]], False)
+            first += part.shape[0]
+    return changes
+
+
 def _instead(value: Tensor, start: int, rows: Tensor) -> Tensor:
     return (value[start : start + len(rows)] if value.dim() else value).to(rows.dtype)
 
@@ -162,7 +195,8 @@ def recompress(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
     By QR of B and Aᵀ and the SVD of a small core; BA itself is never formed.
 
-    A: (r, k), B: (d, r). Returns A' (rank, k), B' (d, rank), padded with zeros where BA has a smaller rank.
+    A: (r, k), B: (d, r), or stacks of them. Returns A' (rank, k), B' (d, rank), padded with zeros where BA has a
+    smaller rank.
 
     >>> A, B = torch.eye(2, 3, dtype=torch.float64), torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))
     >>> A1, B1, error = recompress(A, B, 1)
@@ -170,17 +204,18 @@ def recompress(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     (tensor([[0., 0., 0.], [0., 4., 0.]], dtype=torch.float64), 0.6)
     """
     left, left_core = torch.linalg.qr(B)
-    right, right_core = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(left_core @ right_core.T)
+    right, right_core = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(left_core @ right_core.mT)
     total = float(S.norm())
-    error = float(S[rank:].norm()) / total if total else 0.0
-    root = S[:rank].sqrt()
-    A, B = _pad(root[:, None] * (Vh[:rank] @ right.T), (left @ U[:, :rank]) * root, rank, A.dtype)
+    error = float(S[..., rank:].norm()) / total if total else 0.0
+    root = S[..., :rank].sqrt()
+    A1, B1 = root[..., None] * (Vh[..., :rank, :] @ right.mT), (left @ U[..., :rank]) * root[..., None, :]
+    A, B = _pad(A1, B1, rank, A.dtype)
     return A, B, error
 
 
 def _pad(A: Tensor, B: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    missing = rank - A.shape[0]
+    missing = rank - A.shape[-2]
     return F.pad(A, (0, 0, 0, missing)).to(dtype), F.pad(B, (0, missing)).to(dtype)
 
 
@@ -196,7 +231,7 @@ def _updates(
 
     Training may have covered only some of the modules that have factors (`layers_to_transform`, frozen towers).
     """
-    shapes = {module: (B.shape[0], A.shape[1]) for module, (A, B) in adapter.factors.items()}
+    shapes = {module: (*B.shape[:-1], A.shape[-1]) for module, (A, B) in adapter.factors.items()}
     try:
         starts = find_starts(shapes, factors, str(trained), checkpoint.config, partial=True)
     except TargetError as error:
@@ -207,15 +242,15 @@ def _updates(
         scaling = adapter.scaling(module)
         A0, B0 = start.scaled(scaling)
         A, B = _own_half(*adapter.factors[module], A0, B0)
-        if A.shape[0] == 2 * start.rank:
+        if A.shape[-2] == 2 * start.rank:
             raise FactorFileError(
                 f"{trained}: {module} has twice the rank of the factors, as a started model saves it, so it is a "
                 f"plain LoRA already, which started from other factors than these; load it as it is, or give the "
                 f"factors that it started from"
             )
-        if A.shape[0] != start.rank:
+        if A.shape[-2] != start.rank:
             raise FactorFileError(
-                f"{trained}: {module} has rank {A.shape[0]}, the factors have {start.rank}; "
+                f"{trained}: {module} has rank {A.shape[-2]}, the factors have {start.rank}; "
                 f"give the factors that it started from"
             )
         if residual is None:
@@ -241,15 +276,15 @@ def _updates(
 
 def _own_half(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     """A and B from a folder with [A; A0] and [B, −B0], the plain LoRA that a started model saves."""
-    r = A0.shape[0]
+    r = A0.shape[-2]
     # Rank-stabilized scaling of twice the rank goes through √2, so A0 and B0 may differ in a last place.
     rtol = 4 * torch.finfo(A.dtype).eps
     is_doubled = (
-        A.shape[0] == 2 * r
-        and torch.allclose(A[r:], A0.to(A.dtype), rtol=rtol, atol=0.0)
-        and torch.allclose(B[:, r:], -B0.to(B.dtype), rtol=rtol, atol=0.0)
+        A.shape[-2] == 2 * r
+        and torch.allclose(A[..., r:, :], A0.to(A.dtype), rtol=rtol, atol=0.0)
+        and torch.allclose(B[..., r:], -B0.to(B.dtype), rtol=rtol, atol=0.0)
     )
-    return (A[:r], B[:, :r]) if is_doubled else (A, B)
+    return (A[..., :r, :], B[..., :r]) if is_doubled else (A, B)
 
 
 def _require_related(trained: Path, ends: Mapping[str, tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
@@ -261,8 +296,8 @@ def _require_related(trained: Path, ends: Mapping[str, tuple[Tensor, Tensor, Ten
     for A, B, A0, B0 in ends.values():
         nearness["A"] += _cosine(float((A * A0).sum()), float(A.norm() * A0.norm()))
         # ⟨BA, B0A0⟩ and the norms from r×r matrices.
-        inner = float(((B0.T @ B) * (A0 @ A.T)).sum())
-        norms = [math.sqrt(max(0.0, float(((Y.T @ Y) * (X @ X.T)).sum()))) for X, Y in ((A, B), (A0, B0))]
+        inner = float(((B0.mT @ B) * (A0 @ A.mT)).sum())
+        norms = [math.sqrt(max(0.0, float(((Y.mT @ Y) * (X @ X.mT)).sum()))) for X, Y in ((A, B), (A0, B0))]
         nearness["BA"] += _cosine(inner, norms[0] * norms[1])
     means = {name: total / len(ends) for name, total in nearness.items()}
     if max(means.values()) < _UNRELATED:

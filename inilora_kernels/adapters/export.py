@@ -25,6 +25,7 @@ from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from .attach import adapters
 from .base import write_residual_record
+from .expert_folder import wrapped
 from .folder import KEY_PREFIX, Adapter, named_base, write_adapter
 from .model_copy import copy_model
 from .modules import is_conv1d, module_of
@@ -198,7 +199,7 @@ def export_delta(
     with whole_folder(out) as folder:
         for name, adapter, about in (("adapter", trainable, _ABOUT_DELTA), ("initial", negative, _ABOUT_INITIAL)):
             (folder / name).mkdir()
-            write_adapter(folder / name, adapter, about)
+            write_adapter(folder / name, replace(adapter, factors=wrapped(adapter.factors)), about)
         require_peft_takes(plan, folder / "adapter")
         require_same_start(plan, plan.checkpoint.path, folder / "adapter", folder / "initial")
 

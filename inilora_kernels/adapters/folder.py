@@ -33,7 +33,8 @@ class Adapter:
     """A LoRA adapter as PEFT stores it.
 
     config: adapter_config.json.
-    factors: A (r, in_features) and B (out_features, r) by the module's name in the model.
+    factors: A (r, in_features) and B (out_features, r) by the module's name in the model. Of a parameter of E experts
+        stacks (E, r, in_features) and (E, out_features, r), see expert_folder.py.
     others: fully trained tensors (`modules_to_save`), by their full key.
     """
 
@@ -47,7 +48,7 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """s of sBA: lora_alpha / r, or lora_alpha / √r with rslora, by the module's own rank and alpha."""
-        rank = self.factors[module][0].shape[0]
+        rank = self.factors[module][0].shape[-2]
         alpha = pattern_value(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 

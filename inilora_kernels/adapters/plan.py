@@ -18,10 +18,12 @@ from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet
 from ..model.architecture import AUTO_CLASSES, HEADS, Architecture, describe, has_class
 from ..model.checkpoint import Checkpoint, open_checkpoint
+from ..model.experts import parameter_of_expert
 from ..model.names import shortest_endings
 from ..storage.atomic import require_new_folder
 from ..suggestions import some
 from .base import require_same_base
+from .experts import expert_shapes
 from .folder import KEY_PREFIX, Adapter
 from .modules import Start, find_starts, module_of
 
@@ -65,6 +67,11 @@ def plan_export(
     if task_type is not None and task_type not in AUTO_CLASSES:
         raise OptionError(f"task_type={task_type!r}: it is one of {', '.join(AUTO_CLASSES)}")
     require_new_folder(out)
+    if changes_weights and (expert := next((name for name in factors if parameter_of_expert(name)), None)):
+        raise OptionError(
+            f"{expert}: the residual form of experts would round R = W − sBA in every one of them, and saves nothing: "
+            f"PEFT adds their update to the parameter in either form; use export_delta (--form delta)"
+        )
     checkpoint = open_checkpoint(base)
     tensors = require_same_base(checkpoint, factors)
     architecture = _architecture(checkpoint, task_type)
@@ -79,11 +86,15 @@ def plan_export(
     scaling = common_scaling(ranks, lora_alpha, use_rslora)
     scaled = {module: start.scaled(scaling) for module, start in starts.items()}
     available = dict(architecture.model.named_modules()) if architecture else _modules(checkpoint)
+    experts = {name for name, start in starts.items() if start.A.dim() == 3}
+    if experts and lora_dropout:
+        raise OptionError(f"lora_dropout={lora_dropout}: PEFT has no dropout for experts; leave it out")
+    all_experts = expert_shapes(architecture.model) if architecture else experts
     config = {
-        **lora_config(ranks, scaling, use_rslora, available),
+        **lora_config(ranks, scaling, use_rslora, available, experts | set(all_experts)),
         "lora_dropout": lora_dropout,
         "task_type": task_type,
-        "fan_in_fan_out": any(part.transposed for part in factors.values()),
+        "fan_in_fan_out": any(part.transposed for name, part in factors.items() if not parameter_of_expert(name)),
         "exclude_modules": _all_but(ranks) if architecture else None,
     }
     if architecture and task_type is None:
@@ -199,6 +210,10 @@ def _live_name(checkpoint: Checkpoint, module: str, architecture: Architecture |
     """The name of a module in the model that will be loaded, where it is a linear layer with a weight of its own."""
     if architecture is None or not architecture.layers:
         return module
+    prefix = architecture.base_model_prefix
+    for parameter in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
+        if parameter in architecture.parameter_names:
+            return parameter
     layer = architecture.layers.get(module)
     where = f"{checkpoint.path}: {module}"
     model = type(architecture.model).__name__
@@ -225,8 +240,12 @@ def _starts(
         module, colon, part = name.partition(":")
         return live_names[module] + colon + part
 
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    counts = Counter(module_of(name) for name in factors)
     for name, part in factors.items():
+        if parameter_of_expert(name):
+            shapes[live_names[module_of(name)]] = (counts[module_of(name)], part.B.shape[0], part.A.shape[1])
+            continue
         stored = checkpoint.weights[tensors[module_of(name)]].shape
         out_features, in_features = reversed(stored) if part.transposed else stored
         shapes[live_names[module_of(name)]] = (out_features, in_features)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from torch import Tensor
 
 from ..errors import CheckpointError, TargetError
 from ..model.architecture import quiet_transformers
+from .experts import name_of
 from .plan import Plan
 
 # Loading and running a model of this size takes a second or two; of larger ones the structure alone is tried.
@@ -46,8 +47,15 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
                 f"{where}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make the factors "
                 f"again without them, or train with `attach`, which needs no PEFT"
             ) from error
-    layers = {name: layer for name, layer in loaded.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
-    strange = sorted(name for name, layer in layers.items() if not isinstance(layer, Linear))
+    layers = {
+        name_of(layer, name): layer
+        for name, layer in loaded.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    experts = {name for name, (A, _) in plan.adapter.factors.items() if A.dim() == 3}
+    strange = sorted(
+        name for name, layer in layers.items() if not isinstance(layer, ParamWrapper if name in experts else Linear)
+    )
     lost = [module for module in plan.adapter.factors if module not in layers]
     if strange or lost or len(layers) != len(plan.adapter.factors):
         odd = [*strange, *lost, *sorted(layers.keys() - plan.adapter.factors.keys())][0]

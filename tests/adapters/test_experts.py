@@ -1,43 +1,23 @@
 """Experts through PEFT's target_parameters: started exactly, trained, saved, resumed."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 
-from inilora_kernels import FactorSet, approximate_model, attach, initialize_peft
+from inilora_kernels import (
+    FactorSet,
+    attach,
+    initialize_peft,
+)
 from inilora_kernels.errors import OptionError, TargetError
 from inilora_kernels.lora_start import lora_model
 
-from ..mixtures import CONFIGS, EXPERTS, mixture
-
-PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+from ..mixtures import CONFIGS, EXPERTS, PARAMETERS, factorized, logits, mixture, train
 
 
-def factorized(model: Any, **options: Any) -> FactorSet:
-    options = {"rank": 2, "target_modules": ["o_proj"], "target_parameters": PARAMETERS} | options
-    return approximate_model(model, solver="krylov", cache=False, progress=False, **options)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    ids = torch.arange(24).view(2, 12)
-    return model(input_ids=ids).logits.clone()  # type: ignore[no-any-return]
-
-
-def train(model: Any, steps: int = 2) -> None:
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-    ids = torch.arange(24).view(2, 12)
-    for _ in range(steps):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_start_is_exact_and_what_was_learned_is_saved(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """To the bit at the start; trained, saved as a plain LoRA, switched off, and merged."""

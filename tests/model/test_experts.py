@@ -16,19 +16,14 @@ from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.live import open_live
 from inilora_kernels.model.targets import find_targets, tensors_of
 
-from ..mixtures import CONFIGS, EXPERTS, mixture
+from ..mixtures import CONFIGS, EXPERTS, PARAMETERS
+from ..mixtures import saved as save
 from .live_factors import same
-
-PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {}
-    for kind in CONFIGS:
-        folders[kind] = tmp_path_factory.mktemp(kind)
-        mixture(kind).save_pretrained(folders[kind])
-    return folders
+    return {kind: save(kind, tmp_path_factory.mktemp(kind)) for kind in CONFIGS}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
