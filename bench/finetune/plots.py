@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from inilora_kernels.storage.atomic import write_whole
 
+from .comparison import mean_interval
 from .rows import Row
 from .run import Run
 from .table import Cell, Table
@@ -84,6 +85,42 @@ def sweep(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot: Mapp
     axes.set_ylabel(plot.get("label", "validation score") + " (× 100), mean ± s.d. over seeds")
 
 
+def over_rates(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot: Mapping[str, Any]) -> None:
+    """A line a system: the validation loss over the learning rates, mean over the seeds that chose among them.
+
+    The filled marks are seeds that no choice has seen, at the best and at the common rate, with the 95 % interval of
+    their mean. Losses above `most` are left out.
+    """
+    systems = list(dict.fromkeys(cell.system for cell in cells))
+    for place, system in enumerate(systems):
+        style = {**_style(place), "linestyle": "-"}
+        own = [cell for cell in cells if cell.system == system]
+        swept = _validation_losses((cell for cell in own if cell.sweep), rows)
+        fresh = _validation_losses((cell for cell in own if not cell.sweep), rows)
+        line = {rate: fmean(values) for rate, values in {**swept, **fresh}.items()}
+        line |= {rate: fmean(values) for rate, values in swept.items()}
+        kept = sorted(rate for rate in line if line[rate] < plot.get("most", math.inf))
+        axes.plot(kept, [line[rate] for rate in kept], label=system, markerfacecolor="white", **style)
+        for rate, values in fresh.items():
+            # Side by side, where several systems share a rate.
+            at = rate * 1.025 ** (place - len(systems) / 2)
+            low, high = mean_interval(values) if len(values) > 1 else (values[0], values[0])
+            error = [[fmean(values) - low], [high - fmean(values)]]
+            axes.errorbar([at], [fmean(values)], yerr=error, capsize=3, markersize=7, **{**style, "linestyle": ""})
+    axes.set_xscale("log")
+    axes.set_xlabel(LABELS["lr"])
+    axes.set_ylabel(plot.get("label", "validation loss"))
+    axes.legend(fontsize=8)
+
+
+def _validation_losses(cells: Iterable[Cell], rows: Mapping[Run, Row]) -> dict[float, list[float]]:
+    found: dict[float, list[float]] = {}
+    for cell in cells:
+        loss = rows[cell.run]["metrics"]["validation"]["loss"]
+        found.setdefault(cell.run.lr, []).append(loss if math.isfinite(loss) else math.inf)
+    return found
+
+
 def training_loss(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot: Mapping[str, Any]) -> None:
     """A line a system and rank: the training loss over the steps, mean over seeds."""
     curves: dict[str, dict[int, list[float]]] = {}
@@ -103,6 +140,7 @@ KINDS: dict[str, Kind] = {
     "scores": scores_over,
     "systems": systems_as_bars,
     "sweep": sweep,
+    "rates": over_rates,
     "loss": training_loss,
 }
 

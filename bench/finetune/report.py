@@ -15,9 +15,11 @@ from scipy.stats import ttest_rel
 from inilora_kernels.storage.atomic import write_whole
 
 from ..harness import markdown
+from .comparison import holm
 from .plots import draw
 from .rows import Row
 from .run import Run
+from .study import is_study, study_lines
 from .table import Cell, Table
 
 Column = tuple[str, ...]
@@ -46,20 +48,6 @@ def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paire
         return PairedTest(fmean(differences), 1.0 if differences[0] == 0 else 0.0, len(seeds))
     p = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]).pvalue
     return PairedTest(fmean(differences), float(p), len(seeds))
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """p-values corrected for how many there are (Holm, 1979), in the same order.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    corrected = [0.0] * len(values)
-    largest = 0.0
-    for place, index in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
-        largest = max(largest, min(1.0, (len(values) - place) * values[index]))
-        corrected[index] = largest
-    return corrected
 
 
 def scores_by_seed(
@@ -94,11 +82,16 @@ def write_report(
         # A figure of training losses has no scores to tabulate.
         draw(table, cells, rows, results / f"{table.name}.png")
         return
-    header, lines = tabulate(table, cells, scores, rows)
-    shown = RichTable(*header, title=table.title)
-    for line in lines:
-        shown.add_row(*line)
-    console.print(shown)
+    if is_study(table):
+        body = study_lines(table, cells, rows)
+        console.print("\n".join(body))
+    else:
+        header, lines = tabulate(table, cells, scores, rows)
+        shown = RichTable(*header, title=table.title)
+        for line in lines:
+            shown.add_row(*line)
+        console.print(shown)
+        body = markdown(header, lines)
     done = {cell.run for cell in cells if cell.run in rows}
     commits = sorted({rows[run]["machine"]["commit"] for run in done})
     commands = sorted({rows[run]["command"] for run in done})
@@ -107,7 +100,7 @@ def write_report(
         "",
         table.source.strip(),
         "",
-        *markdown(header, lines),
+        *body,
         "",
         f"{len(done)} rows, at commit {', '.join(commits)}, by:",
         "",

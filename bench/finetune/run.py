@@ -20,6 +20,7 @@ class Run:
     factors_seed: of the factors' random start; None: the run's own seed. The authors compute IniLoRA's factors once a
         model.
     attention: transformers' implementation of it; None: its choice.
+    first_layer: of a language model: the first layer that gets factors.
     lr, seed: of the training; the seed also decides the factors' random start, the head's and the order of the data.
     train_size, evaluation_size: examples taken of each part, the first ones; None: all.
     epochs, max_steps: how long; max_steps=-1: the epochs decide.
@@ -45,6 +46,7 @@ class Run:
     form: str = "residual"
     dtype: str = "float32"
     attention: str | None = None
+    first_layer: int = 0
     train_size: int | None = None
     evaluation_size: int | None = None
     epochs: float = 1.0

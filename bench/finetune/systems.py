@@ -67,9 +67,14 @@ def prepare(run: Run, model: Path, labels: int) -> tuple[nn.Module, dict[str, fl
 
 
 def _attach_factors(network: nn.Module, run: Run, model: Path) -> dict[str, float]:
+    targets = None
+    if run.first_layer:
+        layers = range(run.first_layer, network.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+        targets = rf".*\.({'|'.join(map(str, layers))})\.self_attn\.(q_proj|v_proj)"
     factors = approximate_model(
         model,
         rank=run.rank,
+        target_modules=targets,
         method=run.method,
         solver=run.solver,
         steps=run.steps,

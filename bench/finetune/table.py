@@ -47,7 +47,7 @@ class Table:
     margin: differences smaller than this count as none; set before the runs.
     rates_of: instead, the table whose sweep's best rates are used, and the system there for each system here.
     show: how it is drawn: `columns`, settings whose values are columns; `against`, the system that the others are
-        tested against; `plot`, one of plots.py's, with its options.
+        tested against; `measures` and `others` of a study (study.py); `plot`, one of plots.py's, with its options.
     """
 
     name: str

@@ -20,8 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from . import word_problems
 from .data import Task, load_task, load_tokenizer
 from .evaluation import evaluate, outcomes, score_predictions
+from .language import finetune_language
 from .rows import Row
 from .run import Run
 from .systems import prepare
@@ -29,6 +31,8 @@ from .systems import prepare
 
 def finetune(run: Run, model: Path, data: Path | None) -> Row:
     """Train and evaluate; the row has the settings, the scores, and the training loss."""
+    if run.task == word_problems.NAME:
+        return finetune_language(run, model)
     begin = time.monotonic()
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.finetune import word_problems
 from bench.finetune.data import GLUE, INSTRUCTIONS, MOVIES
 from bench.finetune.evaluation import HARNESS
 from bench.finetune.run import Run
@@ -37,10 +38,10 @@ def test_every_run_is_one_that_can_be_done(name: str) -> None:
     runs = [cell.run for cell in table.cells({})]
     assert len(runs) >= 6
     for run in runs:
-        assert run.task in {*GLUE, *MOVIES, *INSTRUCTIONS}
+        assert run.task in {*GLUE, *MOVIES, *INSTRUCTIONS, word_problems.NAME}
         assert run.method in {*METHODS, *ADAPTERS, "full", "bitfit"}
         assert run.solver is None or run.solver in METHODS[run.method].solvers
-        assert set(run.evaluations) <= {*HARNESS, "humaneval"}
+        assert set(run.evaluations) <= {*HARNESS, "humaneval", "exact-match"}
         assert run.form in ("residual", "delta")
         assert run.batch_size % (run.device_batch_size or run.batch_size) == 0
         assert Run.from_record(run.record()) == run

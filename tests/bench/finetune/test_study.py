@@ -1,0 +1,63 @@
+"""A study's page and picture from rows that were made so that the answer is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bench.finetune.report import write_report
+from bench.finetune.rows import append_row, read_rows
+from bench.finetune.run import Run
+from bench.finetune.table import Table, load
+
+EXAMPLES = 300
+
+
+@pytest.fixture
+def table() -> Table:
+    whole = load("reviews-power")
+    systems = {label: whole.systems[label] for label in ("LoRA", "IniLoRA", "IniLoRA-α")}
+    return replace(whole, name="study", systems=systems, grid={"seed": list(range(8))})
+
+
+def row(run: Run, system: str) -> dict[str, Any]:
+    """The best rate is 0.003 for all; IniLoRA is right where LoRA is, IniLoRA-α in 6 of 100 examples less."""
+    random = np.random.default_rng(run.seed)
+    right = random.random(EXAMPLES) < 0.8
+    if system == "IniLoRA-α":
+        right &= random.random(EXAMPLES) < 0.925
+    loss = 0.4 + abs(np.log10(run.lr / 3e-3))
+    return {
+        "run": run.record(),
+        "scores": {"accuracy": float(right.mean())},
+        "validation_score": 0.5,
+        "metrics": {"validation": {"loss": loss}},
+        "per_example": [1.0 if one else -1.0 for one in right],
+        "machine": {"commit": "abc1234"},
+        "command": "python -m bench.finetune study",
+    }
+
+
+def test_a_study_says_what_differs_and_what_is_the_same(table: Table, tmp_path: Path) -> None:
+    while missing := [cell for cell in table.cells(read_rows(tmp_path)) if cell.run not in read_rows(tmp_path)]:
+        for cell in missing:
+            append_row(tmp_path / "study.jsonl", row(cell.run, cell.system))
+    write_report(table, read_rows(tmp_path), tmp_path, Console(quiet=True))
+    text = (tmp_path / "study.md").read_text()
+    best, common = text.split("All at 0.0003:")
+    for part, rate in ((best, "0.003"), (common, "0.0003")):
+        lines = {line.split(" | ")[0].removeprefix("| "): line for line in part.splitlines()}
+        assert f"| LoRA | {rate} | 8 |" in lines["LoRA"] + " |"
+        # No example differs: no interval, and the same within any margin.
+        assert "+0.0 [+0.0, +0.0]" in lines["IniLoRA"]
+        assert "| yes (p 0)" in lines["IniLoRA"]
+        assert "| not shown" in lines["IniLoRA-α"]
+        assert lines["IniLoRA-α"].split(" | ")[4].startswith("-")
+    # IniLoRA-α starts one step lower, and its grid has grown upwards.
+    assert "IniLoRA-α 0.0003, 0.001, 0.003, 0.01" in text
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
