@@ -1,1 +1,1 @@
-"""What is measured: each file one question, each answer a ratio taken in one run."""
+"""Benchmarks: each file asks one question, and each answer is a ratio taken in one run."""

@@ -1,4 +1,4 @@
-"""Rows collected from the benchmarks that pytest runs, one result a module."""
+"""Rows collected from the benchmarks that pytest runs, one result per module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say what factorizing the real model of the demo extra will take, do it, and draw the result: by the command line."""
+"""Predict what factorizing the demo's real model will take, do it, and draw the result, all by the command line."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Everything worth asking a GPU, in under ten minutes, without a network; one JSON file to send back.
 
     python -m bench.gpu                 writes results/gpu-NAME.json and .md, after each row
-    python -m bench.gpu_report          makes tables and plots of it, the prediction next to the measurement
+    python -m bench.gpu_report          makes tables and plots from it, the prediction next to the measurement
 
-Each part runs in a process of its own with a limit of its own, so that a CUDA error or a hang costs that part alone;
-its rows so far are kept. The parts stand in the order of what is missed most.
+Each part runs in its own process with its own time limit, so that a CUDA error or a hang costs that part alone; its
+rows so far are kept. The parts are in order of importance.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def run_part(name: str, backend: TritonBackend, sizes: Sizes, file: str, folder:
 
 
 def note(backend: TritonBackend) -> str:
-    """What a number of a GPU needs with it: versions, driver, clocks."""
+    """What a GPU's numbers need next to them: versions, driver, clocks."""
     text = f"triton {triton.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}, {backend.gpu().name}"
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
     try:

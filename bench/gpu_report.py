@@ -29,7 +29,7 @@ STEP_COLUMNS = (
 
 
 def report(content: dict[str, Any]) -> str:
-    """A Markdown section a part; of a step's row only what a reader compares."""
+    """A Markdown section for each part; of a step's row only what a reader compares."""
     lines: list[str] = []
     for part, one in content.items():
         header = list(STEP_COLUMNS) if part == "steps" else columns(one["rows"])

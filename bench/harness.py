@@ -1,7 +1,7 @@
 """What every benchmark needs: the machine, time and peak memory, a process of its own, and rows that become files.
 
-A benchmark collects rows, flat dictionaries with the same columns, and hands them to `publish`, which keeps with them
-what they need to mean anything: the machine, the commit and the command.
+A benchmark collects rows, flat dictionaries with the same columns, and hands them to `publish`, which stores what they
+need to mean anything: the machine, the commit and the command.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def machine() -> Row:
 
 
 def seconds(work: Callable[[], object], device: str = "cpu") -> float:
-    """Wall-clock seconds of one call, including what it has queued on a GPU."""
+    """Wall-clock seconds of one call, including the work that it queued on a GPU."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -61,9 +61,9 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
 
 
 class PeakMemory:
-    """The most memory in use since this was made: of the process above what it had then, or on a GPU in all.
+    """The peak of memory since this was created: the process's growth since then, or on a GPU the total.
 
-    Make it after the warm-up. Memory that the warm-up has freed but the allocator has kept is given back first: a run
+    Create it after the warm-up. Memory that the warm-up freed but the allocator kept is returned first: otherwise a run
     would take it again without raising the high-water mark, and the peak would come out too small. Linux only.
     """
 
@@ -91,7 +91,7 @@ def resident() -> int:
 
 
 def in_own_process(module: str, *arguments: str) -> Any:
-    """What `python -m module arguments` prints as its last line, JSON; so that no peak of memory is another's.
+    """What `python -m module arguments` prints as its last line, JSON: a process of its own has its own peak of memory.
 
     Raises RuntimeError with the end of what it wrote to stderr if it fails.
     """
@@ -150,7 +150,7 @@ def publish(
     figure: Figure | None = None,
     folder: Path = RESULTS,
 ) -> None:
-    """Keep a part of a benchmark: in {name}.json next to its other parts, in {name}.md, and on the terminal.
+    """Store a part of a benchmark: in {name}.json next to its other parts, in {name}.md, and on the terminal.
 
     note: how the rows are to be read. figure: becomes {name}.png.
     """
@@ -168,7 +168,7 @@ def publish(
 
 
 def document(name: str, content: Mapping[str, Any]) -> str:
-    """A Markdown page of what {name}.json holds: a section a part."""
+    """A Markdown page of what {name}.json holds, with a section for each part."""
     lines = [f"# {name}"]
     for title, one in content.items():
         where = one["machine"]

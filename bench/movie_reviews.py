@@ -1,10 +1,10 @@
 """Real labelled text: 10,605 sentences of movie reviews with the mean of 15 to 29 people's sentiment ratings.
 
 They are in the source release of vaderSentiment 3.3.2 (MIT licence) and were published with C. J. Hutto and E. Gilbert,
-"VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014. Neither the
-sentences nor their order belong to a split; whoever needs one makes it.
+"VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014. The release has no
+split into training and test parts; those who need one make it.
 
-`python -m bench.movie_reviews` brings them into the cache, once; reading them afterwards needs no network.
+`python -m bench.movie_reviews` downloads them into the cache, once; reading them afterwards needs no network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The paper's way, as a user would write it: a layer at a time, autograd, torch.optim.Adam, StepLR."""
+"""The paper's way, as a user would write it: layer by layer, with autograd, torch.optim.Adam and StepLR."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PaperWay:
-    """Layers under way: each its own leaf factors, optimizer and scheduler, as the paper's Adam steps need them."""
+    """Layers in training: each has its own factors, optimizer and scheduler, as in the paper."""
 
     def __init__(self, matrices: Sequence[Tensor], rank: int, *, fused: bool) -> None:
         self.matrices = matrices
@@ -22,7 +22,7 @@ class PaperWay:
             self.layers.append((A, B, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 5000, 0.9)))
 
     def steps(self, count: int) -> None:
-        """`count` steps of every layer, a layer after the other, so that each W stays in cache as it can."""
+        """`count` steps of every layer, one layer after the other, so that W stays in cache as far as it can."""
         for W, (A, B, optimizer, scheduler) in zip(self.matrices, self.layers, strict=True):
             for _ in range(count):
                 optimizer.zero_grad()

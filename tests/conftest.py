@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 
-# Before anything loads a thread pool. On matrices as small as the tests' the threads of torch and BLAS spend five times
-# the work itself on waiting for one another, and the test processes side by side keep the cores busy. What depends on
-# the number of threads is tested with that number given; processes that tests start inherit these.
+# Before anything loads a thread pool. On matrices as small as the tests', the threads of torch and BLAS spend five
+# times the work itself waiting for one another, and parallel test processes keep the cores busy. What depends on the
+# number of threads is tested with an explicit number; processes that tests start inherit these.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -73,7 +73,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reviews() -> list[Review]:
-    """Real labelled text; `make` has fetched it before."""
+    """Real labelled text; `make` has downloaded it before."""
     return movie_reviews()
 
 

@@ -1,4 +1,4 @@
-"""Factors of a checkpoint's matrices, made here so that the adapters are tested alone."""
+"""Factors of a checkpoint's matrices, computed here so that adapters are tested by themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float64, and only once for the same matrix: it is most of the time that these tests take."""
+    """In float64, and only once for the same matrix: it is most of these tests' time."""
     return _svd(W.float().contiguous().numpy().tobytes(), W.shape)
 
 

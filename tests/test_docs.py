@@ -1,7 +1,7 @@
 """The README and the pages on trainers, run from their own text.
 
 Blocks are run in order, in one folder with `model` and `reviews.csv` in it. A block marked `not-run-here` needs a
-program that these tests have not; before one marked `after-training` its result is put in place by PEFT, which those
+program that these tests do not have; before one marked `after-training` its result is put in place by PEFT, which those
 programs train through.
 """
 

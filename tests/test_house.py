@@ -88,12 +88,12 @@ def test_files_are_short() -> None:
     assert {module: lines for module, lines in lengths.items() if lines > MOST_LINES} == {}
 
 
-# What a test file of its own would only say again.
+# A test file of their own would only repeat them.
 WITHOUT_A_TEST_FILE = {"__main__.py", "version.py"}
 
 
 def test_every_module_has_a_test_file_of_its_name() -> None:
-    """tests/ is the package's mirror: who changes storage/cache.py finds its tests in tests/storage/test_cache.py."""
+    """tests/ is the package's mirror: the tests of storage/cache.py are in tests/storage/test_cache.py."""
     missing = []
     for file in FILES:
         path = file.relative_to(PACKAGE)

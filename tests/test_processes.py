@@ -1,4 +1,4 @@
-"""A run shared among processes: the same bytes as by one, nothing computed twice, an error of one ends all."""
+"""A run shared among processes: the same bytes as from one, nothing computed twice, and one's error ends all."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def main(
 ) -> None:
     if quick and results == RESULTS:
         results = Path(tempfile.mkdtemp(prefix="finetune-quick-"))
-    # Once, at the start: the code that runs is the code as it is now.
+    # Once, at the start: what runs is the code as it is now.
     origin = {
         "command": shlex.join(["python", "-m", "bench.finetune", *sys.argv[1:]]),
         "machine": {**machine(), "threads": threads_of_each(workers)},

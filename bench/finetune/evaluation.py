@@ -1,4 +1,4 @@
-"""What a trained model is worth: GLUE's metrics by scikit-learn and scipy, benchmarks by their own libraries."""
+"""A trained model's scores: GLUE's metrics by scikit-learn and scipy, benchmarks by their own libraries."""
 
 from __future__ import annotations
 

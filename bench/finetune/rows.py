@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def read_rows(folder: Path) -> dict[Run, Row]:
-    """Every finished run of every table in the folder, by its settings; a later row stands for an earlier one.
+    """Every finished run of every table in the folder, by its settings; a later row replaces an earlier one.
 
     A last line that a killed run left half-written is no row, and is run again.
     """
@@ -29,7 +29,7 @@ def read_rows(folder: Path) -> dict[Run, Row]:
 
 
 def append_row(file: Path, row: Row) -> None:
-    """Add a row so that it is on disk when this returns, also after a half-written last line."""
+    """Add a row so that it is on disk when this returns, even after a half-written last line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as stream:
         start = b""

@@ -1,4 +1,4 @@
-"""What is compared: a pretrained model made ready to train, by each method's name."""
+"""The systems that are compared: a pretrained model prepared for training, by the method's name."""
 
 from __future__ import annotations
 

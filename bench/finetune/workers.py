@@ -1,4 +1,4 @@
-"""Runs a table to its end: processes side by side, a row on disk for each finished run, the time left in sight."""
+"""Run a table to its end: processes side by side, a row on disk for each finished run, and the time left."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a backend is: the one door between the solvers and the kernels.
+"""What a backend is: the only door between the solvers and the kernels.
 
 A backend runs Adam on min ||W − BA||_F² for a batch of matrices and shows each matrix's state at the milestones it was
-given. How it orders the matrices is its own affair: a CPU runs one matrix through many steps, so that W stays in cache;
-a GPU runs all matrices a step at a time.
+given. The order of the matrices is its own business: a CPU runs one matrix through many steps, so that W stays in
+cache; a GPU runs all matrices a step at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Problem:
     """One matrix W (d×k) to approximate, and the factors A (r×k), B (d×r), float32, to start from.
 
     load: reads W, of `dtype`, the checkpoint's own. A backend calls it once, when it first needs W, perhaps in a thread
-        of its own, and keeps W no longer than the run of this matrix.
+        of its own, and keeps W only for this matrix's run.
     """
 
     load: Callable[[], Tensor]
@@ -86,7 +86,7 @@ def _count_nothing(_: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Matrices to run Adam on together, and who hears of it.
+    """Matrices to run Adam on together, and whom to tell.
 
     milestones: the steps at which each matrix is shown, ascending; the last one ends the run.
     observe: called in the caller's thread with each matrix's state at each milestone; False ends that matrix.
@@ -109,7 +109,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its matrices are worked on."""
+        """The device that its matrices are on."""
 
     @property
     def direct_dtype(self) -> torch.dtype:

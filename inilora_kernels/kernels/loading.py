@@ -1,4 +1,4 @@
-"""The backend of a name and a device; each is imported when it is asked for, as numba and triton take a second."""
+"""The backend for a name and a device; each is imported when needed, since numba and triton take a second."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BACKENDS = ("triton", "cpu", "reference")
 
 
 def load_backend(name: str, device: str | torch.device | None = None) -> Backend:
-    """The backend of that name; "auto" is triton where there is a GPU that it runs on, cpu otherwise.
+    """The backend of that name; "auto" is triton if there is a GPU that it runs on, otherwise cpu.
 
-    Where there is a GPU but triton cannot run on it, "auto" warns of the reason and takes the CPU, unless a CUDA device
+    If there is a GPU that triton cannot run on, "auto" warns with the reason and takes the CPU, unless a CUDA device
     was asked for. Raises BackendError or OptionError.
     """
     import torch

@@ -1,6 +1,6 @@
 """The definition of every kernel, in plain torch: what all other backends are tested against.
 
-Each function works in the dtype of its arguments, so that float64 in gives the float64 truth.
+Each function works in the dtype of its arguments, so that float64 input gives the float64 truth.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .backend import Batch, Sample, Schedule
 
 
 def gradient_products(W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """P = BᵀW (r×k) and Q = WAᵀ (d×r): all that a step needs of W.
+    """P = BᵀW (r×k) and Q = WAᵀ (d×r): all that a step needs from W.
 
     >>> W, A, B = torch.eye(2), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])
     >>> gradient_products(W, A, B)
@@ -83,7 +83,7 @@ def adam_step(W: Tensor, state: AdamState, step: int, schedule: Schedule) -> Non
 
 @dataclass(frozen=True)
 class ReferenceBackend:
-    """Adam by the functions above, a matrix at a time; dtype=torch.float64 for the truth."""
+    """Adam by the functions above, one matrix at a time; dtype=torch.float64 for the truth."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32

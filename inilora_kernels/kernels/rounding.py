@@ -1,4 +1,4 @@
-"""How sizes are rounded up to what a kernel takes."""
+"""How sizes are rounded up to what a kernel accepts."""
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -1,5 +1,5 @@
 """The way over disk and back, on small random models of many architectures; `python -m tests.adapters.architectures`
-draws docs/compatibility.md from what it finds.
+draws docs/compatibility.md from its results.
 
 A new architecture is one line of ARCHITECTURES.
 """
@@ -327,12 +327,12 @@ def page(results: dict[str, RoundTrip]) -> str:
 
 _PAGE = """# Compatibility
 
-Small random models of these architectures (transformers {version}) went the whole way: factors, export, loading with
-transformers and PEFT, two training steps, `convert` and `merge`. The numbers are the largest difference of outputs,
-relative to the largest output, in float32: at the start from the original / after `convert` from the trained model
-/ after `merge` from the trained model. "refused" is said before anything is written, with the reason below.
-The table is drawn by `python -m tests.adapters.architectures` from what it finds; a slow test runs the same. A new
-architecture is one line of tests/adapters/architectures.py.
+Small random models of these architectures (transformers {version}) went through every step: factors, export, loading
+with transformers and PEFT, two training steps, `convert` and `merge`. The numbers are the largest difference of
+outputs, relative to the largest output, in float32: at the start from the original / after `convert` from the trained
+model / after `merge` from the trained model. "refused" means before anything is written, for the reason below.
+`python -m tests.adapters.architectures` draws the table from its own runs; a slow test runs the same. A new
+architecture is one line in tests/adapters/architectures.py.
 
 | architecture, targets | matrices | residual | delta |
 |---|--:|---|---|

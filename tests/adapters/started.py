@@ -32,7 +32,7 @@ def started(folder: Path, factors: FactorSet, form: Form, **options: object) -> 
 
 
 def change(model: nn.Module) -> Tensor:
-    """A training's stand-in; returns the new output."""
+    """Stands in for training; returns the new output."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

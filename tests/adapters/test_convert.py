@@ -141,7 +141,7 @@ def test_both_forms_on_disk_convert(minilm: Path, minilm_factors: FactorSet, tmp
 
 def test_converted_adapters_take_turns_on_one_base(llama: Path, tmp_path: Path) -> None:
     """peft 2270: adapters converted from PiSSA gave other results in a loop than each alone; peft 2184: a plain LoRA
-    beside them gave garbage."""
+    next to them gave garbage."""
     ids = torch.arange(20)[None]
     factors = {"delta": factorize(llama, ("q_proj", "v_proj"), rank=4)}
     factors["residual"] = factorize(llama, ("q_proj", "v_proj"), rank=4, start=inilora_alpha)
@@ -330,7 +330,7 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
             act(tmp_path / "trained", factorize(minilm, rank=4), tmp_path / "out")
         with pytest.raises(FactorFileError, match="a plain LoRA already, which started from other factors"):
             act(tmp_path / "trained", factorize(minilm, start=inilora_alpha), tmp_path / "out")
-        # A and B alone, as a trainer that knows nothing of us saves them.
+        # A and B alone, as a trainer that does not know this library saves them.
         with pytest.raises(FactorFileError, match=r"neither its A nor its BA is near .*insist"):
             act(alone, factorize(minilm, start=inilora_alpha), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""One of PEFT's layers tried on itself: what the trial changes is put back, and a layer of its own ways is refused."""
+"""One of PEFT's layers tried on itself: what the trial changes is put back; a forward pass of its own is refused."""
 
 from __future__ import annotations
 

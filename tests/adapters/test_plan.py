@@ -49,7 +49,7 @@ def test_modules_of_several_ranks_have_the_same_scaling(minilm: Path, tmp_path: 
 def test_names_and_head_are_those_of_the_model_that_the_task_needs(
     minilm: Path, minilm_factors: FactorSet, tmp_path: Path
 ) -> None:
-    """MiniLM's file has no `bert.`, a BertForSequenceClassification has: PEFT would find none of the keys."""
+    """MiniLM's file has no `bert.`, but BertForSequenceClassification has: PEFT would find none of the keys."""
     with pytest.raises(OptionError, match="no head in it for this task"):
         export_delta(minilm, minilm_factors, tmp_path / "out", task_type="SEQ_CLS")
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def test_a_weight_that_two_modules_share_gets_no_residual(llama: Path, tmp_path:
 
 
 def test_task_types_that_do_not_fit_say_what_does(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
-    """peft 1988: refused, without a word that leaving it out works."""
+    """peft 1988: refused, without saying that leaving it out works."""
     with pytest.raises(OptionError, match="leave task_type out"):
         export_delta(minilm, minilm_factors, tmp_path / "out", task_type="SEQ_2_SEQ_LM")
 

@@ -11,7 +11,7 @@ from inilora_kernels import FactorSet
 from inilora_kernels.cli.output import draw, require_plot, show
 from inilora_kernels.errors import InitializationError
 
-from ..display.made import one
+from ..display.synthetic import one
 
 
 def sets(*ranks: int) -> list[FactorSet]:

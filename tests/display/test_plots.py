@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from inilora_kernels.display.plots import MOST_LINES, draw
 
-from .made import SEVEN, all_linear, one
+from .synthetic import SEVEN, all_linear, one
 
 OPTIONS = {"method": "inilora", "solver": "adam"}
 

@@ -6,7 +6,7 @@ import json
 
 from inilora_kernels.display.reports import json_report
 
-from .made import one
+from .synthetic import one
 
 
 def test_a_report_survives_json_and_says_what_the_certificate_says() -> None:

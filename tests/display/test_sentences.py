@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from inilora_kernels.display.sentences import duration_in_words, relative, run_in_words, share, times, worth_in_words
 
-from .made import one
+from .synthetic import one
 
 
 @given(value=st.floats(0.0, 1.0, exclude_max=True))

@@ -12,7 +12,7 @@ from rich.table import Table
 from inilora_kernels.cli.methods import methods_table
 from inilora_kernels.display.tables import result_table, spectrum_table, truncation_table
 
-from .made import SEVEN, all_linear, one
+from .synthetic import SEVEN, all_linear, one
 
 
 def shown(table: Table | None) -> str:

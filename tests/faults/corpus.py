@@ -31,7 +31,7 @@ STRANGE = [
 
 
 def spoiled_bytes(content: bytes, chance: random.Random) -> Iterator[tuple[str, bytes]]:
-    """Cut short, extended, zeroed, flipped, and of another kind altogether."""
+    """Truncated, extended, zeroed, flipped, and of another kind altogether."""
     length = len(content)
     yield "empty", b""
     yield "null bytes", bytes(length)
@@ -47,7 +47,7 @@ def spoiled_bytes(content: bytes, chance: random.Random) -> Iterator[tuple[str, 
 
 
 def spoiled_json(content: Any, chance: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
-    """One field replaced by something strange, or left out; and what is no JSON object."""
+    """One field replaced by something strange, or left out; and content that is not a JSON object."""
     for text in (b"", b"null", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"):
         yield f"{text[:6]!r}", text
     fields = list(_fields(content))

@@ -1,6 +1,6 @@
 """The fault campaign: spoiled inputs of every reader, kills at every fault point, a full disk, and races.
 
-Each input has to end in an error of ours, or in a finite result; nothing else may be new or changed on disk.
+Each input must end in an error of ours or in a finite result; nothing else may be new or changed on disk.
 `python -m pytest tests/faults -m slow -s` prints the counts that docs/reliability.md gives.
 """
 
@@ -166,7 +166,7 @@ KILLS = [
 
 @pytest.mark.parametrize(("name", "place", "count", "number"), KILLS)
 def test_kills(originals: Path, tmp_path: Path, name: str, place: str, count: int, number: signal.Signals) -> None:
-    """Killed in the middle of writing, then run again: the output is whole, and nothing else is there."""
+    """Killed in the middle of writing, then run again: the output is complete, and nothing else is left."""
     torch.set_num_threads(1)
     out, inputs = tmp_path / "out", snapshot(originals)
     process = os.fork()

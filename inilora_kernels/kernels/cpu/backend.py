@@ -1,7 +1,7 @@
-"""The CPU backend: which thread works on which matrix, and when the caller hears of it.
+"""The CPU backend: which thread works on which matrix, and when the caller is told.
 
-Small matrices go one to a thread and stay in that core's cache for thousands of steps; large ones, and the few that
-would leave a thread idle, are worked on by all threads together. See step.py for what a step is.
+Each small matrix goes to one thread and stays in that core's cache for thousands of steps. All threads work together on
+large ones, and on the few small ones that would leave a thread idle. See step.py for what a step is.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .step import A_CHUNK_PANELS, Array, Member, Side, Steps, gram_of_A, gram_of
 
 STRIP_ROWS = 192
 MOST_SLOTS = 16
-# One thread keeps W to itself up to this size; the cache it runs from is shared beyond.
+# Up to this size one thread keeps W to itself; beyond it, the cache that W runs from is shared.
 SMALL_MATRIX_BYTES = 8 * 2**20
-# A call of the kernel lasts about this long, so that progress and Ctrl-C come through.
+# A kernel call takes about this many FLOPs, so that progress and Ctrl-C come through.
 FLOPS_A_CALL = 1.5e10
 
 
@@ -74,7 +74,7 @@ def _side(value: Array, products: tuple[int, ...], shares: int, rank: int) -> Si
 
 
 class Run:
-    """One matrix under way: the packed W, the factors with their moments, and the kernel's work space."""
+    """One matrix's run: the packed W, the factors with their moments, and the kernel's work space."""
 
     def __init__(self, problem: Problem, schedule: Schedule) -> None:
         self.W = pack(problem.load())
@@ -106,7 +106,7 @@ class Run:
         return max(1, int(FLOPS_A_CALL / (4 * d * k * self.rank)))
 
     def advance(self, steps: int, member: int, team: int) -> None:
-        """Run the kernel as one member of a team; the caller moves `self.step` when all are back."""
+        """Run the kernel as one member of a team; the caller advances `self.step` once all have returned."""
         schedule, rank = self.schedule, self.A.value.shape[1]
         rates = np.array([schedule.learning_rate(self.step + i) for i in range(steps)])
         run_steps(
@@ -141,7 +141,7 @@ class Run:
 
 
 class _Stopped(Exception):
-    """The caller has gone; a worker gives up its matrix."""
+    """The caller is gone, and a worker gives up its matrix."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class CpuBackend:
                 return
 
     def _run_alone(self, pool: ThreadPoolExecutor, batch: Batch, indices: list[int]) -> None:
-        """A matrix a thread. The workers post what they have; this thread calls back."""
+        """One matrix per thread. The workers post their results; this thread makes the callbacks."""
         news: queue.Queue[int | tuple[Sample, Future[bool]]] = queue.Queue()
         stop = threading.Event()
 

@@ -1,11 +1,11 @@
-"""How long a run takes on this machine's processor, before it: from the speed of its own matrix product.
+"""How long a run will take on this machine's processor, predicted from the speed of its matrix product.
 
     Adam:    4·d·k·r FLOPs a step, at REACHED_ADAM of torch.mm's speed
-    Krylov:  4·d·k FLOPs a vector, VECTORS_PER_COLUMN·(r + 8) + 48 vectors, at REACHED_KRYLOV; and a fixed time of calls
+    Krylov:  4·d·k FLOPs a vector, VECTORS_PER_COLUMN·(r + 8) + 48 vectors, at REACHED_KRYLOV; and a fixed call time
     exact:   FULL_SVD·max(d, k)·min(d, k)² FLOPs
     all:     W's bytes once from the file, hashed
 
-The shares were fitted to the measurements in docs/performance.md (2 Zen 4 cores), where they are within about a third;
+The shares were fitted to the measurements in docs/performance.md (2 Zen 4 cores), and are within about a third of them;
 torch.mm is timed on the machine at hand.
 """
 
@@ -34,7 +34,7 @@ _SECONDS = 0.05
 
 @functools.cache
 def speed_of_torch_mm() -> float:
-    """FLOPs a second of a float32 matrix product on the threads that torch has now; the best of a few."""
+    """FLOPs a second of a float32 matrix product on torch's current threads; the best of a few."""
     W = torch.ones(_SIDE, _SIDE)
     best, started = math.inf, time.perf_counter()
     torch.mm(W, W)
@@ -65,7 +65,7 @@ def krylov_seconds(shape: Shape, rank: int, speed: float) -> float:
 
 
 def full_svd_seconds(shape: Shape, speed: float) -> float:
-    """LAPACK's divide and conquer with vectors.
+    """LAPACK's divide and conquer, with vectors.
 
     >>> round(full_svd_seconds((4096, 4096), speed=188e9), 1)  # measured: 11.7
     11.7

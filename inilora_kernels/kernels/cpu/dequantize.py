@@ -1,4 +1,4 @@
-"""Dequantization of stored weights, a strip of rows at a time: each value is computed once, in one pass over its code.
+"""Dequantization of stored weights, a strip of rows at a time: each value is computed once, in one pass over the codes.
 
 All write float32; the formats round to their own dtype, as their libraries do.
 """
@@ -18,7 +18,7 @@ Array = NDArray[float32]
 def decode_bytes(codes: Array, table: Array, scale: Array, width: int, out: Array) -> None:
     """out[i, j] = table[codes[i, j]] · scale[i, j // width].
 
-    codes: (rows, k) uint8. table: (256,). scale: (rows, ⌈k / width⌉). Reads a byte for each 4 that it writes.
+    codes: (rows, k) uint8. table: (256,). scale: (rows, ⌈k / width⌉). Reads one byte for every 4 that it writes.
     """
     rows, k = codes.shape
     for i in range(rows):
@@ -33,7 +33,7 @@ def decode_nibbles(packed: Array, table: Array, offset: Array, scale: Array, out
     """out[i, j] = (table[code[i, j]] − offset[i, group]) · scale[i, group], two codes a byte, the low half first.
 
     packed: (rows, k / 2) uint8. table: (16,). offset, scale: (rows, groups), each group of k / groups values, an even
-    number. Reads half a byte for each 4 that it writes.
+    number. Reads half a byte for every 4 that it writes.
     """
     rows, groups = scale.shape
     width = packed.shape[1] // groups
@@ -50,8 +50,8 @@ def decode_nibbles(packed: Array, table: Array, offset: Array, scale: Array, out
 def decode_words_along_k(words: Array, offset: Array, scale: Array, group_of: Array, out: Array) -> None:
     """GPTQ: out[j, i] = (code[i, j] − offset[g, j]) · scale[g, j] with g = group_of[i], stored transposed.
 
-    words: (k / 8, columns) int32, 8 codes of 4 bits each, of neighbours along k. offset, scale: (groups, columns).
-    out: (columns, k). A column's words are in the first cache level once its neighbours have been read.
+    words: (k / 8, columns) int32, each with 8 codes of 4 bits, neighbours along k. offset, scale: (groups, columns).
+    out: (columns, k). A column's words are in the first-level cache once its neighbours have been read.
     """
     for j in range(words.shape[1]):
         for place in range(words.shape[0]):
@@ -68,7 +68,7 @@ def decode_words_along_columns(
 ) -> None:
     """AWQ: out[j, i] = (code[i, j] − offset[g, j]) · scale[g, j] with g = group_of[i], stored transposed.
 
-    words: (k, columns / 8) int32, 8 codes of 4 bits each, of neighbours along the columns; the n-th begins at bit
+    words: (k, columns / 8) int32, each with 8 codes of 4 bits, neighbours along the columns; the n-th begins at bit
     shifts[n]. offset, scale: (groups, columns). out: (columns, k).
     """
     for place in range(words.shape[1]):

@@ -23,7 +23,7 @@ def njit(
     """numba's njit with a cache that may fail.
 
     numba keeps its cache next to the module, or in the user's cache folder. In a container neither may be writable, and
-    numba would refuse the function: then the cache is in ours, or there is none.
+    numba would refuse the function; then the cache is in our folder, or there is none.
 
     fastmath: LLVM's flags of what it may assume of floats.
     """
@@ -45,7 +45,7 @@ class _ForgivingCache(FunctionCache):
         try:
             return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         except Exception:
-            # Unpickling what a power cut left can raise anything; an empty index takes its place.
+            # Unpickling what a power cut left can raise anything; use an empty index instead.
             with contextlib.suppress(OSError):
                 self.flush()  # type: ignore[no-untyped-call]
             return None

@@ -1,6 +1,6 @@
-"""The register-blocked products of simd.py over all ranks: whole groups of GROUP, then what is left in SMALL_GROUPs.
+"""The register-blocked products of simd.py over all ranks: whole groups of GROUP, then the rest in SMALL_GROUPs.
 
-`rank` is a multiple of SMALL_GROUP in every one. The arrays are flat; `*_at` is an element's place in one, and the
+In all of them `rank` is a multiple of SMALL_GROUP. The arrays are flat; `*_at` is an element's place in one, and the
 layouts are those of step.py: panels (rank, PANEL), rows of `rank` entries.
 """
 

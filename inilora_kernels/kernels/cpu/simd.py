@@ -1,6 +1,6 @@
-"""The two register-blocked products that every CPU kernel is made of, as LLVM vector code.
+"""The two register-blocked products that every CPU kernel is built from, as LLVM vector code.
 
-numba's own loop vectorizer does not keep a block of accumulators in registers across a loop; these intrinsics write
+numba's own loop vectorizer does not keep a block of accumulators in registers across a loop; these intrinsics spell
 that block out. Widths follow the machine: LANES float32 in a vector, PANEL columns in a packed panel (VECTORS vectors),
 ROWS rows and GROUP ranks a register block, so that the accumulators fill the register file without spilling.
 """
@@ -30,13 +30,13 @@ elif "+neon" in _features.split(","):
 else:
     LANES, VECTORS, ROWS, GROUP = 4, 3, 3, 4
 SMALL_GROUP = 4
-# Without an instruction for it, LLVM would call a library function that is not there.
+# Without an instruction for it, LLVM would call a library function that does not exist here.
 LOADS_FLOAT16 = "+f16c" in _features.split(",") or "+neon" in _features.split(",")
 PANEL = LANES * VECTORS
 
 
 def kernel_view(tensor: Tensor) -> NDArray[np.generic]:
-    """The same memory as the kernels take it: bfloat16 as uint16, float16 as int16."""
+    """The same memory in the form that the kernels take: bfloat16 as uint16, float16 as int16."""
     bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
     return tensor.view(bits.get(tensor.dtype, tensor.dtype)).numpy()
 
@@ -46,7 +46,7 @@ _INT64 = ir.IntType(64)
 
 
 def _intrinsic(function: Any) -> Any:
-    """numba's decorator; its result is called from compiled code only, without the typing context."""
+    """numba's decorator; its result is only called from compiled code, without the typing context."""
     return intrinsic(function)
 
 
@@ -112,7 +112,7 @@ def _broadcast(builder: Any, scalar: Any, lanes: int) -> Any:
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = a.type
-    # fmuladd, not fma: without a fused unit it is two instructions, not a call of libm an element.
+    # fmuladd, not fma: without a fused unit it becomes two instructions, not a libm call per element.
     name = f"llvm.fmuladd.v{kind.count}f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
     return builder.call(function, [a, b, c])
@@ -282,7 +282,7 @@ def atomic_add(typing: Any, array: Any, index: Any, amount: Any) -> Any:
 
 @_intrinsic
 def spin_pause(typing: Any) -> Any:
-    """Tell the core that this thread only waits (x86's PAUSE); nothing elsewhere."""
+    """Tell the core that this thread is only waiting (x86's PAUSE); does nothing elsewhere."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if "x86" in builder.module.triple:

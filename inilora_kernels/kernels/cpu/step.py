@@ -1,6 +1,6 @@
 """Adam on ||W − BA||_F² for one matrix, many steps in one call, by one thread or by a team.
 
-Layouts (float32 unless said otherwise; padding is zero, and zeros stay zeros, so no kernel knows of edges):
+Layouts (float32 unless said otherwise; padding is zero, and zeros stay zero, so no kernel needs to know about edges):
 
     W  (strips, panels, strip rows, PANEL)   in the checkpoint's dtype; a tile is read once for BᵀW and, still in L2,
                                              once for WAᵀ
@@ -8,8 +8,8 @@ Layouts (float32 unless said otherwise; padding is zero, and zeros stay zeros, s
     B, its moments, Q            (strips · strip rows, r)
 
 r is the rank rounded up to the rank group. A step has two phases with a barrier after each: the products, split over
-slots of row strips, and the update, split over chunks of A's panels and of B's strips. What is summed where is fixed by
-the shape alone, never by the number of threads, so any number of threads gives the same bits.
+slots of row strips, and the update, split over chunks of A's panels and of B's strips. The shape alone decides what is
+summed where, so any number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Array = NDArray[np.float32]
 
 
 class Side(NamedTuple):
-    """One factor under way: its value, Adam's two moments, what W gives for it, and its shares of the Gram matrix.
+    """One factor during a run: its value, Adam's two moments, its product with W, and its shares of the Gram matrix.
 
     products: P slots (slots, panels, r, PANEL) for A, Q for B. shares: (chunks, r, r) of AAᵀ, (strips, r, r) of BᵀB.
     """
@@ -55,7 +55,7 @@ class Side(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The steps of one call: the first, the learning rate of each, and Adam's constants."""
+    """The steps of one call: the first one's number, each one's learning rate, and Adam's constants."""
 
     first: int
     rates: NDArray[np.float64]
@@ -65,7 +65,7 @@ class Steps(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One of the threads that make a call together, and the work space that is its own.
+    """One of the threads that make a call together, and its own work space.
 
     barrier: shared by the team. grams: (2, r, r). work: r·max(PANEL, B_BLOCK_ROWS).
     """
@@ -89,7 +89,7 @@ class Rate(NamedTuple):
 
 @njit(cache=True, nogil=True, inline="always")
 def _barrier(barrier: Any, team: int) -> None:
-    """Wait until all of the team are here. barrier[0] counts arrivals, barrier[16] (another cache line) the rounds."""
+    """Wait until the whole team is here. barrier[0] counts arrivals, barrier[16] (another cache line) the rounds."""
     if team == 1:
         return
     turn = atomic_add(barrier, 16, 0)
@@ -107,7 +107,7 @@ def _barrier(barrier: Any, team: int) -> None:
 
 @njit(cache=True, nogil=True)
 def slot_products(W: Any, A: Any, B: Any, P: Any, Q: Any, first: int, last: int) -> None:
-    """P = BᵀW over strips [first, last) and Q = WAᵀ for their rows. Reads W once from memory, once more from L2."""
+    """P = BᵀW over strips [first, last) and Q = WAᵀ for their rows. Reads W once from memory and once more from L2."""
     n_panels, strip_rows = W.shape[1], W.shape[2]
     rank = A.shape[1]
     W_flat, A_flat, B_flat = W.reshape(-1), A.reshape(-1), B.reshape(-1)
@@ -217,7 +217,7 @@ def _sum_shares(shares: Any, total: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def run_steps(W: Any, A: Side, B: Side, slot_strips: int, steps: Steps, member: Member) -> None:
-    """len(steps.rates) steps of Adam, as one of the threads that call this at once.
+    """len(steps.rates) steps of Adam, as one of the threads that call this at the same time.
 
     Needs the Gram shares of the A and B that it starts from. slot_strips: strips of W that share a slot of P.
     """

@@ -1,7 +1,7 @@
-"""What the backend asks of a device besides kernels: memory, copies beside the computing, and captured graphs.
+"""What the backend needs from a device besides kernels: memory, copies during computation, and captured graphs.
 
-`CudaDevice` is a GPU under CUDA or ROCm. `HostDevice` is the CPU under triton's interpreter: everything happens at once
-and in order. A test's device that records who waits for whom stands on the same few methods.
+`CudaDevice` is a GPU under CUDA or ROCm. `HostDevice` is the CPU under triton's interpreter: everything happens
+immediately and in order. A test's device that records who waits for whom implements the same few methods.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Device(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its buffers lie."""
+        """The torch device of its buffers."""
 
     @property
     def captures(self) -> bool:
-        """Whether `captured` is worth a try."""
+        """Whether `captured` is worth trying."""
 
     def free_memory(self) -> float:
         """Bytes that a wave may take."""
@@ -39,19 +39,19 @@ class Device(Protocol):
         """Copy host memory to the device on the copy stream. Returns what `wait` takes; call from any thread."""
 
     def wait(self, copied: Any) -> None:
-        """Let the host wait for one copy."""
+        """Make the host wait for one copy."""
 
     def computing_waits(self) -> None:
-        """Let what is computed from now on wait for the copies so far."""
+        """Make all further computation wait for the copies so far."""
 
     def copying_waits(self) -> None:
-        """Let the copies from now on wait for what is computed so far."""
+        """Make all further copies wait for the computation so far."""
 
     def captured(self, launch: Callable[[], None]) -> Callable[[], None] | None:
-        """The launches as one graph to replay; None where they have to be made one by one."""
+        """The launches as one graph to replay; None if they have to be made one by one."""
 
     def mark(self) -> Any:
-        """The place on the compute stream that `wait` waits for."""
+        """A point on the compute stream for `wait` to wait for."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class HostDevice:
 
 
 class CudaDevice:
-    """A GPU. All that is computed goes to a stream of its own, on which graphs are captured too.
+    """A GPU. All computation goes to a stream of its own, on which graphs are captured too.
 
     torch.cuda.graph is not used: it keeps one capture stream for the process, on the device that captured first; a
     capture that fails leaves torch on that stream (capture_end raises before the stream is restored); and up to torch
@@ -101,7 +101,7 @@ class CudaDevice:
         self.captures = True
 
     def free_memory(self) -> float:
-        """A share of what the driver and torch's own cache have left."""
+        """A share of the memory that the driver and torch's own cache have left."""
         free, _ = torch.cuda.mem_get_info(self.device)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return MEMORY_SHARE * (free + cached)
@@ -110,7 +110,7 @@ class CudaDevice:
         return torch.zeros(count, dtype=dtype, pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
-        # A thread starts on device 0 and on the default stream, whatever its parent's are.
+        # A thread starts on device 0 and the default stream, whatever its parent uses.
         with torch.cuda.device(self.device), torch.cuda.stream(self.copying):
             target.copy_(source, non_blocking=True)
             return self._event(self.copying)

@@ -1,4 +1,4 @@
-"""The GPUs that the cost model knows: the numbers of their makers' papers, and of those who measured them."""
+"""The GPUs that the cost model knows: numbers from their makers, and from independent measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...suggestions import did_you_mean
 class Gpu:
     """A chip's numbers: bytes, bytes a second, FLOP a second (dense), seconds.
 
-    cache: the last-level cache. cache_usable: its share that one working set can keep to itself.
+    cache: the last-level cache. cache_usable: the share of it that one working set can keep to itself.
     launch: from one kernel's end to the next one's start inside a CUDA (HIP) graph.
     """
 
@@ -39,7 +39,7 @@ GPUS: dict[str, Gpu] = {
     # cache_bandwidth: A100 5,120 bytes a clock at 1.41 GHz (whitepaper); MI300X's Infinity Cache 17.2 TB/s (its own).
     # No maker states the others': Ada about 5 TB/s and H100 about 5.6 TB/s are what Chips and Cheese's measurements
     # suggest ("Microbenchmarking Nvidia's RTX 4090"; "Nvidia's H100: Funny L2, and Tons of Bandwidth"); B200 twice
-    # H100's, for its two dies. Unchecked by us: what Table 5's prediction owes to them stands in docs/kernels.md.
+    # H100's, for its two dies. Unchecked: docs/kernels.md says how much Table 5's prediction depends on them.
     # cache_usable: one L2 on Ada; A100, H100, H200 and B200 have two partitions that may both hold a line: half.
     # launch: an assumption; a little over 1 µs from node to node of a straight graph is what NVIDIA's blog reports
     # ("Constant Time Launch for Straight-Line CUDA Graphs and Other Performance Enhancements").
@@ -125,7 +125,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU of that name. Raises OptionError for one that the model does not know.
+    """The GPU of that name. Raises OptionError for one that the cost model does not know.
 
     >>> gpu_named("rtx4090").name
     'RTX 4090'
@@ -139,7 +139,7 @@ def gpu_named(name: str) -> Gpu:
 def gpu_like(
     architecture: str, name: str, multiprocessors: int, cache: int, memory: int, dram: float | None = None
 ) -> Gpu:
-    """The nearest known GPU, with the sizes that the device itself reports.
+    """The most similar known GPU, with the sizes that the device itself reports.
 
     A chip's very name wins; the parts of a laptop, PCIe cards and other chips take their architecture's, scaled by
     multiprocessors. cache, memory: bytes. dram: bytes a second from memory clock and bus width; None: the known chip's.

@@ -1,7 +1,7 @@
-"""Where everything of a wave lies: arithmetic alone, importable without triton or a GPU.
+"""Where everything of a wave is in memory: pure arithmetic, importable without triton or a GPU.
 
 All state of a wave is in a few long buffers, and every program takes one row of a work list of int64: offsets into the
-buffers, in elements, and sizes. The fields of those rows stand here once; the kernels read them by the same names.
+buffers, in elements, and sizes. The fields of those rows are defined here once, and the kernels read them by name.
 The backend and the cost model take bytes and programs from here, so that a wave that does not fit is refused before
 anything is allocated, and a prediction counts what will run.
 """
@@ -67,7 +67,7 @@ class BlockField(IntEnum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where one matrix's state lies, as offsets in elements into the wave's buffers.
+    """Where one matrix's state is, as offsets in elements into the wave's buffers.
 
     rows, columns: d, k of W; row_stride, column_stride: k, d rounded up, the row lengths of A and Bᵀ.
     chunk: columns that one strip program takes. strips, chunks: strip programs, in each direction.
@@ -194,7 +194,7 @@ class Layout:
 
 
 def idle(work: Sequence[WorkList], finished: Collection[int]) -> None:
-    """Make the rows of finished matrices into work that reads and writes nothing of W, so that the grid can stay.
+    """Turn the rows of finished matrices into work that reads and writes nothing of W, so that the grid can stay.
 
     work: strips, sums and blocks, changed in place.
     """

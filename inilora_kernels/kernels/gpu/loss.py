@@ -28,7 +28,7 @@ def loss_kernel(
 ):  # fmt: skip
     """Σ (W − BA)² over one strip program's rows and columns, to losses[program], float64.
 
-    A program goes over its part in tiles of ROWS×COLUMNS: it forms the tile's residual, a rank at a time, and adds the
+    A program goes over its part in tiles of ROWS×COLUMNS: it forms the tile's residual, rank by rank, and adds the
     squares to sums of its own for each entry of the tile. Reads W once, A's columns once for each ROWS rows, B's rows
     once for each COLUMNS columns; writes 8 bytes. FLOPs: 2·r + 8 an entry.
 

@@ -1,4 +1,4 @@
-"""Which matrices step together: arithmetic alone, the same for the backend that runs them and for the prediction."""
+"""Which matrices step together: pure arithmetic, the same for the backend that runs them and for the prediction."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def divide(
 ) -> list[PlannedWave]:
     """The waves of a batch, in the order in which they run: larger shapes first.
 
-    Matrices of one kind (the weights' dtype) and padded rank share waves, whatever their shapes; apart are those that
-    stay in the cache and those that stream, unless all fit the cache.
-    Those that stay in the cache fill its usable share; none is of more than CONCURRENCY matrices or of
-    more than `memory` bytes. The waves are filled evenly: 24 matrices of which 22 would fit go as 12 and 12.
-    Raises BackendError for a matrix that does not fit alone.
+    Matrices of one kind (the weights' dtype) and padded rank share waves, whatever their shapes; those that stay in the
+    cache and those that stream are kept apart, unless all fit the cache.
+    Waves that stay in the cache fill its usable share; none has more than CONCURRENCY matrices or more than `memory`
+    bytes. Waves are filled evenly: 24 matrices of which 22 would fit run as 12 and 12.
+    Raises BackendError for a matrix that does not fit by itself.
     """
     groups: dict[tuple[object, ...], list[_Member]] = defaultdict(list)
     order = sorted(range(len(matrices)), key=lambda i: (padded_rank(matrices[i].rank), matrices[i].shape, i))

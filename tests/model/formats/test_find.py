@@ -45,7 +45,7 @@ def test_gptq_without_its_zero_points(tmp_path: Path, target_modules: Any) -> No
 
 
 def test_four_bit_packed_into_floats(tmp_path: Path) -> None:
-    """bitsandbytes may pack into bfloat16; the tensors beside the weight give it away."""
+    """bitsandbytes may pack into bfloat16; the tensors next to the weight give it away."""
     tensors = {"q_proj.weight": torch.zeros(8, 1).bfloat16(), "q_proj.weight.absmax": torch.zeros(1)}
     assert "q_proj is quantized" in refusal(write(tmp_path, tensors), WeightError, ["q_proj"])
 

@@ -1,4 +1,4 @@
-"""Factor sets with the names and shapes of real models, and certificates that are given, not computed."""
+"""Factor sets with the names and shapes of real models, and synthetic certificates."""
 
 from __future__ import annotations
 
