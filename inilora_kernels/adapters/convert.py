@@ -25,8 +25,9 @@ from ..model.experts import ExpertParameter
 from ..storage.atomic import require_new_folder, whole_folder
 from ..suggestions import some
 from .base import expert_parameters, find_original
-from .expert_folder import unwrapped, wrapped
-from .folder import KEY_PREFIX, Adapter, named_base, read_adapter, write_adapter
+from .diffusers_folder import named_as, read_diffusers, write_for
+from .expert_folder import unwrapped
+from .folder import CONFIG, KEY_PREFIX, Adapter, named_base, read_adapter
 from .model_copy import Change, copy_model
 from .modules import find_starts, module_of
 from .started import difference
@@ -73,7 +74,7 @@ def convert(
         raise OptionError(f"rank={rank}: it must be at least 1")
     require_new_folder(out)
     factors = factor_set(factors, base)
-    adapter = unwrapped(read_adapter(trained), factors, str(trained))
+    adapter = _read(trained, factors)
     checkpoint, _, residual = find_original(adapter.config, factors, base)
     updates, _ = _updates(trained, adapter, factors, checkpoint, residual, insist)
     errors = dict.fromkeys(updates, 0.0)
@@ -98,7 +99,7 @@ def convert(
     if isinstance(config.get("target_modules"), str):  # SGLang reads a list of names, no regular expression
         config["target_modules"] = sorted(updates)
     with whole_folder(out) as folder:
-        write_adapter(folder, Adapter(config, wrapped(padded), adapter.others), _ABOUT)
+        write_for(checkpoint, folder, Adapter(config, padded, adapter.others), _ABOUT)
     return errors
 
 
@@ -122,7 +123,7 @@ def export_merged(
     trained, out = Path(trained), Path(out)
     require_new_folder(out)
     factors = factor_set(factors, base)
-    adapter = unwrapped(read_adapter(trained), factors, str(trained))
+    adapter = _read(trained, factors)
     checkpoint, tensors, residual = find_original(adapter.config, factors, base)
     updates, modules = _updates(trained, adapter, factors, checkpoint, residual, insist)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}
@@ -150,6 +151,27 @@ def export_merged(
         changes[tensor] = functools.partial(_instead, value)
     with whole_folder(out) as folder:
         copy_model(checkpoint, folder, changes, whole.untied)
+
+
+def _read(trained: Path, factors: FactorSet) -> Adapter:
+    """What was trained, saved by PEFT or by diffusers, under the names that the factors have.
+
+    Raises FactorFileError, also where a folder has both, and they differ: which was trained cannot be told.
+    """
+    by_diffusers = read_diffusers(trained)
+    if by_diffusers is None:
+        return unwrapped(read_adapter(trained), factors, str(trained))
+    if (trained / CONFIG).is_file():
+        by_peft = read_adapter(trained)
+        there = by_peft.factors.keys() == by_diffusers.factors.keys()
+        if not there or any(
+            not (torch.equal(A, by_diffusers.factors[name][0]) and torch.equal(B, by_diffusers.factors[name][1]))
+            for name, (A, B) in by_peft.factors.items()
+        ):
+            raise FactorFileError(
+                f"{trained}: PEFT's file and diffusers' hold different adapters; remove the one that was not trained"
+            )
+    return named_as(by_diffusers, dict.fromkeys(map(module_of, factors)))
 
 
 def _plus(A: Tensor, B: Tensor, transposed: bool) -> Change:

@@ -25,7 +25,7 @@ from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from .attach import adapters
 from .base import write_residual_record
-from .expert_folder import wrapped
+from .diffusers_folder import write_for
 from .folder import KEY_PREFIX, Adapter, named_base, write_adapter
 from .model_copy import copy_model
 from .modules import is_conv1d, module_of
@@ -154,7 +154,7 @@ def export_residual(
     with whole_folder(out) as folder:
         for name in ("base", "adapter"):
             (folder / name).mkdir()
-        write_adapter(folder / "adapter", adapter, _ABOUT_RESIDUAL)
+        write_for(plan.checkpoint, folder / "adapter", adapter, _ABOUT_RESIDUAL)
         require_peft_takes(plan, folder / "adapter")
         copy_model(plan.checkpoint, folder / "base", {tensor: one.rows for tensor, one in residuals.items()})
         for tensor, one in residuals.items():
@@ -199,7 +199,7 @@ def export_delta(
     with whole_folder(out) as folder:
         for name, adapter, about in (("adapter", trainable, _ABOUT_DELTA), ("initial", negative, _ABOUT_INITIAL)):
             (folder / name).mkdir()
-            write_adapter(folder / name, replace(adapter, factors=wrapped(adapter.factors)), about)
+            write_for(plan.checkpoint, folder / name, adapter, about)
         require_peft_takes(plan, folder / "adapter")
         require_same_start(plan, plan.checkpoint.path, folder / "adapter", folder / "initial")
 

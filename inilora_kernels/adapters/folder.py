@@ -125,7 +125,11 @@ def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = A.contiguous()
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = B.contiguous()
     save_tensors(folder / WEIGHTS, {**tensors, **adapter.others})
-    base = config.base_model_name_or_path
+    write_card(folder, config.base_model_name_or_path, about)
+
+
+def write_card(folder: Path, base: str | None, about: str) -> None:
+    """Write the model card of an adapter for a base of this name or path; about: in Markdown."""
     is_on_hub = base is not None and not Path(base).is_absolute()
     data = ModelCardData(library_name="peft", tags=["lora", "inilora"], base_model=base if is_on_hub else None)
     (folder / "README.md").write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{about}\n")), encoding="utf-8")

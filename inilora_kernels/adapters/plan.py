@@ -23,6 +23,7 @@ from ..model.names import shortest_endings
 from ..storage.atomic import require_new_folder
 from ..suggestions import some
 from .base import require_same_base
+from .diffusers_folder import is_diffusers
 from .experts import expert_shapes
 from .folder import KEY_PREFIX, Adapter
 from .modules import Start, find_starts, module_of
@@ -84,6 +85,11 @@ def plan_export(
     starts = _starts(checkpoint, factors, tensors, live_names)
     ranks = {module: start.rank for module, start in starts.items()}
     scaling = common_scaling(ranks, lora_alpha, use_rslora)
+    if is_diffusers(checkpoint) and scaling != 1:
+        raise OptionError(
+            f"lora_alpha={lora_alpha}: diffusers' training scripts save no alpha, and its loaders take the rank for "
+            f"it; leave it out"
+        )
     scaled = {module: start.scaled(scaling) for module, start in starts.items()}
     available = dict(architecture.model.named_modules()) if architecture else _modules(checkpoint)
     experts = {name for name, start in starts.items() if start.A.dim() == 3}

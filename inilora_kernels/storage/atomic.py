@@ -138,7 +138,7 @@ def whole_folder(path: Path, size: int = 0) -> Iterator[Path]:
                         folder.rmdir()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file into a folder from `whole_folder`, straight from the tensors. Raises OutputError.
 
     safetensors gives its files mode 0600; this one follows the umask.
@@ -147,7 +147,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         os.close(descriptor)
-        save_file(unshared(tensors), path, metadata={"format": "pt"})
+        save_file(unshared(tensors), path, metadata=dict(metadata or {"format": "pt"}))
         os.chmod(path, mode)
 
 

@@ -1,0 +1,159 @@
+"""LoRAs as diffusers' loaders have them: one file, its names those of the pipeline's models.
+
+    pytorch_lora_weights.safetensors    unet.….to_q.lora_A.weight, unet.….to_q.lora_B.weight, text_encoder.…
+
+`pipe.load_lora_weights(folder)` reads it for a pipeline. A single model's has no prefix:
+`unet.load_lora_adapter(folder, prefix=None, weight_name="pytorch_lora_weights.safetensors")`. Ranks and alphas are in
+the file's metadata, where there are any: many training scripts save `.lora.down.weight`, `.lora.up.weight` and no
+alpha, which diffusers takes for the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import FactorFileError
+from ..model.checkpoint import Checkpoint
+from ..storage.atomic import save_tensors
+from .expert_folder import wrapped
+from .folder import Adapter, pattern_value, write_adapter, write_card
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+_METADATA = "lora_adapter_metadata"
+_A = re.compile(r"(?P<module>.+)\.(lora_A|lora\.down|lora_linear_layer\.down)\.weight")
+_B = re.compile(r"(?P<module>.+)\.(lora_B|lora\.up|lora_linear_layer\.up)\.weight")
+_ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+
+
+def is_diffusers(checkpoint: Checkpoint) -> bool:
+    """Whether this is a pipeline of diffusers, or one of its models."""
+    return _is_pipeline(checkpoint) or "_diffusers_version" in (checkpoint.config or {})
+
+
+def _is_pipeline(checkpoint: Checkpoint) -> bool:
+    return (checkpoint.path / "model_index.json").is_file()
+
+
+def write_for(checkpoint: Checkpoint, folder: Path, adapter: Adapter, about: str) -> None:
+    """Write an adapter for this base into an existing folder, as the libraries that load the base read it.
+
+    PEFT's files; for one of diffusers' models its file too, and for a pipeline, which PEFT does not load, that alone.
+    """
+    if not _is_pipeline(checkpoint):
+        write_adapter(folder, replace(adapter, factors=wrapped(adapter.factors)), about)
+    else:
+        write_card(folder, adapter.config.get("base_model_name_or_path"), about)
+    if is_diffusers(checkpoint):
+        _write(folder, adapter, _is_pipeline(checkpoint))
+
+
+def _write(folder: Path, adapter: Adapter, prefixed: bool) -> None:
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    parts: dict[str, dict[str, int]] = {}
+    for module, (A, B) in adapter.factors.items():
+        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = A.contiguous(), B.contiguous()
+        part, _, name = module.partition(".") if prefixed else ("", "", module)
+        # Older text encoders have this in front of their names; diffusers takes it away, in the tensors alone.
+        parts.setdefault(part, {})[name.removeprefix("text_model.")] = A.shape[0]
+    for part, ranks in parts.items():
+        first = next(iter(ranks.values()))
+        others = {name: rank for name, rank in ranks.items() if rank != first}
+        settings = {
+            "r": first,
+            "lora_alpha": first,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "target_modules": sorted(ranks),
+        }
+        described |= {f"{part}.{key}".removeprefix("."): value for key, value in settings.items()}
+    metadata = {"format": "pt", _METADATA: json.dumps(described, indent=2, sort_keys=True)}
+    save_tensors(folder / WEIGHTS, tensors, metadata)
+
+
+def read_diffusers(folder: Path) -> Adapter | None:
+    """Read what diffusers, or a training script of its, saved; None where there is no such file.
+
+    Of its scaling the config holds an alpha for each module, since each may have its own. Raises FactorFileError.
+    """
+    file = folder if folder.is_file() else folder / WEIGHTS
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            described = json.loads((opened.metadata() or {}).get(_METADATA, "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FactorFileError(f"{file}: damaged adapter ({error}); save it again") from error
+    A, B, alphas = (
+        {match["module"]: tensors[key] for key in tensors if (match := pattern.fullmatch(key))}
+        for pattern in (_A, _B, _ALPHA)
+    )
+    strange = next((key for key in tensors if not any(one.fullmatch(key) for one in (_A, _B, _ALPHA))), None)
+    if strange or not A or A.keys() != B.keys():
+        raise FactorFileError(
+            f"{file}: {strange or 'no A and B for each module'}: not a plain LoRA in diffusers' own names; load it in "
+            f"diffusers and save it by save_lora_weights"
+        )
+    factors = {}
+    for module in A:
+        if A[module].dim() != 2 or B[module].dim() != 2 or A[module].shape[0] != B[module].shape[1]:
+            raise FactorFileError(
+                f"{file}: {module} has A {tuple(A[module].shape)} and B {tuple(B[module].shape)}; only linear layers "
+                f"can be converted"
+            )
+        if not (A[module].isfinite().all() and B[module].isfinite().all()):
+            raise FactorFileError(f"{file}: {module} holds NaN or Inf; take an earlier checkpoint")
+        factors[module] = (A[module], B[module])
+    alpha = {
+        module: float(alphas[module]) if module in alphas else _alpha(described, module, pair[0].shape[0])
+        for module, pair in factors.items()
+    }
+    first = next(iter(factors.values()))[0].shape[0]
+    config = {
+        "peft_type": "LORA",
+        "r": first,
+        "lora_alpha": first,
+        "rank_pattern": {re.escape(module): pair[0].shape[0] for module, pair in factors.items()},
+        "alpha_pattern": {re.escape(module): value for module, value in alpha.items()},
+        "target_modules": sorted(factors),
+        "bias": "none",
+    }
+    return Adapter(config, factors, {})
+
+
+def _alpha(described: Mapping[str, Any] | None, module: str, rank: int) -> float:
+    """The alpha of a module by the file's metadata; without any, diffusers takes the rank."""
+    part, _, name = module.partition(".")
+    prefix = f"{part}." if f"{part}.r" in (described or {}) else ""
+    settings = {key.removeprefix(prefix): value for key, value in (described or {}).items() if key.startswith(prefix)}
+    if "lora_alpha" not in settings:
+        return rank
+    name = name if prefix else module
+    alpha = pattern_value(settings.get("alpha_pattern") or {}, name, settings["lora_alpha"])
+    return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
+
+
+def named_as(adapter: Adapter, modules: Mapping[str, Any]) -> Adapter:
+    """The adapter with the names that the factors have: those of a text encoder may lack `text_model.`."""
+
+    def name(module: str) -> str:
+        part, _, rest = module.partition(".")
+        return next((one for one in (f"{part}.text_model.{rest}", f"text_model.{module}") if one in modules), module)
+
+    named = {module: module if module in modules else name(module) for module in adapter.factors}
+    patterns = {
+        key: {re.escape(new): adapter.config[key][re.escape(old)] for old, new in named.items()}
+        for key in ("rank_pattern", "alpha_pattern")
+    }
+    factors = {named[module]: pair for module, pair in adapter.factors.items()}
+    return Adapter({**adapter.config, **patterns, "target_modules": sorted(factors)}, factors, {})
