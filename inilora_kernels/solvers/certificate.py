@@ -45,6 +45,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .krylov_space import RitzPairs
@@ -53,8 +54,6 @@ from .krylov_space import RitzPairs
 FAILURE_PROBABILITY = 1e-12
 # How many Ritz vectors beyond r may go into X.
 _BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
-_BISECTIONS = 3
-_POINTS = np.linspace(0.0, 1.0, 17)[1:]
 
 
 def missed_factor(n: int, block: int, passes: int) -> float:
@@ -74,27 +73,14 @@ def bound_outside(pairs: RitzPairs, kept: int, missed: float, rounding: float = 
     >>> round(bound_outside(RitzPairs(values, torch.eye(2), coupling), kept=1, missed=0.75), 2)
     1.39
     """
-    theta, g = pairs.values[kept:].numpy(), pairs.coupling[:, kept:].numpy()
-    if len(theta) == 0:
-        return missed + rounding
-    low = max(missed, float(theta[0]))
-    high = low + float(np.linalg.norm(g))
-    outer = g[:, None, :] * g[None, :, :]
-    for _ in range(_BISECTIONS):
-        if high <= low * (1 + 1e-6):
-            break
-        points = low + (high - low) * _POINTS
-        with np.errstate(divide="ignore", invalid="ignore"):
-            # The first points may lie on θ itself: infinite, and so not a bound.
-            forms = np.tensordot(1.0 / (points[:, None] - theta), outer, axes=(1, 2))
-        finite = np.isfinite(forms).all(axis=(1, 2))
-        largest = np.full(len(points), math.inf)
-        largest[finite] = np.linalg.eigvalsh(forms[finite])[:, -1]
-        holds = largest <= points - missed
-        # The largest point always holds, but for rounding.
-        first = int(np.argmax(holds)) if holds.any() else len(points) - 1
-        low, high = (float(points[first - 1]) if first else low), float(points[first])
-    return high + rounding
+    from ..kernels.cpu.outside import least_outside
+
+    return float(least_outside(*_as_rows(pairs), kept, missed)) + rounding
+
+
+def _as_rows(pairs: RitzPairs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """θ (m) and g (m×b), as the kernels take them."""
+    return np.ascontiguousarray(pairs.values.numpy()), np.ascontiguousarray(pairs.coupling.T.numpy())
 
 
 def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, rounding: float = 0.0) -> float:
@@ -135,6 +121,9 @@ def promise(
         if highest - outside <= 0:
             continue
         coupling = pairs.coupling[:, :kept]
+        if 2.0 * float(coupling[:, :rank].square().sum()) / (highest - outside) > 4 * best:
+            # The sum of the r largest eigenvalues is no less than that of the first r diagonal entries.
+            break
         found = shortfall(theta[:kept], coupling.T @ coupling, rank, outside, rounding)
         if found < best:
             best, best_kept, best_outside = found, kept, outside
@@ -147,13 +136,12 @@ def promise(
 
 def _with_a_gap(pairs: RitzPairs, rank: int, missed: float) -> list[int]:
     """The numbers s of Ritz vectors to keep with which c' comes below θ_r: where θ_r itself is a bound like c'."""
-    theta, g = pairs.values.numpy(), pairs.coupling.numpy()
+    from ..kernels.cpu.outside import definite_at
+
+    theta, g = _as_rows(pairs)
     highest = float(theta[rank - 1])
     candidates = [rank + beyond for beyond in _BEYOND if rank + beyond < len(theta) and theta[rank + beyond] < highest]
     if highest <= missed or not candidates:
         return []
-    first = candidates[0]
-    weighted = (g[:, None, first:] * g[None, :, first:]) / (highest - theta[first:])
-    forms = weighted[:, :, ::-1].cumsum(axis=2)[:, :, ::-1].transpose(2, 0, 1)
-    largest = np.linalg.eigvalsh(forms[[kept - first for kept in candidates]])[:, -1]
-    return [kept for kept, one in zip(candidates, largest, strict=True) if one <= highest - missed]
+    holds = definite_at(theta, g, np.array(candidates), highest, missed)
+    return [kept for kept, one in zip(candidates, holds, strict=True) if one]

@@ -32,8 +32,9 @@ from .krylov_space import KrylovSpace, RitzPairs
 TOLERANCE = 1e-8
 # Singular values kept for the picture of the spectrum, at most.
 LEADING = 64
-# Up to this size all eigenvectors of WᵀW take less time than the calls of a search.
-GRAM_SIZE = 512
+# Up to the first size all eigenvectors of WᵀW take less time than a search; up to the second, where a search would need
+# as many vectors as a third of them.
+TINY_SIZE, GRAM_SIZE = 300, 512
 # Up to this size a full decomposition is an answer where the certificate is not reached.
 DENSE_SIZE = 2048
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
@@ -140,7 +141,7 @@ def _principal(
         )
     if total == 0.0:
         return _nothing(W, ranks)
-    if size <= GRAM_SIZE:
+    if size <= TINY_SIZE or (size <= GRAM_SIZE and 3 * _expected_vectors(max(ranks)) > size):
         found = _by_gram(tall, ranks, total)
         return found if upright else replace(found, U=found.V, V=found.U)
     if W.dtype == torch.float64 or not _FLOAT32_RANGE[0] < total < _FLOAT32_RANGE[1]:
@@ -273,7 +274,7 @@ class _Search:
             missed = self._missed
             if missed == math.inf:
                 missed = self._goal.expected_outside(pairs)
-            promised = self._goal.promised(pairs, missed)
+            promised = self._goal.promised(pairs, missed, enough=_PROMISED)
             if promised <= _PROMISED or not self._growing():
                 return pairs
             # Residuals fall by about the same factor with each pass: look again when they should be small enough.
@@ -294,13 +295,15 @@ class _Search:
         highest = float(pairs.values[self._rank - 1])
         while other.passes < _MOST_CERTIFYING and other.room:
             other.expand()
+            if other.passes < _JUDGED_AFTER:
+                continue
             largest = float(torch.linalg.eigvalsh(other.T)[-1])
             missed = missed_factor(self._size, len(start), other.passes) * (largest + rounding) + rounding
             if missed < self._missed:
                 self._missed = missed
             if self._missed < highest and self._goal.settled(pairs, self._missed):
                 break
-            if other.passes >= _JUDGED_AFTER and largest >= _MISSED * highest:
+            if largest >= _MISSED * highest:
                 return other if self._growing() else None
             if self._missed < 0.9 * highest:
                 break

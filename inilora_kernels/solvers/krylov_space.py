@@ -133,9 +133,18 @@ class KrylovSpace:
         first projection leaves rounding in proportion to Z, the second in proportion to what was new in it. Where
         nothing was, random directions take the place, with zeros in β.
         """
+        rounding = _ROUNDING_UNITS * torch.finfo(Z.dtype).eps
+        if Z.device.type == "cpu" and Z.dtype == torch.float32:
+            from ..kernels.cpu.orthonormal import orthonormal_against
+
+            found = orthonormal_against(
+                self.Q, self._fixed, Z, vanished=rounding, spread=_WELL_CONDITIONED, long=_STILL_LONG
+            )
+            if found is not None:
+                return found
         along = torch.zeros(self.size, len(Z), dtype=torch.float64, device=Z.device)
         coupling = torch.eye(len(Z), dtype=torch.float64, device=Z.device)
-        X, rounding = Z, _ROUNDING_UNITS * torch.finfo(Z.dtype).eps
+        X = Z
         lengths = torch.linalg.vector_norm(Z, dim=1, dtype=torch.float64)
         for attempt in range(_MOST_PROJECTIONS):
             X, part = self._project(X)

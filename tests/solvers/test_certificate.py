@@ -21,6 +21,7 @@ from inilora_kernels.solvers.optimum import optima
 def searched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small matrices are decomposed through WᵀW; here the search for large ones has to take them."""
     monkeypatch.setattr("inilora_kernels.solvers.krylov.GRAM_SIZE", 0)
+    monkeypatch.setattr("inilora_kernels.solvers.krylov.TINY_SIZE", 0)
 
 
 # Spectra σ_i, i from 1, of n values; r is the rank asked for, and e an exponent drawn between 0 and 1.

@@ -34,6 +34,7 @@ def normal(d: int, k: int) -> Tensor:
 def searched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small matrices are decomposed through WᵀW; here the search for large ones has to take them."""
     monkeypatch.setattr("inilora_kernels.solvers.krylov.GRAM_SIZE", 0)
+    monkeypatch.setattr("inilora_kernels.solvers.krylov.TINY_SIZE", 0)
 
 
 SPECTRA: dict[str, Tensor] = {
@@ -56,14 +57,6 @@ SPECTRA: dict[str, Tensor] = {
 }
 
 
-@pytest.fixture(params=["by WᵀW", "by a search"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small matrices are decomposed through WᵀW; here the search for large ones has to take them too."""
-    if request.param == "by a search":
-        monkeypatch.setattr(krylov, "GRAM_SIZE", 0)
-
-
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_certificate_holds_against_a_full_svd(name: str) -> None:
     W = SPECTRA[name]
@@ -87,7 +80,7 @@ def test_the_certificate_holds_against_a_full_svd(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_small_matrices_through_their_gram_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(krylov, "GRAM_SIZE", 512)
+    monkeypatch.setattr(krylov, "TINY_SIZE", 512)
     W = SPECTRA[name]
     rank = min(8, *W.shape)
     found = principal(W, [rank])
@@ -119,7 +112,6 @@ def test_factors_reach_the_minimum(name: str, gauge: str) -> None:
     torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-4, atol=1e-5 * math.sqrt(energy))
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     W = with_spectrum(420, 300, lambda i: i**-0.4).to(dtype)
@@ -130,7 +122,6 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert found.shortfalls[8] <= 1e-8 * float(squares[8:].sum())
 
 
-@pytest.mark.usefixtures("way")
 def test_the_same_matrix_gives_the_same_bits() -> None:
     W = with_spectrum(600, 900, lambda i: i**-0.4)
     first, second = principal(W, [8]), principal(W.clone(), [8])

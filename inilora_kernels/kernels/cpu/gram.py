@@ -27,17 +27,17 @@ _LEAST_COLUMNS, _MOST_COLUMNS = 128, 1024
 # One slot for so many elements, as far as there are.
 _SLOT_ELEMENTS = 1 << 19
 # Columns of X in a loop, and rows of W.
-_BLOCK = 4
+BLOCK = 4
 # Below this a second thread costs more than it saves.
 _FLOPS_A_THREAD = 1e7
 # Sums may be taken in any order, which is what the vector units need; nothing is assumed of NaN or Inf.
-_SUMS = frozenset({"reassoc", "contract", "nsz"})
+SUMS = frozenset({"reassoc", "contract", "nsz"})
 
 
 def takes(W: Tensor) -> bool:
     """Whether these kernels can read W (d×k, d ≥ k) as it lies."""
     dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if LOADS_FLOAT16 else [])]
-    return W.device.type == "cpu" and W.dtype in dtypes and 1 in W.stride() and min(W.shape) >= 2 * _BLOCK
+    return W.device.type == "cpu" and W.dtype in dtypes and 1 in W.stride() and min(W.shape) >= 2 * BLOCK
 
 
 class FusedGramReader:
@@ -55,9 +55,9 @@ class FusedGramReader:
         self._stride = stored.stride(0)
         m, n = stored.shape
         self._flat = kernel_view(stored.as_strided(((m - 1) * self._stride + n,), (1,)))
-        b = round_up(width, _BLOCK)
+        b = round_up(width, BLOCK)
         if self._by_rows:
-            self._step = max(_BLOCK, _STRIP_BYTES // (n * W.element_size()) // _BLOCK * _BLOCK)
+            self._step = max(BLOCK, _STRIP_BYTES // (n * W.element_size()) // BLOCK * BLOCK)
             self._parts = ceil(m / self._step)
         else:
             columns = max(_LEAST_COLUMNS, _COLUMN_BYTES // (m * W.element_size()))
@@ -99,7 +99,7 @@ class FusedGramReader:
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def _add_inner(W: Any, at: int, stride: int, count: int, X: Any, column: int, left: int, out: Any, row: int) -> None:
     """out[row + i, column + c] += Σ_j W_i[j]·X[column + c, left + j] for 4 rows W_i = W[at + i·stride…] and 4 c."""
     W0, W1 = W[at : at + count], W[at + stride : at + stride + count]
@@ -132,7 +132,7 @@ def _add_inner(W: Any, at: int, stride: int, count: int, X: Any, column: int, le
             out[row + i, column + c] += sums[c]
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def _add_outer(W: Any, at: int, stride: int, count: int, X: Any, row: int, column: int, out: Any, left: int) -> None:
     """out[column + c, left + j] += Σ_{i<4} X[row + i, column + c]·W_i[j] for 4 rows W_i = W[at + i·stride…] and 4 c."""
     W0, W1 = W[at : at + count], W[at + stride : at + stride + count]
@@ -151,7 +151,7 @@ def _add_outer(W: Any, at: int, stride: int, count: int, X: Any, row: int, colum
         out3[j] += x03 * w0 + x13 * w1 + x23 * w2 + x33 * w3
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def _add_inner_row(W: Any, at: int, count: int, X: Any, column: int, left: int, out: Any, row: int) -> None:
     """`_add_inner` for one row, of those that are no four."""
     for c in range(column, column + 4):
@@ -161,7 +161,7 @@ def _add_inner_row(W: Any, at: int, count: int, X: Any, column: int, left: int, 
         out[row, c] += total
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def _add_outer_row(W: Any, at: int, count: int, X: Any, row: int, column: int, out: Any, left: int) -> None:
     """`_add_outer` for one row, of those that are no four."""
     for c in range(column, column + 4):
@@ -171,7 +171,7 @@ def _add_outer_row(W: Any, at: int, count: int, X: Any, row: int, column: int, o
 
 
 @njit(cache=True, nogil=True)
-def _inner(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
+def add_inner_products(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
     """out[i, c] += Σ_j W[i, left + j]·X[c, left + j] for rows [top, bottom) of W and all c."""
     whole = top + (bottom - top) // 4 * 4
     for i in range(top, whole, 4):
@@ -183,7 +183,7 @@ def _inner(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X:
 
 
 @njit(cache=True, nogil=True)
-def _outer(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
+def add_outer_products(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
     """out[c, left + j] += Σ_i X[i, c]·W[i, left + j] for rows [top, bottom) of W and all c."""
     whole = top + (bottom - top) // 4 * 4
     for i in range(top, whole, 4):
@@ -205,8 +205,8 @@ def row_strips(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, stri
     for part in range(first, last):
         top, bottom = part * strip, min((part + 1) * strip, m)
         Y[top:bottom] = 0
-        _inner(W, stride, top, bottom, 0, n, X, Y)
-        _outer(W, stride, top, bottom, 0, n, Y, Z)
+        add_inner_products(W, stride, top, bottom, 0, n, X, Y)
+        add_outer_products(W, stride, top, bottom, 0, n, Y, Z)
 
 
 @njit(cache=True, nogil=True)
@@ -221,5 +221,5 @@ def column_tiles(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, ti
         left = part * tile
         count = min(tile, n - left)
         Y[:, left : left + count] = 0
-        _outer(W, stride, 0, m, left, count, X, Y)
-        _inner(W, stride, 0, m, left, count, Y, Z)
+        add_outer_products(W, stride, 0, m, left, count, X, Y)
+        add_inner_products(W, stride, 0, m, left, count, Y, Z)
