@@ -20,8 +20,9 @@ from .folder import KEY_PREFIX
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, linear_shape
 from .peft_check import disabled, parts_of, put_back, require_layer_unchanged
-from .peft_layer import DeltaVariant, Layer, is_residual, start_layer, started_config
+from .peft_layer import DeltaVariant, start_layer, started_config
 from .peft_model import save_and_combine_what_was_learned
+from .residual_base import Layer, is_residual
 from .started import StartedA
 from .weights import require_own_weight, require_unshared_weight, users_of_weights
 
@@ -44,9 +45,6 @@ def initialize_peft(
     `initialize_lora_eva_weights` stands for EVA. Every module that the adapter targets needs factors of its rank;
     factors of modules that it leaves out are not used. lora_alpha, use_rslora, rank_pattern, alpha_pattern and
     fan_in_fan_out are the LoraConfig's: with PEFT's scaling s, A and B are divided by √s, so sBA ≈ W whatever s is.
-
-    PEFT's `hotswap_adapter` is right in the delta form alone. In the residual form what is swapped in is
-    added to R, unnoticed.
 
     factors: a FactorSet, or the path of a factor file.
     form: "delta" leaves the base weights as they are, exact in any dtype and on quantized bases; the

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..choices import Form
 from ..errors import TargetError
-from .peft_layer import Layer, start_layer
+from .peft_layer import start_layer
+from .residual_base import Layer
 from .weights import device_of
 
 
@@ -48,6 +49,7 @@ def parts_of(layer: Layer, adapter_name: str) -> Parts:
 def put_back(layer: Layer, adapter_name: str, parts: Parts) -> None:
     for added in vars(layer).keys() - parts.attributes.keys():
         delattr(layer, added)
+    layer.__dict__.update(parts.attributes)
     for table, entries in parts.tables.items():
         there = getattr(layer, table)
         there.clear()

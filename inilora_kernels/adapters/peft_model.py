@@ -34,6 +34,11 @@ def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **o
     state_dict = dict(peft_model.state_dict() if given is None else given)
     for key, started in _started(peft_model).items():
         state_dict.pop(f"{key}.initial", None)
+        if started.swapped():
+            raise OptionError(
+                f"{key}: PEFT's hotswap has put another adapter here since this one was started from factors, and the "
+                f"config is still the old one's; copy the folder that was swapped in"
+            )
         weight = state_dict.get(f"{key}.weight")
         if isinstance(weight, Tensor):
             state_dict[f"{key}.weight"] = started.doubled(weight)

@@ -42,6 +42,7 @@ class Started(nn.Linear):
         self.weight = weight
         self.bias = bias  # type: ignore[assignment]
         self.register_buffer("initial", initial.to(weight, copy=True), persistent)
+        self._swapped = self._unseen = False
 
     def doubled(self, weight: Tensor) -> Tensor:
         """The weight and its start side by side: [A; A0] or [B, −B0], so that their product is BA − B0A0."""
@@ -55,8 +56,18 @@ class Started(nn.Linear):
         return weight.unflatten(self.axis, (self.blocks, -1))  # type: ignore[no-untyped-call, no-any-return]
 
     def swapped(self) -> bool:
-        """Whether PEFT's hotswap has put a weight of another rank here, a plain LoRA that started from nothing."""
-        return self.weight.shape != self.initial.shape
+        """Whether PEFT's hotswap has put a plain LoRA here, which started from nothing: then `initial` is zero.
+
+        Hotswap takes the state dict before it swaps, so `initial` is looked at once after each time.
+        """
+        if self._unseen:
+            self._swapped = not bool(self.initial.any())
+            self._unseen = False
+        return self._swapped
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._unseen = True
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         key = f"{prefix}weight"
@@ -99,7 +110,7 @@ class DeltaA(StartedA):
     """lora_A of the delta form: x ↦ [(A − A0)x; A0x], twice as many features as A has rows."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.swapped():
+        if self.weight.shape != self.initial.shape:  # swapped in by PEFT, of another rank
             return F.linear(x, self.weight)
         A0 = self.initial.to(self.weight.dtype)
         return F.linear(x, torch.cat([self.weight - A0, A0]))
@@ -109,7 +120,7 @@ class DeltaB(StartedB):
     """lora_B of the delta form: [u; v] ↦ Bu + (B − B0)v, and lora_bias where there is one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.swapped():
+        if self.weight.shape != self.initial.shape:
             return F.linear(x, self.weight, self.bias)
         B0 = self.initial.to(self.weight.dtype)
         return F.linear(x, torch.cat([self.weight, self.weight - B0], dim=1), self.bias)

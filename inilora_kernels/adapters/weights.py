@@ -64,6 +64,16 @@ def device_of(base_layer: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def oriented(base_layer: nn.Module, product: Tensor) -> Tensor:
+    """A product (out_features, in_features) as the base layer stores its weight."""
+    return product.T if is_conv1d(base_layer) else product
+
+
+def plus(weight: Tensor, update: Tensor) -> Tensor:
+    """Their sum, taken in float32, in the weight's dtype."""
+    return (weight.float() + update.to(weight.device)).to(weight.dtype).contiguous()
+
+
 def warn_if_rounded_away(weight: Tensor, residual: Tensor, name: str) -> None:
     """Warn if R is so much larger than W that its rounding, and with it W's error, is 4 times that of W's own dtype.
 
