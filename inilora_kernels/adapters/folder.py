@@ -19,6 +19,7 @@ from ..errors import FactorFileError
 from ..options import fits
 from ..storage.atomic import save_tensors
 from ..storage.schema import AdapterConfig, parse
+from .started import STARTS
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -97,6 +98,8 @@ def read_adapter(folder: Path) -> Adapter:
         if not (A.isfinite().all() and B.isfinite().all()):
             raise FactorFileError(f"{folder / WEIGHTS}: {module} holds NaN or Inf; take an earlier checkpoint")
         factors[module.removeprefix(KEY_PREFIX)] = (A, B)
+    for key in [key for key in tensors if key.endswith(STARTS)]:  # what get_peft_model_state_dict adds
+        del tensors[key]
     strange = [key for key in tensors if "lora_" in key]
     if strange:
         raise FactorFileError(f"{folder / WEIGHTS}: {strange[0]} is neither A nor B; only A and B can be converted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,16 @@ from .started import Started
 
 
 def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
-    """Let the model's own `save_pretrained` and `add_weighted_adapter` take s(BA − B0A0) for what an adapter is.
+    """Let the model's own `save_pretrained`, `state_dict` and `add_weighted_adapter` take s(BA − B0A0) for an adapter.
 
     `save_pretrained`, which every trainer calls, writes [A; A0] and [B, −B0] of rank 2r. Their product is what was
     learned in both forms, and belongs to W: any program that loads LoRAs may have it. A and B alone would be taken for
-    a LoRA of W, and add W's own low-rank part once more.
+    a LoRA of W, and add W's own low-rank part once more. `state_dict` is where PEFT's `get_peft_model_state_dict` takes
+    A and B from, for programs that save or send them by themselves.
     """
     for owner, method in (
         (peft_model, partial(_save_pretrained, peft_model)),
+        (peft_model, partial(_state_dict, peft_model)),
         (peft_model.base_model, partial(_add_weighted_adapter, peft_model.base_model)),
     ):
         setattr(owner, method.func.__name__.removeprefix("_"), method)
@@ -32,17 +35,33 @@ def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **o
     options.pop("path_initial_model_for_weight_conversion", None)  # the start, which the file subtracts already
     given = options.pop("state_dict", None)
     state_dict = dict(peft_model.state_dict() if given is None else given)
+    _double(peft_model, state_dict)
     for key, started in _started(peft_model).items():
-        state_dict.pop(f"{key}.initial", None)
+        state_dict.pop(f"{key}.{started.start_name}", None)
         if started.swapped():
             raise OptionError(
                 f"{key}: PEFT's hotswap has put another adapter here since this one was started from factors, and the "
                 f"config is still the old one's; copy the folder that was swapped in"
             )
-        weight = state_dict.get(f"{key}.weight")
-        if isinstance(weight, Tensor):
-            state_dict[f"{key}.weight"] = started.doubled(weight)
     type(peft_model).save_pretrained(peft_model, save_directory, *args, state_dict=state_dict, **options)
+
+
+def _state_dict(peft_model: PeftModel, *args: Any, **options: Any) -> Any:
+    """nn.Module.state_dict, with [A; A0] and [B, −B0] where the model is asked itself, and not as part of another.
+
+    `load_state_dict` takes both. A shard of A stays as it is.
+    """
+    state_dict = type(peft_model).state_dict(peft_model, *args, **options)
+    if not (args or options.get("destination") is not None or options.get("prefix")):
+        _double(peft_model, state_dict)
+    return state_dict
+
+
+def _double(peft_model: PeftModel, state_dict: MutableMapping[str, Any]) -> None:
+    for key, started in _started(peft_model).items():
+        weight = state_dict.get(f"{key}.weight")
+        if isinstance(weight, Tensor) and type(weight.data) is Tensor:
+            state_dict[f"{key}.weight"] = started.doubled(weight)
 
 
 def _started(peft_model: PeftModel) -> dict[str, Started]:

@@ -40,6 +40,7 @@ def subtract(layer: Layer, adapter_name: str, name: str) -> None:
     layer.register_buffer("subtracted_B", scaled_B.clone(), persistent=False)
     layer.subtracted_scaling = layer.scaling[adapter_name]
     layer.register_forward_hook(_restore_output, with_kwargs=True)
+    layer._check_forward_args = partial(_check_forward_args, layer)
     layer.unload_and_optionally_merge_module = partial(_unload, layer)
     layer.supports_lora_conversion = _no_conversion
 
@@ -87,6 +88,13 @@ def _restore_output(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any],
     if share == 1:
         return output
     return (output + (1 - share) * _subtracted(layer, x)).to(output.dtype)
+
+
+def _check_forward_args(layer: Layer, *args: Any, **kwargs: Any) -> None:
+    """PEFT's own. torch.compile guards on attributes and not on hooks: by this one it tells the layer from others of
+    its class that were compiled in the same process, without a hook.
+    """
+    type(layer)._check_forward_args(layer, *args, **kwargs)
 
 
 def _subtracted(layer: Layer, x: Tensor) -> Tensor:

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 
 from ..errors import FactorFileError
 
+# What ends the names of A0 and B0 in a state dict.
+STARTS = ("delta_start", "residual_start")
+
+# A cosine below which an A has not started from A0: random ones of rank 8 and 1,000 columns are within 0.03.
+_UNRELATED = 0.1
+
 
 class Started(nn.Linear):
     """A linear layer (out_features, in_features) without bias of its own, and a frozen copy of where it started.
 
     weight: the parameter to train, taken over as it is.
-    initial: where it starts, of the same shape; kept in the weight's dtype and on its device.
+    initial: where it starts, of the same shape; kept in the weight's dtype and on its device, in a buffer named by the
+        form, so that a whole state dict with R in it loads into no model with W.
     bias: lora_bias's, or None.
     persistent: whether `initial` is part of the state dict. PEFT's hotswap zeroes what it finds there and the incoming
         adapter lacks; with A0 = B0 = 0 the delta form is a plain LoRA, which that adapter is.
@@ -28,7 +35,7 @@ class Started(nn.Linear):
     A state dict may hold the weight alone, or the doubled one of `doubled`, whose second half must be `initial`.
     """
 
-    initial: Tensor
+    start_name: str
     axis: int
     sign: float
     # Of how many matrices, one after the other along `axis`, the weight is made: as many as a parameter has experts.
@@ -41,8 +48,12 @@ class Started(nn.Linear):
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.weight = weight
         self.bias = bias  # type: ignore[assignment]
-        self.register_buffer("initial", initial.to(weight, copy=True), persistent)
+        self.register_buffer(self.start_name, initial.to(weight, copy=True), persistent)
         self._swapped = self._unseen = False
+
+    @property
+    def initial(self) -> Tensor:
+        return self.get_buffer(self.start_name)
 
     def doubled(self, weight: Tensor) -> Tensor:
         """The weight and its start side by side: [A; A0] or [B, −B0], so that their product is BA − B0A0."""
@@ -82,10 +93,33 @@ class Started(nn.Linear):
                     f"model from the same factors, or load the adapter under another name, as the plain LoRA that it is"
                 )
             state_dict[key] = own.contiguous()
+        elif f"{prefix}{self.start_name}" not in state_dict:
+            self._require_related(found, key)
         # Checkpoints without it, such as those that hold A and B alone, are complete.
-        if "initial" not in self._non_persistent_buffers_set:
-            state_dict.setdefault(f"{prefix}initial", self.initial)
+        if self.start_name not in self._non_persistent_buffers_set:
+            state_dict.setdefault(f"{prefix}{self.start_name}", self.initial)
+            self._require_own_start(state_dict[f"{prefix}{self.start_name}"], key)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _require_related(self, found: Any, key: str) -> None:
+        """Raise FactorFileError if an A alone is nowhere near A0: a LoRA that has not started from these factors."""
+        if self.axis or not isinstance(found, Tensor) or found.shape != self.initial.shape or found.is_meta:
+            return
+        A, A0 = found.detach().float().flatten(), self.initial.float().flatten().to(found.device)
+        if float(F.cosine_similarity(A, A0, dim=0)) < _UNRELATED:
+            raise FactorFileError(
+                f"{key}: this adapter has not started from the factors that the model was started from; load it under "
+                f"another name, as the plain LoRA that it is"
+            )
+
+    def _require_own_start(self, found: Tensor, key: str) -> None:
+        """Raise FactorFileError if the base weight is R of other factors than a state dict says; zero: hotswapped."""
+        if self.start_name == "delta_start" or found.is_meta or _is_same(found, self.initial) or not found.any():
+            return
+        raise FactorFileError(
+            f"{key}: this state dict was trained on the residual of other factors than the model was started from; "
+            f"start the model from the same factors"
+        )
 
 
 def _is_same(stored: Tensor, initial: Tensor) -> bool:
@@ -97,17 +131,19 @@ def _is_same(stored: Tensor, initial: Tensor) -> bool:
 class StartedA(Started):
     """lora_A (r, in_features) of the residual form, whose forward pass is a LoRA's."""
 
-    axis, sign = 0, 1.0
+    start_name, axis, sign = "residual_start", 0, 1.0
 
 
 class StartedB(Started):
     """lora_B (out_features, r) of the residual form, whose forward pass is a LoRA's."""
 
-    axis, sign = 1, -1.0
+    start_name, axis, sign = "residual_start", 1, -1.0
 
 
 class DeltaA(StartedA):
     """lora_A of the delta form: x ↦ [(A − A0)x; A0x], twice as many features as A has rows."""
+
+    start_name = "delta_start"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.shape != self.initial.shape:  # swapped in by PEFT, of another rank
@@ -118,6 +154,8 @@ class DeltaA(StartedA):
 
 class DeltaB(StartedB):
     """lora_B of the delta form: [u; v] ↦ Bu + (B − B0)v, and lora_bias where there is one."""
+
+    start_name = "delta_start"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.shape != self.initial.shape:

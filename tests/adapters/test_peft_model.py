@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 
 from inilora_kernels.adapters.convert import convert
 from inilora_kernels.adapters.peft import initialize_peft
@@ -15,7 +17,7 @@ from inilora_kernels.errors import FactorFileError, OptionError
 from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import factorize, inilora_alpha
-from .started import FORMS, change, load, logits, started
+from .started import FORMS, TARGETS, change, load, logits, started
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -50,6 +52,58 @@ def test_it_resumes_from_what_it_saved(llama: Path, factors: FactorSet, form: Fo
     other = started(llama, factorize(llama, ("q_proj", "v_proj"), rank=4, start=inilora_alpha), form)
     with pytest.raises(FactorFileError, match="trained from other factors"):
         other.load_adapter(tmp_path / "trained", "default")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_programs_that_save_a_and_b_by_themselves(llama: Path, factors: FactorSet, form: Form, tmp_path: Path) -> None:
+    """peft 1929: `get_peft_model_state_dict`, next to the config, is the plain LoRA too (OpenRLHF and veRL do so)."""
+    model = started(llama, factors, form)
+    trained = change(model)
+    model.peft_config["default"].save_pretrained(tmp_path)
+    save_file(get_peft_model_state_dict(model), tmp_path / "adapter_model.safetensors")
+    judge = PeftModel.from_pretrained(load(llama), tmp_path)
+    assert torch.allclose(logits(judge), trained, rtol=0, atol=1e-5)
+    convert(tmp_path, factors, tmp_path / "lora", base=llama)
+    again = started(llama, factors, form)
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
+    assert torch.equal(logits(again), trained)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_whole_state_dict_loads_into_the_same_start_alone(llama: Path, factors: FactorSet, form: Form) -> None:
+    model = started(llama, factors, form)
+    trained = change(model)
+    again = started(llama, factors, form)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again), trained)
+    again = started(llama, factors, form)
+    again.base_model.load_state_dict(model.base_model.state_dict())
+    assert torch.equal(logits(again), trained)
+    with pytest.raises(RuntimeError, match="_start"):
+        started(llama, factors, "residual" if form == "delta" else "delta").load_state_dict(model.state_dict())
+    other = started(llama, factorize(llama, ("q_proj", "v_proj"), rank=4, start=inilora_alpha), form)
+    with pytest.raises(FactorFileError, match="other factors"):
+        other.load_state_dict(model.state_dict())
+    if form == "residual":
+        with pytest.raises(FactorFileError, match="on the residual of other factors"):
+            other.base_model.load_state_dict(model.base_model.state_dict())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_plain_lora_is_not_taken_for_a_trained_adapter(
+    llama: Path, factors: FactorSet, form: Form, tmp_path: Path
+) -> None:
+    """A folder of A and B alone may be one that plain PEFT saved of an export, or a LoRA that started from nothing."""
+    plain = get_peft_model(load(llama), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)).eval()
+    plain.save_pretrained(tmp_path)
+    model = started(llama, factors, form)
+    trained = change(model)
+    with pytest.raises(FactorFileError, match="has not started from the factors"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), trained)
+    model.load_adapter(tmp_path, "plain")
+    model.set_adapter("plain")
+    assert torch.allclose(logits(model), logits(plain), rtol=0, atol=1e-5)
 
 
 def test_training_is_not_overwritten(llama: Path, factors: FactorSet, tmp_path: Path) -> None:

@@ -98,6 +98,19 @@ def test_scaled_it_is_the_same_part_of_what_was_learned(
     assert near(logits(model), logits(judge))
 
 
+def test_compiled_after_another_model_of_the_same_class(llama: Path, factors: FactorSet) -> None:
+    """torch.compile guards on no hooks: the second model would run the graph of the first, which has none."""
+    ids = torch.arange(1, 11)[None]
+    with torch.no_grad():
+        for form in FORMS:
+            model = started(llama, factors, form)
+            trained = change(model)
+            compiled = torch.compile(model, backend="eager")
+            assert near(compiled(ids).logits, trained)
+            with model.disable_adapter():
+                assert near(compiled(ids).logits, logits(load(llama)))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copied_it_stands_alone(
