@@ -19,7 +19,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..errors import OptionError, TargetError, WeightError
-from .peft_layer import Layer, StartedLoraConfig
+from .peft_layer import StartedLoraConfig
+from .residual_base import Layer
 from .started import DeltaA, DeltaB, difference
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .started import StartedA
+from .started import StartedA, unwrapped
 from .weights import oriented, plus, warn_if_rounded_away
 
 # A peft layer is an nn.Module as well as a LoraLayer, for which there is no one type.
@@ -52,7 +52,7 @@ def is_residual(layer: Layer) -> bool:
 
 def require_still_started(layer: Layer, adapter_name: str) -> None:
     """Raise OptionError if an adapter that started from factors has another lora_A now, which knows nothing of A0."""
-    if not isinstance(layer.lora_A[adapter_name], StartedA):
+    if not isinstance(unwrapped(layer.lora_A[adapter_name]), StartedA):
         raise OptionError(
             f"adapter {adapter_name!r}: something has replaced its lora_A since it was started from factors, as PEFT's "
             f"prepare_model_for_compiled_hotswap does; save it first, and do that with the plain LoRA which that writes"
@@ -65,7 +65,7 @@ def _share(layer: Layer, names: Iterable[str]) -> float:
     for name in names:
         if layer.started_as.get(name) == "residual" and name in layer.lora_A:
             require_still_started(layer, name)
-            if not layer.lora_A[name].swapped():
+            if not unwrapped(layer.lora_A[name]).swapped():
                 share += float(layer.scaling[name]) / layer.subtracted_scaling
     return share
 

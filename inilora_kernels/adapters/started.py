@@ -122,6 +122,11 @@ class Started(nn.Linear):
         )
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The Started in a module, which FSDP wraps each by itself; the module where there is none."""
+    return next((inner for inner in module.modules() if isinstance(inner, Started)), module)
+
+
 def _is_same(stored: Tensor, initial: Tensor) -> bool:
     """Whether both are one start, to the roundings of √(scaling) and of the coarser of their dtypes."""
     rtol = 4 * max(torch.finfo(stored.dtype).eps, torch.finfo(initial.dtype).eps)
