@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .started import StartedA, unwrapped
+from .started import Started, unwrapped
 from .weights import oriented, plus, warn_if_rounded_away
 
 # A peft layer is an nn.Module as well as a LoraLayer, for which there is no one type.
@@ -50,23 +50,24 @@ def is_residual(layer: Layer) -> bool:
     return "subtracted_A" in layer._buffers
 
 
-def require_still_started(layer: Layer, adapter_name: str) -> None:
-    """Raise OptionError if an adapter that started from factors has another lora_A now, which knows nothing of A0."""
-    if not isinstance(unwrapped(layer.lora_A[adapter_name]), StartedA):
+def require_still_started(layer: Layer, adapter_name: str) -> Started:
+    """Return lora_A of an adapter that started from factors. Raises OptionError if it is one that knows no A0 now."""
+    lora_A = unwrapped(layer.lora_A[adapter_name])
+    if lora_A is None:
         raise OptionError(
             f"adapter {adapter_name!r}: something has replaced its lora_A since it was started from factors, as PEFT's "
             f"prepare_model_for_compiled_hotswap does; save it first, and do that with the plain LoRA which that writes"
         )
+    return lora_A
 
 
 def _share(layer: Layer, names: Iterable[str]) -> float:
     """How many times these adapters together put s·B0A0 back: 1 for the one that started, at its own scaling."""
     share = 0.0
     for name in names:
-        if layer.started_as.get(name) == "residual" and name in layer.lora_A:
-            require_still_started(layer, name)
-            if not unwrapped(layer.lora_A[name]).swapped():
-                share += float(layer.scaling[name]) / layer.subtracted_scaling
+        started = layer.started_as.get(name) == "residual" and name in layer.lora_A
+        if started and not require_still_started(layer, name).swapped():
+            share += float(layer.scaling[name]) / layer.subtracted_scaling
     return share
 
 

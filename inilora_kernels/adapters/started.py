@@ -122,9 +122,9 @@ class Started(nn.Linear):
         )
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The Started in a module, which FSDP wraps each by itself; the module where there is none."""
-    return next((inner for inner in module.modules() if isinstance(inner, Started)), module)
+def unwrapped(module: nn.Module) -> Started | None:
+    """The Started in a module, since FSDP wraps each by itself; None where there is none."""
+    return next((inner for inner in module.modules() if isinstance(inner, Started)), None)
 
 
 def _is_same(stored: Tensor, initial: Tensor) -> bool:
