@@ -39,6 +39,21 @@ class BlockTile:
 
 
 @dataclass(frozen=True)
+class GramTile:
+    """The direct solver's kernel: rows (or columns) of W a program owns, how many it goes through at a time.
+
+    stages: tiles under way by asynchronous copies.
+    """
+
+    own: int
+    inner: int
+    warps: int
+    stages: int
+    precision: str
+    options: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Tiles:
     """All compile-time choices of a wave. rank: the compiled rank, one of RANKS. precision: of float32 products.
 
@@ -122,6 +137,18 @@ _BLOCKS: dict[int, tuple[int, int, int, int]] = {
 }
 # Ampere's and Ada's tensor cores take both operands from registers: half the width, or rank 128 spills.
 _NARROW_BLOCK = (16, 2, 16, 8)
+# own, inner, warps, stages. 32 rows make 128 programs of a 4096² matrix, one a multiprocessor; Hopper's and Blackwell's
+# asynchronous products want 64.
+_GRAMS: dict[tuple[str, int], tuple[int, int, int, int]] = {
+    ("ampere", 2): (32, 128, 4, 3),
+    ("ampere", 4): (32, 64, 4, 3),
+    ("hopper", 2): (64, 64, 4, 3),
+    ("hopper", 4): (32, 64, 4, 3),
+    ("blackwell", 2): (64, 64, 4, 3),
+    ("blackwell", 4): (64, 64, 4, 3),
+    ("cdna", 2): (32, 128, 4, 1),
+    ("cdna", 4): (32, 64, 4, 1),
+}
 
 
 def family(architecture: str) -> str:
@@ -151,18 +178,31 @@ def tiles(architecture: str, itemsize: int, rank: int) -> Tiles:
     if group == "cdna" and itemsize == 4:
         # Eight columns alone would go to the 4×4 matrix instruction, at a quarter of the other ones' pace.
         padded = max(padded, 16)
+    precision, options = _arithmetic(group)
     block = _NARROW_BLOCK if (group, padded) == ("ampere", 128) else _BLOCKS[padded]
     return Tiles(
         rank=padded,
         strip=StripTile(*_STRIPS[group, itemsize][padded]),
         block=BlockTile(*block),
-        precision="ieee" if group == "cdna" else "tf32x3",
+        precision=precision,
         sum_block=min(256, padded * padded),
         sum_width=2048 // min(256, padded * padded),
-        # The 16×16 matrix instructions: no slower than the 32×32 ones that the compiler would take from rank 32 on,
-        # with fewer accumulators a wave, and their layout is the one that an emulator has proven.
-        options=(("matrix_instr_nonkdim", 16),) if group == "cdna" else (),
+        options=options,
     )
+
+
+def gram_tile(architecture: str, itemsize: int) -> GramTile:
+    """The direct solver's tile for weights of `itemsize` bytes (2 or 4) on a target such as "sm_90"."""
+    group = family(architecture)
+    own, inner, warps, stages = _GRAMS[group, itemsize]
+    return GramTile(own, inner, warps, stages, *_arithmetic(group))
+
+
+def _arithmetic(group: str) -> tuple[str, tuple[tuple[str, int], ...]]:
+    """The float32 product of a family, and what its compiler is told besides."""
+    # The 16×16 matrix instructions: no slower than the 32×32 ones that the compiler would take from rank 32 on,
+    # with fewer accumulators a wave, and their layout is the one that an emulator has proven.
+    return ("ieee", (("matrix_instr_nonkdim", 16),)) if group == "cdna" else ("tf32x3", ())
 
 
 def aligned(count: int) -> int:

@@ -106,7 +106,7 @@ class Wave:
         self.losses = zeros(layout.strip_programs, torch.float64)
         self.step = zeros(1, torch.int32)
         self._work = [layout.strip_work(), layout.sum_work(), layout.block_work()]
-        self.strips, self.sums, self.blocks = (torch.from_numpy(work).to(device) for work in self._work)
+        self.strips, self.sums, self.blocks = (torch.tensor(work, device=device) for work in self._work)
         self.active = tuple(range(len(layout.places)))
 
     def begin(self, start: Tensor) -> None:

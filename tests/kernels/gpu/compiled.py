@@ -21,12 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from inilora_kernels.kernels.gpu import gram as triton_gram
+from inilora_kernels.kernels.gpu import gram_batch as triton_gram_batch
 from inilora_kernels.kernels.gpu import kernels as triton_kernels
 from inilora_kernels.kernels.gpu import loss as triton_loss
 from inilora_kernels.kernels.gpu import wave as triton_wave
-from inilora_kernels.kernels.gpu.tiles import Tiles, tiles
+from inilora_kernels.kernels.gpu.gram_layout import gram_layout
+from inilora_kernels.kernels.gpu.tiles import GramTile, Tiles, gram_tile, tiles
 
-from .cases import make, make_wave
+from .cases import CPU, make, make_wave
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -113,7 +116,7 @@ _TYPES = {
 
 
 def compiled(launch: Launch, target: str) -> CompiledKernel:
-    """The launch's kernel as triton would compile it there: pointers aligned to 16 bytes, integers unspecialized."""
+    """The launch's kernel as triton would compile it there: pointers aligned to 16 bytes."""
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, name in enumerate(launch.kernel.arg_names):
@@ -123,6 +126,9 @@ def compiled(launch: Launch, target: str) -> CompiledKernel:
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = {int: "i32", float: "fp32", type(None): "constexpr"}[type(value)]
+            # Where it may, triton's launcher tells apart the integers that are multiples of 16.
+            if isinstance(value, int) and value % 16 == 0 and name not in launch.kernel.do_not_specialize:
+                attributes[(place,)] = [["tt.divisibility", 16]]
     constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGETS[target], options=dict(launch.options))
@@ -134,6 +140,16 @@ def launches(target: str, dtype: torch.dtype, rank: int) -> tuple[tuple[Launch, 
     chosen = tiles(target, dtype.itemsize, rank)
     weights, problems = make([(300, 272)], [rank], dtype)
     return recorded(make_wave(weights, problems, chosen)), chosen
+
+
+def gram_launches(target: str, dtype: torch.dtype) -> tuple[list[Launch], GramTile]:
+    """Both launches of the direct solver's kernel, along the rows and along the columns."""
+    tile = gram_tile(target, dtype.itemsize)
+    batch = triton_gram_batch.GramBatch(gram_layout([(300, 272)], dtype.itemsize, tile, 1e9), dtype, CPU)
+    launches: list[Launch] = []
+    with mock.patch.object(triton_gram_batch, "gram_kernel", Recorder(triton_gram.gram_kernel, launches)):
+        batch.run()
+    return launches, tile
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
+from inilora_kernels.kernels.gpu import gram as triton_gram
+from inilora_kernels.kernels.gpu import gram_batch as triton_gram_batch
 from inilora_kernels.kernels.gpu import kernels as triton_kernels
 from inilora_kernels.kernels.gpu import loss as triton_loss
 from inilora_kernels.kernels.gpu import wave as triton_wave
@@ -25,6 +27,7 @@ from inilora_kernels.kernels.gpu import wave as triton_wave
 GRADIENT_PRODUCTS = InterpretedFunction(triton_kernels.gradient_products_kernel.fn)
 ADAM = InterpretedFunction(triton_kernels.adam_kernel.fn)
 LOSS = InterpretedFunction(triton_loss.loss_kernel.fn)
+GRAM = InterpretedFunction(triton_gram.gram_kernel.fn)
 
 
 class DeviceFunction(InterpretedFunction):
@@ -58,7 +61,10 @@ def _rounded(values: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 @contextmanager
 def interpreted(
-    gradient_products: object = GRADIENT_PRODUCTS, adam: object = ADAM, seed: int | None = None
+    gradient_products: object = GRADIENT_PRODUCTS,
+    adam: object = ADAM,
+    seed: int | None = None,
+    gram: object = GRAM,
 ) -> Iterator[None]:
     """Within: the kernels run interpreted, on CPU tensors. seed: run each launch's programs in a shuffled order."""
     builder = interpreter.interpreter_builder
@@ -78,6 +84,7 @@ def interpreted(
         mock.patch.object(triton_wave, "gradient_products_kernel", gradient_products),
         mock.patch.object(triton_wave, "adam_kernel", adam),
         mock.patch.object(triton_wave, "loss_kernel", LOSS),
+        mock.patch.object(triton_gram_batch, "gram_kernel", gram),
         mock.patch.object(tl, "sum", SUM),
         mock.patch.object(interpreter, "_convert_float", _rounded),
         mock.patch.object(builder, "set_grid_idx", set_index if seed is None else set_shuffled),

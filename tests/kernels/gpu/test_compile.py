@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from inilora_kernels.kernels.gpu.gram_layout import WIDTH
 from inilora_kernels.kernels.gpu.tiles import RANKS, StripTile, tiles
 
 from .cases import make, make_wave
@@ -23,6 +24,7 @@ from .compiled import (
     TARGETS,
     Machine,
     compiled,
+    gram_launches,
     launches,
     loaded_bytes,
     read,
@@ -102,6 +104,34 @@ def test_loss_as_compiled(target: str, dtype: torch.dtype) -> None:
     (*_, narrow, wide), _ = launches(target, dtype, 8)
     for launch in (narrow, wide):
         check(read(compiled(launch, target)), target, launch.options["num_warps"])
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    marked(
+        ((target, dtype) for target in TARGETS for dtype in DTYPES),
+        {
+            ("sm_80", torch.bfloat16),
+            ("sm_89", torch.float32),
+            ("sm_90", torch.float16),
+            ("sm_90", torch.float32),
+            ("sm_100", torch.bfloat16),
+            ("sm_120", torch.float16),
+            ("gfx942", torch.bfloat16),
+        },
+    ),
+)
+def test_gram_as_compiled(target: str, dtype: torch.dtype) -> None:
+    both, tile = gram_launches(target, dtype)
+    for launch in both:
+        machine = read(compiled(launch, target))
+        check(machine, target, tile.warps)
+        threads = tile.warps * TARGETS[target].warp_size
+        # Its tile of W, and of the given block what is not loaded ahead of the loop: nothing twice, all 128 bits wide.
+        W_bytes, given_bytes = tile.own * tile.inner * dtype.itemsize, 4 * WIDTH * tile.inner
+        assert W_bytes <= loaded_bytes(machine, width=16) * threads == loaded_bytes(machine) * threads
+        assert loaded_bytes(machine) * threads <= W_bytes + given_bytes
+        assert any(map(MATRIX_PRODUCT.search, machine.loop))
 
 
 def test_a_tile_too_large_is_caught() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import linecache
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,13 +9,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+from triton.runtime.interpreter import GridExecutor
 
 from inilora_kernels.kernels.gpu import kernels as triton_kernels
 from inilora_kernels.kernels.gpu.layout import BlockField, StripField
 
 from .cases import DTYPES, guarded_run, make, make_wave, poisoned_run, small_tiles
 from .interpreter import interpreted
+from .planting import planted
+from .shifting import Shifted
 
 
 def test_any_program_order_gives_the_same_bits_and_writes_every_output() -> None:
@@ -32,19 +31,6 @@ def test_any_program_order_gives_the_same_bits_and_writes_every_output() -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_guard_bands_stay_untouched(dtype: torch.dtype) -> None:
     guarded_run(dtype=dtype)
-
-
-def planted(kernel: Callable[..., Any], right: str, wrong: str, count: int = 1) -> InterpretedFunction:
-    """The kernel with one piece of its source replaced: a fault that the tests above must find."""
-    source = inspect.getsource(kernel.fn)  # type: ignore[attr-defined]
-    source = source[source.index("def ") :]
-    assert source.count(right) >= 1, right
-    source = source.replace(right, wrong, count)
-    name = f"<planted {wrong}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    namespace = dict(triton_kernels.__dict__)
-    exec(compile(source, name, "exec"), namespace)
-    return InterpretedFunction(namespace[kernel.fn.__name__])  # type: ignore[attr-defined]
 
 
 STRIPS, BLOCKS = triton_kernels.gradient_products_kernel, triton_kernels.adam_kernel
@@ -90,19 +76,6 @@ def test_a_race_between_two_programs_is_caught(kernel: Any, right: str, wrong: s
     first, second = (poisoned_run(seed, **chosen) for seed in (1, 2))
     assert any(torch.isnan(buffer).any() for buffer in first)
     assert not all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-class Shifted:
-    """A buffer whose address is that of an element 2³³ before its first: only 64-bit offsets find the way back."""
-
-    SHIFT = 2**33
-
-    def __init__(self, buffer: torch.Tensor) -> None:
-        self.buffer = buffer
-        self.dtype, self.device, self.shape = buffer.dtype, buffer.device, buffer.shape
-
-    def data_ptr(self) -> int:
-        return self.buffer.data_ptr() - self.SHIFT * self.buffer.element_size()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
