@@ -23,8 +23,9 @@ from .errors import OptionError
 from .factors import Factors
 from .kernels.backend import Backend
 from .options import Options, require_choice
-from .solvers.krylov import TOLERANCE, Principal, dense, principal
+from .solvers.krylov import TOLERANCE, Principal, dense
 from .solvers.run import (
+    Choose,
     Pair,
     RandomStart,
     Shape,
@@ -33,6 +34,7 @@ from .solvers.run import (
     against_optimum,
     against_triplets,
     by_adam,
+    by_krylov,
     directly,
 )
 from .solvers.smallest import minor
@@ -276,30 +278,31 @@ def _drawn(draw: RandomStart) -> Mapping[str, Solver]:
     return {"": Solver(directly(factorize))}
 
 
-def _pissa_by(found: Triplets) -> Solver:
+def _pissa_pairs(found: Principal, task: Task, options: Options) -> dict[int, Pair]:
+    return {rank: _leading(found, rank) for rank in task.ranks}
+
+
+def _inilora_pairs(found: Principal, task: Task, options: Options) -> dict[int, Pair]:
+    """The best product of the triplets, in the gauge asked for."""
+    pairs = _pissa_pairs(found, task, options)
+    if options.gauge != "nearest":
+        return pairs
+    for rank, pair in pairs.items():
+        A_start, B_start = task.random_start(gaussian, rank, options.seed)
+        if task.start is not None:
+            A_start, B_start = task.start.A, task.start.B
+        pairs[rank] = nearest(*pair, A_start, B_start)
+    return pairs
+
+
+def _by_svd(choose: Choose) -> Solve:
+    """From a full singular value decomposition."""
+
     def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
-        triplets = found(W, task, backend)
-        return against_triplets(W, task, {rank: _leading(triplets, rank) for rank in task.ranks}, triplets)
+        found = dense(W, task.ranks)
+        return against_triplets(W, task, choose(found, task, options), found)
 
-    return Solver(directly(factorize))
-
-
-def _inilora_by(found: Triplets) -> Solver:
-    """The best product, from the leading triplets, in the gauge asked for."""
-
-    def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
-        triplets = found(W, task, backend)
-        pairs = {}
-        for rank in task.ranks:
-            pairs[rank] = _leading(triplets, rank)
-            if options.gauge == "nearest":
-                A_start, B_start = task.random_start(gaussian, rank, options.seed)
-                if task.start is not None:
-                    A_start, B_start = task.start.A, task.start.B
-                pairs[rank] = nearest(*pairs[rank], A_start, B_start)
-        return against_triplets(W, task, pairs, triplets)
-
-    return Solver(directly(factorize), reads_gauge=True)
+    return directly(factorize)
 
 
 def _minor(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
@@ -307,22 +310,8 @@ def _minor(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[in
     return against_optimum(W, task, {rank: milora(U[:, -rank:], S[-rank:], V[:, -rank:]) for rank in task.ranks})
 
 
-# (W, its task, backend) ↦ the leading singular triplets
-Triplets = Callable[[Tensor, Task, Backend], Principal]
-
-
 def _leading(found: Principal, rank: int) -> Pair:
     return pissa(found.U[:, :rank], found.S[:rank], found.V[:, :rank])
-
-
-def _by_krylov(tolerance: float) -> Triplets:
-    return lambda W, task, backend: principal(
-        W, task.ranks, dtype=backend.direct_dtype, tolerance=tolerance, digest=task.digest
-    )
-
-
-def _by_svd(W: Tensor, task: Task, backend: Backend) -> Principal:
-    return dense(W, task.ranks)
 
 
 METHODS: Mapping[str, Initialization] = {
@@ -331,8 +320,8 @@ METHODS: Mapping[str, Initialization] = {
         "Eq. 2 and 3; 0 steps: Table 7",
         {
             "adam": Solver(by_adam(gaussian)),
-            "krylov": _inilora_by(_by_krylov(TOLERANCE)),
-            "exact": _inilora_by(_by_svd),
+            "krylov": Solver(by_krylov(_inilora_pairs, TOLERANCE), reads_gauge=True),
+            "exact": Solver(_by_svd(_inilora_pairs), reads_gauge=True),
         },
     ),
     "inilora-alpha": Initialization(
@@ -348,7 +337,7 @@ METHODS: Mapping[str, Initialization] = {
     "pissa": Initialization(
         "B = U√Σ, A = √ΣVᵀ of the r largest σ",
         "Meng et al. 2024; Tables 2, 6",
-        {"krylov": _pissa_by(_by_krylov(PISSA_TOLERANCE)), "exact": _pissa_by(_by_svd)},
+        {"krylov": Solver(by_krylov(_pissa_pairs, PISSA_TOLERANCE)), "exact": Solver(_by_svd(_pissa_pairs))},
     ),
     "milora": Initialization(
         "B = U√Σ, A = √ΣVᵀ of the r smallest σ", "Wang et al. 2024; Tables 2, 6", {"exact": Solver(directly(_minor))}

@@ -7,7 +7,7 @@ cache; a GPU runs all matrices a step at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -100,6 +100,51 @@ class Batch:
     advanced: Callable[[int], None] = _count_nothing
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A matrix W to decompose. load, shape, dtype: as in Problem. vectors: that its search may take; 0: none."""
+
+    load: Callable[[], Tensor]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    vectors: int
+
+
+class GramBatch(Protocol):
+    """Matrices on a device that are multiplied together. M = WᵀW is n×n, n the smaller side of W; see krylov_batch."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """n of each matrix."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the blocks that `__call__` takes: (matrices or more, rows, n or more)."""
+
+    @property
+    def energies(self) -> Tensor:
+        """||W||_F² of each matrix or more, float64, on the device."""
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """XM of each matrix's block of rows of at most unit length, float32, without waiting for the device.
+
+        The next call overwrites it.
+        """
+
+    def keep(self, active: Collection[int]) -> None:
+        """Go on with these matrices alone; the products of the others mean nothing."""
+
+    def tall(self, index: int) -> Tensor:
+        """One W, or Wᵀ where W is wide, on the device."""
+
+    def stored(self, index: int) -> Tensor:
+        """One W as it was loaded, on the device."""
+
+
+# Called with indices of matrices and the batch that they make.
+Visit = Callable[[Sequence[int], GramBatch], None]
+
+
 class Backend(Protocol):
     """A set of kernels on a device."""
 
@@ -117,3 +162,9 @@ class Backend(Protocol):
 
     def adam(self, batch: Batch) -> None:
         """Run Adam on every problem of the batch up to its last milestone."""
+
+    def gram_batches(self, matrices: Sequence[Stored], visit: Visit) -> None:
+        """Call `visit` with the indices of matrices that are best multiplied together, and with their batch.
+
+        Matrices that it does not come to, on a CPU all of them, are decomposed one after the other.
+        """

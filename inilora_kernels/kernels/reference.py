@@ -5,12 +5,13 @@ Each function works in the dtype of its arguments, so that float64 input gives t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backend import Batch, Sample, Schedule
+from .backend import Batch, Sample, Schedule, Stored, Visit
 
 
 def gradient_products(W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +90,9 @@ class ReferenceBackend:
     dtype: torch.dtype = torch.float32
     name: str = "reference"
     direct_dtype: torch.dtype = torch.float64
+
+    def gram_batches(self, matrices: Sequence[Stored], visit: Visit) -> None:
+        """See `Backend.gram_batches`: none."""
 
     def adam(self, batch: Batch) -> None:
         for index, problem in enumerate(batch.problems):

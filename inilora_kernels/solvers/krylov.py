@@ -46,14 +46,14 @@ _VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 2.7, 40, 0.85
 # The space may grow to so many times that before the search is given up.
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate has to come below.
-_PROMISED = 0.5
+PROMISED = 0.5
 # A second space whose Ritz values come this near to θ_r has found what the first one missed.
-_MISSED = 0.985
+MISSED = 0.985
 # Passes of the second space before it may be judged.
-_JUDGED_AFTER = 4
+JUDGED_AFTER = 4
 _MOST_CERTIFYING = 64
 # Squares of squares stay in float32's range.
-_FLOAT32_RANGE = (1e-16, 1e16)
+FLOAT32_RANGE = (1e-16, 1e16)
 
 
 # The sha256 of W's bytes.
@@ -144,7 +144,7 @@ def _principal(
     if size <= TINY_SIZE or (size <= GRAM_SIZE and 3 * _expected_vectors(max(ranks)) > size):
         found = _by_gram(tall, ranks, total)
         return found if upright else replace(found, U=found.V, V=found.U)
-    if W.dtype == torch.float64 or not _FLOAT32_RANGE[0] < total < _FLOAT32_RANGE[1]:
+    if W.dtype == torch.float64 or not FLOAT32_RANGE[0] < total < FLOAT32_RANGE[1]:
         dtype = torch.float64
     searched = _Search(tall, total, ranks, dtype, tolerance, key=key, threads=threads).run()
     if searched is None:
@@ -274,15 +274,15 @@ class _Search:
             missed = self._missed
             if missed == math.inf:
                 missed = self._goal.expected_outside(pairs)
-            promised = self._goal.promised(pairs, missed, enough=_PROMISED)
-            if promised <= _PROMISED or not self._growing():
+            promised = self._goal.promised(pairs, missed, enough=PROMISED)
+            if promised <= PROMISED or not self._growing():
                 return pairs
             # Residuals fall by about the same factor with each pass: look again when they should be small enough.
             size = self._space.size
             step = 0.12 * size
             if last is not None and math.isfinite(promised) and promised < last[1] and math.isfinite(last[1]):
                 rate = math.log(last[1] / promised) / (size - last[0])
-                step = min(max(math.log(promised / _PROMISED) / rate, 1.0), 0.3 * size)
+                step = min(max(math.log(promised / PROMISED) / rate, 1.0), 0.3 * size)
             last = size, promised
             target = size + step
 
@@ -303,7 +303,7 @@ class _Search:
                 self._missed = missed
             if self._missed < highest and self._goal.settled(pairs, self._missed):
                 break
-            if largest >= _MISSED * highest:
+            if largest >= MISSED * highest:
                 return other if self._growing() else None
             if self._missed < 0.9 * highest:
                 break
@@ -336,12 +336,12 @@ def concluded(
     X (k×s): its leading Ritz vectors, orthonormal. Y (d×s): WX. total: ||W||². All in float64.
     """
     kept, rank, rounding = X.shape[1], goal.rank, goal.rounding(pairs)
-    values, rotation = torch.linalg.eigh(Y.T @ Y)
-    values, rotation = values.flip(0).clamp(min=0.0), rotation.flip(1)
-    X, Y = X @ rotation, Y @ rotation
-    coupling = pairs.coupling[:, :kept] @ rotation.cpu()
+    # On the CPU, where a matrix so small is decomposed at once.
+    values_here, rotation = torch.linalg.eigh((Y.T @ Y).cpu())
+    values_here, rotation = values_here.flip(0).clamp(min=0.0), rotation.flip(1)
+    X, Y = X @ rotation.to(X.device), Y @ rotation.to(X.device)
+    coupling = pairs.coupling[:, :kept] @ rotation
     outside = bound_outside(pairs, kept, missed, rounding) if math.isfinite(missed) else math.inf
-    values_here = values.cpu()
     shortfalls, certified = {}, {}
     for one in goal.ranks:
         missing = max(0.0, total - float(values_here[:one].sum()))
@@ -350,16 +350,16 @@ def concluded(
             bound = min(bound, shortfall(values_here, coupling.T @ coupling, one, outside, rounding))
         shortfalls[one] = bound
         certified[one] = bound <= max(goal.tolerance * (missing - bound), FLOAT32_FLOOR * total)
-    S = values.sqrt()
+    S = values_here.sqrt()
     lengths = torch.linalg.vector_norm(Y[:, :rank], dim=0)
     sure = pairs.coupling.square().sum(0) <= (0.02 * pairs.values.clamp(min=0.0)).square()
     sure[:rank] = True
     leading = pairs.values.clamp(min=0.0).sqrt()
-    leading[:rank] = S[:rank].cpu()
+    leading[:rank] = S[:rank]
     found = leading[:LEADING][sure[:LEADING]]
     return Principal(
         U=Y[:, :rank] / torch.where(lengths > 0, lengths, 1.0),
-        S=S[:rank],
+        S=S[:rank].to(X.device),
         V=X[:, :rank],
         shortfalls=shortfalls,
         certified=certified,

@@ -106,15 +106,7 @@ class KrylovSpace:
 
     def vectors(self, coefficients: Tensor) -> Tensor:
         """The vectors of the space with these coefficients (m×s), as orthonormal columns (n×s) in float64."""
-        X = torch.zeros(self._rows.shape[1], coefficients.shape[1], dtype=torch.float64, device=self._rows.device)
-        coefficients = coefficients.to(X.device)
-        for first in range(0, self.size, _ROWS_AT_ONCE):
-            last = min(first + _ROWS_AT_ONCE, self.size)
-            X.addmm_(self._rows[first:last].double().T, coefficients[first:last])
-        for _ in range(2):
-            triangle = torch.linalg.cholesky(X.T @ X, upper=True)
-            X = torch.linalg.solve_triangular(triangle, X, upper=True, left=False)
-        return X
+        return combined(self.Q, coefficients)
 
     def _grow(self, size: int) -> None:
         held = len(self._rows)
@@ -183,3 +175,15 @@ class KrylovSpace:
         triangle = torch.zeros_like(upper)
         triangle[:, order[:count]] = upper[:, :count]
         return found.T.to(Z.dtype).contiguous(), triangle
+
+
+def combined(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """The combinations of orthonormal rows (m×n) with these coefficients (m×s), orthonormal columns (n×s), float64."""
+    X = torch.zeros(rows.shape[1], coefficients.shape[1], dtype=torch.float64, device=rows.device)
+    coefficients = coefficients.to(X.device)
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        X.addmm_(rows[first : first + _ROWS_AT_ONCE].double().T, coefficients[first : first + _ROWS_AT_ONCE])
+    for _ in range(2):
+        triangle = torch.linalg.cholesky(X.T @ X, upper=True)
+        X = torch.linalg.solve_triangular(triangle, X, upper=True, left=False)
+    return X

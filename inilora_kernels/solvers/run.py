@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..display.progress import ProgressBar
 from ..factors import Certificate, Factors
-from ..kernels.backend import Backend, Problem, Sample
+from ..kernels.backend import Backend, GramBatch, Problem, Sample, Stored
 from ..kernels.loading import load_backend
 from ..kernels.streaming import losses
 from ..kernels.threads import in_groups, side_by_side
@@ -23,7 +23,8 @@ from ..model.survey import together
 from ..model.targets import Target
 from ..options import Options
 from .adam import Checkpoints, History, adam
-from .krylov import Principal
+from .krylov import TOLERANCE, Principal, principal
+from .krylov_batch import principals, room
 from .optimum import Optimum, optima, optima_from
 
 Shape = tuple[int, int]
@@ -84,6 +85,8 @@ Finished = Callable[[Task, int, Factors], None]
 Solve = Callable[[Sequence[Task], Options, Finished, ProgressBar], None]
 # (W on the backend's device, its task, the options, the backend) ↦ the factors of each of the task's ranks
 Factorize = Callable[[Tensor, Task, Options, Backend], dict[int, Factors]]
+# (the leading triplets, their task, the options) ↦ A, B of each of the task's ranks
+Choose = Callable[[Principal, Task, Options], dict[int, Pair]]
 
 
 def directly(factorize: Factorize) -> Solve:
@@ -100,12 +103,60 @@ def directly(factorize: Factorize) -> Solve:
         for count, group in in_groups(tasks, lambda task: together(task.target, threads)):
             with closing(side_by_side(solved, group, count)) as results:
                 for task, by_rank in results:
-                    for rank, factors in by_rank.items():
-                        finished(task, rank, factors)
-                        bar.advance(0, excess=factors.certificate.excess)
-                    bar.advance(1, matrices=1)
+                    _report(task, by_rank, finished, bar)
 
     return solve
+
+
+def by_krylov(choose: Choose, tolerance: float) -> Solve:
+    """A run of a method that takes W's leading triplets from a Krylov space: in batches where the backend has them."""
+
+    def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
+        found = principal(W, task.ranks, dtype=backend.direct_dtype, tolerance=tolerance, digest=task.digest)
+        return against_triplets(W, task, choose(found, task, options), found)
+
+    one_by_one = directly(factorize)
+
+    def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
+        bar.phase("solving", len(tasks), len(tasks))
+        rest = dict(enumerate(tasks))
+
+        def solved(index: int, W: Tensor, found: Principal) -> None:
+            task = rest.pop(index)
+            _report(task, against_triplets(W, task, choose(found, task, options), found), finished, bar)
+
+        _in_batches(tasks, tolerance, load_backend(options.backend, options.device), solved)
+        if rest:
+            one_by_one(list(rest.values()), options, finished, bar)
+
+    return solve
+
+
+def _in_batches(
+    tasks: Sequence[Task], tolerance: float, backend: Backend, solved: Callable[[int, Tensor, Principal], None]
+) -> None:
+    """Call `solved` with the index, the W and the triplets of each matrix that a batch of the backend's settles."""
+    matrices = [
+        Stored(task.target.read, task.target.shape, task.target.dtype, room(min(task.target.shape), task.ranks))
+        for task in tasks
+    ]
+
+    def visit(members: Sequence[int], batch: GramBatch) -> None:
+        mine = [tasks[index] for index in members]
+        digests = [task.digest for task in mine]
+        triplets = principals(batch, [one.ranks for one in mine], tolerance, digests, matrices[members[0]].vectors)
+        for place, (index, found) in enumerate(zip(members, triplets, strict=True)):
+            if found is not None:
+                solved(index, batch.stored(place), found)
+
+    backend.gram_batches(matrices, visit)
+
+
+def _report(task: Task, by_rank: Mapping[int, Factors], finished: Finished, bar: ProgressBar) -> None:
+    for rank, factors in by_rank.items():
+        finished(task, rank, factors)
+        bar.advance(0, excess=factors.certificate.excess)
+    bar.advance(1, matrices=1)
 
 
 def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[int, Factors]:
@@ -131,10 +182,7 @@ def by_adam(draw: RandomStart) -> Solve:
 
     def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
         bar.phase("certifying", len(tasks), len(tasks))
-        bounds: list[Mapping[int, Optimum]] = []
-        for task in tasks:
-            bounds.append(optima(task.target.read(), task.ranks, task.digest))
-            bar.advance(1, matrices=1)
+        bounds = _bounds(tasks, load_backend(options.backend, options.device), bar)
         for rank in dict.fromkeys(rank for task in tasks for rank in task.ranks):
             mine = [i for i, task in enumerate(tasks) if rank in task.ranks]
             bar.phase("solving", len(mine), len(mine) * options.steps)
@@ -145,6 +193,26 @@ def by_adam(draw: RandomStart) -> Solve:
             _adam(problems, [(tasks[i], bounds[i][rank]) for i in mine], options, finished, bar)
 
     return solve
+
+
+def _bounds(tasks: Sequence[Task], backend: Backend, bar: ProgressBar) -> list[Mapping[int, Optimum]]:
+    """f* of each matrix at each of its ranks, on the backend's device, in batches where it has them."""
+    found: dict[int, Mapping[int, Optimum]] = {}
+
+    def bounded(index: int, bounds: Mapping[int, Optimum]) -> None:
+        found[index] = bounds
+        bar.advance(1, matrices=1)
+
+    _in_batches(
+        tasks,
+        TOLERANCE,
+        backend,
+        lambda index, W, triplets: bounded(index, optima_from(triplets, tasks[index].ranks)),
+    )
+    for index, task in enumerate(tasks):
+        if index not in found:
+            bounded(index, optima(task.target.read().to(backend.device), task.ranks, task.digest))
+    return [found[index] for index in range(len(tasks))]
 
 
 def _adam(

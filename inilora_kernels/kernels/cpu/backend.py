@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import ceil, fsum
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backend import Batch, Problem, Sample, Schedule
+from ..backend import Batch, Problem, Sample, Schedule, Stored, Visit
 from ..rounding import round_up
 from .products import B_BLOCK_ROWS
 from .simd import LOADS_FLOAT16, PANEL, SMALL_GROUP, kernel_view
@@ -152,6 +152,9 @@ class CpuBackend:
     name: str = "cpu"
     device: torch.device = torch.device("cpu")
     direct_dtype: torch.dtype = torch.float32
+
+    def gram_batches(self, matrices: Sequence[Stored], visit: Visit) -> None:
+        """See `Backend.gram_batches`: none."""
 
     def adam(self, batch: Batch) -> None:
         small = [i for i, p in enumerate(batch.problems) if 4 * p.shape[0] * p.shape[1] <= SMALL_MATRIX_BYTES]

@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ..backend import Batch, Sample
+from ..backend import Batch, Sample, Stored, Visit
 from .cost_model import Matrix
 from .device import CudaDevice, Device, HostDevice
 from .gpus import GPUS, Gpu, gpu_like
@@ -31,6 +31,7 @@ try:
     from triton.runtime.jit import JITFunction
 
     from . import kernels as triton_kernels
+    from .gram_run import first_launch, visit_batches
     from .wave import Start, Wave, padded_view, rate_table, start_of
 except ImportError as error:
     raise BackendError(
@@ -124,6 +125,18 @@ class TritonBackend:
             run = _Run(place, batch, rates)
             run.waves(planned, overlapped=len(planned) > 1 and _fits_twice(planned, free))
 
+    def gram_batches(self, matrices: Sequence[Stored], visit: Visit) -> None:
+        """See `Backend.gram_batches`. Leaves out float64 weights, which the kernels cannot multiply as they are."""
+        matrices = [one if one.dtype in WEIGHT_DTYPES else replace(one, vectors=0) for one in matrices]
+        with ExitStack() as scope:
+            place = self.place()
+            for context in _contexts(place):
+                scope.enter_context(context)
+            try:
+                visit_batches(place, self.gpu(), matrices, [kernel_dtype(one.dtype) for one in matrices], visit)
+            finally:
+                _rejoin(place)
+
     def place(self) -> Device:
         """The device and its streams."""
         return HostDevice() if self.device.type == "cpu" else CudaDevice(self.device)
@@ -154,6 +167,12 @@ def _contexts(place: Device) -> list[AbstractContextManager[object]]:
         return [nullcontext()]
     place.computing.wait_stream(torch.cuda.current_stream(place.device))
     return [torch.cuda.device(place.device), torch.cuda.stream(place.computing)]
+
+
+def _rejoin(place: Device) -> None:
+    """Let what the caller computes next, on its own stream, wait for what was computed here."""
+    if isinstance(place, CudaDevice):
+        place.computing.synchronize()
 
 
 def _fits_twice(planned: Sequence[PlannedWave], free: float) -> bool:
@@ -249,7 +268,9 @@ class _Run:
         if self.batch.milestones[-1] <= 2 * GRAPH_STEPS[0] or not self.place.captures:
             return {}
         # Compiles and loads the kernels, which a capture must not do: on zeros, which `begin` puts in order again.
-        _compiled(wave)
+        first_launch(lambda: wave.advance(1))
+        for wide in (False, True):
+            first_launch(lambda wide=wide: wave.judge(wide=wide))  # type: ignore[misc]
         found = {}
         for steps in GRAPH_STEPS:
             graph = self.place.captured(lambda steps=steps: wave.advance(steps))  # type: ignore[misc]
@@ -288,19 +309,3 @@ class _Run:
             if len(marks) > REPLAYS_AHEAD:
                 self.place.wait(marks.popleft())
             yield block
-
-
-def _compiled(wave: Wave) -> None:
-    """Launch every kernel once. Raises BackendError where triton cannot build its launcher."""
-    try:
-        wave.advance(1)
-        for wide in (False, True):
-            wave.judge(wide=wide)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise BackendError(
-            f"triton {triton.__version__} could not compile and launch the kernels: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}; it needs a C compiler (gcc) and "
-            'Python\'s headers (python3-dev) on this machine; or take backend="cpu"'
-        ) from error

@@ -38,6 +38,11 @@ class GramBatch:
         self.run: Callable[[], None] = self.launch
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the blocks that it takes."""
+        return BATCH, WIDTH, self.layout.N
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """n of each matrix."""
         return tuple(place.columns for place in self.layout.places)

@@ -1,0 +1,228 @@
+"""`principal` for a batch of matrices on a GPU: many searches in step, and the same certificate for each.
+
+What is proven and how stands in certificate.py and goal.py; how a space grows without the host in krylov_spaces.py. The
+host looks at the spaces every `_LOOK_EVERY` passes, which cost one product with every W. A matrix's looks depend on its
+rank alone, so that its bits do not depend on its neighbours. What the batch does not settle, as with singular values
+that are equal or of a precision beyond float32's, is left to `principal`, one matrix after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from ..kernels.backend import GramBatch
+from ..kernels.streaming import strips
+from ..kernels.threads import side_by_side
+from .certificate import missed_factor
+from .goal import Goal
+from .krylov import FLOAT32_RANGE, GRAM_SIZE, MISSED, PROMISED, Digest, Principal, concluded
+from .krylov_space import RitzPairs, combined
+from .krylov_spaces import UNIT, KrylovSpaces, ritz_pairs
+
+# A tensor core's product of float32 parts, with what it drops and truncates, is within some units of float32's own; one
+# more is the random part of krylov_spaces.py. bench/gpu.py measures it.
+PRODUCT_UNIT = 5 * UNIT
+# Vectors that a real spectrum takes to converge by blocks of 16: about so many times the rank, and so many more.
+_VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 3.4, 100, 0.85
+# The space may grow to so many times that.
+_GROWTH = 2
+_LOOK_EVERY = 2
+_FIRST_LOOK_OUTSIDE, _MOST_PASSES_OUTSIDE = 3, 17
+# Elements of W that are float64 at a time.
+_WIDE_ELEMENTS = 1 << 24
+
+
+def expected_vectors(rank: int) -> int:
+    """Vectors that a search of this rank is expected to take, in whole blocks of 16.
+
+    >>> expected_vectors(8), expected_vectors(128)
+    (128, 544)
+    """
+    return 16 * ceil((_VECTORS_A_RANK * rank + _VECTORS_MORE) / 16)
+
+
+def room(n: int, ranks: Sequence[int]) -> int:
+    """Vectors that a search may take of matrices whose smaller side is n, or is rounded up to n; 0 if none is made.
+
+    >>> room(4096, [8]), room(384, [8]), room(768, [128])
+    (256, 0, 0)
+    """
+    expected = expected_vectors(max(ranks))
+    most = min(_GROWTH * expected, n // 2 // 16 * 16)
+    return most if n > GRAM_SIZE and most >= expected else 0
+
+
+def passes_expected(rank: int) -> int:
+    """Products with W, to the first look at which a real spectrum has converged and the certificate's."""
+    return expected_vectors(rank) // 16 + _FIRST_LOOK_OUTSIDE
+
+
+@dataclass
+class _Searched:
+    """One matrix. vectors: of its space, once that has converged. outside: of its second one.
+
+    missed: the bound on λ_max outside of the space. lost: whether the batch is not to settle it.
+    """
+
+    goal: Goal
+    n: int
+    pairs: RitzPairs | None = None
+    missed: float = math.inf
+    vectors: int = 0
+    outside: int = 0
+    lost: bool = False
+
+    def first_look(self) -> int:
+        return ceil(_FIRST_LOOK * expected_vectors(self.goal.rank) / 16)
+
+    def judge(self, pairs: RitzPairs) -> bool:
+        """Whether there is no need of more vectors: they promise enough, or float32 will not do."""
+        if self.goal.too_coarse(pairs):
+            self.lost = True
+        elif self.goal.promised(pairs, self.goal.expected_outside(pairs)) <= PROMISED:
+            self.pairs = pairs
+        return self.lost or self.pairs is not None
+
+    def judge_outside(self, largest: float, passes: int) -> bool:
+        """Whether the second space has settled it, or found that the first one missed something."""
+        assert self.pairs is not None
+        self.outside = 16 * passes
+        rounding = self.goal.rounding(self.pairs)
+        missed = missed_factor(self.n, 16, passes) * (largest + rounding) + rounding
+        self.missed = min(self.missed, missed)
+        highest = float(self.pairs.values[self.goal.rank - 1])
+        if self.missed < highest and self.goal.settled(self.pairs, self.missed):
+            return True
+        self.lost = passes > _FIRST_LOOK_OUTSIDE and largest >= MISSED * highest
+        return self.lost
+
+
+def principals(
+    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, digests: Sequence[Digest], vectors: int
+) -> list[Principal | None]:
+    """The leading singular triplets of each W of the batch, certified for each of its ranks; None where they are not.
+
+    vectors: what `room` allows each of them. The rest as for `principal`.
+    """
+    precise = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return _principals(batch, ranks, tolerance, digests, vectors)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = precise
+
+
+def _principals(
+    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, digests: Sequence[Digest], vectors: int
+) -> list[Principal | None]:
+    energies = batch.energies.tolist()
+    searched = [
+        _Searched(Goal(energy, tuple(dict.fromkeys(wanted)), tolerance, PRODUCT_UNIT, exact=False), n)
+        for energy, wanted, n in zip(energies, ranks, batch.sizes, strict=False)
+    ]
+    for one in searched:
+        one.lost = not FLOAT32_RANGE[0] < one.goal.energy < FLOAT32_RANGE[1]
+    spaces = _converged(batch, searched, vectors)
+    if any(one.pairs is not None for one in searched):
+        _look_outside(batch, searched, digests, _until(spaces, searched))
+    return [
+        _finished(batch, index, one, spaces.Q[index]) if one.pairs is not None and not one.lost else None
+        for index, one in enumerate(searched)
+    ]
+
+
+def _starts(batch: GramBatch, streams: Sequence[torch.Generator | None]) -> Tensor:
+    """Gaussian blocks, zero beyond each matrix's own size; where there is no stream, and no matrix, ones."""
+    starts = torch.zeros(batch.shape)
+    starts[:] = 1.0
+    for index, (n, stream) in enumerate(zip(batch.sizes, streams, strict=False)):
+        starts[index] = 0.0
+        starts[index, :, :n] = 1.0 if stream is None else torch.randn(starts.shape[1], n, generator=stream)
+    return starts.to(batch.energies.device)
+
+
+def _converged(batch: GramBatch, searched: Sequence[_Searched], vectors: int) -> KrylovSpaces:
+    """Grow all spaces until each promises enough, or is at its end."""
+    starts = _starts(batch, [torch.Generator().manual_seed(0) for _ in searched])
+    spaces = KrylovSpaces(batch, starts, vectors)
+    going = {index for index, one in enumerate(searched) if not one.lost}
+    batch.keep(going)
+    looks = {index: searched[index].first_look() for index in going}
+    while going and spaces.size + 16 <= vectors:
+        spaces.expand()
+        due = [index for index in sorted(going) if looks[index] == spaces.passes]
+        if not due:
+            continue
+        T, coupling = spaces.here()
+
+        def look(index: int, T: Tensor = T, coupling: Tensor = coupling) -> bool:
+            return searched[index].judge(ritz_pairs(T[index], coupling[index]))
+
+        for index, done in zip(due, side_by_side(look, due, torch.get_num_threads()), strict=True):
+            looks[index] += _LOOK_EVERY
+            if done:
+                searched[index].vectors = spaces.size
+                going.discard(index)
+        batch.keep(going)
+    return spaces
+
+
+def _until(spaces: KrylovSpaces, searched: Sequence[_Searched]) -> Tensor:
+    """Each space as far as it had converged, and zeros; those of matrices that are lost are all zeros."""
+    sizes = [0 if one.pairs is None else one.vectors for one in searched]
+    sizes += [0] * (len(spaces.Q) - len(sizes))
+    grown = torch.arange(spaces.size)[None, :] < torch.tensor(sizes)[:, None]
+    return torch.where(grown[:, :, None].to(spaces.Q.device), spaces.Q, 0.0)[:, : max(sizes)]
+
+
+def _look_outside(batch: GramBatch, searched: Sequence[_Searched], digests: Sequence[Digest], fixed: Tensor) -> None:
+    """Bound what lies outside of each space from a second one, drawn from W's hash once the first is fixed."""
+    streams: list[torch.Generator | None] = [None] * len(searched)
+    going = set()
+    for index, one in enumerate(searched):
+        if one.pairs is not None:
+            streams[index] = torch.Generator().manual_seed(int.from_bytes(digests[index]()[:8], "big") >> 1)
+            going.add(index)
+    others = KrylovSpaces(batch, _starts(batch, streams), 16 * _MOST_PASSES_OUTSIDE, fixed)
+    batch.keep(going)
+    while going and others.passes < _MOST_PASSES_OUTSIDE:
+        others.expand()
+        if others.passes < _FIRST_LOOK_OUTSIDE or (others.passes - _FIRST_LOOK_OUTSIDE) % _LOOK_EVERY:
+            continue
+        T, _ = others.here()
+        for index in sorted(going):
+            if searched[index].judge_outside(float(torch.linalg.eigvalsh(T[index])[-1]), others.passes):
+                going.discard(index)
+        batch.keep(going)
+    for index in going:
+        searched[index].lost = True
+
+
+def _finished(batch: GramBatch, index: int, one: _Searched, Q: Tensor) -> Principal | None:
+    """The triplets from one more product in float64; None where they are not certified for all."""
+    assert one.pairs is not None
+    pairs, W = one.pairs, batch.tall(index)
+    kept = one.goal.kept(pairs, one.missed)
+    X = combined(Q[: one.vectors, : one.n], pairs.vectors[:, :kept])
+    Y = X.new_empty(len(W), kept)
+    for rows in strips(W, _WIDE_ELEMENTS):
+        torch.mm(W[rows].double(), X, out=Y[rows])
+    found = concluded(
+        one.goal,
+        pairs,
+        one.missed,
+        X,
+        Y,
+        one.goal.energy,
+        passes=(one.vectors + one.outside) // 16 + 1,
+        vectors=one.vectors + one.outside + kept,
+    )
+    if not all(found.certified.values()):
+        return None
+    return found if W.shape == batch.stored(index).shape else replace(found, U=found.V, V=found.U)

@@ -1,0 +1,130 @@
+"""Many searches in step: the certificate of each against a full SVD in float64, whatever its neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from inilora_kernels.solvers.krylov_batch import principals, room
+
+from .test_krylov import with_spectrum
+from .torch_batch import TorchBatch
+
+RANKS = (1, 3, 8)
+
+
+def digest() -> bytes:
+    return bytes(range(32))
+
+
+SPECTRA: dict[str, Tensor] = {
+    "decaying slowly": with_spectrum(620, 540, lambda i: i**-0.25),
+    "decaying, wide": with_spectrum(540, 620, lambda i: i**-0.5),
+    "decaying fast": with_spectrum(540, 540, lambda i: i**-1.5),
+    "white noise": torch.randn(540, 540, generator=torch.Generator().manual_seed(0)),
+    "low rank": with_spectrum(600, 560, lambda i: (i <= 8).double()),
+    "forty equal": with_spectrum(540, 540, lambda i: torch.where(i <= 40, 1.0, 0.1 * i**-0.5)),
+    "twenty equal at the end": with_spectrum(
+        540, 540, lambda i: torch.where(i <= 6, 2.0, torch.where(i <= 26, 1.0, 0.3))
+    ),
+    "nearly equal": with_spectrum(540, 540, lambda i: torch.where(i <= 9, 1 + 1e-9 * i, 0.5 * i**-0.5)),
+    "one huge": with_spectrum(540, 540, lambda i: torch.where(i == 1, 1e4, i**-0.5)),
+    "all equal": torch.eye(540),
+    "all zero": torch.zeros(540, 540),
+    "tiny numbers": 1e-20 * with_spectrum(540, 540, lambda i: i**-0.5),
+}
+SETTLED = {"decaying slowly", "decaying, wide"}
+
+
+@pytest.mark.parametrize("names", [list(SPECTRA)[:4], list(SPECTRA)[4:8], list(SPECTRA)[8:]], ids=str)
+def test_the_certificate_holds_or_the_matrix_is_left(names: list[str]) -> None:
+    weights = [SPECTRA[name] for name in names]
+    batch = TorchBatch(weights, count=4, length=576)
+    found = principals(batch, [RANKS] * len(weights), 1e-8, [digest] * len(weights), room(576, RANKS))
+    for name, W, one in zip(names, weights, found, strict=True):
+        assert (one is not None) or name not in SETTLED, name
+        if one is None:
+            continue
+        squares = torch.linalg.svdvals(W.double()).square()
+        rounding = 1e-14 * float(squares.sum())
+        for rank in RANKS:
+            best, least = float(squares[:rank].sum()), float(squares[rank:].sum())
+            captured = float((W.double() @ one.V[:, :rank]).square().sum())
+            assert best - captured <= one.shortfalls[rank] + rounding, (name, rank)
+            assert one.optimum(rank) <= least + rounding, (name, rank)
+            assert one.certified[rank]
+            assert one.optimum(rank) >= least * (1 - 2e-8) - 1e-12 * float(squares.sum()), (name, rank)
+        assert float((one.U.T @ one.U - torch.eye(8)).norm()) < 1e-10
+        # The longer side's vectors are the images of the shorter side's.
+        tall, V, U = (W, one.V, one.U) if W.shape[0] >= W.shape[1] else (W.T, one.U, one.V)
+        assert float((tall.double() @ V - U * one.S).norm()) < 1e-10 * float(one.S[0])
+
+
+def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours() -> None:
+    W = SPECTRA["decaying, wide"]
+    alone, *_ = principals(TorchBatch([W], count=4, length=576), [[8]], 1e-8, [digest], 256)
+    # White noise takes the batch to its end, long after this one has left it.
+    weights = [SPECTRA["white noise"], SPECTRA["decaying fast"], W]
+    batch = TorchBatch(weights, count=4, length=576)
+    *_, among = principals(batch, [[8], [3], [8]], 1e-8, [digest] * 3, 256)
+    assert alone is not None
+    assert among is not None
+    for one, other in ((alone.U, among.U), (alone.S, among.S), (alone.V, among.V)):
+        assert torch.equal(one, other)
+    assert alone.shortfalls == among.shortfalls
+    assert alone.passes == among.passes
+
+
+def test_finished_matrices_are_left_out_of_the_products() -> None:
+    batch = TorchBatch([SPECTRA["decaying, wide"], SPECTRA["decaying slowly"]], count=4, length=576)
+    told: list[set[int]] = []
+    keep = batch.keep
+    batch.keep = lambda active: (told.append(set(active)), keep(active))[1]  # type: ignore[method-assign]
+    principals(batch, [[1], [8]], 1e-8, [digest] * 2, 256)
+    assert {0, 1} in told
+    assert {1} in told
+    assert told[-1] == set()
+
+
+def test_the_stream_of_the_certificate_is_the_matrixs_own() -> None:
+    weights = [SPECTRA["decaying slowly"]] * 2
+    asked: list[int] = []
+
+    def of(index: int) -> bytes:
+        asked.append(index)
+        return bytes([index + 1] * 32)
+
+    batch = TorchBatch(weights, count=4, length=576)
+    first, second = principals(batch, [[8]] * 2, 1e-8, [lambda: of(0), lambda: of(1)], 256)
+    assert sorted(asked) == [0, 1]
+    assert first is not None
+    assert second is not None
+    # The same space, and another bound on what is outside of it.
+    assert torch.equal(first.S, second.S)
+    assert first.shortfalls != second.shortfalls
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("tf32")
+def test_the_users_tf32_switch_is_off_within_and_as_it_was_afterwards() -> None:
+    seen: list[bool] = []
+
+    class Watched(TorchBatch):
+        def __call__(self, X: Tensor) -> Tensor:
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return super().__call__(X)
+
+    principals(Watched([SPECTRA["decaying fast"]], count=1), [[3]], 1e-8, [digest], 256)
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cuda.matmul.allow_tf32
