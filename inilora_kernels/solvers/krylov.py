@@ -50,7 +50,7 @@ PROMISED = 0.5
 # A second space whose Ritz values come this near to θ_r has found what the first one missed.
 MISSED = 0.985
 # Passes of the second space before it may be judged.
-JUDGED_AFTER = 4
+_JUDGED_AFTER = 4
 _MOST_CERTIFYING = 64
 # Squares of squares stay in float32's range.
 FLOAT32_RANGE = (1e-16, 1e16)

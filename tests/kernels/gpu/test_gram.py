@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,58 +16,13 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor
 
 from inilora_kernels.kernels.gpu import gram as triton_gram
-from inilora_kernels.kernels.gpu.gram_batch import GramBatch
-from inilora_kernels.kernels.gpu.gram_layout import BATCH, WIDTH, GramField, gram_layout
-from inilora_kernels.kernels.gpu.tiles import GramTile
+from inilora_kernels.kernels.gpu.gram_layout import GramField
 
-from .cases import CPU, DTYPES, guard
+from .cases import DTYPES, guard
+from .gram_cases import SHAPES, batch_of, check, matrices, unit_vectors
 from .interpreter import GRAM, interpreted
 from .planting import planted
 from .shifting import Shifted
-
-# Three 16-bit parts hold float32's 24 bits, tf32x3 and ieee are float32's own: a few roundings of 2⁻²⁴.
-ERROR = 1e-6
-SMALL = GramTile(own=16, inner=32, warps=4, stages=1, precision="ieee")
-
-
-def matrices(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, scale: float = 0.02, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(shape, generator=generator) * scale).to(dtype) for shape in shapes]
-
-
-def batch_of(weights: Sequence[Tensor], tile: GramTile = SMALL, cache: float = math.inf) -> GramBatch:
-    layout = gram_layout([(W.shape[0], W.shape[1]) for W in weights], weights[0].element_size(), tile, cache)
-    batch = GramBatch(layout, weights[0].dtype, CPU)
-    for index, W in enumerate(weights):
-        batch.stored(index).copy_(W)
-    batch.measure()
-    return batch
-
-
-def unit_vectors(batch: GramBatch, seed: int = 0) -> Tensor:
-    X = torch.zeros_like(batch.X)
-    generator = torch.Generator().manual_seed(seed)
-    for index, n in enumerate(batch.sizes):
-        rows = torch.randn(WIDTH, n, generator=generator)
-        X[index, :, :n] = rows / rows.norm(dim=1, keepdim=True)
-    return X
-
-
-def check(batch: GramBatch, X: Tensor, weights: Sequence[Tensor]) -> None:
-    """Against float64. Each term errs on its own, so the scale is the root of the terms' squares."""
-    for index, W in enumerate(weights):
-        tall = (W if W.shape[0] >= W.shape[1] else W.T).double()
-        x = X[index, :, : tall.shape[1]].double()
-        Y, Z = batch.Y[index, :, : len(tall)].double(), batch.Z[index, :, : tall.shape[1]].double()
-        image = x @ tall.T
-        assert float((Y - image).norm()) <= ERROR * float((x.square() @ tall.square().T).sum().sqrt())
-        size = float((image.square() @ tall.square()).sum().sqrt()) + float(Y.norm()) * float(tall.norm())
-        assert float((Z - image @ tall).norm()) <= ERROR * size
-        assert float(batch.energies[index]) == pytest.approx(float(tall.square().sum()), rel=1e-12)
-        # Nothing but zeros beyond a matrix's sizes: torch's batched algebra goes over all of it.
-        assert not batch.Z[index, :, tall.shape[1] :].any()
-        assert not batch.Y[index, :, len(tall) :].any()
-
 
 sizes = st.integers(1, 150)
 
@@ -101,19 +55,6 @@ def test_small_and_large_weights_keep_their_digits(dtype: torch.dtype, size: flo
         X = unit_vectors(batch)
         batch(X)
     check(batch, X, weights)
-
-
-def test_a_transposed_or_sliced_weight_is_taken() -> None:
-    (base,) = matrices([(40, 60)], torch.bfloat16)
-    for W in (base, base.T.contiguous().T, torch.cat([base, base], dim=1)[:, :60]):
-        with interpreted():
-            batch = batch_of([W])
-            X = unit_vectors(batch)
-            batch(X)
-        check(batch, X, [base])
-
-
-SHAPES = [(70, 45), (33, 100), (64, 64)]
 
 
 def poisoned_run(seed: int | None, kernel: Any = GRAM) -> list[Tensor]:
@@ -196,22 +137,3 @@ def test_offsets_beyond_two_to_the_thirty_third_elements(dtype: torch.dtype, mon
         batch(X)
         plain(X)
     assert torch.equal(batch.Z, plain.Z)
-
-
-def test_a_finished_matrix_costs_no_reading() -> None:
-    weights = matrices(SHAPES, torch.bfloat16)
-    with interpreted():
-        batch = batch_of(weights)
-        X = unit_vectors(batch)
-        batch.keep([1])
-        batch.weights[: batch.layout.places[1].W_offset] = math.nan
-        batch(X)
-        assert not torch.isnan(batch.Z).any()
-        assert not batch.Z[0].any()
-        assert not batch.Z[2:BATCH].any()
-        # And everyone is back where all are kept.
-        batch.padded(0).zero_()
-        batch.stored(0).copy_(weights[0])
-        batch.keep(range(3))
-        batch(X)
-    check(batch, X, weights)
