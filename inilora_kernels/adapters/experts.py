@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..errors import OptionError, TargetError, WeightError
+from ..model.experts import may_hold_experts
 from .peft_layer import StartedLoraConfig
 from .residual_base import Layer
 from .started import DeltaA, DeltaB, difference
@@ -54,10 +55,8 @@ def expert_shapes(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """(E, d, k) of every parameter of a model that may hold experts, adapted or not, by its name in the plain model."""
     shapes = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Linear, nn.Embedding)):
-            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
+            if may_hold_experts(module, parameter):
                 count, *sides = parameter.shape
                 d, k = reversed(sides) if getattr(module, "is_transposed", False) else sides
                 shapes[f"{_plain(path)}.{name}"] = (count, d, k)

@@ -214,6 +214,12 @@ def _loaded(
 
 def _live_name(checkpoint: Checkpoint, module: str, architecture: Architecture | None, changes_weights: bool) -> str:
     """The name of a module in the model that will be loaded, where it is a linear layer with a weight of its own."""
+    weight = checkpoint.weights.get(f"{module}.weight")
+    if weight is not None and weight.is_fused_attention:
+        raise TargetError(
+            f"{checkpoint.path}: {module} cannot get an adapter: it is in_proj_weight of torch's MultiheadAttention, "
+            f"which reads that parameter and calls no layer; make the factors again without it"
+        )
     if architecture is None or not architecture.layers:
         return module
     prefix = architecture.base_model_prefix

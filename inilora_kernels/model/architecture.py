@@ -216,7 +216,8 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
         live, conversion = loads_into(f"{module}.weight")
         name = None if live is None else live.removesuffix(".weight")
         if name is None:
-            unloaded.append(module)
+            # What is called so here may be a parameter there, in_proj_weight of torch's MultiheadAttention.
+            unloaded += [module] if loads_into(f"{module}_weight")[0] is None else []
         elif conversion is not None:
             merged[module], conversions[module] = name, conversion
         elif name in every:

@@ -93,14 +93,14 @@ def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | 
                 name, (weight.shape[1], weight.shape[2]), False, ((weight,),) * weight.shape[0], weight.shape[0]
             )
             for name, weight in _fused(checkpoint).items()
-            if len(weight.shape) == 3 and not name.endswith((".weight", ".bias"))
+            if min(weight.shape) > 1 and not name.endswith((".weight", ".bias"))
         ]
     live = {architecture.live_name(name): weight for name, weight in _fused(checkpoint).items()}
     stacked = _stacked(checkpoint, architecture)
     found = []
     for name, parameter in architecture.model.named_parameters():
         module = architecture.model.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim != 3 or isinstance(module, (nn.Conv1d, nn.Linear, nn.Embedding)):
+        if not may_hold_experts(module, parameter):
             continue
         count, *sides = parameter.shape
         transposed = bool(getattr(module, "is_transposed", False))
@@ -110,6 +110,15 @@ def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | 
             continue
         found.append(ExpertParameter(name, shape, transposed, parts, count))
     return found
+
+
+def may_hold_experts(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a module's own parameter may be the matrices of several experts; a position or a token of a ViT is none.
+
+    parameter: also one that ZeRO-3 has partitioned.
+    """
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape) == 3 and min(shape) > 1 and not isinstance(module, (nn.Conv1d, nn.Linear, nn.Embedding))
 
 
 def selected(

@@ -67,16 +67,17 @@ def fused_parts(config: Any, name: str, out_features: int, in_features: int, *, 
         return layout(config, name, out_features)
     # timm's configs do not say how a model is built; all its blocks are alike.
     if last == "qkv" and name.endswith("attn.qkv") and out_features == 3 * in_features:
-        return _thirds(out_features)
+        return thirds(out_features)
     return {}
 
 
 def _gpt2(name: str, d: int) -> Parts:
     """Queries, keys, values; a cross-attention's holds keys and values only, as its queries are in q_attn."""
-    return {"value": (d // 2, d)} if "crossattention" in name else _thirds(d)
+    return {"value": (d // 2, d)} if "crossattention" in name else thirds(d)
 
 
-def _thirds(d: int) -> Parts:
+def thirds(d: int) -> Parts:
+    """All queries, all keys, all values, as many of each."""
     return {"query": (0, d // 3), "value": (2 * d // 3, d)}
 
 

@@ -62,7 +62,11 @@ def open_live(model: nn.Module | Mapping[str, Tensor]) -> Checkpoint:
     weights = find_weights(tensors, config, {})
     if isinstance(model, nn.Module):
         linear = {name for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
-        weights = {name: weight for name, weight in weights.items() if name.removesuffix(".weight") in linear}
+        weights = {
+            name: weight
+            for name, weight in weights.items()
+            if name.removesuffix(".weight") in linear or weight.is_fused_attention
+        }
     return Checkpoint(label, tensors, weights, config, name=str(getattr(model, "name_or_path", "") or label))
 
 

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .experts import ExpertParameter, find_expert_parameters, is_selected, selected
 from .formats.find import module_and_part
 from .formats.weight import StoredWeight
-from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index
+from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index, thirds
 from .hub import Choose
 from .modules import Module, aliases, find_modules, is_output_by_name, last_part, selector
 from .unchanged import watch
@@ -246,6 +246,9 @@ def _query_and_value(modules: list[Module], target: Callable[..., Target], confi
 
 def _parts(module: Module, name: str, config: Any) -> Parts:
     """The rows of query and value in a fused weight; empty for any other."""
+    if module.entry.is_fused_attention:
+        # No adapter library takes it in transformers' models, so there it is none of the defaults.
+        return {} if module.architecture else thirds(module.entry.shape[0])
     if len(module.entry.shape) != 2 or not FUSED.fullmatch(last_part(name)):
         return {}
     turned = module.form == "conv1d" and not module.entry.is_quantized

@@ -1,16 +1,20 @@
 """Query and value of fused weights, told by what a live model does with those rows."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inilora_kernels import approximate_model, attach
+from inilora_kernels import approximate_model, attach, export_delta
+from inilora_kernels.errors import TargetError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.fused import row_index
+from inilora_kernels.model.live import open_live
 from inilora_kernels.model.targets import find_targets
 
 SIZES: dict[str, Any] = {
@@ -144,6 +148,46 @@ def test_models_of_their_own_code(tmp_path: Path) -> None:
         heads = '"num_attention_heads": 4' + (', "num_key_value_heads": 2' if model_type == "internlm2" else "")
         (folder / "config.json").write_text(f'{{"model_type": "{model_type}", {heads}}}')
         assert [target.rows for target in find_targets(open_checkpoint(folder))] == rows
+
+
+class Tower(nn.Module):
+    """A residual block as open_clip's and CLIP's own code have it: torch's MultiheadAttention, an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(24, 4)
+        self.mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+
+
+def test_torchs_multihead_attention(tmp_path: Path) -> None:
+    """open_clip's in_proj_weight: a parameter of its own, whose thirds are the projections that torch takes."""
+    torch.manual_seed(0)
+    tower = Tower()
+    model = nn.ModuleDict({"visual": tower})
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    expected = tower.attn.in_proj_weight.detach().chunk(3)
+    for targets in (find_targets(open_checkpoint(tmp_path)), find_targets(open_live(model))):
+        assert [(one.module, one.rows) for one in targets] == [
+            ("visual.attn.in_proj:query", (0, 24)),
+            ("visual.attn.in_proj:value", (48, 72)),
+        ]
+        assert torch.equal(targets[0].read(), expected[0])
+        assert torch.equal(targets[1].read(), expected[2])
+    factors = approximate_model(tmp_path, rank=2, solver="krylov", cache=False, progress=False)
+    with pytest.raises(TargetError, match=r"visual\.attn\.in_proj"):
+        attach(model, factors)
+    with pytest.raises(TargetError, match="reads that parameter and calls no layer"):
+        export_delta(tmp_path, factors, tmp_path / "out")
+
+
+def test_siglips_pooling_head_takes_no_adapter(tmp_path: Path) -> None:
+    build("SiglipVisionModel", {**SIZES, "image_size": 8, "patch_size": 4}).save_pretrained(tmp_path)
+    targets = find_targets(open_checkpoint(tmp_path))
+    assert {target.module.rpartition(".")[2] for target in targets} == {"q_proj", "v_proj"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear = find_targets(open_checkpoint(tmp_path), "all-linear")
+    assert not any("in_proj" in target.module for target in linear)
 
 
 MLA = {

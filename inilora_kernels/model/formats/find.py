@@ -61,6 +61,8 @@ def module_and_part(name: str, tensors: Collection[str]) -> tuple[str, str]:
         parameter = name.removesuffix(ending)
         if parameter != name and f"{parameter}_blocks" in tensors and f"{parameter}_scales" in tensors:
             return parameter, ending[1:]
+    if name.endswith("in_proj_weight"):  # of torch's MultiheadAttention, see `is_fused_attention`
+        return name.removesuffix("_weight"), "weight"
     module, _, part = name.rpartition(".")
     return module, part
 

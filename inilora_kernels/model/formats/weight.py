@@ -44,6 +44,11 @@ class StoredWeight:
     refusal: str = ""
 
     @property
+    def is_fused_attention(self) -> bool:
+        """Whether it is `in_proj_weight` of torch's MultiheadAttention, which no layer has."""
+        return next(iter(self.stored.values())).name.endswith("in_proj_weight")
+
+    @property
     def is_quantized(self) -> bool:
         return self.dequantization != ""
 
