@@ -1,4 +1,4 @@
-"""What one reading of a large W computes, a strip of rows at a time, on any device.
+"""What one pass over a large W computes, a strip of rows at a time, on any device.
 
 W stays in the checkpoint's own dtype; only a strip of it is ever held in the dtype of the arithmetic.
 """
@@ -20,7 +20,7 @@ _STRIP_ELEMENTS = 1 << 21
 
 
 def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
-    """The rows of W in runs of about so many elements."""
+    """The rows of W in runs of about this many elements."""
     rows = max(1, elements // max(1, W.shape[1]))
     for start in range(0, W.shape[0], rows):
         yield slice(start, min(start + rows, W.shape[0]))
@@ -98,7 +98,7 @@ def product(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, float]:
 def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:
     """||W||_F² and, for each (A, B), ||W − BA||_F² from the residual itself, in float64, from one pass over W.
 
-    The same bits for any number of threads: each strip is one thread's, and the sums over strips are exact.
+    The same bits for any number of threads: each strip belongs to one thread, and the sums over strips are exact.
 
     >>> losses(3 * torch.eye(1), [(torch.tensor([[1.0]]), torch.tensor([[2.0]]))])
     (9.0, [1.0])

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-# So many bytes of matrices may be in memory at once, whatever their number.
+# Matrices in memory at once may take this many bytes, whatever their number.
 _ROOM = 64 << 20
 
 Item = TypeVar("Item")
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def one_torch_thread() -> Iterator[int]:
-    """Hold torch to one thread for a while. Gives the number that it has else, and has again afterwards.
+    """Hold torch to one thread for a while. Yields the number that it otherwise has, and has again afterwards.
 
     The number is the process's, for threads that have not asked for it yet.
     """
@@ -31,7 +31,7 @@ def one_torch_thread() -> Iterator[int]:
 
 
 def at_once(elements: int, itemsize: int, threads: int) -> int:
-    """How many matrices of this size should be in work, so that none of the threads waits.
+    """How many matrices of this size to work on at once, so that no thread waits.
 
     Two halves of the threads on a matrix each leave less unused than all on one. But memory stays near that of one
     large matrix in float32: two of 16 bits, or one.
@@ -49,7 +49,7 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: i
     """
     count = min(count, len(items))
     if count <= 1:
-        # A new thread's memory is new too, and touching it costs as much again as a small matrix's work.
+        # A new thread's memory is new too, and touching it costs as much as a small matrix's work.
         yield from map(work, items)
         return
     with one_torch_thread() as threads:

@@ -1,6 +1,6 @@
-"""What transformers knows of a checkpoint's modules: which are linear, which way round, and their live names.
+"""What transformers knows about a checkpoint's modules: which are linear, their orientation, and their live names.
 
-The model that a user's class will be is built on the meta device: no weights, no network, no code from the model's
+The model that the user's class will load is built on the meta device: no weights, no network, no code from the model's
 folder. Names in a file and names in that model differ in several ways: a checkpoint of a base model lacks the prefix
 that a model with a head has (`bert.`), the text model of a vision-language checkpoint has other names than the whole,
 transformers 5 has renamed modules since the files were written (ViT's `attention.attention.query` is
@@ -26,10 +26,10 @@ from ..choices import TaskType
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Heads on top of the body, where the class gives no `get_output_embeddings`. PEFT trains them whole.
+# Heads on top of the body, for classes without `get_output_embeddings`. PEFT trains them whole.
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
 
-# The class with which models are loaded for PEFT's task_type.
+# The class that loads models for each of PEFT's task_types.
 AUTO_CLASSES: Mapping[TaskType, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
@@ -47,7 +47,7 @@ class Layer:
     name: its name in the model that transformers builds.
     type: its class's name.
     form: "linear" stores W as (out_features, in_features), "conv1d" as (in_features, out_features); "other"
-        is no linear layer.
+        is not a linear layer.
     shape: of the weight as stored.
     is_output: the output embedding, or a head on top.
     shared_with: other modules that use the same parameter.
@@ -83,9 +83,9 @@ class Architecture:
     conversions: how each of these modules' weights becomes a part of it.
     unloaded: modules of the checkpoint that the model does not load.
     missing: modules of the model that the checkpoint has no weight for.
-    complete: every linear layer of the model is in the checkpoint, so what else is there is not the model's.
-    base_model_prefix: what a model with a head puts before the base model's names.
-    config: transformers' own, with its defaults filled in.
+    complete: every linear layer of the model is in the checkpoint, so anything else there does not belong to the model.
+    base_model_prefix: the prefix that a model with a head adds to the base model's names.
+    config: transformers' config, with its defaults filled in.
     live_name: the name in the model of a tensor of the checkpoint; None where the model does not load it one to one.
     """
 
@@ -102,18 +102,18 @@ class Architecture:
 
     @property
     def parameter_names(self) -> frozenset[str]:
-        """The names of all parameters of the model, shared ones under each."""
+        """The names of all parameters of the model, shared ones under each of their names."""
         return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
 
     @property
     def output_names(self) -> frozenset[str]:
-        """The names of the modules that turn the last hidden state into scores of words."""
+        """The names of the modules that turn the last hidden state into token scores."""
         output = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return frozenset(name for name, module in self.model.named_modules(remove_duplicate=False) if module is output)
 
     def left_out(self, module: str) -> str | None:
-        """Return why a module of the checkpoint is no layer of the model; None if it is one, or nothing is known."""
-        # Where not one module fits, config.json and the names do not speak of the same model.
+        """Return why a module of the checkpoint is not a layer of the model; None if it is, or if nothing is known."""
+        # If no module fits at all, config.json and the names are not about the same model.
         if module in self.layers or not self.layers:
             return None
         name = type(self.model).__name__
@@ -125,14 +125,14 @@ class Architecture:
 
 
 def describe(config: Mapping[str, Any], modules: Iterable[str], auto_class: str | None = None) -> Architecture | None:
-    """Return what transformers says of these modules of a checkpoint.
+    """Return what transformers says about these modules of a checkpoint.
 
     config: the checkpoint's config.json.
     auto_class: the class that will load it, such as "AutoModelForCausalLM". None: the one that config.json names, or
-        AutoModel where the checkpoint lacks less of that one: all-mpnet-base-v2 names MPNetForMaskedLM and holds the
+        AutoModel if the checkpoint lacks less of that one: all-mpnet-base-v2 names MPNetForMaskedLM and holds the
         bare model.
 
-    None where transformers has no such model; with a warning also where it fails to build the one it has.
+    Returns None if transformers has no such model, and also, with a warning, if it fails to build it.
     """
     names = list(modules)
     kind = auto_class or str((config.get("architectures") or ["AutoModel"])[0])
@@ -150,7 +150,7 @@ def describe(config: Mapping[str, Any], modules: Iterable[str], auto_class: str 
 
 
 def architectures(config: Mapping[str, Any], modules: Iterable[str]) -> Iterator[Architecture]:
-    """Yield what these modules are in each class that may load a checkpoint, the one that config.json names first."""
+    """Yield what these modules are in each class that may load the checkpoint, the one that config.json names first."""
     names = list(modules)
     for auto_class in (None, *dict.fromkeys(AUTO_CLASSES.values())):
         if auto_class is None or has_class(config, auto_class):
@@ -171,8 +171,8 @@ def has_class(config: Mapping[str, Any], auto_class: str) -> bool:
 def loaded_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:
     """Return the name in a live model of each module of a checkpoint, for those that it loads one to one.
 
-    As `from_pretrained` does: with the base model's prefix added or taken away, and through transformers' own
-    table of renamed modules.
+    As in `from_pretrained`: with the base model's prefix added or removed, and through transformers' own table of
+    renamed modules.
 
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -190,7 +190,7 @@ def loaded_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, st
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from reporting at length on models that a user has not asked for."""
+    """Keep transformers from long reports about models that the user did not ask for."""
     import transformers
 
     before = transformers.logging.get_verbosity()
@@ -222,7 +222,7 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
             merged[module], conversions[module] = name, conversion
         elif name in every:
             layers[module] = every[name]
-    # What comes of one tensor alone was split or permuted: its own matrix, though none of the model's.
+    # What comes from one tensor alone was split or permuted: a matrix of its own, but not one of the model's.
     parts = Counter(merged.values())
     sources = {layer.name for layer in layers.values()} | set(merged.values())
     missing = [name for name, layer in every.items() if name not in sources and not layer.shared_with]
@@ -314,10 +314,10 @@ def _layers(model: PreTrainedModel) -> dict[str, Layer]:
 
 
 def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
-    """The model of a config.json on the meta device. kind: its class, an auto class or one of transformers' own."""
+    """The model for a config.json, on the meta device. kind: its class, an auto class or one of transformers' own."""
     import transformers
 
-    # The attention kernel does not matter here, and the one asked for may not be installed. Without `auto_map` no
+    # The attention kernel does not matter here, and the requested one may not be installed. Without `auto_map`, no
     # class comes from the model's folder.
     plain = {
         key: _with_infinities(value)
@@ -348,7 +348,7 @@ def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
         model.eval()  # type: ignore[no-untyped-call]
         return model
     except Exception as error:
-        # A config may be anything, and a class may raise anything on it, or want a package that is not here.
+        # A config may be anything, and a class may raise anything on it, or need a package that is not installed.
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
             f"transformers {transformers.__version__} cannot build {kind} of model_type {config.get('model_type')!r} "
@@ -360,7 +360,7 @@ def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
 
 
 def _with_infinities(value: Any) -> Any:
-    """JSON has no infinity; transformers writes {"__float__": "Infinity"}."""
+    """JSON has no infinity, so transformers writes {"__float__": "Infinity"}."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])

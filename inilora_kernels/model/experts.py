@@ -1,9 +1,9 @@
-"""Experts: parameters that hold a matrix for each expert of a layer, whatever way a checkpoint stores them.
+"""Experts: parameters that hold a matrix for each expert of a layer, however a checkpoint stores them.
 
 transformers 5 keeps all experts of a layer in one parameter of three dimensions, `experts.gate_up_proj`, which PEFT
 adapts by `target_parameters`. On disk it may be that parameter (gpt-oss, Llama 4; blocks and scales of MXFP4 too), or a
 matrix for each expert and projection (Mixtral, Qwen, DeepSeek), which transformers stacks on loading. Both are the same
-matrices, so they have one name here, that of the parameter and the expert's number: `mlp.experts.gate_up_proj:3`.
+matrices, so they have one name here, the parameter's with the expert's number: `mlp.experts.gate_up_proj:3`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class ExpertParameter:
     name: in the model.
     shape: (d, k) of each expert's W, out_features by in_features as PEFT takes them.
     transposed: the parameter holds Wᵀ for each expert; PEFT knows that by the module's `is_transposed`.
-    stored: for each expert, the weights whose rows, one below the other, are its W. Where the checkpoint stores all
-        experts in one tensor, that one weight, of three dimensions, for all.
+    stored: for each expert, the weights whose rows, one below the other, are its W. If the checkpoint stores all
+        experts in one tensor: that weight, with three dimensions, for all.
     count: how many experts the model has.
     """
 
@@ -54,7 +54,7 @@ class ExpertParameter:
         return self.stored[0][0].dequantization
 
     def read(self, expert: int) -> Tensor:
-        """One expert's W (d×k), contiguous and in memory of its own. Raises CheckpointError."""
+        """One expert's W (d×k), contiguous and in its own memory. Raises CheckpointError."""
         parts = self.stored[expert]
         if len(parts[0].shape) == 2:
             return parts[0].read() if len(parts) == 1 else torch.cat([part.read() for part in parts])
@@ -82,10 +82,10 @@ class ExpertParameter:
 
 
 def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | None) -> list[ExpertParameter]:
-    """Every parameter of experts that the checkpoint holds whole, in the model's order.
+    """Every parameter of experts that the checkpoint holds completely, in the model's order.
 
-    architecture: of the model; None where transformers knows none: then they are the tensors of three dimensions that
-        are no layer's `weight`, and each holds W for every expert.
+    architecture: of the model; None if transformers knows none: then they are the tensors with three dimensions that
+        are no layer's `weight`, each holding W for every expert.
     """
     if architecture is None:
         return [
@@ -124,13 +124,13 @@ def may_hold_experts(module: nn.Module, parameter: Tensor) -> bool:
 def selected(
     checkpoint: Checkpoint, parameters: Collection[ExpertParameter], target_parameters: Collection[str]
 ) -> list[ExpertParameter]:
-    """Those that `target_parameters` selects, in PEFT's syntax: whole names, or their endings after a dot.
+    """The ones that `target_parameters` selects, in PEFT's syntax: whole names, or endings after a dot.
 
-    Raises TargetError for a name that selects none, and CheckpointError where experts are missing, or their shapes
-    differ from the model's.
+    Raises TargetError for a name that selects none, and CheckpointError if experts are missing or their shapes differ
+    from the model's.
     """
     if isinstance(target_parameters, str):
-        raise TargetError(f"target_parameters={target_parameters!r}: give a list of names, as PEFT wants it")
+        raise TargetError(f"target_parameters={target_parameters!r}: give a list of names, as in PEFT")
     for name in target_parameters:
         if not any(is_selected(one.name, [name]) for one in parameters):
             endings = sorted({".".join(one.name.split(".")[-2:]) for one in parameters})
@@ -150,7 +150,7 @@ def is_selected(name: str, target_parameters: Collection[str]) -> bool:
 
 
 def parameter_of_expert(name: str) -> str | None:
-    """The parameter that a matrix of a FactorSet is one expert of; None where it is no expert's.
+    """The parameter of which a matrix in a FactorSet is one expert; None if it is not an expert's.
 
     >>> parameter_of_expert("mlp.experts.gate_up_proj:3"), parameter_of_expert("h.0.attn.c_attn:query")
     ('mlp.experts.gate_up_proj', None)
@@ -160,7 +160,7 @@ def parameter_of_expert(name: str) -> str | None:
 
 
 def _fused(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
-    """The tensors that may be a whole parameter: stored as they are, or as a format's experts."""
+    """The tensors that may be a whole parameter: stored plainly, or as a format's experts."""
     plain = {
         name: StoredWeight(name, tensor.shape, tensor.dtype, "", {"values": tensor})
         for name, tensor in checkpoint.tensors.items()
@@ -187,7 +187,7 @@ def _stacked(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, tu
 
 
 def _expert_number(module: str, parameter: str) -> int | None:
-    """The last number in a stored module's name, which its parameter has not."""
+    """The last number in a stored module's name, which its parameter lacks."""
     numbers = re.findall(r"(?<=\.)\d+(?=\.)", module)
     return int(numbers[-1]) if len(numbers) == len(re.findall(r"(?<=\.)\d+(?=\.)", parameter)) + 1 else None
 
@@ -195,7 +195,7 @@ def _expert_number(module: str, parameter: str) -> int | None:
 def _require_shape(checkpoint: Checkpoint, parameter: ExpertParameter) -> None:
     where, count = f"{checkpoint.path}: {parameter.name}", parameter.count
     if len(parameter.stored) != count:
-        raise CheckpointError(f"{where} is made of {len(parameter.stored)} experts, and config.json says {count}")
+        raise CheckpointError(f"{where} consists of {len(parameter.stored)} experts, but config.json says {count}")
     for number, parts in enumerate(parameter.stored):
         refused = next((part.refusal for part in parts if part.refusal), "")
         if refused:

@@ -27,7 +27,7 @@ from .unchanged import watch
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# How architectures call the query and the value projection of one attention block.
+# The names that architectures give the query and value projections of an attention block.
 QUERY_AND_VALUE = {
     "q_proj": "v_proj",  # LLaMA, Mistral, Qwen, Gemma, Phi, OPT, BART, CLIP, GPT-J and most others
     "query": "value",  # BERT and its family, ViT, DeiT, Swin
@@ -37,10 +37,10 @@ QUERY_AND_VALUE = {
     "linear_q": "linear_v",  # Conformers
     "wq": "wv",  # LLaMA's and Mistral's own files
     "to_q": "to_v",  # diffusers
-    "add_q_proj": "add_v_proj",  # diffusers' transformers, of the text's tokens
+    "add_q_proj": "add_v_proj",  # diffusers' transformers, for the text tokens
 }
 # GPT-2's cross-attention, and DeepSeek's latent attention: its queries are q_proj's, or q_b_proj's where they are
-# compressed; keys and values come of one latent vector by kv_b_proj, whose heads hold both, so it is taken whole.
+# compressed; keys and values come from one latent vector by kv_b_proj, whose heads hold both, so it is taken whole.
 _OTHER_PARTNERS = {
     "q_attn": ("c_attn",),
     "q_proj": ("kv_b_proj",),
@@ -63,10 +63,10 @@ class Target:
     shape: (d, k) of W, after orientation and slicing.
     dtype: the checkpoint's.
     read: W, contiguous, in its own dtype and memory. Raises CheckpointError if the file changed since it was opened.
-    sha256: of the stored tensor's bytes, the whole one for a part of it.
-    unchanged: whether it still has the sha256 that was found before; see `watch`.
+    sha256: of the stored tensor's bytes; of the whole tensor for a part of it.
+    unchanged: whether it still has a sha256 that was computed before; see `watch`.
     transposed: the tensor is stored as (in_features, out_features), as GPT-2's Conv1D does.
-    dequantization: how W is made of a quantized weight; "" for a plain one.
+    dequantization: how W is computed from a quantized weight; "" for a plain one.
     rows: the rows of the whole W that this part covers, see model/fused.py; None for all of it.
     """
 
@@ -91,20 +91,20 @@ def find_targets(
     """The matrices that `target_modules` and `target_parameters` select, in the order of the layers.
 
     target_modules:
-        None: the query and value projection of every attention block. GPT-2's and Phi-3's fused weights give
-            a part for each, those of others a pattern of rows (model/fused.py). DeepSeek's latent attention: q_proj or
+        None: the query and value projection of every attention block. GPT-2's and Phi-3's fused weights yield one part
+            for each, others a pattern of rows (model/fused.py). DeepSeek's latent attention: q_proj or
             q_b_proj, and kv_b_proj.
         a list: modules whose name is one of these, or ends in one after a dot.
         a string: a regular expression that matches the whole name.
         "all-linear": every linear layer but the output layer.
-    rank_of: the rank that a module will have: "all-linear" leaves out, with a warning, what is thinner.
+    rank_of: the rank that a module will have; "all-linear" leaves out, with a warning, matrices thinner than that.
     target_parameters: parameters of experts by their names in the model or endings of them, as in PEFT: a matrix for
         each expert. With them alone, and target_modules None, nothing else.
 
-    Names are those in the checkpoint, those that transformers gives the modules when it loads it, and both
-    with the base model's prefix (`bert.`), so what works in a `LoraConfig` works here.
+    Names may be those in the checkpoint or those that transformers gives the modules on loading, either with the base
+    model's prefix (`bert.`), so what works in a `LoraConfig` works here.
 
-    A target is a matrix that the model will load as a linear layer. What transformers does not load (the layers for
+    A target is a matrix that the model will load as a linear layer. Whatever transformers does not load (the layers for
     multi-token prediction), or merges with others into one parameter (experts), is left out with a warning.
 
     Raises TargetError: nothing is selected, or something that is no linear layer or shares its weight, or the
@@ -170,9 +170,9 @@ def _merged(module: Module) -> str | None:
 def tensors_of(
     target_modules: Collection[str] | str | None, target_parameters: Collection[str] | None = None
 ) -> Choose:
-    """Which tensors of a checkpoint `find_targets` needs, told by their names and config.json alone.
+    """Which tensors of a checkpoint `find_targets` needs, judging by their names and config.json alone.
 
-    At least those: what cannot be told apart by name is included.
+    At least those: what names cannot tell apart is included.
     """
 
     def choose(names: Collection[str], config: Mapping[str, Any] | None) -> Collection[str]:
@@ -189,7 +189,7 @@ def tensors_of(
             live |= {name: _parameter_name(name, architecture) for name in names}
             chosen |= {module for module, name in live.items() if is_selected(name, target_parameters)}
             return [name for name, module in modules.items() if module in chosen or name in chosen] or names
-        # A selection that misses everything is refused with the names of what is there.
+        # A selection that misses everything is refused, naming what is there.
         return [name for name, module in modules.items() if module in chosen] or names
 
     return choose
@@ -208,7 +208,7 @@ def _by_default(names: Collection[str]) -> bool:
 def _require_each_selects(
     checkpoint: Checkpoint, target_modules: Collection[str] | str, loaded: list[Module], left_out: list[Module]
 ) -> None:
-    """Raise TargetError, or warn, where a name in `target_modules` selects nothing, or nothing fit to be a target."""
+    """Raise TargetError, or warn, if a name in `target_modules` selects nothing, or nothing that can be a target."""
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     for name in names:
         selects = selector(name if isinstance(target_modules, str) else [name])
@@ -218,7 +218,7 @@ def _require_each_selects(
         if refused is not None:
             others = [other for other in names if other != name]
             raise TargetError(
-                f"{checkpoint.path}: {name} selects {refused.name} alone or its like, and {refused.left_out}; "
+                f"{checkpoint.path}: {name} selects only modules like {refused.name}, and {refused.left_out}; "
                 f"leave {name} out of target_modules{f': {others}' if others else ''}"
             )
         if len(names) > 1:
@@ -226,11 +226,11 @@ def _require_each_selects(
             problem = f"{checkpoint.path}: {name!r} in target_modules selects nothing{did_you_mean(name, endings)}"
             if did_you_mean(name, endings):
                 raise TargetError(f"{problem}; names here end in {', '.join(sorted(endings))}")
-            warnings.warn(problem, stacklevel=3)  # PEFT takes a list that is meant for several models
+            warnings.warn(problem, stacklevel=3)  # PEFT accepts a list that is meant for several models
 
 
 def _query_and_value(modules: list[Module], target: Callable[..., Target], config: Any) -> Iterator[Target]:
-    # transformers' names where it knows the module: they are more uniform than those in files.
+    # transformers' names if it knows the module: they are more uniform than those in files.
     by_name = {module.layer.name if module.layer else module.name: module for module in modules}
     for name, module in by_name.items():
         block, last = name.rpartition(".")[0], last_part(name)
@@ -280,7 +280,7 @@ def _target(
         raise TargetError(f"{where} has a weight of shape {entry.shape}, not a matrix; leave it out of target_modules")
     if module.form == "other":
         what = module.layer.type if module.layer else "embedding, by its name"
-        raise TargetError(f"{where} is no linear layer ({what}); leave it out of target_modules")
+        raise TargetError(f"{where} is not a linear layer ({what}); leave it out of target_modules")
     if module.layer is not None and module.layer.shared_with:
         raise TargetError(
             f"{where} shares its weight with {', '.join(module.layer.shared_with)}, so it cannot have "
@@ -326,7 +326,7 @@ def _expert(parameter: ExpertParameter, number: int) -> Target:
 
 
 def _read(checkpoint: Checkpoint, tensor: str, shape: tuple[int, int], transposed: bool, rows: Rows | None) -> Tensor:
-    """W (d×k) of a stored tensor, turned and cut out piece by piece; the peak is about W itself."""
+    """W (d×k) from a stored tensor, transposed and cut out piece by piece; the peak is about W itself."""
     entry = checkpoint.weights[tensor]
     if not transposed and (rows is None or len(rows) == 2):
         return checkpoint.read(tensor, slice(*rows) if rows else slice(None))
@@ -343,12 +343,12 @@ def _read(checkpoint: Checkpoint, tensor: str, shape: tuple[int, int], transpose
 
 
 def _read_periodic(entry: StoredWeight, rows: Rows) -> Tensor:
-    """Some rows of every period, a few periods at a time."""
+    """The same rows of every period, a few periods at a time."""
     out_features, k = entry.shape
     period = rows[-1]
     count = rows[1] - rows[0]
     W = torch.empty(row_count(rows, out_features), k, dtype=entry.dtype)
-    # A quantized weight may have to be unpacked whole for any of its rows.
+    # A quantized weight may have to be unpacked completely for any of its rows.
     step = out_features if entry.is_quantized else max(1, _STRIP_BYTES // (period * k * entry.dtype.itemsize)) * period
     for first in range(0, out_features, step):
         strip = entry.read(slice(first, min(first + step, out_features)))

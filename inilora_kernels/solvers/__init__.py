@@ -1,1 +1,1 @@
-"""What the least of ||W − BA||_F² is and how it is reached: by the paper's Adam or by a Krylov space."""
+"""The minimum of ||W − BA||_F² and how to reach it: by the paper's Adam or by a Krylov space."""

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..factors import Certificate
 from ..kernels.backend import Backend, Batch, Problem, Sample, Schedule
 
-# How often a matrix is asked whether it has reached `tol`.
+# How often each matrix is checked against `tol`.
 TOLERANCE_CHECK_STEPS = 100
 
 
 def milestones(steps: int, checkpoint_steps: Sequence[int], tol: float | None) -> list[int]:
-    """The steps at which each matrix is looked at, ascending.
+    """The steps at which each matrix is inspected, ascending.
 
     Dense at first and every 1,000 later, as the convergence curve needs it; the checkpoints; the end; and, with a
     tolerance, every 100.
@@ -47,10 +47,10 @@ def adam(
 ) -> None:
     """Run a batch of matrices to the end of the schedule, or each until its excess is below `tol`.
 
-    bounds: what the end is measured against: each matrix's f* and energy; its loss is filled in.
+    bounds: each matrix's f* and energy, which its end is measured against; the loss is filled in.
     finished: called with a matrix's last sample, its certificate, its (step, loss) curve and the factors kept at
         `checkpoint_steps`, as soon as that matrix is done, in any order.
-    advanced: called with the matrix-steps done since the last call and the excess last seen, for a progress bar.
+    advanced: called with the matrix-steps done since the last call and the latest excess, for a progress bar.
     """
     kept: list[Checkpoints] = [{} for _ in problems]
     history: list[list[tuple[int, float]]] = [[] for _ in problems]

@@ -1,4 +1,4 @@
-"""When a search for the leading singular triplets of one W may stop: what it has to prove, and what it has so far."""
+"""When a search for the leading singular triplets of one W may stop: what it has to prove, and what it has proven."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..factors import FLOAT32_FLOOR
 from .certificate import promise
 from .krylov_space import RitzPairs
 
-# What the second space's bound is taken for before it is known: a share of θ_r at most.
+# The second space's bound is assumed to be at most this share of θ_r before it is known.
 _EXPECTED_OUTSIDE = 0.93
 # The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to so little of the energy.
 _COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
@@ -20,8 +20,8 @@ class Goal:
     """An excess f/f* − 1 below `tolerance` for each of `ranks`, proven.
 
     energy: ||W||_F².
-    unit: of the products with W: the relative error of one of them, as `rounding` uses it.
-    exact: whether the arithmetic is float64, than which there is no finer.
+    unit: the relative error of one product with W, as `rounding` uses it.
+    exact: whether the arithmetic is float64, the finest there is.
     """
 
     energy: float
@@ -41,15 +41,15 @@ class Goal:
         return self.unit * largest
 
     def allowed(self, pairs: RitzPairs, rank: int) -> float:
-        """How much energy may be left behind: `tolerance` of f*, and never less than float32 factors can show."""
+        """How much energy may be missed: `tolerance` of f*, and never less than float32 factors can show."""
         return max(self.tolerance * self.missing(pairs, rank), FLOAT32_FLOOR * self.energy)
 
     def missing(self, pairs: RitzPairs, rank: int) -> float:
-        """What the Ritz pairs have not captured: f* and what is left behind."""
+        """What the Ritz pairs have not captured: f* and the energy they missed."""
         return max(0.0, self.energy - float(pairs.values[:rank].sum()))
 
     def promised(self, pairs: RitzPairs, missed: float, enough: float = 0.0) -> float:
-        """The promise of the rank that is furthest from what it is allowed, as a multiple of that.
+        """The promise of the rank that is furthest from its allowance, as a multiple of the allowance.
 
         missed: a bound on λ_max outside of the space.
         enough: a multiple below which it does not matter how much better it could be.
@@ -67,14 +67,14 @@ class Goal:
         return self.promised(pairs, missed, enough=1.0) <= 1.0
 
     def expected_outside(self, pairs: RitzPairs) -> float:
-        """About what a second space will bound λ_max outside of this one by, from how far the Ritz values reach."""
+        """Roughly how a second space will bound λ_max outside of this one, judging by how far the Ritz values reach."""
         highest = max(0.0, float(pairs.values[self.rank - 1]))
         place = self.rank + (len(pairs.values) - self.rank) // 4
         reached = 1.3 * max(0.0, float(pairs.values[min(place, len(pairs.values) - 1)]))
         return min(_EXPECTED_OUTSIDE * highest, reached)
 
     def too_coarse(self, pairs: RitzPairs) -> bool:
-        """Whether the products' rounding hides what is to be proven."""
+        """Whether the products' rounding hides what must be proven."""
         if self.exact:
             return False
         highest = float(pairs.values[self.rank - 1])
@@ -87,7 +87,7 @@ class Goal:
         )
 
     def kept(self, pairs: RitzPairs, missed: float) -> int:
-        """How many Ritz vectors the proof of all ranks is from."""
+        """How many Ritz vectors the proof of all ranks uses."""
         rounding = self.rounding(pairs)
         kept = max(promise(pairs, rank, missed, rounding)[1] for rank in self.ranks)
         return min(kept, len(pairs.values))

@@ -1,4 +1,4 @@
-"""f*, the least that ||W − BA||_F² can be at a rank: what every result is measured against (Eckart–Young)."""
+"""f*, the minimum of ||W − BA||_F² at a rank, which every result is measured against (Eckart–Young)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def optima(W: Tensor, ranks: Sequence[int], digest: Digest | None = None) -> dic
 
 
 def optima_from(found: Principal, ranks: Sequence[int]) -> dict[int, Optimum]:
-    """What leading singular triplets and their shortfalls prove of f* at each of several ranks."""
+    """What leading singular triplets and their shortfalls prove about f* at each of several ranks."""
     return {rank: Optimum(found.optimum(rank), found.energy, found.leading, found.certified[rank]) for rank in ranks}
 
 

@@ -1,6 +1,6 @@
-"""From a matrix to its factors: the batch-wise run by Adam, and the matrix by matrix run of every direct method.
+"""From a matrix to its factors: Adam's run in batches, and the direct methods' run matrix by matrix.
 
-An initialization (initializations.py) says which of them computes it, with what start and what direct solver.
+An initialization (initializations.py) says which of them computes it, from what start or by what direct solver.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ RandomStart = Callable[[Shape, int, float, torch.Generator], Pair]
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A matrix to factorize: what the survey found of it, the ranks to do it for, and its start.
+    """A matrix to factorize: what the survey found, the ranks to do it for, and its start.
 
-    std: σ̄ of the random start. start: factors that the "nearest" gauge is near to, instead of the random start.
+    std: σ̄ of the random start. start: factors that the "nearest" gauge comes close to, instead of the random start.
     """
 
     target: Target
@@ -47,11 +47,11 @@ class Task:
     start: Factors | None = None
 
     def digest(self) -> bytes:
-        """What decides the direct solver's random blocks."""
+        """The bytes that decide the direct solver's random blocks."""
         return bytes.fromhex(self.sha256)
 
     def random_start(self, draw: RandomStart, rank: int, seed: int) -> Pair:
-        """The start from the matrix's own random stream, the same wherever in a model, batch or list it stands."""
+        """The start from the matrix's own random stream, whatever its place in a model, batch or list."""
         text = f"{seed} {self.sha256} {self.target.rows}"
         first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
         return draw(self.target.shape, rank, self.std, torch.Generator().manual_seed(first))
@@ -65,7 +65,7 @@ class Task:
         history: History = (),
         checkpoints: Checkpoints | None = None,
     ) -> Factors:
-        """The result, on the CPU, with all that it says of the matrix."""
+        """The result, on the CPU, with everything it records about the matrix."""
         return Factors(
             A.cpu(),
             B.cpu(),
@@ -80,7 +80,7 @@ class Task:
         )
 
 
-# Called with each result as soon as it is there.
+# Called with each result as soon as it is ready.
 Finished = Callable[[Task, int, Factors], None]
 Solve = Callable[[Sequence[Task], Options, Finished, ProgressBar], None]
 # (W on the backend's device, its task, the options, the backend) ↦ the factors of each of the task's ranks
@@ -165,7 +165,7 @@ def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[in
 
 
 def against_triplets(W: Tensor, task: Task, pairs: Mapping[int, Pair], found: Principal) -> dict[int, Factors]:
-    """The factors of each rank, certified by what the triplets that they came from can have left behind."""
+    """The factors of each rank, certified by how much the triplets that they came from may have missed."""
     return _against(W, task, pairs, optima_from(found, task.ranks))
 
 
@@ -178,7 +178,7 @@ def _against(W: Tensor, task: Task, pairs: Mapping[int, Pair], bounds: Mapping[i
 
 
 def by_adam(draw: RandomStart) -> Solve:
-    """A run of Adam on whole batches: f* of each matrix, its random start, then the steps; a rank after the other."""
+    """A run of Adam on whole batches: f* of each matrix, its random start, then the steps; one rank after the other."""
 
     def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
         bar.phase("certifying", len(tasks), len(tasks))

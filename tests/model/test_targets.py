@@ -242,11 +242,11 @@ def test_entries_that_are_no_names(tmp_path: Path, target_modules: Any) -> None:
             "BertModel",
             ENCODER,
             "word_embeddings",
-            "embeddings.word_embeddings is no linear layer (Embedding)",
+            "embeddings.word_embeddings is not a linear layer (Embedding)",
         ),
         ("BertModel", ENCODER, "LayerNorm", "not a matrix"),
         ("ViTModel", VISION, "projection", "embeddings.patch_embeddings.projection has a weight of shape"),
-        ("MixtralForCausalLM", DECODER, "gate", "is no linear layer (MixtralTopKRouter)"),
+        ("MixtralForCausalLM", DECODER, "gate", "is not a linear layer (MixtralTopKRouter)"),
     ],
 )
 def test_other_than_linear(tmp_path: Path, name: str, options: dict[str, Any], ending: str, complaint: str) -> None:
