@@ -23,8 +23,9 @@ from .refused import refusal
 
 def test_a_broken_installation_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((llama / "config.json").read_text())
-    monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
+    # The class first: to restore it, monkeypatch has to import it.
     monkeypatch.setattr(transformers, "LlamaForCausalLM", property(lambda _: 1 / 0), raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
     with pytest.warns(UserWarning, match=r"transformers .* cannot build LlamaForCausalLM"):
         assert describe(config, ["model.layers.0.self_attn.q_proj"]) is None
 
