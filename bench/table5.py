@@ -69,12 +69,22 @@ class Model:
 
 # Shapes by the models' own config.json; the dtype is the published checkpoint's (bfloat16 stands for float16 too).
 MODELS = (
-    Model("RoBERTa Base", 12, (768, 768), (768, 768), "float32", 2.0, 0.8),
-    Model("RoBERTa Large", 24, (1024, 1024), (1024, 1024), "float32", 4.1, 1.3),
-    Model("LLaMA2-7B", 32, (4096, 4096), (4096, 4096), "bfloat16", 25.8, 16.2),
-    Model("Gemma-7B", 28, (4096, 3072), (4096, 3072), "bfloat16", 18.2, 12.4),
-    Model("LLaMA3-8B", 32, (4096, 4096), (1024, 4096), "bfloat16", 15.7, 10.9),
-    Model("LLaMA2-13B", 40, (5120, 5120), (5120, 5120), "bfloat16", 54.6, 24.4),
+    Model("RoBERTa Base", layers=12, query=(768, 768), value=(768, 768), dtype="float32", minutes=2.0, gigabytes=0.8),
+    Model(
+        "RoBERTa Large", layers=24, query=(1024, 1024), value=(1024, 1024), dtype="float32", minutes=4.1, gigabytes=1.3
+    ),
+    Model(
+        "LLaMA2-7B", layers=32, query=(4096, 4096), value=(4096, 4096), dtype="bfloat16", minutes=25.8, gigabytes=16.2
+    ),
+    Model(
+        "Gemma-7B", layers=28, query=(4096, 3072), value=(4096, 3072), dtype="bfloat16", minutes=18.2, gigabytes=12.4
+    ),
+    Model(
+        "LLaMA3-8B", layers=32, query=(4096, 4096), value=(1024, 4096), dtype="bfloat16", minutes=15.7, gigabytes=10.9
+    ),
+    Model(
+        "LLaMA2-13B", layers=40, query=(5120, 5120), value=(5120, 5120), dtype="bfloat16", minutes=54.6, gigabytes=24.4
+    ),
 )
 
 

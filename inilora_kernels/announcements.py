@@ -38,8 +38,7 @@ def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar
     The bar learns how long each stage will last. aloud: False in all but one of several processes.
     """
     works = [_work(task.target, rank) for task in missing for rank in task.ranks]
-    steps = options.steps if options.solver == "adam" else 0
-    solver = options.solver or ""
+    steps, solver = options.adam_steps, options.solver or ""
     worth_timing = estimate.seconds(works, solver, steps, speed=_SLOW) > estimate.WORTH_SAYING
     speed = speed_of_torch_mm() if worth_timing else estimate.USUAL_SPEED
     card = card_of(options.backend, options.device)
@@ -52,8 +51,8 @@ def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar
 
 def _expect(works: Sequence[Work], matrices: int, options: Options, speed: float, bar: ProgressBar) -> None:
     certifying = sum(estimate.direct_seconds(work, options.solver or "", speed) for work in works)
-    if options.solver == "adam":
-        steps, card = options.steps, card_of(options.backend, options.device)
+    if steps := options.adam_steps:
+        card = card_of(options.backend, options.device)
         bar.expect("certifying", matrices, certifying, matrices)
         bar.expect("solving", len(works) * steps, estimate.adam_seconds(works, steps, speed, card), len(works))
     else:
@@ -66,7 +65,7 @@ def costs(tasks: Sequence[Task], options: Options) -> list[float]:
     Other hardware predicts other numbers, so all processes have to go by those of one.
     """
     works = [[_work(task.target, rank) for rank in task.ranks] for task in tasks]
-    return estimate.costs(works, options.solver or "", options.steps, card_of(options.backend, options.device))
+    return estimate.costs(works, options.solver or "", options.adam_steps, card_of(options.backend, options.device))
 
 
 def stopped(finished: int, total: int, cached: bool) -> str:

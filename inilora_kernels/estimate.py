@@ -29,16 +29,16 @@ def seconds(works: Sequence[Work], solver: str, steps: int, *, speed: float, car
     """Predicted seconds of a whole run.
 
     solver: "adam", "krylov", "exact", or "" for a random start, for which only f* is computed.
-    steps: Adam's.
+    steps: Adam's; 0 for any other solver.
     speed: FLOPs a second of this machine's torch.mm.
     card: the GPU that Adam's steps run on; None for the processor.
 
     >>> seven_billion = [Work((4096, 4096), 2, 8)] * 64
-    >>> [round(seconds(seven_billion, solver, 20_000, speed=188e9)) for solver in ("adam", "krylov")]
+    >>> [round(seconds(seven_billion, *run, speed=188e9)) for run in (("adam", 20_000), ("krylov", 0))]
     [4891, 17]
     """
     total = sum(reading_seconds(work) + direct_seconds(work, solver, speed) for work in works)
-    return total + (adam_seconds(works, steps, speed, card) if solver == "adam" else 0.0)
+    return total + (adam_seconds(works, steps, speed, card) if steps else 0.0)
 
 
 def reading_seconds(work: Work) -> float:
@@ -48,9 +48,7 @@ def reading_seconds(work: Work) -> float:
 
 def direct_seconds(work: Work, solver: str, speed: float) -> float:
     """A full SVD for "exact"; otherwise a Krylov space, which Adam and random starts need for f*."""
-    if solver == "exact":
-        return cpu.full_svd_seconds(work.shape, speed)
-    return cpu.krylov_seconds(work.shape, work.rank, speed)
+    return cpu.DIRECT_SECONDS.get(solver, cpu.krylov_seconds)(work.shape, work.rank, speed)
 
 
 def adam_seconds(works: Sequence[Work], steps: int, speed: float, card: Gpu | None = None) -> float:
@@ -90,11 +88,11 @@ def notice(works: Sequence[Work], solver: str, steps: int, *, speed: float, card
     if takes < WORTH_SAYING:
         return None
     where = "this processor" if card is None else card.name
-    what = f"{steps:,} Adam steps" if solver == "adam" else f"solver {solver}" if solver else "certificates"
+    what = f"{steps:,} Adam steps" if steps else f"solver {solver}" if solver else "certificates"
     count = f"{len(works)} {'matrix' if len(works) == 1 else 'matrices'}"
     sentence = f"this run will take about {duration_in_words(takes)} on {where} ({what}, {count}; an estimate)"
-    if solver in ("adam", "exact"):
-        krylov = seconds(works, "krylov", steps, speed=speed)
+    if steps or solver in cpu.DIRECT_SECONDS:
+        krylov = seconds(works, "krylov", 0, speed=speed)
         if krylov < takes / 2:
             soon = f"{'about ' if krylov >= 1 else ''}{duration_in_words(krylov)}"
             sentence += f"; solver krylov finds the same product BA in {soon}"

@@ -224,6 +224,10 @@ class Options:
         ]
 
     @property
+    def adam_steps(self) -> int:
+        return steps_of(self.solver or "", self.steps)
+
+    @property
     def schedule(self) -> Schedule:
         return Schedule(steps=self.steps, lr=self.lr, step_size=self.step_size, gamma=self.gamma, loss=self.loss)
 
@@ -295,6 +299,16 @@ def takes(
         return cast(Any, keywords)  # type: ignore[no-any-return]
 
     return decorate
+
+
+def steps_of(solver: str, steps: int) -> int:
+    """The Adam steps that a solver takes when it is asked for `steps`: none, unless it is Adam."""
+    return 0 if solver in _NOT_ADAM else steps
+
+
+def meaning_of(name: str) -> str:
+    """The meaning of an option, without its default."""
+    return str(next(one.metadata["meaning"] for one in fields(ModelOptions) if one.name == name))
 
 
 def meaning(one: Field[Any]) -> str:

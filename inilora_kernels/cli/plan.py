@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from ..errors import OptionError
 from ..kernels.gpu.gpus import GPUS, gpu_named
-from ..options import require_count
+from ..options import Options, meaning_of, require_count
 from .arguments import Json, target_modules_from
 
 
@@ -18,8 +18,8 @@ def plan(
     *,
     gpu: Annotated[str | None, typer.Option(help=f"Predict for a GPU too: {', '.join(GPUS)}.")] = None,
     gpus: Annotated[int, typer.Option(help="How many of them, with one torchrun process on each.")] = 1,
-    rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = 8,
-    steps: Annotated[int, typer.Option(help="Adam steps for each matrix.")] = 20_000,
+    rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = cast(int, Options.rank),
+    steps: Annotated[int, typer.Option(help=meaning_of("steps"))] = Options.steps,
     target_modules: Annotated[
         list[str] | None,
         typer.Option("--target-modules", "-t", help="As for `approximate`. Default: query and value projections."),

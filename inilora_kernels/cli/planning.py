@@ -21,6 +21,7 @@ from ..kernels.gpu.cost_model import plan as predict
 from ..kernels.gpu.gpus import Gpu
 from ..model.checkpoint import open_checkpoint
 from ..model.targets import find_targets, tensors_of
+from ..options import steps_of
 from ..processes import shares
 from .output import print_table
 
@@ -98,12 +99,13 @@ def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards |
         table.add_column(on_cards.name, justify="right", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
     for solver, finds in _SOLVERS.items():
-        here = estimate.seconds(works, solver, steps, speed=speed)
-        row = [solver, f"{finds}, {steps:,} steps" if solver == "adam" else finds, duration_in_words(here)]
+        own = steps_of(solver, steps)
+        here = estimate.seconds(works, solver, own, speed=speed)
+        row = [solver, f"{finds}, {own:,} steps" if own else finds, duration_in_words(here)]
         memory = size_in_words(estimate.memory(works))
         if on_cards is not None:
-            row.append(duration_in_words(max(on_cards.seconds)) if solver == "adam" else "")
-            memory += f" + {size_in_words(on_cards.first.memory)}" if solver == "adam" else ""
+            row.append(duration_in_words(max(on_cards.seconds)) if own else "")
+            memory += f" + {size_in_words(on_cards.first.memory)}" if own else ""
         table.add_row(*row, memory)
     return table
 
@@ -115,7 +117,9 @@ def _json(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | 
         "rank": works[0].rank,
         "steps": steps,
         "torch_mm_flops": speed,
-        "seconds": {solver: estimate.seconds(works, solver, steps, speed=speed) for solver in _SOLVERS},
+        "seconds": {
+            solver: estimate.seconds(works, solver, steps_of(solver, steps), speed=speed) for solver in _SOLVERS
+        },
         "memory": estimate.memory(works),
         "seconds_by_gpu": None if on_cards is None else list(on_cards.seconds),
         "gpu": None if on_cards is None else _kernels_json(on_cards.first),

@@ -123,7 +123,13 @@ def _model(folder: Path, kept: Collection[str] | None = None) -> Component | Non
             )
     files = tuple(folder / shard for shard in sorted(set(here.values())))
     return Component(
-        "", folder, files, config, found.index, here, tuple(name for name in weight_map if name not in here)
+        name="",
+        folder=folder,
+        files=files,
+        config=config,
+        index=found.index,
+        weight_map=here,
+        absent=tuple(name for name in weight_map if name not in here),
     )
 
 

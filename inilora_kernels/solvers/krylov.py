@@ -186,8 +186,17 @@ def _by_gram(W: Tensor, ranks: Sequence[int], total: float) -> Principal:
     S = torch.linalg.vector_norm(Y, dim=0)
     rank = max(ranks)
     U = Y[:, :rank] / torch.where(S[:rank] > 0, S[:rank], 1.0)
-    none, leading = dict.fromkeys(ranks, 0.0), tuple(S[:LEADING].tolist())
-    return Principal(U, S[:rank], V[:, :rank], none, dict.fromkeys(ranks, True), total, leading, 2, W.shape[1])
+    return Principal(
+        U=U,
+        S=S[:rank],
+        V=V[:, :rank],
+        shortfalls=dict.fromkeys(ranks, 0.0),
+        certified=dict.fromkeys(ranks, True),
+        energy=total,
+        leading=tuple(S[:LEADING].tolist()),
+        passes=2,
+        vectors=W.shape[1],
+    )
 
 
 def _nothing(W: Tensor, ranks: Sequence[int]) -> Principal:
@@ -195,8 +204,17 @@ def _nothing(W: Tensor, ranks: Sequence[int]) -> Principal:
     rank = max(ranks)
     V = torch.eye(W.shape[1], rank, dtype=torch.float64, device=W.device)
     U = V.new_zeros(W.shape[0], rank)
-    none = dict.fromkeys(ranks, 0.0)
-    return Principal(U, V.new_zeros(rank), V, none, dict.fromkeys(ranks, True), 0.0, (0.0,) * rank, 1, 0)
+    return Principal(
+        U=U,
+        S=V.new_zeros(rank),
+        V=V,
+        shortfalls=dict.fromkeys(ranks, 0.0),
+        certified=dict.fromkeys(ranks, True),
+        energy=0.0,
+        leading=(0.0,) * rank,
+        passes=1,
+        vectors=0,
+    )
 
 
 def _sha256(W: Tensor) -> bytes:

@@ -221,11 +221,11 @@ def even_wave(count: int, most: int) -> int:
     return math.ceil(count / math.ceil(count / most))
 
 
-def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int = 20_000) -> Plan:
+def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int) -> Plan:
     """Predict the run of these matrices. Raises OptionError for none, or a rank or dtype the kernels do not take.
 
     >>> from inilora_kernels.kernels.gpu.gpus import gpu_named
-    >>> small = plan([Matrix((768, 768), 4, 8)] * 24, gpu_named("rtx4090"))
+    >>> small = plan([Matrix((768, 768), 4, 8)] * 24, gpu_named("rtx4090"), steps=20_000)
     >>> small.groups[0].count, small.launches
     (24, 80000)
     """

@@ -33,7 +33,7 @@ def test_krylov_never_multiplies_more_vectors_than_the_matrix_has() -> None:
 
 def test_a_transposed_matrix_costs_the_same() -> None:
     assert krylov_seconds((300, 900), 8, SPEED) == krylov_seconds((900, 300), 8, SPEED)
-    assert full_svd_seconds((300, 900), SPEED) == full_svd_seconds((900, 300), SPEED)
+    assert full_svd_seconds((300, 900), 8, SPEED) == full_svd_seconds((900, 300), 8, SPEED)
 
 
 def test_reading_grows_with_the_bytes() -> None:

@@ -49,7 +49,7 @@ def test_table_5_is_predicted_thirty_times_below_the_paper(model: Model) -> None
 def test_the_bar_holds_where_one_assumption_is_off_by_two(model: Model, worse: dict[str, float]) -> None:
     """The cache's bandwidth, the share of the tensor cores and the launches are assumptions until measured."""
     itemsize = getattr(torch, model.dtype).itemsize
-    forecast = plan([Matrix(shape, itemsize, 8) for shape in model.shapes], replace(ADA, **worse))
+    forecast = plan([Matrix(shape, itemsize, 8) for shape in model.shapes], replace(ADA, **worse), 20_000)
     assert model.minutes * 60 / forecast.seconds >= 30
 
 
@@ -69,7 +69,7 @@ def test_memory_stays_below_the_bar(model: Model, gpu: str) -> None:
     assert forecast.memory <= 1.3 * model.weight_bytes
     # Also where a whole batch of 64 streams from DRAM at once.
     for group in forecast.groups:
-        alone = plan([group.matrix], ADA).memory
+        alone = plan([group.matrix], ADA, 20_000).memory
         assert alone <= 1.3 * group.matrix.shape[0] * group.matrix.shape[1] * group.matrix.itemsize
 
 
@@ -112,8 +112,8 @@ def test_waves_fit_the_cache_where_they_are_taken() -> None:
 
 
 def test_a_choice_does_not_depend_on_the_neighbours() -> None:
-    alone = plan([Matrix((768, 768), 4, 8)], ADA).groups[0]
-    among = plan([Matrix((768, 768), 4, 8), Matrix((4096, 4096), 2, 8)] * 5, ADA).groups[0]
+    alone = plan([Matrix((768, 768), 4, 8)], ADA, 20_000).groups[0]
+    among = plan([Matrix((768, 768), 4, 8), Matrix((4096, 4096), 2, 8)] * 5, ADA, 20_000).groups[0]
     assert alone.parts == among.parts
 
 
@@ -133,9 +133,9 @@ def test_even_waves() -> None:
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:
     with pytest.raises(OptionError, match="rank ≤ 128"):
-        plan([Matrix((768, 768), 4, 129)], ADA)
+        plan([Matrix((768, 768), 4, 129)], ADA, 20_000)
     with pytest.raises(OptionError, match="no matrix"):
-        plan([], ADA)
+        plan([], ADA, 20_000)
 
 
 def test_the_command_prints_the_plan(minilm: Path) -> None:
