@@ -25,6 +25,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
+_MERGE_INSTEAD = (
+    "a LoRA for the original model holds A and B alone: train again without it, or load the adapter the way it was "
+    "trained (on the residual base, or `adapter` and `initial` together) and call PEFT's merge_and_unload"
+)
+
 # Where huggingface_hub keeps a downloaded model: its id and its commit are in the path.
 _HUB_CACHE = re.compile(r".*[/\\]models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[^/\\]+)")
 
@@ -81,7 +86,7 @@ def read_adapter(folder: Path) -> Adapter:
     config = parse(AdapterConfig, text, str(folder / CONFIG))
     if config.peft_type != "LORA" or config.use_dora or config.bias not in (None, "none"):
         found = f"peft_type {config.peft_type}, use_dora {config.use_dora}, bias {config.bias}"
-        raise FactorFileError(f"{folder / CONFIG}: not a plain LoRA ({found}); only A and B can be converted")
+        raise FactorFileError(f"{folder / CONFIG}: not a plain LoRA ({found}); {_MERGE_INSTEAD}")
     modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     if not modules:
         raise FactorFileError(f"{folder / WEIGHTS}: no lora_A in it; give the folder of a trained LoRA adapter")
@@ -102,7 +107,7 @@ def read_adapter(folder: Path) -> Adapter:
         del tensors[key]
     strange = [key for key in tensors if "lora_" in key]
     if strange:
-        raise FactorFileError(f"{folder / WEIGHTS}: {strange[0]} is neither A nor B; only A and B can be converted")
+        raise FactorFileError(f"{folder / WEIGHTS}: {strange[0]} is neither A nor B; {_MERGE_INSTEAD}")
     return Adapter(config.model_dump(), factors, tensors)
 
 

@@ -6,9 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-from peft import LoraConfig
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from inilora_kernels.adapters.export import export_delta
+from inilora_kernels.adapters.folder import read_adapter
+from inilora_kernels.errors import FactorFileError
 
 from ..factorized import factorize
 
@@ -25,3 +29,17 @@ def test_adapters_are_written_as_peft_writes_them(llama: Path, tmp_path: Path) -
     assert "base_model: org/tiny" in card
     assert "wrong" in card
     LoraConfig.from_pretrained(str(tmp_path / "delta/adapter"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": "all"}, {"lora_bias": True}, {"target_modules": ["q_proj", "embed_tokens"]}, {"use_dora": True}],
+)
+def test_what_is_more_than_a_and_b_is_refused_with_what_to_do(
+    llama: Path, tmp_path: Path, options: dict[str, object]
+) -> None:
+    """peft 436: trained with biases or embeddings, and only then told that they cannot be converted."""
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+    get_peft_model(LlamaForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path)
+    with pytest.raises(FactorFileError, match=r"train again without it, or .*merge_and_unload"):
+        read_adapter(tmp_path)
