@@ -17,7 +17,7 @@ from rich.console import Console
 from ..harness import machine
 from ..smollm2 import smollm2
 from . import word_problems
-from .evaluation import missing_packages
+from .benchmarks import missing_files, missing_packages
 from .report import write_report
 from .rows import read_rows
 from .systems import ADAPTERS
@@ -66,6 +66,8 @@ def main(
                 raise typer.BadParameter(
                     f"{name} is evaluated with packages that are missing: pip install {' '.join(missing)}"
                 )
+            if missing := missing_files(part.evaluations(), data):
+                raise typer.BadParameter(f"{name} is evaluated with files that --data lacks: {', '.join(missing)}")
             run_table(part, model or _model_of(part), data, results, workers, origin, most)
         write_report(table, read_rows(results), results, Console(), DOCUMENT if results == RESULTS else None)
 

@@ -13,6 +13,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..movie_reviews import movie_reviews
+from . import prompts
 
 # For each task of GLUE: its text columns and the metrics of evaluation.py, the score first.
 GLUE = {
@@ -25,22 +26,12 @@ GLUE = {
 }
 MOVIES = {"movie-sentiment": ("accuracy",), "movie-rating": ("pearson", "spearman")}
 
-# For each set of instructions: the file under the data folder, and the columns of the question, its context and the
-# answer.
+# For each set of instructions: the file under the data folder, and how a row becomes text.
 INSTRUCTIONS = {
-    "metamathqa": ("MetaMathQA/MetaMathQA-395K.json", ("query", None, "response")),
-    "codealpaca": ("CodeAlpaca-20k/code_alpaca_20k.json", ("instruction", "input", "output")),
-    "sharegpt": ("ShareGPT/ShareGPT_V3_unfiltered_cleaned_split.json", None),
+    "metamathqa": ("MetaMathQA/MetaMathQA-395K.json", prompts.metamathqa),
+    "codealpaca": ("CodeAlpaca-20k/code_alpaca_20k.json", prompts.codealpaca),
+    "sharegpt": ("ShareGPT/ShareGPT_V3_unfiltered_cleaned_split.json", prompts.sharegpt),
 }
-
-# The prompt that MetaMathQA and CodeAlpaca were published with, as a chat template, so that training and every
-# evaluation use the same one.
-ALPACA = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{{ message['content'] }}\n\n### Response: "
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -58,12 +49,10 @@ class Task:
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The model's, with a padding token and the prompt's template."""
+    """The model's, with a padding token."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = ALPACA
     return tokenizer
 
 
@@ -137,36 +126,30 @@ def _glue(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, max_lengt
 def _instructions(
     name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, size: int | None
 ) -> Dataset:
-    """Conversations; what is learned are the assistant's answers."""
-    file, columns = INSTRUCTIONS[name]
+    """The first rows as text; what is learned are the answers."""
+    file, text_of = INSTRUCTIONS[name]
     rows = load_dataset("json", data_files=str(folder / file), split="train")
     examples = []
     for row in rows.select(range(min(size or len(rows), len(rows)))):
-        if columns is None:
-            roles = {"human": "user", "gpt": "assistant"}
-            turns = row["conversations"]
-            messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns if t["from"] in roles]
-        else:
-            question, context, answer = columns
-            asked = row[question] + (f"\n\n{row[context]}" if context and row[context] else "")
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}]
-        ids, labels = _conversation(messages, tokenizer)
+        ids, labels = _tokenize(text_of(row, str(tokenizer.eos_token)), tokenizer)
         if any(label != -100 for label in labels[:max_length]):
             examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     return _dataset(examples)
 
 
-def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids, and the labels: -100, no label, for all but the answers."""
-    ids: list[int] = []
-    labels: list[int] = []
-    before = ""
-    for place, message in enumerate(messages):
-        text = str(tokenizer.apply_chat_template(messages[: place + 1], tokenize=False))
-        new = tokenizer(text[len(before) :], add_special_tokens=not ids)["input_ids"]
-        ids += new
-        labels += new if message["role"] == "assistant" else [-100] * len(new)
-        before = text
+def _tokenize(pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of the whole text, and the labels: -100, no label, up to as many tokens as what comes before an answer
+    has by itself, as the authors' code counts them.
+    """
+    ids: list[int] = list(tokenizer("".join(text for text, _ in pieces))["input_ids"])
+    labels = [-100] * len(ids)
+    before, start = "", 0
+    for text, learned in pieces:
+        before += text
+        end = len(tokenizer(before)["input_ids"])
+        if learned:
+            labels[start:end] = ids[start:end]
+        start = end
     return ids, labels
 
 

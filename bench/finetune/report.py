@@ -63,6 +63,23 @@ def scores_by_seed(
                 continue
             column = (*(f"{name} {getattr(cell.run, name)}" for name in table.show.get("columns", ())), score)
             found.setdefault(cell.system, {}).setdefault(column, {})[cell.run.seed] = value
+    if table.show.get("average"):
+        firsts = _first_scores(table, cells, rows)
+        for system, of_seeds in firsts.items():
+            tasks = len({cell.run.task for cell in cells})
+            whole = {seed: fmean(scores) for seed, scores in of_seeds.items() if len(scores) == tasks}
+            if whole:
+                found[system][("Avg",)] = whole
+    return found
+
+
+def _first_scores(table: Table, cells: Sequence[Cell], rows: Mapping[Run, Row]) -> dict[str, dict[int, list[float]]]:
+    """system → seed → each task's first score."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for cell in cells:
+        if not cell.sweep and cell.run in rows:
+            score = next(iter(rows[cell.run]["scores"].values()))
+            found.setdefault(cell.system, {}).setdefault(cell.run.seed, []).append(score)
     return found
 
 
@@ -133,7 +150,9 @@ def tabulate(
     rows: Mapping[Run, Row],
 ) -> tuple[list[str], list[list[str]]]:
     """Header and lines: mean ± standard deviation × 100; against the named system difference, p, and p by Holm."""
-    columns = sorted({column for line in scores.values() for column in line})
+    columns = sorted(
+        {column for line in scores.values() for column in line}, key=lambda column: (column == ("Avg",), column)
+    )
     against = table.show.get("against")
     header = ["method", *(["learning rate"] if table.sweep or table.rates_of else []), *(" ".join(c) for c in columns)]
     tests: dict[tuple[str, Column], PairedTest] = {}

@@ -47,7 +47,8 @@ class Table:
     margin: differences smaller than this count as none; set before the runs.
     rates_of: instead, the table whose sweep's best rates are used, and the system there for each system here.
     show: how it is drawn: `columns`, settings whose values are columns; `against`, the system that the others are
-        tested against; `measures` and `others` of a study (study.py); `plot`, one of plots.py's, with its options.
+        tested against; `average`, a last column with the mean over the tasks; `measures` and `others` of a study
+        (study.py); `plot`, one of plots.py's, with its options.
     """
 
     name: str
@@ -79,10 +80,10 @@ class Table:
                 for seed in self.grid["seed"] if self.common_rate else ():
                     yield Cell(label, _run({**settings, "lr": self.common_rate, "seed": seed}), common=True)
 
-    def evaluations(self) -> set[str]:
+    def evaluations(self) -> list[str]:
         """The benchmarks that any of its runs is evaluated with."""
         parts = (self.settings, *self.variants, *self.systems.values())
-        return {name for part in parts for name in part.get("evaluations", ())}
+        return sorted({name for part in parts for name in part.get("evaluations", ())})
 
     def best_rate(self, label: str, settings: Mapping[str, Any], rows: Mapping[Run, Row]) -> float | None:
         """The best of the swept learning rates; None as long as a run of the sweep is missing."""

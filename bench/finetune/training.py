@@ -11,26 +11,34 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
 )
 
 from . import word_problems
+from .benchmarks import evaluate
+from .checkpoint import checkpoint, load_checkpoint, save_checkpoint
 from .data import Task, load_task, load_tokenizer
-from .evaluation import evaluate, outcomes, score_predictions
+from .evaluation import outcomes, score_predictions
 from .language import finetune_language
 from .rows import Row
 from .run import Run
 from .systems import prepare
 
 
-def finetune(run: Run, model: Path, data: Path | None) -> Row:
-    """Train and evaluate; the row has the settings, the scores, and the training loss."""
+def finetune(run: Run, model: Path, data: Path | None, checkpoints: Path | None = None) -> Row:
+    """Train and evaluate; the row has the settings, the scores, and the training loss.
+
+    checkpoints: a folder that keeps what was trained until a benchmark has been run, so that one that fails does not
+        cost the training.
+    """
     if run.task == word_problems.NAME:
         return finetune_language(run, model)
     begin = time.monotonic()
@@ -40,6 +48,44 @@ def finetune(run: Run, model: Path, data: Path | None) -> Row:
     tokenizer = load_tokenizer(model)
     network, found = prepare(run, model, task.labels)
     prepared = time.monotonic()
+    file = checkpoint(run, checkpoints) if checkpoints is not None and run.evaluations else None
+    if file is not None and file.is_file():
+        outcome = load_checkpoint(file, network)
+    else:
+        outcome = _train(run, task, network, tokenizer)
+        if file is not None:
+            save_checkpoint(file, network, outcome)
+    metrics = outcome["metrics"]
+    begun = time.monotonic()
+    for name in run.evaluations:
+        metrics.setdefault("benchmarks", {}).update(evaluate(name, network, tokenizer, data, run.evaluation_size))
+    done = time.monotonic()
+    return {
+        "run": run.record(),
+        "scores": metrics.get("benchmarks") or metrics.get("test") or metrics.get("validation", {}),
+        "validation_score": metrics["validation"][task.metrics[0]] if task.metrics else None,
+        "metrics": metrics,
+        "per_example": outcome["per_example"],
+        "training_loss": outcome["training_loss"],
+        "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+        "factors": found,
+        "examples": {
+            part: len(rows)
+            for part, rows in (("train", task.train), ("validation", task.validation), ("test", task.test))
+            if rows is not None and (run.test or part != "test")
+        },
+        "seconds": {
+            "prepare": prepared - begin,
+            "train": outcome["seconds"]["train"],
+            "evaluate": outcome["seconds"]["evaluate"] + done - begun,
+        },
+        "transformers": transformers.__version__,
+    }
+
+
+def _train(run: Run, task: Task, network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Train the network, and measure it on the task's own parts."""
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=network,
@@ -53,26 +99,11 @@ def finetune(run: Run, model: Path, data: Path | None) -> Row:
         trainer.train()
         trained = time.monotonic()
         metrics, per_example = _measure(trainer, task, run)
-    for name in run.evaluations:
-        metrics.setdefault("benchmarks", {}).update(evaluate(name, network, tokenizer, run.evaluation_size))
-    history = trainer.state.log_history
-    done = time.monotonic()
     return {
-        "run": run.record(),
-        "scores": metrics.get("benchmarks") or metrics.get("test") or metrics.get("validation", {}),
-        "validation_score": metrics["validation"][task.metrics[0]] if task.metrics else None,
         "metrics": metrics,
         "per_example": per_example,
-        "training_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-        "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
-        "factors": found,
-        "examples": {
-            part: len(rows)
-            for part, rows in (("train", task.train), ("validation", task.validation), ("test", task.test))
-            if rows is not None and (run.test or part != "test")
-        },
-        "seconds": {"prepare": prepared - begin, "train": trained - prepared, "evaluate": done - trained},
-        "transformers": transformers.__version__,
+        "training_loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+        "seconds": {"train": trained - begin, "evaluate": time.monotonic() - trained},
     }
 
 

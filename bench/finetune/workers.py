@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .checkpoint import checkpoint
 from .rows import Row, append_row, read_rows
 from .run import Run
 from .table import Cell, Table
@@ -63,7 +64,7 @@ def run_table(
             for cell in _not_underway(missing, underway):
                 if len(underway) == workers or (most is not None and done + len(underway) >= most):
                     break
-                underway[pool.submit(finetune, cell.run, model, data)] = cell
+                underway[pool.submit(finetune, cell.run, model, data, results / "checkpoints")] = cell
             if not underway:
                 return done
             finished, _ = wait(underway, return_when=FIRST_COMPLETED)
@@ -71,6 +72,7 @@ def run_table(
                 cell = underway.pop(future)
                 row = {"table": table.name, "system": cell.system, **future.result(), **origin}
                 append_row(results / f"{table.name}.jsonl", row)
+                checkpoint(cell.run, results / "checkpoints").unlink(missing_ok=True)
                 rows[cell.run] = row
                 done += 1
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.finetune.benchmarks import missing_packages
 from bench.finetune.data import load_task
-from bench.finetune.evaluation import missing_packages
 from bench.finetune.run import Run
 from bench.finetune.systems import prepare
 from bench.finetune.table import load
@@ -97,9 +97,9 @@ def test_an_unknown_table_is_refused() -> None:
 
 
 def test_what_an_evaluation_needs_is_asked_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.finetune.evaluation.find_spec", lambda name: None if name == "math_verify" else name)
-    assert load("table2").evaluations() == {"gsm8k", "math", "mmlu", "humaneval"}
-    assert missing_packages(load("table2").evaluations()) == ["lm-eval[math]"]
+    monkeypatch.setattr("bench.finetune.benchmarks.find_spec", lambda name: None if name == "math_verify" else name)
+    assert load("table2").evaluations() == ["gsm8k", "humaneval", "math", "mmlu"]
+    assert missing_packages(load("table2").evaluations()) == ["math-verify[antlr4_13_2]"]
     assert missing_packages(["gsm8k"]) == []
 
 

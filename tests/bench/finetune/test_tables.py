@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bench.finetune import word_problems
+from bench.finetune.benchmarks import BENCHMARKS
 from bench.finetune.data import GLUE, INSTRUCTIONS, MOVIES
-from bench.finetune.evaluation import HARNESS
 from bench.finetune.run import Run
 from bench.finetune.systems import ADAPTERS
 from bench.finetune.table import Table, load, names
@@ -41,7 +41,7 @@ def test_every_run_is_one_that_can_be_done(name: str) -> None:
         assert run.task in {*GLUE, *MOVIES, *INSTRUCTIONS, word_problems.NAME}
         assert run.method in {*METHODS, *ADAPTERS, "full", "bitfit"}
         assert run.solver is None or run.solver in METHODS[run.method].solvers
-        assert set(run.evaluations) <= {*HARNESS, "humaneval", "exact-match"}
+        assert set(run.evaluations) <= {*BENCHMARKS, "exact-match"}
         assert run.form in ("residual", "delta")
         assert run.batch_size % (run.device_batch_size or run.batch_size) == 0
         assert Run.from_record(run.record()) == run
