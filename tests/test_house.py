@@ -6,9 +6,11 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import inilora_kernels
+from inilora_kernels.options import ModelOptions
 
 PACKAGE = Path(inilora_kernels.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -114,6 +116,22 @@ def test_calls_name_their_arguments() -> None:
                 if len(positional) > MOST_POSITIONAL:
                     long.append(f"{module_of(file)}.{node.name}({', '.join(positional)})")
     assert long == []
+
+
+def test_an_options_default_stands_in_one_place() -> None:
+    """No signature but options.py's own gives an option's name the default that it has there."""
+    defaults = {one.name: one.default for one in fields(ModelOptions) if one.default is not None}
+    again = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or file.name == "options.py":
+                continue
+            positional = [*node.args.posonlyargs, *node.args.args]
+            named = zip(positional[len(positional) - len(node.args.defaults) :], node.args.defaults, strict=True)
+            for argument, value in (*named, *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)):
+                if isinstance(value, ast.Constant) and (argument.arg, value.value) in defaults.items():
+                    again.append(f"{module_of(file)}.{node.name}: {argument.arg}={value.value!r}")
+    assert again == []
 
 
 def test_the_package_shows_its_public_names_alone() -> None:

@@ -68,7 +68,7 @@ def main(
                 )
             if missing := missing_files(part.evaluations(), data):
                 raise typer.BadParameter(f"{name} is evaluated with files that --data lacks: {', '.join(missing)}")
-            run_table(part, model or _model_of(part), data, results, workers, origin, most)
+            run_table(part, model or _model_of(part), data, results, workers=workers, origin=origin, most=most)
         write_report(table, read_rows(results), results, Console(), DOCUMENT if results == RESULTS else None)
 
 

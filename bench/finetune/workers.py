@@ -29,6 +29,7 @@ def run_table(
     model: Path,
     data: Path | None,
     results: Path,
+    *,
     workers: int,
     origin: Mapping[str, Any],
     most: int | None = None,
