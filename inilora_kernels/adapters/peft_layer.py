@@ -45,16 +45,19 @@ class StartedLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **options: Any) -> None:
         """Write adapter_config.json for twice the rank and the same scaling."""
-        if self.started_from is None:
-            LoraConfig.save_pretrained(self, save_directory, **options)
-            return
+        config = self if self.started_from is None else self.doubled()
+        LoraConfig.save_pretrained(config, save_directory, **options)
+
+    def doubled(self) -> StartedLoraConfig:
+        """The config of the plain LoRA of twice the rank and the same scaling."""
         doubled = copy.copy(self)
+        doubled.started_from = doubled.form = None
         factor = math.sqrt(2) if self.use_rslora else 2
         doubled.r = 2 * self.r
         doubled.lora_alpha = factor * self.lora_alpha  # type: ignore[assignment]
         doubled.rank_pattern = {name: 2 * rank for name, rank in (self.rank_pattern or {}).items()}
         doubled.alpha_pattern = {name: factor * alpha for name, alpha in (self.alpha_pattern or {}).items()}
-        LoraConfig.save_pretrained(doubled, save_directory, **options)
+        return doubled
 
 
 def started_config(config: LoraConfig, adapter_name: str, form: Form) -> StartedLoraConfig:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
 
 from ..errors import OptionError
-from .peft_layer import StartedLoraConfig
 from .started import Started
 
 
@@ -73,24 +74,42 @@ def _started(peft_model: PeftModel) -> dict[str, Started]:
     }
 
 
-def _add_weighted_adapter(
-    tuner: Any,
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str = "svd",
-    **options: Any,
-) -> None:
-    """LoraModel.add_weighted_adapter, for the combinations that take whole updates and not A and B apart."""
-    for name in adapters:
-        config = tuner.peft_config.get(name)
-        if not isinstance(config, StartedLoraConfig) or config.started_from is None:
-            continue
-        if config.form == "residual" or not combination_type.endswith("svd"):
-            raise OptionError(
-                f"add_weighted_adapter: adapter {name!r} started from factors in the {config.form} form, and "
-                f"combination_type={combination_type!r} would combine its A and B without what they started from; "
-                f"save_pretrained it and combine the plain LoRAs which that writes"
-                + (', or use combination_type="svd"' if config.form == "delta" else "")
-            )
-    type(tuner).add_weighted_adapter(tuner, adapters, weights, adapter_name, combination_type, **options)
+def _add_weighted_adapter(tuner: Any, adapters: list[str], *args: Any, **options: Any) -> None:
+    """LoraModel.add_weighted_adapter of the plain LoRAs that `save_pretrained` would write of these adapters."""
+    with _as_plain_loras(tuner, adapters):
+        type(tuner).add_weighted_adapter(tuner, adapters, *args, **options)
+
+
+@contextmanager
+def _as_plain_loras(tuner: Any, adapters: Sequence[str]) -> Iterator[None]:
+    """Put [A; A0] and [B, −B0] in the place of A and B, and the config of that rank, for as long as it lasts."""
+    configs = {name: tuner.peft_config[name] for name in adapters if name in tuner.peft_config}
+    started = [name for name, config in configs.items() if getattr(config, "started_from", None) is not None]
+    layers: list[Any] = [layer for layer in tuner.model.modules() if isinstance(layer, LoraLayer)]
+    kept: list[tuple[str, Any]] = []
+    try:
+        for name in started:
+            tuner.peft_config[name] = configs[name].doubled()
+            for layer in layers:
+                if name not in getattr(layer, "started_as", {}) or layer.lora_A[name].swapped():
+                    continue
+                tables = (layer.lora_A, layer.lora_B, layer.lora_variant, layer.started_as, layer.r)
+                kept.append((name, [(table, table[name]) for table in tables if name in table]))
+                _make_plain(layer, name)
+        yield
+    finally:
+        tuner.peft_config.update(configs)
+        for name, values in kept:
+            for table, value in values:
+                table[name] = value
+
+
+def _make_plain(layer: Any, name: str) -> None:
+    for modules in (layer.lora_A, layer.lora_B):
+        weight = modules[name].doubled(modules[name].weight.detach())
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        modules[name] = plain
+    layer.r[name] = layer.lora_A[name].out_features
+    layer.lora_variant.pop(name, None)
+    del layer.started_as[name]

@@ -190,24 +190,6 @@ def test_switching_between_adapters_on_one_base(
     assert not torch.equal(first, second)
 
 
-def test_add_weighted_adapter_takes_what_was_learned(
-    minilm: Path, minilm_factors: FactorSet, minilm_alpha: FactorSet
-) -> None:
-    """peft 3761: add_weighted_adapter combines lora_A and lora_B, whatever they mean."""
-    model = initialize_peft(lora(load(minilm)), minilm_factors)
-    config = LoraConfig(r=8, target_modules=["query", "value"])
-    model.add_adapter("second", config)
-    initialize_peft(model, minilm_alpha, adapter_name="second")
-    train(model)
-    trained = output(model)
-    for kind in ("linear", "cat"):
-        with pytest.raises(ValueError, match=r"combine its A and B without what they started from.*\"svd\""):
-            model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", combination_type=kind)
-    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", combination_type="svd", svd_rank=16)
-    model.set_adapter("both")
-    assert torch.allclose(output(model), trained, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_by_bitsandbytes(minilm: Path, minilm_alpha: FactorSet, bits: int) -> None:
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)

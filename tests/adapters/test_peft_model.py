@@ -119,3 +119,29 @@ def test_training_is_not_overwritten(llama: Path, factors: FactorSet, tmp_path: 
     with pytest.raises(OptionError, match=r"rank 8.*it is trained, and go on with it"):
         initialize_peft(again, factors)
     assert torch.equal(logits(initialize_peft(model, factors, overwrite=True)), logits(load(llama)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "ties_svd", "magnitude_prune"])
+def test_adapters_are_combined_as_the_loras_that_they_save(
+    llama: Path, factors: FactorSet, form: Form, kind: str, tmp_path: Path
+) -> None:
+    """peft 3761: add_weighted_adapter combines lora_A and lora_B, whatever they mean."""
+    options = {"density": 0.7} if "ties" in kind or "prune" in kind else {}
+    model = started(llama, factors, form)
+    model.add_adapter("second", model.peft_config["default"])
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        change(model)
+        if name == "second":
+            change(model)
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+    expected = logits(model)
+    judge = PeftModel.from_pretrained(load(llama), tmp_path, adapter_name="default")
+    judge.load_adapter(tmp_path / "second", "second")
+    for one in (model, judge):
+        one.add_weighted_adapter(["default", "second"], [0.7, 0.3], "both", combination_type=kind, **options)
+        one.set_adapter("both")
+    assert torch.allclose(logits(model), logits(judge), rtol=0, atol=1e-5)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), expected)
