@@ -80,6 +80,10 @@ def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
 
 def energy(W: Tensor) -> float:
     """||W||_F², summed in float64."""
+    if _fused(W, torch.float32):
+        from .cpu.gram import squares
+
+        return squares(W)
     return sum(float(torch.linalg.vector_norm(W[rows].double())) ** 2 for rows in strips(W, _STRIP_ELEMENTS // 4))
 
 

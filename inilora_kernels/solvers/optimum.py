@@ -11,6 +11,8 @@ from torch import Tensor
 from ..kernels.threads import one_torch_thread
 from .krylov import GRAM_SIZE, LEADING, ROUNDING_SHARE, Digest, Principal, principal
 
+# `loss_near`: the loss as a share of ||W||² below which it is read off W, and ||D||² of factors rounded to float32.
+_READ_BELOW, _ROUNDING = 0.01, 1e-12
 _STRIP_ELEMENTS = 1 << 20
 
 
@@ -58,6 +60,31 @@ def optima(W: Tensor, ranks: Sequence[int], digest: Digest | None = None) -> dic
 def optima_from(found: Principal, ranks: Sequence[int]) -> dict[int, Optimum]:
     """What leading singular triplets and their shortfalls prove about f* at each of several ranks."""
     return {rank: Optimum(found.optimum(rank), found.energy, found.leading, found.certified[rank]) for rank in ranks}
+
+
+def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None:
+    """||W − BA||² of factors that were made of the leading triplets, without reading W; None where it has to be read.
+
+    With R = W − USVᵀ and D = BA − USVᵀ it is ||R||² + 2⟨R, D⟩ + ||D||². ||R||² is ||W||² − Σ_{i≤r} s_i², as US = WV.
+    ⟨R, D⟩ is nothing but rounding: RV = 0, so only what A has outside of V meets R, 2⁻²⁴ of A, and of it B sees UᵀR,
+    what the triplets lack, 10⁻⁴ of s_1 at most where they are certified. That is below 10⁻¹¹·||W||², and W is read
+    where it might be 10⁻⁹ of the loss, or where BA is no rounding of the triplets' product.
+
+    >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> found = principal(W, [1])
+    >>> round(loss_near(found, 1, found.V[:, :1].T.float(), (found.U * found.S)[:, :1].float()), 6)
+    5.0
+    """
+    # One thread, so that the bits do not depend on how many there are.
+    with one_torch_thread():
+        US, V = found.U[:, :rank] * found.S[:rank], found.V[:, :rank]
+        wide_A, wide_B = A.to(V.device, torch.float64), B.to(V.device, torch.float64)
+        left, right = torch.cat([wide_B, US], dim=1), torch.cat([wide_A, -V.T])
+        apart = max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+        rest = found.energy - float(found.S[:rank].square().sum())
+    if rest < _READ_BELOW * found.energy or apart > _ROUNDING * found.energy or not found.certified[rank]:
+        return None
+    return rest + apart
 
 
 def rank_for_energy(W: Tensor, share: float) -> int:

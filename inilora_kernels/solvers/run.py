@@ -6,9 +6,10 @@ An initialization (initializations.py) says which of them computes it, from what
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..options import Options
 from .adam import Checkpoints, History, adam
 from .krylov import TOLERANCE, Principal, principal
 from .krylov_batch import principals, room
-from .optimum import Optimum, optima, optima_from
+from .optimum import Optimum, loss_near, optima, optima_from
 
 Shape = tuple[int, int]
 Pair = tuple[Tensor, Tensor]
@@ -87,6 +88,7 @@ Solve = Callable[[Sequence[Task], Options, Finished, ProgressBar], None]
 Factorize = Callable[[Tensor, Task, Options, Backend], dict[int, Factors]]
 # (the leading triplets, their task, the options) ↦ A, B of each of the task's ranks
 Choose = Callable[[Principal, Task, Options], dict[int, Pair]]
+Result = TypeVar("Result")
 
 
 def directly(factorize: Factorize) -> Solve:
@@ -95,17 +97,25 @@ def directly(factorize: Factorize) -> Solve:
     def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
         bar.phase("solving", len(tasks), len(tasks))
         backend = load_backend(options.backend, options.device)
-        threads = torch.get_num_threads() if backend.device.type == "cpu" else 1
 
-        def solved(task: Task) -> tuple[Task, dict[int, Factors]]:
-            return task, factorize(task.target.read().to(backend.device), task, options, backend)
+        def solved(index: int) -> tuple[int, dict[int, Factors]]:
+            return index, factorize(tasks[index].target.read().to(backend.device), tasks[index], options, backend)
 
-        for count, group in in_groups(tasks, lambda task: together(task.target, threads)):
-            with closing(side_by_side(solved, group, count)) as results:
-                for task, by_rank in results:
-                    _report(task, by_rank, finished, bar)
+        with closing(_several(solved, range(len(tasks)), tasks, backend)) as results:
+            for index, by_rank in results:
+                _report(tasks[index], by_rank, finished, bar)
 
     return solve
+
+
+def _several(
+    work: Callable[[int], tuple[int, Result]], chosen: Sequence[int], tasks: Sequence[Task], backend: Backend
+) -> Generator[tuple[int, Result], None, None]:
+    """`work` on the tasks of these indices; on a CPU as many at a time as keep all threads busy."""
+    threads = torch.get_num_threads() if backend.device.type == "cpu" else 1
+    for count, group in in_groups(chosen, lambda index: together(tasks[index].target, threads)):
+        with closing(side_by_side(work, group, count)) as results:
+            yield from results
 
 
 def by_krylov(choose: Choose, tolerance: float) -> Solve:
@@ -161,16 +171,22 @@ def _report(task: Task, by_rank: Mapping[int, Factors], finished: Finished, bar:
 
 def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[int, Factors]:
     """The factors of each rank, certified against f* as `optima` finds it: for methods that do not approximate W."""
-    return _against(W, task, pairs, optima(W, task.ranks, task.digest))
+    bounds = optima(W, task.ranks, task.digest)
+    _, reached = losses(W, list(pairs.values()))
+    return _against(task, pairs, reached, bounds)
 
 
 def against_triplets(W: Tensor, task: Task, pairs: Mapping[int, Pair], found: Principal) -> dict[int, Factors]:
     """The factors of each rank, certified by how much the triplets that they came from may have missed."""
-    return _against(W, task, pairs, optima_from(found, task.ranks))
+    near = [loss_near(found, rank, A, B) for rank, (A, B) in pairs.items()]
+    known = [loss for loss in near if loss is not None]
+    reached = known if len(known) == len(pairs) else losses(W, list(pairs.values()))[1]
+    return _against(task, pairs, reached, optima_from(found, task.ranks))
 
 
-def _against(W: Tensor, task: Task, pairs: Mapping[int, Pair], bounds: Mapping[int, Optimum]) -> dict[int, Factors]:
-    _, reached = losses(W, list(pairs.values()))
+def _against(
+    task: Task, pairs: Mapping[int, Pair], reached: Sequence[float], bounds: Mapping[int, Optimum]
+) -> dict[int, Factors]:
     return {
         rank: task.factors(A, B, _certificate(loss, bounds[rank]), bounds[rank].leading)
         for (rank, (A, B)), loss in zip(pairs.items(), reached, strict=True)
@@ -209,9 +225,15 @@ def _bounds(tasks: Sequence[Task], backend: Backend, bar: ProgressBar) -> list[M
         backend,
         lambda index, W, triplets: bounded(index, optima_from(triplets, tasks[index].ranks)),
     )
-    for index, task in enumerate(tasks):
-        if index not in found:
-            bounded(index, optima(task.target.read().to(backend.device), task.ranks, task.digest))
+
+    def alone(index: int) -> tuple[int, Mapping[int, Optimum]]:
+        task = tasks[index]
+        return index, optima(task.target.read().to(backend.device), task.ranks, task.digest)
+
+    rest = [index for index in range(len(tasks)) if index not in found]
+    with closing(_several(alone, rest, tasks, backend)) as results:
+        for index, bounds in results:
+            bounded(index, bounds)
     return [found[index] for index in range(len(tasks))]
 
 

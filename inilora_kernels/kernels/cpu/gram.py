@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..rounding import round_up
@@ -49,12 +50,9 @@ class FusedGramReader:
     """
 
     def __init__(self, W: Tensor, width: int, threads: int) -> None:
-        self._by_rows = W.stride(1) == 1
-        stored = W if self._by_rows else W.T
-        self._shape, self._width = stored.shape, width
-        self._stride = stored.stride(0)
-        m, n = stored.shape
-        self._flat = kernel_view(stored.as_strided(((m - 1) * self._stride + n,), (1,)))
+        self._by_rows, self._width = W.stride(1) == 1, width
+        self._flat, self._stride, self._shape = _stored(W)
+        m, n = self._shape
         b = round_up(width, BLOCK)
         if self._by_rows:
             self._step = max(BLOCK, _STRIP_BYTES // (n * W.element_size()) // BLOCK * BLOCK)
@@ -223,3 +221,35 @@ def column_tiles(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, ti
         Y[:, left : left + count] = 0
         add_outer_products(W, stride, 0, m, left, count, X, Y)
         add_inner_products(W, stride, 0, m, left, count, Y, Z)
+
+
+def squares(W: Tensor) -> float:
+    """||W||_F² in float64 of a W that these kernels take.
+
+    >>> squares(2 * torch.eye(8))
+    32.0
+    """
+    flat, stride, (m, n) = _stored(W)
+    return float(_sum_of_squares(flat, stride, m, n))
+
+
+def _stored(W: Tensor) -> tuple[NDArray[np.generic], int, tuple[int, int]]:
+    """W's memory, or Wᵀ's where that has its rows in one piece: the elements, from row to row, and the shape."""
+    stored = W if W.stride(1) == 1 else W.T
+    m, n = stored.shape
+    stride = stored.stride(0)
+    return kernel_view(stored.as_strided(((m - 1) * stride + n,), (1,))), stride, (m, n)
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def _sum_of_squares(W: Any, stride: int, m: int, n: int) -> Any:
+    """||W||_F² of the stored m×n matrix, in float64. Reads W once."""
+    total = 0.0
+    for i in range(m):
+        row = W[i * stride : i * stride + n]
+        part = 0.0
+        for j in range(n):
+            wide = np.float64(entry(row, j))
+            part += wide * wide
+        total += part
+    return total
