@@ -26,7 +26,8 @@ from rich.progress import track
 from torch import Tensor
 
 from inilora_kernels.kernels.backend import Batch, Problem, Schedule
-from inilora_kernels.kernels.gpu.cost_model import Matrix, Plan, plan
+from inilora_kernels.kernels.gpu.cost_model import Matrix
+from inilora_kernels.kernels.gpu.forecast import Plan, plan
 from inilora_kernels.kernels.gpu.gpus import GPUS
 from inilora_kernels.kernels.loading import load_backend
 from inilora_kernels.model.checkpoint import open_checkpoint

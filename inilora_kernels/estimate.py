@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from .display.sentences import duration_in_words
 from .kernels.cpu import cost_model as cpu
-from .kernels.gpu import cost_model as gpu
+from .kernels.gpu import forecast
+from .kernels.gpu.cost_model import CONCURRENCY, Matrix
 from .kernels.gpu.gpus import Gpu
 
 # Runs that are predicted to be shorter are not announced.
@@ -31,13 +32,17 @@ def seconds(works: Sequence[Work], solver: str, steps: int, *, speed: float, car
     solver: "adam", "krylov", "exact", or "" for a random start, for which only f* is computed.
     steps: Adam's; 0 for any other solver.
     speed: FLOPs a second of this machine's torch.mm.
-    card: the GPU that Adam's steps run on; None for the processor.
+    card: the GPU that Adam's steps, the direct solver and Adam's f* run on; None for the processor.
 
     >>> seven_billion = [Work((4096, 4096), 2, 8)] * 64
     >>> [round(seconds(seven_billion, *run, speed=188e9)) for run in (("adam", 20_000), ("krylov", 0))]
     [4891, 17]
     """
-    total = sum(reading_seconds(work) + direct_seconds(work, solver, speed) for work in works)
+    total = sum(reading_seconds(work) for work in works)
+    if card is not None and solver and solver not in cpu.DIRECT_SECONDS:
+        total += direct_on_card(works, card, factors=not steps)
+    else:
+        total += sum(direct_seconds(work, solver, speed) for work in works)
     return total + (adam_seconds(works, steps, speed, card) if steps else 0.0)
 
 
@@ -57,8 +62,28 @@ def adam_seconds(works: Sequence[Work], steps: int, speed: float, card: Gpu | No
         return sum(cpu.adam_seconds(work.shape, work.rank, steps, speed) for work in works)
     if not works:
         return 0.0
-    matrices = [gpu.Matrix(work.shape, min(4, work.itemsize), work.rank) for work in works]
-    return gpu.plan(matrices, card, steps).seconds
+    matrices = [Matrix(work.shape, min(4, work.itemsize), work.rank) for work in works]
+    return forecast.plan(matrices, card, steps).seconds
+
+
+def direct_on_card(works: Sequence[Work], card: Gpu, *, factors: bool) -> float:
+    """The direct solver's batches on a GPU: factors and their loss, or f* alone, as an Adam run needs it."""
+    from .solvers.krylov_batch import passes_expected, room
+
+    return forecast.direct_seconds(
+        [
+            forecast.DirectWork(
+                work.shape,
+                min(4, work.itemsize),
+                room(min(work.shape), [work.rank]) if work.itemsize <= 4 else 0,
+                passes_expected(work.rank),
+                work.rank + 8,
+            )
+            for work in works
+        ],
+        card,
+        factors=factors,
+    )
 
 
 def costs(matrices: Sequence[Sequence[Work]], solver: str, steps: int, card: Gpu | None = None) -> list[float]:
@@ -68,7 +93,7 @@ def costs(matrices: Sequence[Sequence[Work]], solver: str, steps: int, card: Gpu
     >>> costs([[large], [small, small]], "krylov", 0)[0] > 5 * costs([[large], [small, small]], "krylov", 0)[1]
     True
     """
-    among = gpu.CONCURRENCY if card is not None else 1
+    among = CONCURRENCY if card is not None else 1
     known: dict[Work, float] = {}
     for work in {work for works in matrices for work in works}:
         known[work] = seconds([work] * among, solver, steps, speed=USUAL_SPEED, card=card) / among

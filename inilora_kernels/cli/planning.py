@@ -16,8 +16,9 @@ from ..display.sentences import duration_in_words, size_in_words
 from ..errors import OptionError
 from ..estimate import Work
 from ..kernels.cpu.cost_model import speed_of_torch_mm
-from ..kernels.gpu.cost_model import Matrix, Plan, layout_of
-from ..kernels.gpu.cost_model import plan as predict
+from ..kernels.gpu.cost_model import Matrix
+from ..kernels.gpu.forecast import Plan
+from ..kernels.gpu.forecast import plan as predict
 from ..kernels.gpu.gpus import Gpu
 from ..model.checkpoint import open_checkpoint
 from ..model.targets import find_targets, tensors_of
@@ -34,9 +35,13 @@ _SOLVERS = {
 
 @dataclass(frozen=True)
 class _OnCards:
-    """An Adam run on GPUs of one kind. seconds: of each process. first: the plan of the process with the most work."""
+    """A run on GPUs of one kind. seconds, direct: of each process, by Adam and by the direct solver.
+
+    first: the plan of the process with the most work.
+    """
 
     seconds: tuple[float, ...]
+    direct: tuple[float, ...]
     first: Plan
 
     @property
@@ -79,10 +84,15 @@ def show_plan(
 def _on_cards(parts: Sequence[Sequence[Work]], steps: int, speed: float, card: Gpu) -> _OnCards:
     # The processes on one machine, eight at most, share its processor.
     each = speed / min(len(parts), 8)
-    taken = tuple(estimate.seconds(part, "adam", steps, speed=each, card=card) for part in parts)
+    taken, direct = (
+        tuple(estimate.seconds(part, solver, steps, speed=each, card=card) for part in parts)
+        for solver in ("adam", "krylov")
+    )
     most = parts[taken.index(max(taken))]
     # The backend reads float64 weights as float32.
-    return _OnCards(taken, predict([Matrix(one.shape, min(4, one.itemsize), one.rank) for one in most], card, steps))
+    return _OnCards(
+        taken, direct, predict([Matrix(one.shape, min(4, one.itemsize), one.rank) for one in most], card, steps)
+    )
 
 
 def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | None) -> Table:
@@ -104,7 +114,8 @@ def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards |
         row = [solver, f"{finds}, {own:,} steps" if own else finds, duration_in_words(here)]
         memory = size_in_words(estimate.memory(works))
         if on_cards is not None:
-            row.append(duration_in_words(max(on_cards.seconds)) if own else "")
+            taken = {"adam": on_cards.seconds, "krylov": on_cards.direct}.get(solver)
+            row.append(duration_in_words(max(taken)) if taken else "")
             memory += f" + {size_in_words(on_cards.first.memory)}" if own else ""
         table.add_row(*row, memory)
     return table
@@ -122,6 +133,7 @@ def _json(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | 
         },
         "memory": estimate.memory(works),
         "seconds_by_gpu": None if on_cards is None else list(on_cards.seconds),
+        "direct_seconds_by_gpu": None if on_cards is None else list(on_cards.direct),
         "gpu": None if on_cards is None else _kernels_json(on_cards.first),
     }
 
@@ -133,12 +145,14 @@ def _kernels_json(result: Plan) -> dict[str, Any]:
         "predicted": True,
         "steps": result.steps,
         "seconds": result.seconds,
+        "host_seconds": result.host,
         "launches": result.launches,
         "weight_bytes": result.weight_bytes,
         "memory": result.memory,
         "groups": [
             {
                 "shape": list(group.matrix.shape),
+                "shapes": group.shapes,
                 "bits": 8 * group.matrix.itemsize,
                 "rank": group.matrix.rank,
                 "count": group.count,
@@ -156,6 +170,9 @@ def _kernels_json(result: Plan) -> dict[str, Any]:
                     "bound": group.step.bound,
                 },
                 "seconds": group.seconds,
+                "losses_seconds": group.losses,
+                "copying_seconds": group.copying,
+                "host_seconds": group.host,
                 "overhead_seconds": group.overhead,
             }
             for group in result.groups
@@ -173,13 +190,13 @@ def _kernels_table(result: Plan) -> Table:
     table.add_column("matrices")
     rows: dict[str, list[str]] = {}
     for group in result.groups:
-        step, (d, k) = group.step, group.matrix.shape
-        table.add_column(f"{group.count} × {d}×{k}", justify="right")
+        step = group.step
+        table.add_column(group.shapes, justify="right")
         cells = {
             "weights": f"{8 * group.matrix.itemsize}-bit, rank {group.matrix.rank}",
             "a wave": f"{step.matrices}, {'in cache' if group.resident else 'from DRAM'}",
             "waves": f"{group.waves}",
-            "strips × parts": f"{layout_of(group.matrix, result.gpu, group.parts).places[0].strips} × {group.parts}",
+            "strips × parts": f"{group.layout.places[0].strips} × {group.parts}",
             "W read a step": f"{step.weight_bytes / 1e6:.1f} MB",
             "partial sums": f"{step.partial_bytes / 1e6:.1f} MB, {step.partial_bytes / step.weight_bytes:.1%}",
             "products a step": f"{step.flops / 1e9:.2f} GFLOP",
@@ -187,7 +204,9 @@ def _kernels_table(result: Plan) -> Table:
             "2nd launch": f"{step.adam * 1e6:.1f} µs",
             "bound by": step.bound,
             "all steps": f"{group.seconds:.1f} s",
-            "loading, losses": f"{group.overhead:.1f} s",
+            "losses": f"{group.losses:.2f} s",
+            "uploads not hidden": f"{group.copying:.2f} s",
+            "waiting for the host": f"{group.host:.2f} s",
         }
         for label, cell in cells.items():
             rows.setdefault(label, []).append(cell)

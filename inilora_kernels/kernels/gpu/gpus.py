@@ -14,6 +14,7 @@ from ...suggestions import did_you_mean
 class Gpu:
     """A chip's numbers: bytes, bytes a second, FLOP a second (dense), seconds.
 
+    half, float32: matrix products; vector, double: float32 and float64 outside of the tensor cores.
     cache: the last-level cache. cache_usable: the share of it that one working set can keep to itself.
     launch: from one kernel's end to the next one's start inside a CUDA (HIP) graph.
     """
@@ -28,6 +29,8 @@ class Gpu:
     cache_bandwidth: float
     half: float
     float32: float
+    vector: float
+    double: float
     launch: float
 
 
@@ -54,6 +57,8 @@ GPUS: dict[str, Gpu] = {
         cache_bandwidth=5.0e12,
         half=165.2e12,
         float32=82.6e12 / 3,
+        vector=82.6e12,
+        double=1.29e12,
         launch=2e-6,
     ),
     "a100": Gpu(
@@ -67,6 +72,8 @@ GPUS: dict[str, Gpu] = {
         cache_bandwidth=7.2e12,
         half=312e12,
         float32=156e12 / 3,
+        vector=19.5e12,
+        double=9.7e12,
         launch=2e-6,
     ),
     "h100": Gpu(
@@ -80,6 +87,8 @@ GPUS: dict[str, Gpu] = {
         cache_bandwidth=5.6e12,
         half=989e12,
         float32=494e12 / 3,
+        vector=66.9e12,
+        double=33.5e12,
         launch=2e-6,
     ),
     "h200": Gpu(
@@ -93,6 +102,8 @@ GPUS: dict[str, Gpu] = {
         cache_bandwidth=5.6e12,
         half=989e12,
         float32=494e12 / 3,
+        vector=66.9e12,
+        double=33.5e12,
         launch=2e-6,
     ),
     "b200": Gpu(
@@ -106,6 +117,8 @@ GPUS: dict[str, Gpu] = {
         cache_bandwidth=11.2e12,
         half=2250e12,
         float32=1125e12 / 3,
+        vector=75e12,
+        double=37e12,
         launch=2e-6,
     ),
     "mi300x": Gpu(
@@ -119,6 +132,8 @@ GPUS: dict[str, Gpu] = {
         cache_bandwidth=17.2e12,
         half=1307e12,
         float32=163.4e12,
+        vector=163.4e12,
+        double=81.7e12,
         launch=5e-6,
     ),
 }
@@ -162,6 +177,8 @@ def gpu_like(
         cache_bandwidth=known.cache_bandwidth * scale,
         half=known.half * scale,
         float32=known.float32 * scale,
+        vector=known.vector * scale,
+        double=known.double * scale,
     )
 
 

@@ -23,6 +23,8 @@ from test.mockgpu.amd import emu
 from tinygrad.device import BufferSpec
 from triton.compiler import CompiledKernel
 
+from inilora_kernels.kernels.gpu import gram as triton_gram
+from inilora_kernels.kernels.gpu import gram_batch as triton_gram_batch
 from inilora_kernels.kernels.gpu import kernels as triton_kernels
 from inilora_kernels.kernels.gpu import loss as triton_loss
 from inilora_kernels.kernels.gpu import wave as triton_wave
@@ -234,6 +236,7 @@ class Emulated:
 GRADIENT_PRODUCTS = Emulated(triton_kernels.gradient_products_kernel)
 ADAM = Emulated(triton_kernels.adam_kernel)
 LOSS = Emulated(triton_loss.loss_kernel)
+GRAM = Emulated(triton_gram.gram_kernel)
 
 
 @contextmanager
@@ -243,5 +246,6 @@ def emulated() -> Iterator[None]:
         mock.patch.object(triton_wave, "gradient_products_kernel", GRADIENT_PRODUCTS),
         mock.patch.object(triton_wave, "adam_kernel", ADAM),
         mock.patch.object(triton_wave, "loss_kernel", LOSS),
+        mock.patch.object(triton_gram_batch, "gram_kernel", GRAM),
     ):
         yield

@@ -1,4 +1,4 @@
-"""All three kernels, as triton compiles them for gfx942, executed instruction by instruction and compared with float64.
+"""All four kernels, as triton compiles them for gfx942, executed instruction by instruction and compared with float64.
 
 Needs clang and a checkout of tinygrad's repository on the path, and is skipped without:
     PYTHONPATH=PATH/TO/tinygrad python -m pytest tests/kernels/gpu/emulated
@@ -15,11 +15,12 @@ pytest.importorskip("test.mockgpu.amd.emu", reason="needs a checkout of tinygrad
 from torch import Tensor
 
 from inilora_kernels.kernels.backend import Schedule
-from inilora_kernels.kernels.gpu.tiles import RANKS, tiles
+from inilora_kernels.kernels.gpu.tiles import RANKS, gram_tile, tiles
 from inilora_kernels.kernels.gpu.wave import Wave
 from inilora_kernels.kernels.reference import AdamState, adam_step, residual_loss
 
 from ..cases import DTYPES, PRODUCT_ERROR, check_products, guarded_run, make, make_wave, relative
+from ..gram_cases import batch_of, check, matrices, unit_vectors
 from .gfx942 import emulated
 
 
@@ -94,6 +95,17 @@ def test_loss_of_ragged_matrices(dtype: torch.dtype) -> None:
             for index, (loss, A, B) in wave.sampled().items():
                 true = residual_loss(weights[index].double(), A.double(), B.double())
                 assert loss == pytest.approx(true, rel=error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_direct_solvers_products_of_ragged_matrices(dtype: torch.dtype) -> None:
+    # A tall, a wide and a small one; several programs and steps of each, and edges in both.
+    weights = rounded(matrices([(150, 131), (70, 145), (33, 24)], dtype))
+    with emulated():
+        batch = batch_of(weights, gram_tile("gfx942", dtype.itemsize), cache=3e4)
+        X = unit_vectors(batch)
+        batch(X)
+    check(batch, X, weights)
 
 
 def test_a_wrong_stride_is_caught() -> None:

@@ -1,0 +1,233 @@
+"""What a whole run takes on a GPU, predicted: Adam's waves as they will be divided, uploads, losses, and the host.
+
+    Adam:   Σ over waves  steps · a step  +  losses at the milestones  +  what of the next upload is not hidden by that
+            +  the first upload  +  the host's part of each wave, milestone and layout
+    direct: Σ over batches  passes · (two products + dense algebra)  +  looks  +  the last products in float64
+            +  the first upload and what is not hidden of the others
+
+The device's times are the cost model's. Those of the host are counted: launches, copies and synchronizations at what
+they cost on a usual processor. Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ...errors import OptionError
+from .cost_model import REACHED_CACHE, REACHED_DRAM, REACHED_TENSOR, Matrix, Step, choose, wave_step
+from .gpus import Gpu
+from .gram_layout import BATCH, WIDTH, GramLayout, Wanted, batches, cached_bytes, gram_layout
+from .layout import Layout
+from .tiles import gram_tile, padded_rank
+from .waves import PlannedWave, divide
+
+# Bytes a second from the page cache into pinned memory by one thread, which PCIe (16 lanes of generation 4: 25e9) can
+# follow: an assumption.
+HOST_BANDWIDTH = 8e9
+# Shares of the peaks outside of the tensor cores that the losses' and float64's loops reach: assumptions.
+REACHED_VECTOR = 0.3
+# The device waits for the host: at a milestone, for a launch, two copies and what observes them; for a wave to begin,
+# for two copies and three fills; for the graphs of a layout, 222 launches at 13 µs and three instantiations.
+MILESTONE_SECONDS, WAVE_SECONDS, GRAPHS_SECONDS = 1e-4, 2e-4, 5e-3
+# The direct solver: operations of torch in a pass, each so long on the host; passes over the basis that they make; the
+# looks at one matrix at a basis of 128 vectors, 10 ms on one core (measured), four sharing the work; the host's part of
+# its last products.
+_DENSE_CALLS, _CALL_SECONDS, _BASIS_READ, _LOOK_SECONDS, _FINISH_SECONDS = 75, 8e-6, 6, 2.5e-3, 3e-3
+# Small matrices are decomposed one after the other, through WᵀW.
+_SMALL_SECONDS = 2e-2
+
+
+@dataclass(frozen=True)
+class Group:
+    """Waves of the same layout. matrices, parts: of one wave. waves: how many. step: of one of them.
+
+    Seconds of all of them: seconds of the steps; losses; copying that no step hides; host: the device waits for it.
+    """
+
+    matrices: tuple[Matrix, ...]
+    parts: int
+    waves: int
+    resident: bool
+    layout: Layout
+    step: Step
+    seconds: float
+    losses: float
+    copying: float
+    host: float
+
+    @property
+    def matrix(self) -> Matrix:
+        """The first of them."""
+        return self.matrices[0]
+
+    @property
+    def count(self) -> int:
+        """Of matrices in all its waves."""
+        return self.waves * len(self.matrices)
+
+    @property
+    def overhead(self) -> float:
+        """All but the steps."""
+        return self.losses + self.copying + self.host
+
+    @property
+    def shapes(self) -> str:
+        """For example "64 × 4096×4096"."""
+        counts = {one.shape: self.waves * [m.shape for m in self.matrices].count(one.shape) for one in self.matrices}
+        return ", ".join(f"{count} × {d}×{k}" for (d, k), count in counts.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted run of a model's matrices on a GPU. memory: peak device bytes, of the largest wave."""
+
+    gpu: Gpu
+    steps: int
+    groups: tuple[Group, ...]
+    memory: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(group.seconds + group.overhead for group in self.groups)
+
+    @property
+    def host(self) -> float:
+        """Seconds in which the device waits for the host or a copy."""
+        return sum(group.copying + group.host for group in self.groups)
+
+    @property
+    def launches(self) -> int:
+        return sum(2 * self.steps * group.waves for group in self.groups)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(group.waves * group.step.weight_bytes for group in self.groups)
+
+
+def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int) -> Plan:
+    """Predict the run of these matrices. Raises OptionError for none, or a rank or dtype the kernels do not take.
+
+    >>> from inilora_kernels.kernels.gpu.gpus import gpu_named
+    >>> small = plan([Matrix((768, 768), 4, 8)] * 24, gpu_named("rtx4090"), steps=20_000)
+    >>> small.groups[0].count, small.launches
+    (24, 80000)
+    """
+    if not matrices:
+        raise OptionError("plan: no matrix was given")
+    for matrix in matrices:
+        if matrix.itemsize not in (2, 4) or not padded_rank(matrix.rank):
+            raise OptionError(
+                f"plan: {matrix} is outside the kernels' range; weights are float32, float16 or bfloat16, rank ≤ 128"
+            )
+    waves = divide(matrices, [matrix.itemsize for matrix in matrices], gpu)
+    members = [[matrices[index] for index in wave.members] for wave in waves]
+    divided = [[(one, choose(one, gpu).parts) for one in wave] for wave in members]
+    models = [wave_step(wave, gpu, planned.resident) for wave, planned in zip(divided, waves, strict=True)]
+    milestones = min(steps, 12 + steps // 1000)
+    losses = [
+        (milestones - 1) * _loss_seconds(wave, gpu, wide=False) + _loss_seconds(wave, gpu, wide=True)
+        for wave in members
+    ]
+    running = [steps * step.seconds + loss for step, loss in zip(models, losses, strict=True)]
+    uploads = [wave.weight_bytes / HOST_BANDWIDTH for wave in waves]
+    # The first is waited for; each of the others goes on while the wave before steps.
+    exposed = [uploads[0], *(max(0.0, upload - before) for before, upload in zip(running, uploads[1:], strict=False))]
+    groups: dict[tuple[Layout, int, bool], Group] = {}
+    for place, wave in enumerate(waves):
+        key = wave.layout, members[place][0].itemsize, wave.resident
+        host = milestones * MILESTONE_SECONDS + WAVE_SECONDS + (GRAPHS_SECONDS if key not in groups else 0.0)
+        # One copy on the device moves the weights into place.
+        host += 2 * wave.weight_bytes / (gpu.dram * REACHED_DRAM)
+        known = groups.get(key)
+        groups[key] = Group(
+            matrices=tuple(members[place]),
+            parts=divided[place][0][1],
+            waves=1 + (known.waves if known else 0),
+            resident=wave.resident,
+            layout=wave.layout,
+            step=models[place],
+            seconds=steps * models[place].seconds + (known.seconds if known else 0.0),
+            losses=losses[place] + (known.losses if known else 0.0),
+            copying=exposed[place] + (known.copying if known else 0.0),
+            host=host + (known.host if known else 0.0),
+        )
+    return Plan(gpu, steps, tuple(groups.values()), _memory(waves))
+
+
+def _memory(waves: Sequence[PlannedWave]) -> int:
+    """The largest wave, and the next one's weights beside it."""
+    largest = max(wave.bytes for wave in waves)
+    return largest + (max(wave.weight_bytes for wave in waves) if len(waves) > 1 else 0)
+
+
+def _loss_seconds(wave: Sequence[Matrix], gpu: Gpu, *, wide: bool) -> float:
+    """One launch of the loss kernel: W once from DRAM, 2·r + 8 FLOPs an entry, in float32 or float64."""
+    read = sum(math.prod(one.shape) * one.itemsize for one in wave) / (gpu.dram * REACHED_DRAM)
+    flops = sum(math.prod(one.shape) * (2.0 * one.rank + 8) for one in wave)
+    return max(read, flops / ((gpu.double if wide else gpu.vector) * REACHED_VECTOR)) + gpu.launch
+
+
+@dataclass(frozen=True)
+class DirectWork:
+    """One matrix for the direct solver: shape, bytes of an element; what it may take and is expected to take.
+
+    vectors, passes: as krylov_batch.py's `room` and `passes_expected`; 0 vectors for a matrix that no batch takes.
+    kept: columns of the last product, in float64.
+    """
+
+    shape: tuple[int, int]
+    itemsize: int
+    vectors: int
+    passes: int
+    kept: int
+
+
+def direct_seconds(works: Sequence[DirectWork], gpu: Gpu, *, factors: bool) -> float:
+    """Predicted seconds of the direct solver on a GPU. factors: with those and their loss, not f* alone."""
+    taken = [work for work in works if work.vectors]
+    small = _SMALL_SECONDS * (len(works) - len(taken))
+    wanted = [Wanted(work.shape, work.itemsize, work.vectors) for work in taken]
+    groups = batches(wanted, [(work.itemsize, work.passes) for work in taken], 0.5 * gpu.memory)
+    running, uploads = [], []
+    for members in groups:
+        batch = [taken[index] for index in members]
+        itemsize = batch[0].itemsize
+        shapes = [work.shape for work in batch]
+        layout = gram_layout(shapes, itemsize, gram_tile(gpu.architecture, itemsize), cached_bytes(gpu))
+        passes = batch[0].passes
+        dense = _dense_seconds(layout, passes * WIDTH / 2, gpu)
+        looks = len(batch) * _LOOK_SECONDS * (passes * WIDTH / 128) ** 2
+        finish = sum(_finish_seconds(work, gpu, factors=factors) for work in batch)
+        running.append(passes * (pass_seconds(layout, itemsize, gpu) + dense) + finish + looks)
+        uploads.append(layout.weights * itemsize / HOST_BANDWIDTH)
+    hidden = sum(min(before, upload) for before, (_, upload) in zip(running, pairwise(uploads), strict=False))
+    return small + sum(running) + sum(uploads) - hidden
+
+
+def pass_seconds(layout: GramLayout, itemsize: int, gpu: Gpu) -> float:
+    """Both products of a batch, predicted: W from DRAM once or, where a group does not fit the cache, twice."""
+    weights = layout.weights * itemsize
+    first = weights / (gpu.dram * REACHED_DRAM)
+    second = weights / (gpu.cache_bandwidth * REACHED_CACHE) if layout.resident else first
+    # Three parts of float32 for 16-bit weights; the float32 peak counts tf32x3's three.
+    flops = 2.0 * WIDTH * layout.weights * (3 if itemsize == 2 else 1)
+    cores = flops / ((gpu.half if itemsize == 2 else gpu.float32) * REACHED_TENSOR)
+    return max(first, cores) + max(second, cores) + 2 * len(layout.groups) * gpu.launch
+
+
+def _dense_seconds(layout: GramLayout, vectors: float, gpu: Gpu) -> float:
+    """torch's algebra of one pass at a basis of so many vectors: enqueued by the host, which may be the longer."""
+    moved = _BASIS_READ * 4.0 * BATCH * vectors * layout.N + 30 * 8.0 * BATCH * WIDTH * layout.N
+    return max(_DENSE_CALLS * _CALL_SECONDS, moved / (gpu.dram * REACHED_DRAM))
+
+
+def _finish_seconds(work: DirectWork, gpu: Gpu, *, factors: bool) -> float:
+    """WX, and W − BA where factors are wanted, in float64, from W in float64: written, and read once or twice."""
+    products = 2 if factors else 1
+    entries = float(math.prod(work.shape))
+    moved = products * entries * (work.itemsize + 16)
+    flops = products * 2.0 * entries * work.kept
+    return _FINISH_SECONDS + max(moved / (gpu.dram * REACHED_DRAM), flops / (gpu.double * 0.5))
