@@ -111,9 +111,9 @@ def test_only_the_first_upload_of_many_is_waited_for() -> None:
     (group,) = plan(LLAMA, ADA, 20_000).groups
     assert group.waves == 64
     assert group.copying == pytest.approx(4096 * 4096 * 2 / HOST_BANDWIDTH)
-    # A run of so few steps hides nothing.
+    # A run of one step hides little.
     (short,) = plan(LLAMA, ADA, 1).groups
-    assert short.copying > 0.9 * 64 * group.copying
+    assert short.copying > 0.7 * 64 * group.copying
 
 
 def test_waves_are_those_that_will_run() -> None:
