@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from inilora_kernels.kernels.gpu.gram_layout import WIDTH
 from inilora_kernels.kernels.gpu.tiles import RANKS, StripTile, tiles
 
@@ -43,6 +45,10 @@ QUICK = {
 QUICK_ADAM = {("sm_80", 128), ("sm_89", 8), ("sm_90", 16), ("sm_100", 64), ("gfx942", 32)}
 
 
+def triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def marked(cases: Iterable[tuple[object, ...]], quick: Iterable[tuple[object, ...]]) -> list[object]:
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
@@ -68,10 +74,10 @@ def test_gradient_products_as_compiled(target: str, dtype: torch.dtype, rank: in
     kernel = compiled(launch, target)
     machine = read(kernel)
     if target.startswith("sm"):
-        # W and the slots tell L2 what to keep.
-        assert {"evict_last", "evict_first"} <= set(
-            re.findall(r"createpolicy\.fractional\.L2::(\w+)", kernel.asm["ptx"])
-        )
+        # W and the slots tell L2 what to keep; W's asynchronous copies did not before triton 3.9.
+        told = set(re.findall(r"createpolicy\.fractional\.L2::(\w+)", kernel.asm["ptx"]))
+        plain = chosen.strip.stages == 1 or triton_version() >= (3, 9)
+        assert ({"evict_last", "evict_first"} if plain else {"evict_first"}) <= told
     threads = launch.options["num_warps"] * TARGETS[target].warp_size
     check(machine, target, launch.options["num_warps"])
     W_bytes = chosen.strip.rows * chosen.strip.columns * dtype.itemsize

@@ -118,11 +118,11 @@ def test_only_the_first_upload_of_many_is_waited_for() -> None:
 
 def test_waves_are_those_that_will_run() -> None:
     """Neighbours of other shapes fill a wave up: what `divide` does is what is predicted."""
-    mixed = [Matrix((4096, 4096), 2, 8)] * 3 + [Matrix((1024, 4096), 2, 8)] * 3
+    mixed = [Matrix((4096, 4096), 2, 8)] * 32 + [Matrix((1024, 4096), 2, 8)] * 32
     forecast = plan(mixed, ADA, 20_000)
-    assert sum(group.count for group in forecast.groups) == 6
+    assert sum(group.count for group in forecast.groups) == 64
     assert any("4096×4096, " in group.shapes for group in forecast.groups)
-    assert plan(mixed, GPUS["h100"], 20_000).groups[0].shapes == "3 × 4096×4096, 3 × 1024×4096"
+    assert plan(mixed, GPUS["h100"], 20_000).groups[0].shapes == "32 × 4096×4096, 32 × 1024×4096"
 
 
 def direct_work(shape: tuple[int, int], rank: int) -> DirectWork:
