@@ -173,7 +173,7 @@ def _factorize(
                 results[place] = factors
 
         solve = solver_of(options)
-        # In the model's order, whoever computed what.
+        # In the model's order, whichever process computed what.
         mine = [missing[place] for place in sorted(parts[job.rank])]
         announce_found(len(tasks) - len(missing), len(tasks), bar)
         announce_solving(mine, options, bar, aloud=job.rank == 0)

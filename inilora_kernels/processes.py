@@ -99,7 +99,7 @@ class Job:
         with _connected():
             for place in range(count):
                 self.store.set(f"{key}/{place}", content[place * _PIECE : (place + 1) * _PIECE])
-            # Last, since whoever finds it takes the pieces.
+            # Last, since a process that finds it takes the pieces.
             self.store.set(key, str(count))
 
     def take(self, key: str) -> bytes:

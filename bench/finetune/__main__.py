@@ -37,7 +37,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Where rows, tables and plots go.")] = RESULTS,
     system: Annotated[list[str] | None, typer.Option(help="Only this row of the table; repeatable.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
-    most: Annotated[int | None, typer.Option(help="Stop after so many runs.")] = None,
+    most: Annotated[int | None, typer.Option(help="Stop after this many runs.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Two seeds, four steps: does it work? Rows go to a folder of their own.")
     ] = False,

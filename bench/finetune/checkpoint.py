@@ -23,7 +23,7 @@ def checkpoint(run: Run, folder: Path) -> Path:
 
 
 def save_checkpoint(file: Path, network: nn.Module, outcome: Row) -> None:
-    """The trained parameters, and beside them what was measured during training."""
+    """The trained parameters, and next to them what was measured during training."""
     trained = {name: value.detach().cpu() for name, value in network.named_parameters() if value.requires_grad}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, safetensors.torch.save(trained, {"outcome": json.dumps(outcome)}))

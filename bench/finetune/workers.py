@@ -39,7 +39,7 @@ def run_table(
     Each process has its share of the cores. A run that is cut off leaves no row and is done again next time.
 
     origin: what every row says of where it comes from.
-    most: stop after so many runs.
+    most: stop after this many runs.
     """
     done = 0
     rows = read_rows(results)

@@ -1,8 +1,8 @@
 """Experts in PEFT's adapter folder: where the two matrices of each parameter are, and in which layout.
 
 One module may hold several parameters of experts, and PEFT wraps one wrapper around the other: the last parameter that
-the module has is outermost, `mlp.experts.lora_A`, the one before is `mlp.experts.base_layer.lora_A`. Which parameter a
-key belongs to is said by that place alone.
+the module has is outermost, `mlp.experts.lora_A`, the one before is `mlp.experts.base_layer.lora_A`. Only that position
+says which parameter a key belongs to.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def unwrapped(adapter: Adapter, factors: Iterable[str], where: str) -> Adapter:
     factors: the names in the factor set that the adapter started from, in its order, which is the model's.
     where: names the adapter in messages.
 
-    Raises FactorFileError if there are other experts in the adapter than in the factors.
+    Raises FactorFileError if the adapter's experts are not the factors'.
     """
     targets = adapter.config.get("target_parameters")
     if not targets:
@@ -78,7 +78,7 @@ def unwrapped(adapter: Adapter, factors: Iterable[str], where: str) -> Adapter:
         experts, rest = divmod(A.shape[0], int(rank))
         if rest:
             raise FactorFileError(
-                f"{where}: {name} has {A.shape[0]} rows, no multiple of its rank {rank}; save it again"
+                f"{where}: {name} has {A.shape[0]} rows, which is not a multiple of its rank {rank}; save it again"
             )
         found[parameter] = stacks(A, B, experts)
     return Adapter(adapter.config, found, adapter.others)

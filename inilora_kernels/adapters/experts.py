@@ -64,7 +64,7 @@ def expert_shapes(model: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 
 def name_of(layer: Layer, path: str) -> str:
-    """What factors call the place of one of PEFT's layers: its path, or that of the parameter that it adapts."""
+    """The factors' name for one of PEFT's layers: its path, or that of the parameter that it adapts."""
     return f"{_plain(path)}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path
 
 
@@ -73,7 +73,7 @@ def _plain(path: str) -> str:
 
 
 def require_expert_parameter(layer: Layer, name: str) -> None:
-    """Raise unless the parameter holds a matrix of numbers for each expert, here and whole."""
+    """Raise unless the parameter holds a whole matrix of numbers for each expert, in memory."""
     parameter = layer.get_param()
     if parameter.dim() != 3:
         raise TargetError(
@@ -91,8 +91,8 @@ def require_expert_parameter(layer: Layer, name: str) -> None:
 def start_experts(layer: Layer, adapter_name: str, A: Tensor, B: Tensor, name: str) -> None:
     """Start one adapter of a ParamWrapper from stacks A (E, r, k) and B (E, d, r), in the delta form.
 
-    name: of the parameter, in messages. Raises TargetError if the parameter with the adapter is not the bare one, to
-    the bit.
+    name: of the parameter, in messages. Raises TargetError if the parameter with the adapter does not equal the bare
+    one bit for bit.
     """
     _install(layer, adapter_name, *laid_out(A, B))
     before = layer.get_param()

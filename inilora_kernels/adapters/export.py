@@ -179,8 +179,8 @@ def export_delta(
     Together they add nothing to the original model, which stays as it is and may be quantized. `load_delta` loads them
     so that this holds to the bit; as two active adapters of plain PEFT it holds to float32 rounding.
 
-    base: the model that the factors were made of, a folder or an id on the hub. The other parameters and the errors are
-        `export_residual`'s.
+    base: the model that the factors were computed from, a folder or an id on the hub. The other parameters and the
+        errors are `export_residual`'s.
     """
     out = Path(out)
     factors = factor_set(factors, base)

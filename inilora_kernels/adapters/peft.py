@@ -1,4 +1,4 @@
-"""Factors into a live PeftModel, so that any trainer that takes one trains them."""
+"""Factors into a live PeftModel, which any trainer that accepts one can train."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def initialize_peft(
     """Start a PeftModel's LoRA adapter from the factors, in place, without changing the model's output.
 
     Call it after `get_peft_model` with `init_lora_weights=True` (the default) and before training, where
-    `initialize_lora_eva_weights` stands for EVA. Every module that the adapter targets needs factors of its rank;
+    `initialize_lora_eva_weights` goes for EVA. Every module that the adapter targets needs factors of its rank;
     factors of modules that it leaves out are not used. lora_alpha, use_rslora, rank_pattern, alpha_pattern and
     fan_in_fan_out are the LoraConfig's: with PEFT's scaling s, A and B are divided by √s, so sBA ≈ W whatever s is.
 
@@ -50,10 +50,10 @@ def initialize_peft(
     form: "delta" leaves the base weights as they are, exact in any dtype and on quantized bases; the
         forward pass subtracts the frozen start, [B, B − B0] [A − A0; A0] x. "residual" puts R = W − sBA into the base
         weights, as PEFT's PiSSA does, and leaves PEFT's forward pass alone.
-    overwrite: start an adapter anew that holds something already, trained or loaded.
+    overwrite: start an adapter again although it already holds something trained or loaded.
 
-    The config in `peft_model.peft_config` then says that the adapter started from factors: an adapter that is added
-    with it, as TRL's trainers add their reference, starts from the same ones. `save_pretrained` writes the plain LoRA
+    The config in `peft_model.peft_config` then records that the adapter started from factors: an adapter added with it,
+    as TRL's trainers add their reference, starts from the same ones. `save_pretrained` writes the plain LoRA
     of rank 2r, [B, −B0] [A; A0], which belongs to the original base in both forms, and `load_adapter` resumes from it.
 
     Returns the model. Raises TargetError (no such module, no factors for a module, a shape differs, the model reads a
@@ -74,7 +74,7 @@ def initialize_peft(
     True
     """
     if form not in ("delta", "residual"):
-        raise OptionError(f'form={form!r}: it is "delta" or "residual"')
+        raise OptionError(f'form={form!r}: choose "delta" or "residual"')
     config = _config(peft_model, adapter_name)
     if form == "delta":
         _require_forward_of_peft(peft_model)
@@ -102,10 +102,10 @@ def initialize_peft(
 def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
     """Load what `export_delta` wrote, ready to train: a PeftModel whose output is still that of `model`.
 
-    folder: with `adapter` and `initial` in it. `adapter` may have been trained since, by PEFT alone: then the model
+    folder: the one with `adapter` and `initial` in it. If `adapter` has been trained since, by PEFT alone, the model
         returned is the trained one, still ready to train.
 
-    Raises what peft raises for a folder that is none, and what `initialize_peft` raises.
+    Raises what peft raises for an invalid folder, and what `initialize_peft` raises.
     """
     folder = Path(folder)
     stored = {
@@ -142,10 +142,10 @@ def _start(
     form: Form,
     adapter_name: str,
 ) -> None:
-    """Start every layer, after each has shown on random input that its output stays; undo all if the model's does not.
+    """Start every layer, each checked first on random input; undo everything if the model's output changes.
 
     Only a layer itself can say whether its forward pass is one that a start leaves unchanged: PEFT has a class for each
-    kind of base, and others are registered by users.
+    kind of base, and users register others.
     """
     for name in _linear(layers, scaled):
         require_layer_unchanged(layers[name], name, *scaled[name], form, adapter_name)
@@ -205,7 +205,7 @@ def _lora_layers(peft_model: PeftModel, adapter_name: str) -> dict[str, Layer]:
 
 
 def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: FactorSet) -> dict[str, Start]:
-    """The start of each layer; names are looked up among all linear layers, of which the adapter may have a part."""
+    """The start of each layer. Names are looked up among all linear layers: the adapter may have only some of them."""
     base = peft_model.get_base_model()
     inside = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}
     shapes: dict[str, tuple[int, ...]] = {
@@ -224,7 +224,7 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
 
 
 def _linear(layers: Mapping[str, Layer], names: Iterable[str]) -> list[str]:
-    """Those of these layers that are linear ones, and no parameters of experts."""
+    """The layers among these that are linear, not parameters of experts."""
     return [name for name in names if not isinstance(layers[name], ParamWrapper)]
 
 
@@ -233,7 +233,7 @@ def _require_plain_lora(layer: Layer, name: str, start: Start, adapter_name: str
     rank = layer.r[adapter_name]
     if rank != start.rank:
         raise OptionError(
-            f"{name}: the LoraConfig gives rank {rank}, the factors ({', '.join(start.names)}) have {start.rank}; "
+            f"{name}: the LoraConfig sets rank {rank}, the factors ({', '.join(start.names)}) have {start.rank}; "
             f"set r={start.rank}, or rank_pattern for this module alone"
             + (
                 f". A folder that a model started from factors has saved has twice their rank: it is trained, and "
@@ -277,7 +277,7 @@ def _require_unused(layer: Layer, name: str, adapter_name: str) -> None:
     if used:
         raise OptionError(
             f"{name}: adapter {adapter_name!r} is not new: its B is not zero, and the factors would overwrite what was "
-            f"trained or loaded; {_GO_ON}. overwrite=True starts anew"
+            f"trained or loaded; {_GO_ON}. overwrite=True starts it again"
         )
 
 
@@ -299,6 +299,6 @@ def _require_untouched(layer: Layer, name: str, users: Mapping[int, Sequence[str
     require_unshared_weight(users, name, base_layer, "the residual form", instead)
     if is_residual(layer):
         raise OptionError(
-            f"{name}: the base weight is a residual already, and another adapter belongs to it; load the model anew, "
+            f"{name}: the base weight is a residual already, and another adapter belongs to it; load the model again, "
             f'or use form="delta" for several adapters on one base'
         )

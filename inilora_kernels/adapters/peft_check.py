@@ -65,8 +65,8 @@ def put_back(layer: Layer, adapter_name: str, parts: Parts) -> None:
 def require_layer_unchanged(layer: Layer, name: str, A: Tensor, B: Tensor, form: Form, adapter_name: str) -> None:
     """Start the layer, compare its output on random input with its base layer's, and undo the start.
 
-    Raises TargetError if it differs by more than rounding. A layer that cannot be run here (a sharded one, kernels of
-    another device) is taken on trust.
+    Raises TargetError if it differs by more than rounding. A layer that cannot be run here (sharded, or with another
+    device's kernels) is trusted.
     """
     base_layer = layer.get_base_layer()
     found = _run_base(base_layer, A.shape[1])
@@ -87,7 +87,7 @@ def require_layer_unchanged(layer: Layer, name: str, A: Tensor, B: Tensor, form:
     dtypes = (expected.dtype, x.dtype, layer.lora_A[adapter_name].weight.dtype)
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     difference = float((output.double() - expected.double()).norm())
-    # Two sums of rounded products, of at most that size each; their order may differ from call to call.
+    # Two sums of rounded products, each of at most that size, whose order may differ from call to call.
     if not difference <= 16 * eps * size:
         raise TargetError(
             f"{name}: with the factors the output of {type(layer).__module__}.{type(layer).__name__} on random input "
@@ -98,7 +98,7 @@ def require_layer_unchanged(layer: Layer, name: str, A: Tensor, B: Tensor, form:
 
 @contextmanager
 def disabled(layers: Iterable[Layer]) -> Iterator[None]:
-    """The adapters of these layers off, without PEFT's change to what is trainable."""
+    """Switch these layers' adapters off, without PEFT's change to what is trainable."""
     layers = list(layers)
     before = [layer._disable_adapters for layer in layers]
     try:
@@ -130,14 +130,14 @@ def _run_base(base_layer: nn.Module, in_features: int) -> tuple[Tensor, Tensor] 
     own = [weight.dtype] if isinstance(weight, Tensor) and weight.dtype.is_floating_point else []
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, in_features, generator=generator).to(device_of(base_layer))
-    # bitsandbytes packs a layer that runs in evaluation so that it cannot be trained any more.
+    # bitsandbytes packs a layer that runs in evaluation mode so that it can no longer be trained.
     training = base_layer.training
     base_layer.training = True
     try:
         for dtype in (*own, torch.float32, torch.bfloat16, torch.float16):
             try:
                 output = base_layer(x.to(dtype))
-            except Exception:  # whatever kernels raise that do not take this dtype or run on this device
+            except Exception:  # whatever kernels raise for a dtype or a device that they do not support
                 continue
             if isinstance(output, Tensor) and output.dtype.is_floating_point and not output.is_meta:
                 return x.to(dtype), output

@@ -1,7 +1,7 @@
 """One of PEFT's LoRA layers, started from factors: what its parts become, and the form that it is in.
 
 PEFT's layers are taken as they are. `lora_A` and `lora_B` become modules that know A0 and B0, which is all that the
-forward pass needs in the delta form. What is left goes through PEFT's own seams: a LoraVariant for merging, and the
+forward pass needs in the delta form. Everything else goes through PEFT's own seams: a LoraVariant for merging, and the
 config, which says that an adapter added with it starts from the same factors.
 """
 
@@ -29,8 +29,8 @@ from .weights import device_of, oriented, plus
 class StartedLoraConfig(LoraConfig):
     """The LoraConfig of an adapter that started from factors.
 
-    An adapter added with it, as TRL's trainers add "ref", starts from the same factors; a model that knows nothing of
-    them refuses it, as PEFT does any variant that its layers lack. On disk it is the config of the plain LoRA of rank
+    An adapter added with it, as TRL's trainers add "ref", starts from the same factors; a model without these factors
+    refuses it, as PEFT refuses any variant that its layers lack. On disk it is the config of the plain LoRA of rank
     2r that `save_pretrained` writes.
 
     started_from: the adapter that has the factors. form: its form.
@@ -70,7 +70,7 @@ def started_config(config: LoraConfig, adapter_name: str, form: Form) -> Started
 
 
 def start_layer(layer: Layer, adapter_name: str, A: Tensor, B: Tensor, form: Form, name: str) -> None:
-    """Start one adapter of a layer from A (r, in_features) and B (out_features, r), which sBA ≈ W.
+    """Start one adapter of a layer from A (r, in_features) and B (out_features, r), with sBA ≈ W.
 
     name: the layer's, for a warning.
     """
@@ -96,7 +96,7 @@ def _install(layer: Layer, adapter_name: str, A: Tensor, B: Tensor, form: Form) 
 
 @torch.no_grad()
 def _started(linear: nn.Linear, of: type[Started], values: Tensor, device: torch.device) -> Started:
-    """The module in the place of PEFT's own, with the same parameter, which an optimizer may know already."""
+    """The module that replaces PEFT's own, with the same parameter, which an optimizer may already know."""
     assert isinstance(linear.weight, nn.Parameter)
     weight = linear.weight
     if weight.is_meta:
@@ -138,7 +138,7 @@ class DeltaVariant(LoraVariant):
 
 
 class ResidualVariant(LoraVariant):
-    """Only while an adapter is added with a residual one's config: then it is as plain a LoRA as that one."""
+    """Used only while an adapter is added with a residual one's config; after that it is a plain LoRA."""
 
     @staticmethod
     def init(module: Layer, adapter_name: str, *, config: LoraConfig, **_: Any) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""What a PeftModel that started from factors does otherwise than PEFT: saving, and combining adapters."""
+"""What a PeftModel that started from factors does differently: saving, and combining adapters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
     """Let the model's own `save_pretrained`, `state_dict` and `add_weighted_adapter` take s(BA − B0A0) for an adapter.
 
     `save_pretrained`, which every trainer calls, writes [A; A0] and [B, −B0] of rank 2r. Their product is what was
-    learned in both forms, and belongs to W: any program that loads LoRAs may have it. A and B alone would be taken for
-    a LoRA of W, and add W's own low-rank part once more. `state_dict` is where PEFT's `get_peft_model_state_dict` takes
-    A and B from, for programs that save or send them by themselves.
+    learned in both forms, and belongs to W: it is fit for any program that loads LoRAs. A and B alone would be mistaken
+    for a LoRA of W, and add W's own low-rank part a second time. `state_dict` is where PEFT's
+    `get_peft_model_state_dict` takes A and B from, for programs that save or send them by themselves.
     """
     for owner, method in (
         (peft_model, partial(_save_pretrained, peft_model)),

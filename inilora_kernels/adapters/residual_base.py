@@ -25,7 +25,7 @@ Layer = Any
 
 @torch.no_grad()
 def subtract(layer: Layer, adapter_name: str, name: str) -> None:
-    """Put R = W − sBA in W's place, with A and B as they are in the layer, in whatever dtype it keeps them.
+    """Replace W by R = W − sBA, with A and B as they are in the layer, in whatever dtype it keeps them.
 
     name: the layer's, for a warning.
     """
@@ -106,7 +106,7 @@ def _subtracted(layer: Layer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _unload(layer: Layer, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
-    """The base layer with the adapters merged, or with W in R's place again, to R's rounding."""
+    """The base layer with the adapters merged, or with W restored, to R's rounding."""
     if merge:
         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
     base_layer: nn.Module = layer.get_base_layer()

@@ -1,7 +1,7 @@
 """lora_A and lora_B as modules that keep where they started: A0 and B0 travel with A and B.
 
 In the delta form both together compute B(A − A0)x + (B − B0)A0x, so any layer that adds `lora_B(lora_A(x))`, PEFT's for
-every kind of base and ours, is in the delta form without knowing it. Nothing outside reads the weights in the forward
+every kind of base and ours, is in the delta form without knowing. Nothing outside reads the weights in the forward
 pass: FSDP and ZeRO may shard each of the two modules by itself.
 """
 
@@ -25,7 +25,7 @@ _UNRELATED = 0.1
 class Started(nn.Linear):
     """A linear layer (out_features, in_features) without bias of its own, and a frozen copy of where it started.
 
-    weight: the parameter to train, taken over as it is.
+    weight: the parameter to train, used as it is.
     initial: where it starts, of the same shape; kept in the weight's dtype and on its device, in a buffer named by the
         form, so that a whole state dict with R in it loads into no model with W.
     bias: lora_bias's, or None.
@@ -128,7 +128,7 @@ def unwrapped(module: nn.Module) -> Started | None:
 
 
 def _is_same(stored: Tensor, initial: Tensor) -> bool:
-    """Whether both are one start, to the roundings of √(scaling) and of the coarser of their dtypes."""
+    """Whether both are the same start, up to the rounding of √(scaling) and of the coarser of their dtypes."""
     rtol = 4 * max(torch.finfo(stored.dtype).eps, torch.finfo(initial.dtype).eps)
     return torch.allclose(stored.float(), initial.to(stored.device, torch.float32), rtol=rtol, atol=0.0)
 

@@ -14,9 +14,9 @@ from .modules import is_conv1d, linear_shape
 
 
 def require_own_weight(base_layer: nn.Module, what: str, instead: str) -> None:
-    """Raise WeightError unless the weight is a whole, plain floating point matrix in memory, which can be changed.
+    """Raise WeightError unless the weight is a whole, plain floating-point matrix in memory, which can be changed.
 
-    what: names the layer in the message; instead: what to do.
+    what: the layer's name in the message; instead: what to do.
     """
     weight = getattr(base_layer, "weight", None)
     data = weight.data if isinstance(weight, Tensor) else None
@@ -44,7 +44,7 @@ def users_of_weights(model: nn.Module) -> dict[int, list[str]]:
 def require_unshared_weight(
     users: Mapping[int, Sequence[str]], name: str, base_layer: nn.Module, what: str, instead: str
 ) -> None:
-    """Raise TargetError if another module of the model has the same weight, which `what` would change too.
+    """Raise TargetError if another module of the model shares the weight, so that `what` would change it too.
 
     users: what `users_of_weights` says of the model; name: the layer's, under which its base layer is found too.
     """
@@ -54,7 +54,7 @@ def require_unshared_weight(
 
 
 def device_of(base_layer: nn.Module) -> torch.device:
-    """Where an adapter belongs: the device of the layer's tensors, or the one that accelerate brings them to."""
+    """Where an adapter belongs: the device of the layer's tensors, or the one that accelerate moves them to."""
     device: torch.device | int | str | None = next(
         (tensor.device for tensor in [*base_layer.parameters(), *base_layer.buffers()]), None
     )
@@ -75,9 +75,9 @@ def plus(weight: Tensor, update: Tensor) -> Tensor:
 
 
 def warn_if_rounded_away(weight: Tensor, residual: Tensor, name: str) -> None:
-    """Warn if R is so much larger than W that its rounding, and with it W's error, is 4 times that of W's own dtype.
+    """Warn if R is so much larger than W that its rounding error is 4 times that of W in its own dtype.
 
-    So it is with IniLoRA-α's factors, whose product is about 35 times W.
+    This happens with IniLoRA-α's factors, whose product is about 35 times W.
     """
     growth = float(residual.float().norm() / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
     if growth > 4 and weight.dtype.itemsize < 4:

@@ -1,12 +1,12 @@
-"""How much of Σ_{i≤r} σ_i² a Krylov space can have left behind at most, without a full SVD.
+"""How much of Σ_{i≤r} σ_i² a Krylov space can have missed at most, without a full SVD.
 
 M = WᵀW (n×n) has eigenvalues λ_1 ≥ λ_2 ≥ …. Q (n×m) is an orthonormal basis of a Krylov space, MQ = QT + NL with
 N orthogonal to Q, and (θ_j, x_j) are the Ritz pairs: T = S·diag(θ)·Sᵀ, x_j = Qs_j, with residuals
 Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j. C = (I − QQᵀ)M(I − QQᵀ) is what M does outside the space. Three steps:
 
-1. c ≥ λ_max(C). A second Krylov space, of C, starts from b Gaussian columns that nothing before has seen: they are
-   drawn once Q is fixed, from a stream that the hash of W decides, so that no W can be chosen against them. If the
-   largest Ritz value of its q blocks is ϑ, then with probability 1 − δ
+1. c ≥ λ_max(C). A second Krylov space, of C, starts from b fresh Gaussian columns: they are drawn once Q is fixed, from
+   a stream that the hash of W decides, so that no W can be chosen against them. If the largest Ritz value of its q
+   blocks is ϑ, then with probability 1 − δ
 
        λ_max(C) ≤ (1 + y²)ϑ,     sinh((2q−1)·asinh y) = √(2n/π)·δ^(−1/b).
 
@@ -15,7 +15,7 @@ Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j. C = (I − QQᵀ)M(I − QQᵀ) is what
    (λ−τ)p(λ)² = τ·sinh²((2q−1)·asinh y). So the Rayleigh quotient of p(C)g, which lies in the space, is above τ unless
    |g_u|/|g| ≤ 1/sinh((2q−1)·asinh y); for a uniform direction the chance of that is at most √(2n/π) times the
    right-hand side, and all b columns are independent. (Kuczyński and Woźniakowski 1992, SIAM J. Matrix Anal. Appl. 13,
-   is the case b = 1.) A later, larger Q only lessens λ_max(C): the bound stays.
+   is the case b = 1.) A later, larger Q can only reduce λ_max(C), so the bound stays valid.
 
 2. c' ≥ λ_max(C'), C' being M outside of the s ≥ r leading Ritz vectors X. In the basis of the other Ritz vectors and
    the complement of Q it is [[Θ', Gᵀ], [G, C]], Θ' = diag(θ_{s+1}, …), G = N·(g_{s+1}, …), so by Schur's complement
@@ -29,8 +29,8 @@ Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j. C = (I − QQᵀ)M(I − QQᵀ) is what
 
        M ⪯ diag(Θ + RᵀR/t, (c' + t)I),     so     Σ_{i≤r} λ_i ≤ the r largest eigenvalues of the right-hand side.
 
-   With t = θ_r − c' > 0 these are those of Θ + RᵀR/t: what is left behind is quadratic in the residual. Values nearly
-   equal to σ_r belong into X, which is why s may be more than r: t then spans the gap behind them.
+   With t = θ_r − c' > 0 these are those of Θ + RᵀR/t: what is missed is quadratic in the residual. Values nearly equal
+   to σ_r belong in X, which is why s may exceed r: t then spans the gap behind them.
 
 Rounding. X is orthonormal, and Θ = (WX)ᵀ(WX) computed, in float64: Θ enters the sum linearly, and in float32 its
 error, about 1e-7·λ_1, would be what two nearly equal singular values differ by. T, L and ϑ come from products with M in
@@ -50,7 +50,7 @@ from torch import Tensor
 
 from .krylov_space import RitzPairs
 
-# The chance that the bound on c is wrong, over the draw of the second space's start.
+# The probability that the bound on c is wrong, over the draw of the second space's start.
 FAILURE_PROBABILITY = 1e-12
 # How many Ritz vectors beyond r may go into X.
 _BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -91,7 +91,7 @@ def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, 
     0.01
     """
     gap = float(values[rank - 1]) - outside
-    # Without a gap, a little of everything outside may be worth more than the last of the θ.
+    # Without a gap, a little of everything outside may outweigh the last of the θ.
     splits = [gap] if gap > 0 else []
     splits += [outside * 10.0**-power for power in range(1, 13) if outside > 0]
     best = math.inf

@@ -1,11 +1,12 @@
-"""The least of ||W − BA||_F² from as few passes over W as it takes: a block Krylov space, with a certificate.
+"""The minimum of ||W − BA||_F² from as few passes over W as possible: a block Krylov space, with a certificate.
 
 The space K_q = span{Ω, MΩ, …, M^{q−1}Ω} of M = WᵀW (k×k, or WWᵀ where that is smaller) starts from a Gaussian block Ω
 and is kept orthonormal against all of itself. Its Ritz pairs converge to the leading singular triplets of W faster than
 subspace iteration over the same passes (Musco and Musco 2015, arXiv:1504.05477). What counts is the number of vectors
-that W is multiplied with, and a narrow block needs the fewest: it is as wide as makes a pass as long in arithmetic as
-in memory, whatever the rank. `certificate.py` bounds what the Ritz pairs still lack, from a second space; where that
-finds a direction that the first has missed, as a narrow block does where singular values are equal, the two are joined.
+that W is multiplied with, and a narrow block needs the fewest: it is just wide enough that a pass takes as long in
+arithmetic as in memory, whatever the rank. `certificate.py` bounds what the Ritz pairs still lack, from a second space;
+where that finds a direction that the first has missed, as a narrow block does where singular values are equal, the two
+are joined.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from .certificate import bound_outside, missed_factor, shortfall
 from .goal import Goal
 from .krylov_space import KrylovSpace, RitzPairs
 
-# Each rank's proven excess is to be below this, or below what float32 factors can show.
+# Each rank's proven excess must be below this, or below what float32 factors can show.
 TOLERANCE = 1e-8
-# Singular values kept for the picture of the spectrum, at most.
+# At most this many singular values are kept for the picture of the spectrum.
 LEADING = 64
 # Up to the first size all eigenvectors of WᵀW take less time than a search; up to the second, where a search would need
 # as many vectors as a third of them.
 TINY_SIZE, GRAM_SIZE = 300, 512
-# Up to this size a full decomposition is an answer where the certificate is not reached.
+# Up to this size a full decomposition is the answer if the certificate is not reached.
 DENSE_SIZE = 2048
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
 # faster and converge more slowly, which pays where the space is large anyway.
 _NARROW, _WIDE, _WIDE_RANK = 4, 8, 48
-# Vectors that a real spectrum takes to converge: about so many times the rank, and so many more. The first look comes
+# Vectors that a real spectrum takes to converge: about this many times the rank, plus a constant. The first look comes
 # at a share of that; a look costs an eigenvalue problem of the space's size.
 _VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 2.7, 40, 0.85
-# The space may grow to so many times that before the search is given up.
+# The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
-# The space has converged when its promise is below this share of what the certificate has to come below.
+# The space has converged when its promise is below this share of what the certificate must reach.
 PROMISED = 0.5
-# A second space whose Ritz values come this near to θ_r has found what the first one missed.
+# A second space whose Ritz values come this close to θ_r has found what the first one missed.
 MISSED = 0.985
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
@@ -65,13 +66,13 @@ class Principal:
     """The leading singular triplets of W (d×k), W ≈ U·diag(S)·Vᵀ, and how much better any others could be.
 
     U (d×r), V (k×r): unit columns, orthogonal (a column of U is zero where its S is). S (r): descending. float64, on
-        W's device; r is the largest rank asked for.
-    shortfalls: for each rank asked for, an upper bound on Σ_{i≤rank} σ_i² minus what these triplets capture.
-    certified: for each rank, whether that is below the tolerance asked for, or below float32's resolution of W.
+        W's device; r is the largest requested rank.
+    shortfalls: for each requested rank, an upper bound on Σ_{i≤rank} σ_i² minus what these triplets capture.
+    certified: for each rank, whether that is below the requested tolerance, or below float32's resolution of W.
     energy: ||W||_F².
     leading: the singular values found to better than 1 %, the first 64 at most; for the picture of the spectrum.
     passes: over W, those for the certificate included.
-    vectors: that W was multiplied with, on both sides.
+    vectors: how many W was multiplied with, on both sides.
     """
 
     U: Tensor
@@ -107,11 +108,11 @@ def principal(
     dtype: of the products with W. Where float32 is too coarse for the certificate (M = WᵀW has the square of W's
         condition), the work is done in float64.
     tolerance: of each rank's excess f/f* − 1.
-    digest: the sha256 of W's bytes, if somebody computes it anyway. The certificate's random block is drawn from it, so
+    digest: the sha256 of W's bytes, if it is computed anyway. The certificate's random block is drawn from it, so
         the same W gives the same bits, at any number of threads, and nobody can choose a W against the block.
 
     The space grows until its Ritz residuals promise an excess below `tolerance`, then the certificate is computed.
-    Where it is not reached, which takes a flat spectrum, a W up to 2048 on its smaller side is decomposed in full; a
+    If it is not reached, which takes a flat spectrum, a W of up to 2048 on its smaller side is decomposed in full; a
     larger one is returned with `certified` False and a shortfall that says what is known. Raises WeightError where
     W's squares leave float64's range.
 
@@ -121,7 +122,7 @@ def principal(
     ([1.0, 0.996667], True)
     """
     with one_torch_thread() as threads:
-        # Only a search asks for it, and a second attempt in float64 once more.
+        # Only a search asks for it, and a second attempt in float64 asks once more.
         key = functools.cache(digest or partial(_sha256, W))
         return _principal(W, tuple(dict.fromkeys(ranks)), dtype, tolerance, key, threads)
 
@@ -175,7 +176,7 @@ def dense(W: Tensor, ranks: Sequence[int]) -> Principal:
 
 
 def _by_gram(W: Tensor, ranks: Sequence[int], total: float) -> Principal:
-    """The same of a small W (d×k, d ≥ k) from all eigenvectors of M = WᵀW, formed and solved in float64.
+    """The same for a small W (d×k, d ≥ k), from all eigenvectors of M = WᵀW, formed and solved in float64.
 
     M's rounding, 2⁻⁵²·σ_1², is below what float32 factors can show, and enters what is captured squared.
     """
@@ -255,7 +256,7 @@ class _Search:
         self._spent = 0
 
     def run(self) -> Principal | None:
-        """What was found; None where float32 is too coarse for it."""
+        """The triplets found; None if float32 is too coarse."""
         pairs = self._converge()
         while pairs is not None and not self._goal.settled(pairs, self._missed):
             other = self._look_outside(pairs)
@@ -271,7 +272,7 @@ class _Search:
         return torch.randn(rows, self._size, generator=stream).to(self._W.device, self._dtype)
 
     def _stream(self) -> torch.Generator:
-        """Decided by W's hash, for all draws but the first space's start, whose quality is checked, not trusted."""
+        """Decided by W's hash, for all draws except the first space's start, whose quality is checked, not trusted."""
         if self._drawn is None:
             self._drawn = torch.Generator().manual_seed(int.from_bytes(self._key()[:8], "big") >> 1)
         return self._drawn
@@ -280,7 +281,7 @@ class _Search:
         return self._space.room and self._space.size < self._most
 
     def _converge(self) -> RitzPairs | None:
-        """Grow the space until it promises enough, or is at its end. None where float32 will not do."""
+        """Grow the space until it promises enough or is full. None if float32 is too coarse."""
         target = max(self._space.size + 1, _FIRST_LOOK * _expected_vectors(self._rank))
         last: tuple[int, float] | None = None
         while True:
@@ -305,7 +306,7 @@ class _Search:
             target = size + step
 
     def _look_outside(self, pairs: RitzPairs) -> KrylovSpace | None:
-        """Lower the bound on what lies outside until all is settled. Returns what was missed, where something was."""
+        """Lower the bound on what lies outside until all is settled. Returns what was missed, if anything."""
         stream = self._stream()
         start = self._random(min(_NARROW, self._size - self._space.size), stream)
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
@@ -329,7 +330,7 @@ class _Search:
         return None
 
     def _finish(self, pairs: RitzPairs) -> Principal:
-        """The triplets from one more pass in float64, which the loss and the certificate rest on."""
+        """The triplets, from one more pass in float64, on which the loss and the certificate rest."""
         kept = self._goal.kept(pairs, self._missed)
         X = self._space.vectors(pairs.vectors[:, :kept])
         Y, total = product(self._W, X, self._threads)

@@ -28,9 +28,9 @@ from .krylov_spaces import UNIT, KrylovSpaces, ritz_pairs
 # A tensor core's product of float32 parts, with what it drops and truncates, is within some units of float32's own; one
 # more is the random part of krylov_spaces.py. bench/gpu.py measures it.
 PRODUCT_UNIT = 5 * UNIT
-# Vectors that a real spectrum takes to converge by blocks of 16: about so many times the rank, and so many more.
+# Vectors that a real spectrum needs to converge by blocks of 16: about this many times the rank, plus a constant.
 _VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 3.4, 100, 0.85
-# The space may grow to so many times that.
+# The space may grow to this many times that.
 _GROWTH = 2
 _LOOK_EVERY = 2
 _FIRST_LOOK_OUTSIDE, _MOST_PASSES_OUTSIDE = 3, 17

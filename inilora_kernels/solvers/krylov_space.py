@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..kernels.streaming import GramReader
 
-# What is left of a vector by a projection is rounding below so many units in the last place of its length.
+# What a projection leaves of a vector is rounding if it is below this many units in the last place of its length.
 _ROUNDING_UNITS = 8
-# Cholesky QR in float64 is used where the triangle's diagonal spans less than this.
+# Cholesky QR in float64 is used if the triangle's diagonal spans less than this.
 _WELL_CONDITIONED = 1e-6
-# A unit vector that a projection leaves this long was orthogonal but for rounding.
+# A unit vector that a projection leaves this long was orthogonal except for rounding.
 _STILL_LONG = 0.5
 _MOST_PROJECTIONS = 5
 # Rows of memory taken at a time for the basis.
@@ -59,7 +59,7 @@ class KrylovSpace:
 
     @property
     def room(self) -> bool:
-        """Whether another block fits beside this space and what it is kept orthogonal to."""
+        """Whether another block fits next to this space and what it is kept orthogonal to."""
         held = self.size + (0 if self._fixed is None else len(self._fixed))
         return held + 2 * len(self._next) <= self._rows.shape[1]
 
@@ -86,7 +86,7 @@ class KrylovSpace:
         first, last = self.size, self.size + other.size
         self._grow(last)
         self._rows[first:last] = other.Q
-        # All that leaves this space does so along its next block: MQᵀ = QᵀT + next·leaving.
+        # Everything that leaves this space does so along its next block: MQᵀ = QᵀT + next·leaving.
         across = (other.Q @ self._next.T).double().cpu() @ self._leaving
         self._T[first:last, :first], self._T[:first, first:last] = across, across.T
         self._T[first:last, first:last] = other.T
@@ -123,7 +123,7 @@ class KrylovSpace:
 
         Returns X, β (b×b) and Z's part along the basis (m×b), float64. Twice is enough (Kahan, in Parlett 1980): the
         first projection leaves rounding in proportion to Z, the second in proportion to what was new in it. Where
-        nothing was, random directions take the place, with zeros in β.
+        nothing was new, random directions take its place, with zeros in β.
         """
         rounding = _ROUNDING_UNITS * torch.finfo(Z.dtype).eps
         if Z.device.type == "cpu" and Z.dtype == torch.float32:

@@ -24,7 +24,7 @@ from .krylov_space import RitzPairs
 
 # float32's unit, in which rounding and the random part of a row are counted.
 UNIT = 2.0**-23
-# What a projection leaves of a row is rounding below so many units of its length.
+# What a projection leaves of a row is rounding if it is below this many units of its length.
 _ROUNDING_UNITS = 8
 _ROUNDS = 3
 

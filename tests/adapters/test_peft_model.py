@@ -111,7 +111,7 @@ def test_training_is_not_overwritten(llama: Path, factors: FactorSet, tmp_path: 
     model = started(llama, factors, "delta")
     initialize_peft(model, factors)
     trained = change(model)
-    with pytest.raises(OptionError, match=r"is not new.*overwrite=True starts anew"):
+    with pytest.raises(OptionError, match=r"is not new.*overwrite=True starts it again"):
         initialize_peft(model, factors)
     assert torch.equal(logits(model), trained)
     model.save_pretrained(tmp_path)

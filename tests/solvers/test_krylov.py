@@ -162,7 +162,7 @@ def test_leading_singular_values_are_those_of_a_full_svd() -> None:
     torch.testing.assert_close(leading, torch.linalg.svdvals(W.double())[: len(leading)], rtol=1e-2, atol=0.0)
 
 
-def test_the_bound_on_what_was_missed_holds_for_every_number_of_readings() -> None:
+def test_the_bound_on_what_was_missed_holds_for_every_number_of_passes() -> None:
     for seed in range(20):
         W = with_spectrum(200, 200, lambda i: i**-0.1, seed)
         largest = float(torch.linalg.matrix_norm(W.double(), ord=2)) ** 2

@@ -30,7 +30,7 @@ WAYS = ("live, delta", "live, residual", "disk, delta", "disk, residual")
 
 
 def start(way: str, base: Path, factors: FactorSet, folder: Path) -> PeftModel:
-    """The model that is trained, with a head of its own beside the adapter."""
+    """The model that is trained, with a head of its own next to the adapter."""
     if way == "disk, residual":
         export_residual(base, factors, folder, lora_alpha=16, task_type="SEQ_CLS")
         return AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter", is_trainable=True)

@@ -1,4 +1,4 @@
-"""XWᵀ and XWᵀW from one reading of W on the CPU: a part of W comes from memory once, and a second time from the cache.
+"""XWᵀ and XWᵀW from one pass over W on the CPU: a part of W comes from memory once, and a second time from the cache.
 
 W lies in the checkpoint's own dtype and place, its rows (or, where W is a transposed view, its columns) contiguous;
 X and the products are float32. Both kernels are made of two loops over four rows of the stored matrix and four columns
@@ -25,7 +25,7 @@ MOST_SLOTS = 12
 # A strip of rows of W, or all rows of a tile of its columns, stays in a core's second cache between its two products.
 _STRIP_BYTES, _COLUMN_BYTES = 1 << 18, 1 << 19
 _LEAST_COLUMNS, _MOST_COLUMNS = 128, 1024
-# One slot for so many elements, as far as there are.
+# One slot for this many elements, as long as slots last.
 _SLOT_ELEMENTS = 1 << 19
 # Columns of X in a loop, and rows of W.
 BLOCK = 4

@@ -99,7 +99,7 @@ class Wave:
         self.weights = zeros(layout.weights, dtype)
         self.state = zeros(Start.size(layout))
         self.factors, self.shares, self.exponents, self.epsilons = _parts(self.state, layout)
-        # A step on zeros, before any matrix has come, shall not divide by zero.
+        # A step on zeros, before any matrix has come, must not divide by zero.
         self.epsilons.fill_(1)
         self.means, self.squares = zeros(layout.factors), zeros(layout.factors)
         self.slots, self.grams = zeros(layout.slots), zeros(layout.grams)

@@ -234,7 +234,7 @@ def _loops(instructions: tuple[str, ...], label: str, branch: str) -> Iterator[t
 
 
 def loaded_bytes(machine: Machine, width: int | None = None) -> int:
-    """Bytes that one thread loads from global memory in the product loop; width: only by loads of so many bytes."""
+    """Bytes that one thread loads from global memory in the product loop; width: only by loads of this many bytes."""
     total = 0
     for line in machine.loop:
         nvidia = re.search(r"\b(LDG|LDGSTS)\.(\S+)", line)
