@@ -28,8 +28,9 @@ from inilora_kernels.kernels.gpu.layout import lay_out
 from inilora_kernels.kernels.gpu.tiles import RANKS, tiles
 from inilora_kernels.kernels.gpu.wave import Wave, padded_view, rate_table, start_of
 from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_products, residual_loss
-from inilora_kernels.solvers.krylov import principal
 
+from . import gpu_direct
+from .gpu_timing import distance, duration
 from .harness import RESULTS, Row, publish, seconds
 from .table5 import MODELS, Model, synthetic
 
@@ -39,7 +40,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large each question is. window: seconds that a timing lasts, with clocks warm."""
+    """How large each question is. window: seconds that a timing lasts, with clocks warm. most: matrices in a wave."""
 
     ragged: tuple[Shape, ...]
     steps: tuple[tuple[Shape, torch.dtype], ...]
@@ -47,6 +48,9 @@ class Sizes:
     repeated_steps: int
     window: float
     waves: int
+    most: int
+    direct: tuple[tuple[Shape, torch.dtype], ...]
+    batch: int
     table5: tuple[Model, ...]
 
 
@@ -63,6 +67,9 @@ FULL = Sizes(
     repeated_steps=500,
     window=0.2,
     waves=3,
+    most=64,
+    direct=(((4096, 4096), torch.bfloat16), ((1024, 1024), torch.float32), ((1024, 4096), torch.float16)),
+    batch=16,
     table5=MODELS,
 )
 TOY = Sizes(
@@ -72,6 +79,9 @@ TOY = Sizes(
     repeated_steps=1,
     window=0.0,
     waves=2,
+    most=2,
+    direct=(((530, 520), torch.bfloat16),),
+    batch=1,
     table5=(),
 )
 
@@ -108,10 +118,6 @@ def wave_of(
         padded_view(wave.weights, place)[:, : place.columns].copy_(W)
     wave.begin(start_of(layout, problems, schedule_of(steps), [float(W.float().norm()) for W in weights]).values)
     return wave
-
-
-def distance(found: Tensor, true: Tensor, scale: Tensor) -> float:
-    return float((found.cpu().double() - true).norm() / scale.norm())
 
 
 def correctness(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
@@ -178,19 +184,6 @@ def final(backend: TritonBackend, problems: Sequence[Problem], steps: int) -> di
     return found
 
 
-def duration(launch: Callable[[], None], backend: TritonBackend, window: float) -> float:
-    """Seconds of one call of `launch`, over as many calls as fill the window, after a window of warming up."""
-    once = max(seconds(launch, backend.device.type), 1e-9)
-    count = max(1, int(window / once))
-
-    def many() -> None:
-        for _ in range(count):
-            launch()
-
-    seconds(many, backend.device.type)
-    return min(seconds(many, backend.device.type) for _ in range(2)) / count
-
-
 def steps(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
     """A step as the backend runs it: by graph, launch by launch, kernel by kernel; next to the prediction."""
     gpu, place = backend.gpu(), backend.place()
@@ -199,8 +192,8 @@ def steps(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
         for shape, dtype in sizes.steps:
             matrix = Matrix(shape, dtype.itemsize, rank)
             choice = choose(matrix, gpu)
-            W = synthetic(shape, dtype, 0)
-            wave = wave_of([W] * choice.wave, rank, backend, choice.parts, resident=choice.resident)
+            W, count = synthetic(shape, dtype, 0), min(choice.wave, sizes.most)
+            wave = wave_of([W] * count, rank, backend, choice.parts, resident=choice.resident)
             kernels: dict[str, Callable[[], None]] = {
                 "products": wave.multiply,
                 "adam": wave.update,
@@ -215,10 +208,10 @@ def steps(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
             replayed = None if graph is None else duration(graph, backend, sizes.window) / block
             wave.begin(wave.state)
             apart = {f"{name} µs": 1e6 * duration(kernel, backend, sizes.window) for name, kernel in kernels.items()}
-            model = step_of(matrix, gpu, choice.parts, choice.wave, choice.resident)
+            model = step_of(matrix, gpu, choice.parts, count, choice.resident)
             taken = replayed or eager
             yield {
-                "matrix": f"{choice.wave}×{shape[0]}×{shape[1]}",
+                "matrix": f"{count}×{shape[0]}×{shape[1]}",
                 "dtype": str(dtype),
                 "rank": rank,
                 "in cache": choice.resident,
@@ -246,7 +239,7 @@ def uploads(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
             place.wait(place.copy(target, source))
 
         yield {"upload": name, "GB/s": size / duration(copy, backend, sizes.window) / 1e9}
-    wave = choose(Matrix(shape, dtype.itemsize, 8), backend.gpu()).wave
+    wave = min(choose(Matrix(shape, dtype.itemsize, 8), backend.gpu()).wave, sizes.most)
     for waves in (1, sizes.waves):
         problems = problems_of([W] * min(64, wave * waves), 8)
         for count in (sizes.repeated_steps, 2 * sizes.repeated_steps):
@@ -259,14 +252,14 @@ def uploads(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
 
 
 def direct(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
-    """The direct solver on the device: seconds a matrix, and the same on the CPU."""
-    for shape, dtype in sizes.steps[:3]:
-        W = synthetic(shape, dtype, 0)
-        on_device = W.to(backend.device)
-        for name, matrix in (("device", on_device), ("cpu", W)):
-            principal(matrix, [8])
-            taken = seconds(lambda matrix=matrix: principal(matrix, [8]), backend.device.type)  # type: ignore[misc]
-            yield {"matrix": f"{shape[0]}×{shape[1]} {dtype}", "where": name, "s": taken}
+    """The direct solver: its products against float64, a pass and a whole batch next to the prediction, and the CPU."""
+    for dtype in DTYPES:
+        weights = [synthetic(shape, dtype, seed) for seed, shape in enumerate(sizes.ragged)]
+        yield gpu_direct.products(backend, weights)
+    for shape, dtype in sizes.direct:
+        weights = [synthetic(shape, dtype, seed) for seed in range(sizes.batch)]
+        yield gpu_direct.one_pass(backend, weights, sizes.window)
+        yield from gpu_direct.whole_batch(backend, weights)
 
 
 def processes(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
@@ -308,7 +301,7 @@ PARTS: dict[str, tuple[Callable[[TritonBackend, Sizes], Iterator[Row]], int]] = 
     "repeats": (repeats, 30),
     "uploads": (uploads, 45),
     "processes": (processes, 45),
-    "direct": (direct, 30),
+    "direct": (direct, 60),
     "table5": (table5, 180),
 }
 

@@ -40,8 +40,20 @@ def report(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def direct_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The direct solver's passes and solves in a step's columns, in microseconds, so that one plot has both."""
+    found = []
+    for row in rows:
+        if "a pass" in row:
+            found.append({**row, "matrix": row["a pass"], "rank": "pass"})
+        elif "predicted s" in row:
+            taken = {"graph µs": None, "launches µs": 1e6 * row["s"], "predicted µs": 1e6 * row["predicted s"]}
+            found.append({"matrix": row["solve"], "rank": "solve", **taken})
+    return found
+
+
 def plot(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Measured against predicted microseconds a step, both logarithmic; on the line the model is right."""
+    """Measured against predicted microseconds, both logarithmic; on the line the model is right."""
     figure = Figure(figsize=(5, 5))
     axes = figure.subplots()
     points = [row for row in rows if "predicted µs" in row]
@@ -53,8 +65,8 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
     if points:
         ends = [min(predicted + measured), max(predicted + measured)]
         axes.loglog(ends, ends, linewidth=0.8)
-    axes.set_xlabel("predicted, µs a step")
-    axes.set_ylabel("measured, µs a step")
+    axes.set_xlabel("predicted, µs a step, pass or solve")
+    axes.set_ylabel("measured, µs a step, pass or solve")
     return figure
 
 
@@ -67,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = given.output or given.file.parent
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{given.file.stem}-report.md").write_text(report(content), encoding="utf-8")
-    plot(content.get("steps", {"rows": []})["rows"]).savefig(folder / f"{given.file.stem}.png", dpi=130)
+    measured = {part: one["rows"] for part, one in content.items()}
+    rows = [*measured.get("steps", []), *direct_rows(measured.get("direct", []))]
+    plot(rows).savefig(folder / f"{given.file.stem}.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gpu, gpu_report
+from bench import gpu, gpu_direct, gpu_report
 from bench.harness import Row
 from bench.table5 import MODELS
+from inilora_kernels.kernels.gpu import gram_run
 from inilora_kernels.kernels.gpu.backend import TritonBackend
+from inilora_kernels.kernels.gpu.tiles import GramTile
 from tests.kernels.gpu.cases import CPU, PRODUCT_ERROR
 from tests.kernels.gpu.interpreter import interpreted
 
@@ -49,6 +51,9 @@ def test_every_part_runs_and_is_written(
         "Popen",
         lambda command, **options: Done() if "--checksum" in command else real(command, **options),
     )
+    # Few programs, as each costs the interpreter milliseconds.
+    for module in (gpu_direct, gram_run):
+        monkeypatch.setattr(module, "gram_tile", lambda architecture, itemsize: GramTile(256, 256, 4, 1, "ieee"))
     # However slow the machine: nothing is left out.
     monkeypatch.setattr(gpu, "PARTS", {name: (question, 10**6) for name, (question, _) in gpu.PARTS.items()})
     for name in gpu.PARTS:
@@ -62,6 +67,11 @@ def test_every_part_runs_and_is_written(
         assert row["loss"] < 1e-12
     assert all(row["same bits"] for part in ("repeats", "processes") for row in content[part]["rows"])
     assert all(row["predicted µs"] > 0 and row["launches µs"] > 0 for row in content["steps"]["rows"])
+    direct = content["direct"]["rows"]
+    assert max(max(row["XWᵀ"], row["XWᵀW"]) for row in direct if "products" in row) < 1e-6
+    assert max(row["of what is granted"] for row in direct if "products" in row) < 1
+    assert all(row["predicted µs"] > 0 for row in direct if "a pass" in row)
+    assert [row["certified"] for row in direct if "certified" in row] == [1]
 
     gpu_report.main([str(tmp_path / "gpu-toy.json")])
     assert "| measured / predicted |" in (tmp_path / "gpu-toy-report.md").read_text(encoding="utf-8")

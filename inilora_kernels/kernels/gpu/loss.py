@@ -19,7 +19,7 @@ from .kernels import (
     STRIP_W_OFFSET,
 )
 
-ROWS, COLUMNS, WARPS = 16, 128, 8
+ROWS, COLUMNS, WARPS = 16, 64, 8
 
 
 @triton.jit
