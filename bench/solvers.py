@@ -1,7 +1,7 @@
 """The Krylov solver against what a user would pick today: the same matrices, the same threads, one run.
 
     python -m bench.solvers pareto             time, peak memory and excess of every solver       (about 25 minutes)
-    python -m bench.solvers table5             the six models of Table 5 by krylov, beside Adam   (about 15 minutes)
+    python -m bench.solvers table5             the six models of Table 5 by krylov, next to Adam  (about 15 minutes)
     python -m bench.solvers                    both
 
 pareto: each measurement is a process of its own, warmed up on two smaller matrices; its time is the median of its
@@ -14,34 +14,29 @@ matrices. The results are results/solvers.json, .md and .png.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inilora_kernels import approximate, approximate_model
+from inilora_kernels import FactorSet, approximate, approximate_model
 from inilora_kernels.kernels.streaming import losses
 from inilora_kernels.solvers.krylov import principal
 
-from .harness import machine
+from .harness import PeakMemory, Row, in_own_process, publish, seconds
 from .spectra import decay, like_the_real, real_matrices
 from .table5 import MODELS, Model
 from .table5 import measure as measure_adam
 
-RESULTS = Path(__file__).parent / "results"
 RANK = 8
 CASES: dict[str, tuple[int, int] | None] = {
     "12×384² (real)": None,
@@ -133,55 +128,40 @@ def _matrices(case: str) -> list[Tensor]:
     return real_matrices() if shape is None else [like_the_real(shape, torch.float32, seed=0)]
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _high_water() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def measure(case: str, solver: str) -> dict[str, float]:
     """Seconds a matrix, peak bytes over what was resident, and the worst excess; in this process."""
     solve = SOLVERS[solver]
     matrices = _matrices(case)
     for size in 256, 1500:
         solve(like_the_real((size, size), torch.float32, seed=1))
-    # What the warm-up has freed would else be taken again without showing.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident()
-    seconds: list[float] = []
-    peak, found = 0, []
+    memory = PeakMemory()
+    times: list[float] = []
+    peak = 0
+    found: list[Product] = []
     for _ in range(1 if solver in _SLOW and len(matrices) == 1 else _TURNS[case]):
         # PEFT overwrites the weight that it is given; copies are made outside the clock.
         inputs = [W.clone() for W in matrices]
         held = sum(W.nbytes for W in inputs)
-        start = time.perf_counter()
-        found = [solve(W) for W in inputs]
-        seconds.append((time.perf_counter() - start) / len(matrices))
-        peak = max(peak, _high_water() - before - held)
+        found.clear()
+        times.append(seconds(lambda inputs=inputs: found.extend(map(solve, inputs))) / len(matrices))
+        peak = max(peak, memory.bytes() - held)
     worst = -1.0
     for W, pair in zip(matrices, found, strict=True):
         best = principal(W, [RANK], tolerance=1e-11)
         energy, [loss] = losses(W, [pair])
         optimum = energy - float(best.S.square().sum()) - best.shortfalls[RANK]
         worst = max(worst, loss / optimum - 1)
-    return {"ms": 1e3 * median(seconds), "peak MiB": peak / 2**20, "excess": worst}
+    return {"ms": 1e3 * median(times), "peak MiB": peak / 2**20, "excess": worst}
 
 
-def pareto(cases: list[str]) -> list[dict[str, Any]]:
+def pareto(cases: list[str]) -> list[Row]:
     """Every solver on every case, each in a process of its own."""
-    rows = []
+    rows: list[Row] = []
     for case in cases:
         for solver in SOLVERS:
             Console(stderr=True).print(f"{case}: {solver}", highlight=False)
-            command = [sys.executable, "-m", "bench.solvers", "measure", "--case", case, "--solver", solver]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise SystemExit(f"{case}: {solver}: {result.stderr}")
-            rows.append({"case": case, "solver": solver, **json.loads(result.stdout.splitlines()[-1])})
+            measured = in_own_process("bench.solvers", "measure", "--case", case, "--solver", solver)
+            rows.append({"case": case, "solver": solver, **measured})
         peer = next(row for row in rows if row["case"] == case and row["solver"] == "PEFT pissa_niter_16")
         for row in rows:
             if row["case"] == case:
@@ -189,7 +169,7 @@ def pareto(cases: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def table5_row(model: Model, sample: int | None) -> dict[str, Any]:
+def table5_row(model: Model, sample: int | None) -> Row:
     """A row of Table 5: a checkpoint of its shapes and dtype on disk, factorized by the public function."""
     shapes = model.shapes
     chosen = list(range(len(shapes))) if sample is None else []
@@ -204,17 +184,18 @@ def table5_row(model: Model, sample: int | None) -> dict[str, Any]:
             save_file({name: like_the_real(shapes[i], dtype, seed=i)}, Path(folder) / f"model-{i}.safetensors")
             index[name] = f"model-{i}.safetensors"
         (Path(folder) / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-        start = time.perf_counter()
-        factors = approximate_model(folder, RANK, solver="krylov", cache=False, progress=False)
-        seconds = time.perf_counter() - start
-    total = sum(seconds / len(chosen) for _ in shapes) if sample is not None else seconds
+        found: list[FactorSet] = []
+        taken = seconds(
+            lambda: found.append(approximate_model(folder, RANK, solver="krylov", cache=False, progress=False))
+        )
+    total = taken * len(shapes) / len(chosen)
     adam = measure_adam(model, "ours", "cpu", None, None).minutes
     return {
         "model": model.name,
         "matrices": len(shapes),
         "measured": len(chosen),
         "krylov s" if len(chosen) == len(shapes) else "krylov s (extrapolated)": total,
-        "worst excess": max(one.certificate.excess for one in factors.values()),
+        "worst excess": max(one.certificate.excess for one in found[0].values()),
         "Adam-20,000 min (extrapolated)": adam,
         "Adam / krylov": 60 * adam / total,
         "paper min (RTX 4090)": model.minutes,
@@ -222,10 +203,8 @@ def table5_row(model: Model, sample: int | None) -> dict[str, Any]:
     }
 
 
-def _plot(rows: list[dict[str, Any]]) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
+def _plot(rows: list[Row]) -> Figure:
+    """Time and excess of every solver, a panel for each case."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     figure = Figure(figsize=(max(10, 4.2 * len(cases)), 5.6), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
@@ -250,44 +229,7 @@ def _plot(rows: list[dict[str, Any]]) -> None:
     panels[0].set_ylabel("excess over the optimum, f/f* − 1")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(RESULTS / "solvers.png", dpi=130)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _write(part: str, rows: list[dict[str, Any]], arguments: list[str]) -> None:
-    """Put the rows beside the other part's in results/solvers.json; draw the table, the Markdown page and the plot."""
-    file = RESULTS / "solvers.json"
-    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    command = " ".join(["python -m bench.solvers", *arguments])
-    content[part] = {"command": command, "machine": machine(), "decay of σ": decay(), "rows": rows}
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    table = Table(title=part)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    Console(width=150).print(table)
-    lines = ["# The Krylov solver beside others", ""]
-    for name, one in content.items():
-        columns = list(one["rows"][0])
-        where = one["machine"]
-        lines += [
-            f"## {name}",
-            "",
-            f"`{one['command']}` on {where['processor']}, {where['threads']} threads, torch {where['torch']}, "
-            f"commit {where['commit']}. Made matrices: σ_i ∝ i^−{one['decay of σ']:.2f}, see bench/spectra.py.",
-            "",
-            "| " + " | ".join(columns) + " |",
-            "|" + "---|" * len(columns),
-            *("| " + " | ".join(map(_cell, row.values())) + " |" for row in one["rows"]),
-            "",
-        ]
-    (RESULTS / "solvers.md").write_text("\n".join(lines))
-    if part == "pareto":
-        _plot(rows)
+    return figure
 
 
 def main() -> None:
@@ -296,16 +238,19 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="of pareto; repeat for more")
     parser.add_argument("--solver", choices=tuple(SOLVERS), help="of measure")
     parser.add_argument("--models", nargs="+", help="of table5, by name")
-    parser.add_argument("--sample", type=int, help="of table5: so many matrices of each shape, the rest extrapolated")
+    parser.add_argument("--sample", type=int, help="of table5: this many matrices of each shape, the rest extrapolated")
     options = parser.parse_args()
     if options.part == "measure":
         print(json.dumps(measure(options.case[0], options.solver)))
         return
+    command = " ".join(["python -m bench.solvers", *sys.argv[1:]])
+    note = f"Synthetic matrices: σ_i ∝ i^−{decay():.2f}, see bench/spectra.py."
     if options.part in ("all", "pareto"):
-        _write("pareto", pareto(options.case or list(CASES)), sys.argv[1:])
+        rows = pareto(options.case or list(CASES))
+        publish("solvers", "pareto", rows, command, note=note, figure=_plot(rows))
     if options.part in ("all", "table5"):
         models = [model for model in MODELS if not options.models or model.name in options.models]
-        _write("table5", [table5_row(model, options.sample) for model in models], sys.argv[1:])
+        publish("solvers", "table5", [table5_row(model, options.sample) for model in models], command, note=note)
 
 
 if __name__ == "__main__":

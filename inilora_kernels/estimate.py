@@ -25,6 +25,10 @@ class Work:
     itemsize: int
     rank: int
 
+    def on_card(self) -> Matrix:
+        """The same as a GPU's backend reads it: float64 as float32."""
+        return Matrix(self.shape, min(4, self.itemsize), self.rank)
+
 
 def seconds(works: Sequence[Work], solver: str, steps: int, *, speed: float, card: Gpu | None = None) -> float:
     """Predicted seconds of a whole run.
@@ -62,7 +66,7 @@ def adam_seconds(works: Sequence[Work], steps: int, speed: float, card: Gpu | No
         return sum(cpu.adam_seconds(work.shape, work.rank, steps, speed) for work in works)
     if not works:
         return 0.0
-    matrices = [Matrix(work.shape, min(4, work.itemsize), work.rank) for work in works]
+    matrices = [work.on_card() for work in works]
     return forecast.plan(matrices, card, steps).seconds
 
 
@@ -74,7 +78,7 @@ def direct_on_card(works: Sequence[Work], card: Gpu, *, factors: bool) -> float:
         [
             forecast.DirectWork(
                 work.shape,
-                min(4, work.itemsize),
+                work.on_card().itemsize,
                 room(min(work.shape), [work.rank]) if work.itemsize <= 4 else 0,
                 passes_expected(work.rank),
                 work.rank + 8,

@@ -16,7 +16,6 @@ from ..display.sentences import duration_in_words, size_in_words
 from ..errors import OptionError
 from ..estimate import Work
 from ..kernels.cpu.cost_model import speed_of_torch_mm
-from ..kernels.gpu.cost_model import Matrix
 from ..kernels.gpu.forecast import Plan
 from ..kernels.gpu.forecast import plan as predict
 from ..kernels.gpu.gpus import Gpu
@@ -89,10 +88,7 @@ def _on_cards(parts: Sequence[Sequence[Work]], steps: int, speed: float, card: G
         for solver in ("adam", "krylov")
     )
     most = parts[taken.index(max(taken))]
-    # The backend reads float64 weights as float32.
-    return _OnCards(
-        taken, direct, predict([Matrix(one.shape, min(4, one.itemsize), one.rank) for one in most], card, steps)
-    )
+    return _OnCards(taken, direct, predict([work.on_card() for work in most], card, steps))
 
 
 def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | None) -> Table:
