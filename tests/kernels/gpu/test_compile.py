@@ -143,7 +143,7 @@ def test_gram_as_compiled(target: str, dtype: torch.dtype) -> None:
 def test_a_tile_too_large_is_caught() -> None:
     chosen = tiles("sm_80", 2, 32)
     weights, problems = make([(300, 272)], [32], torch.bfloat16)
-    wave = make_wave(weights, problems, replace(chosen, strip=StripTile(256, 32, 8, 1)))
+    wave = make_wave(weights, problems, replace(chosen, strip=StripTile(256, 64, 8, 1)))
     machine = read(compiled(recorded(wave)[0], "sm_80"))
     with pytest.raises(AssertionError):
         check(machine, "sm_80", 8)
