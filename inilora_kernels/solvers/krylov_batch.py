@@ -9,7 +9,8 @@ that are equal or of a precision beyond float32's, is left to `principal`, one m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -110,12 +111,34 @@ def principals(
 
     vectors: what `room` allows each of them. The rest as for `principal`.
     """
-    precise = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with full_precision():
         return _principals(batch, ranks, tolerance, digests, vectors)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within: torch multiplies float32 matrices on a GPU as float32, whatever the user allows; afterwards as before.
+
+    torch has an older switch and a newer one, and the older one raises where the newer alone was used.
+    """
+    matmul = torch.backends.cuda.matmul
+    if getattr(matmul, "fp32_precision", "tf32") != "tf32":
+        yield
+        return
+    precision = ""
+    switch: tuple[str, str | bool] = ("fp32_precision", "ieee")
+    with suppress(RuntimeError):
+        precision = torch.get_float32_matmul_precision()
+        switch = ("allow_tf32", False)
+    name, off = switch
+    before = getattr(matmul, name)
+    setattr(matmul, name, off)
+    try:
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = precise
+        setattr(matmul, name, before)
+        if precision == "medium":
+            torch.set_float32_matmul_precision(precision)
 
 
 def _principals(

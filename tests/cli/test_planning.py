@@ -42,3 +42,14 @@ def test_the_table_says_how_many(model: Path) -> None:
     result = CliRunner().invoke(application, ["plan", str(model), "--gpu", "h100", "--gpus", "2"])
     assert "2 × H100 SXM" in result.output
     assert "2 processes, one a GPU, busy" in result.output
+
+
+def test_the_direct_solver_is_predicted_for_the_gpu_too(model: Path) -> None:
+    found = planned(model, "--gpu", "h100")
+    assert found["direct_seconds_by_gpu"][0] > 0
+    assert found["gpu"]["host_seconds"] < found["gpu"]["seconds"]
+    assert {"copying_seconds", "host_seconds", "losses_seconds", "shapes"} <= set(found["gpu"]["groups"][0])
+    table = CliRunner().invoke(application, ["plan", str(model), "--gpu", "h100"]).output
+    (row,) = (line for line in table.splitlines() if "krylov" in line)
+    # A time here, and one on the card.
+    assert row.count("second") + row.count(" ms") >= 2

@@ -107,24 +107,45 @@ def test_the_stream_of_the_certificate_is_the_matrixs_own() -> None:
     assert first.shortfalls != second.shortfalls
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+@pytest.fixture(autouse=True)
+def untouched() -> Iterator[None]:
+    """The switches as they were, in the order that torch takes them back in."""
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.usefixtures("tf32")
-def test_the_users_tf32_switch_is_off_within_and_as_it_was_afterwards() -> None:
-    seen: list[bool] = []
+def allow(way: str) -> None:
+    if way == "medium":
+        torch.set_float32_matmul_precision("medium")
+    elif way == "older switch":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def switches() -> list[object]:
+    found: list[object] = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    try:
+        found += [torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        found.append("only by the newer switch")
+    return found
+
+
+@pytest.mark.parametrize("way", ["medium", "older switch", "newer switch"])
+def test_the_users_tf32_is_off_within_and_as_it_was_afterwards(way: str) -> None:
+    allow(way)
+    before = switches()
+    seen: list[str] = []
 
     class Watched(TorchBatch):
         def __call__(self, X: Tensor) -> Tensor:
-            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+            # Reading the older one raises where the two contradict each other, as torch's own products may.
+            assert not torch.backends.cuda.matmul.allow_tf32
             return super().__call__(X)
 
     principals(Watched([SPECTRA["decaying fast"]], count=1), [[3]], 1e-8, [digest], 256)
-    assert seen
-    assert not any(seen)
-    assert torch.backends.cuda.matmul.allow_tf32
+    assert set(seen) == {"ieee"}
+    assert switches() == before
