@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, open_checkpoint
+from .files.gathered import gather
 from .files.live import LiveTensor
 from .files.tensor import StoredTensor
 from .formats.find import find_weights
@@ -24,7 +25,7 @@ Model: TypeAlias = str | PathLike[str] | nn.Module | Mapping[str, Tensor]
 def open_model(model: Model, revision: str | None, token: str | None, choose: Choose | None) -> Checkpoint:
     """A model on disk, on the hub or in memory; see `open_checkpoint`, `open_live`. Raises CheckpointError."""
     if isinstance(model, (nn.Module, Mapping)):
-        return open_live(model)
+        return open_live(model, choose)
     if isinstance(model, (str, PathLike)):
         return open_checkpoint(Path(model), revision, token, choose)
     raise CheckpointError(
@@ -33,17 +34,21 @@ def open_model(model: Model, revision: str | None, token: str | None, choose: Ch
     )
 
 
-def open_live(model: nn.Module | Mapping[str, Tensor]) -> Checkpoint:
+def open_live(model: nn.Module | Mapping[str, Tensor], choose: Choose | None = None) -> Checkpoint:
     """A live model, quantized or not, or a state dict, as a checkpoint. Its tensors stay where they are.
 
-    Raises CheckpointError if it holds no tensors, or weights on the meta device or sharded over several processes, or
-    adapters.
+    One that several processes hold together (FSDP2, ZeRO-3) is opened by all of them at once: its tensors are gathered
+    into a temporary file, one at a time.
+
+    choose: of a sharded model, the tensors that will be read; None for all.
+
+    Raises CheckpointError if it holds no tensors, or weights on the meta device, or adapters, and for a sharded model
+    what `gather` raises.
     """
     label = Path(f"<{type(model).__name__}>")
     held = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
-    tensors: dict[str, StoredTensor] = {
-        name: LiveTensor(name, label, tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)
-    }
+    live = {name: LiveTensor(name, label, tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    tensors: dict[str, StoredTensor] = {**live}
     if not tensors:
         raise CheckpointError(f"{label}: no tensors in it; give a model, its state dict, or its folder")
     without = next((name for name, tensor in held.items() if isinstance(tensor, Tensor) and tensor.is_meta), None)
@@ -52,13 +57,11 @@ def open_live(model: nn.Module | Mapping[str, Tensor]) -> Checkpoint:
     adapted = next((name for name in tensors if ".base_layer." in name or ".lora_A." in name), None)
     if adapted is not None:
         raise CheckpointError(f"{label}: it has adapters already ({adapted}); factorize it before any are added")
-    sharded = next((name for name, tensor in held.items() if _processes(tensor) > 1), None)
-    if sharded is not None:
-        raise CheckpointError(
-            f"{label}: {sharded} is sharded over {_processes(held[sharded])} processes; give the folder that the model "
-            f"was loaded from, or its full state dict (get_model_state_dict with full_state_dict=True)"
-        )
     config = _config(model)
+    sharded = [name for name, tensor in live.items() if _processes(tensor.tensor) > 1]
+    if sharded:
+        chosen = frozenset(sharded if choose is None else choose(list(tensors), config))
+        tensors |= gather({name: live[name] for name in sharded if name in chosen})
     weights = find_weights(tensors, config, {})
     if isinstance(model, nn.Module):
         linear = {name for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
