@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,11 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertLMHeadModel, BitsAndBytesConfig
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from bench.movie_reviews import Review
 from bench.smollm2 import smollm2
-from inilora_kernels import FactorSet, approximate_model, convert, export_residual, initialize_peft, lora_model
-from inilora_kernels.choices import Form
+from inilora_kernels import FactorSet, approximate_model, convert, export_residual, initialize_peft
 
 from .conftest import BATCH, STEPS
 
@@ -152,25 +150,3 @@ def test_a_real_causal_model(clear_reviews: list[Review], tmp_path: Path) -> Non
     config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
     assert torch.equal(logits(initialize_peft(get_peft_model(model, config), factors)), expected)
     check("delta", base, factors, clear_reviews, tmp_path, ["q_proj", "v_proj"])
-
-
-@pytest.mark.parametrize("form", ["delta", "residual"])
-def test_dpo_starts_from_its_reference(decoder: Path, minilm_factors: FactorSet, tmp_path: Path, form: Form) -> None:
-    """trl #3196: the trainer copies the adapter into a frozen "ref"; as a plain LoRA the copy computed W + BA."""
-    model = lora_model(AutoModelForCausalLM.from_pretrained(decoder), minilm_factors, form, task_type="CAUSAL_LM")
-    pairs = {"prompt": ["the film was"] * 4, "chosen": [" a joy"] * 4, "rejected": [" far too long"] * 4}
-    arguments = DPOConfig(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=4, beta=1.0, logging_steps=1, use_cpu=True, bf16=False,
-        report_to=[],
-    )  # fmt: skip
-    trainer = DPOTrainer(
-        model,
-        args=arguments,
-        train_dataset=Dataset.from_dict(pairs),
-        processing_class=AutoTokenizer.from_pretrained(decoder),
-    )
-    trainer.train()
-    first = trainer.state.log_history[0]
-    # Of sums over a dozen float32 log-probabilities of size 10.
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-3)
