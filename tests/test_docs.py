@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -174,11 +175,12 @@ def test_trl(run: Run, minilm: Path, folder: Path) -> None:
     config = AutoConfig.from_pretrained(minilm, is_decoder=True)
     BertLMHeadModel.from_pretrained(minilm, config=config).save_pretrained("model")
     AutoTokenizer.from_pretrained(minilm, eos_token="[SEP]").save_pretrained("model")
-    _, trained, _, _, residual = [run(block) for block in blocks("trl.md")]
+    _, trained, _, preferred, _, residual = [run(block) for block in blocks("trl.md")]
     original = AutoModelForCausalLM.from_pretrained("model")
     assert same(residual["model"], original)
     assert not same(trained["model"], original)
     assert same(PeftModel.from_pretrained(original, "lora"), trained["model"])
+    assert preferred["dpo"].state.log_history[-1]["train_loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_lightning(run: Run, minilm: Path, folder: Path) -> None:
