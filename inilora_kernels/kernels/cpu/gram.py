@@ -1,9 +1,9 @@
 """XWᵀ and XWᵀW from one pass over W on the CPU: a part of W comes from memory once, and a second time from the cache.
 
 W lies in the checkpoint's own dtype and place, its rows (or, where W is a transposed view, its columns) contiguous;
-X and the products are float32. Both kernels are made of two loops over four rows of the stored matrix and four columns
-of X, whose sixteen sums stay in registers; numba vectorizes them as they stand. The sums over parts of W are kept in
-slots that the shape alone decides on, so any number of threads gives the same bits.
+X and the products are float32. Both kernels are made of in_place.py's two products, with four columns of X, whose sums
+stay in registers; what fills no such block takes two loops over four rows, which numba vectorizes as they stand. The
+sums over parts of W are kept in slots that the shape alone decides on, so any number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..rounding import round_up
+from .in_place import RUN, WIDE_ROWS, inner_runs, outer_run
 from .jit import njit
 from .simd import LOADS_FLOAT16, entry, kernel_view
 
@@ -92,9 +93,17 @@ class FusedGramReader:
         for slot in range(slots * member // self._threads, slots * (member + 1) // self._threads):
             first = slot * self._parts_a_slot
             kernel(
-                self._flat, self._stride, m, n, self._given.numpy(), self._once.numpy(), self._twice[slot].numpy(),
-                self._step, first, min(first + self._parts_a_slot, self._parts),
-            )  # fmt: skip
+                self._flat,
+                self._stride,
+                m,
+                n,
+                self._given.numpy(),
+                self._once.numpy(),
+                self._twice[slot].numpy(),
+                self._step,
+                first,
+                min(first + self._parts_a_slot, self._parts),
+            )
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
@@ -171,6 +180,20 @@ def _add_outer_row(W: Any, at: int, count: int, X: Any, row: int, column: int, o
 @njit(cache=True, nogil=True)
 def add_inner_products(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
     """out[i, c] += Σ_j W[i, left + j]·X[c, left + j] for rows [top, bottom) of W and all c."""
+    runs = count // RUN
+    blocks = top + (bottom - top) // WIDE_ROWS * WIDE_ROWS if runs else top
+    b, n = X.shape
+    X_flat, out_flat = X.reshape(-1), out.reshape(-1)
+    for i in range(top, blocks, WIDE_ROWS):
+        for column in range(0, b, BLOCK):
+            inner_runs(out_flat, i * b + column, b, W, i * stride + left, stride, X_flat, column * n + left, n, runs)
+    _add_inner_edge(W, stride, top, blocks, left + runs * RUN, count - runs * RUN, X, out)
+    _add_inner_edge(W, stride, blocks, bottom, left, count, X, out)
+
+
+@njit(cache=True, nogil=True)
+def _add_inner_edge(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
+    """`add_inner_products` for the rows and columns that fill no block."""
     whole = top + (bottom - top) // 4 * 4
     for i in range(top, whole, 4):
         for column in range(0, X.shape[0], 4):
@@ -183,12 +206,21 @@ def add_inner_products(W: Any, stride: int, top: int, bottom: int, left: int, co
 @njit(cache=True, nogil=True)
 def add_outer_products(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
     """out[c, left + j] += Σ_i X[i, c]·W[i, left + j] for rows [top, bottom) of W and all c."""
+    b, n = out.shape
+    X_flat, out_flat = X.reshape(-1), out.reshape(-1)
+    runs = count // RUN
+    for j in range(left, left + runs * RUN, RUN):
+        for column in range(0, b, BLOCK):
+            outer_run(
+                out_flat, column * n + j, n, X_flat, top * b + column, b, W, top * stride + j, stride, bottom - top
+            )
+    left, count = left + runs * RUN, count - runs * RUN
     whole = top + (bottom - top) // 4 * 4
     for i in range(top, whole, 4):
-        for column in range(0, X.shape[1], 4):
+        for column in range(0, b, 4):
             _add_outer(W, i * stride + left, stride, count, X, i, column, out, left)
     for i in range(whole, bottom):
-        for column in range(0, X.shape[1], 4):
+        for column in range(0, b, 4):
             _add_outer_row(W, i * stride + left, count, X, i, column, out, left)
 
 

@@ -1,0 +1,122 @@
+"""simd.py's two register-blocked products on rows of W as they lie in memory, without a copy into panels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from .simd import (
+    _INT64,
+    GROUP,
+    LANES,
+    ROWS,
+    SMALL_GROUP,
+    VECTORS,
+    _broadcast,
+    _fma,
+    _intrinsic,
+    _load,
+    _pointer,
+    _store,
+    _sum_lanes,
+    _vector_type,
+)
+
+# The register blocks of simd.py with SMALL_GROUP columns of X, and as many more rows or vectors of W instead.
+WIDE_ROWS = ROWS * GROUP // SMALL_GROUP
+WIDE_VECTORS = VECTORS * GROUP // SMALL_GROUP
+# A run is so many entries of one row of W.
+RUN = LANES * WIDE_VECTORS
+
+
+@_intrinsic
+def inner_runs(
+    typing: Any, out: Any, out_start: Any, out_stride: Any, W: Any, W_start: Any, W_stride: Any, X: Any,
+    X_start: Any, X_stride: Any, runs: Any,
+) -> Any:  # fmt: skip
+    """out[i, p] += Σ_j W[i, j] · X[p, j] for i < WIDE_ROWS, p < SMALL_GROUP, over `runs` runs of columns.
+
+    Row i of out, W and X begins at its start + i·stride. Reads WIDE_ROWS·RUN elements of W and SMALL_GROUP·RUN of X a
+    run; reads and writes WIDE_ROWS·SMALL_GROUP of out. The sums stay in registers over all runs.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out_at, W_at, X_at = (
+            _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (W, 3), (X, 6))
+        )
+        out_0, out_row, W_0, W_row, X_0, X_row, n = (arguments[i] for i in (1, 2, 4, 5, 7, 8, 9))
+        kind = _vector_type(LANES)
+        sums = [[cgutils.alloca_once(builder, kind) for _ in range(SMALL_GROUP)] for _ in range(WIDE_ROWS)]
+        zero = ir.Constant(kind, [0.0] * LANES)
+        for i in range(WIDE_ROWS):
+            for p in range(SMALL_GROUP):
+                builder.store(zero, sums[i][p])
+        W_rows = [builder.add(W_0, builder.mul(W_row, _INT64(i))) for i in range(WIDE_ROWS)]
+        X_rows = [builder.add(X_0, builder.mul(X_row, _INT64(p))) for p in range(SMALL_GROUP)]
+        with cgutils.for_range(builder, n) as loop:
+            run = builder.mul(loop.index, _INT64(RUN))
+            for v in range(WIDE_VECTORS):
+                along = builder.add(run, _INT64(v * LANES))
+                others = [_load(builder, X_at, builder.add(row, along), LANES, types.float32) for row in X_rows]
+                for i in range(WIDE_ROWS):
+                    value = _load(builder, W_at, builder.add(W_rows[i], along), LANES, W.dtype)
+                    for p in range(SMALL_GROUP):
+                        builder.store(_fma(builder, value, others[p], builder.load(sums[i][p])), sums[i][p])
+        for i in range(WIDE_ROWS):
+            total = _sum_lanes(builder, [builder.load(sums[i][p]) for p in range(SMALL_GROUP)])
+            at = builder.add(out_0, builder.mul(out_row, _INT64(i)))
+            before = _load(builder, out_at, at, SMALL_GROUP, types.float32)
+            _store(builder, out_at, at, builder.fadd(before, total))
+        return context.get_dummy_value()
+
+    at = types.int64
+    return types.void(out, at, at, W, at, at, X, at, at, at), generate
+
+
+@_intrinsic
+def outer_run(
+    typing: Any, out: Any, out_start: Any, out_stride: Any, X: Any, X_start: Any, X_stride: Any, W: Any,
+    W_start: Any, W_stride: Any, count: Any,
+) -> Any:  # fmt: skip
+    """out[p, :] += Σ_{i<count} X[i, p] · W[i, :] for p < SMALL_GROUP and one run of columns.
+
+    Row i of out, X and W begins at its start + i·stride. Reads count·RUN elements of W and count·SMALL_GROUP of X;
+    reads and writes SMALL_GROUP·RUN of out. The sums stay in registers over all rows.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out_at, X_at, W_at = (
+            _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (X, 3), (W, 6))
+        )
+        out_0, out_row, X_0, X_row, W_0, W_row, n = (arguments[i] for i in (1, 2, 4, 5, 7, 8, 9))
+        kind = _vector_type(LANES)
+        sums = [[cgutils.alloca_once(builder, kind) for _ in range(WIDE_VECTORS)] for _ in range(SMALL_GROUP)]
+
+        def place(p: int, v: int) -> Any:
+            return builder.add(builder.add(out_0, builder.mul(out_row, _INT64(p))), _INT64(v * LANES))
+
+        for p in range(SMALL_GROUP):
+            for v in range(WIDE_VECTORS):
+                builder.store(_load(builder, out_at, place(p, v), LANES, types.float32), sums[p][v])
+        with cgutils.for_range(builder, n) as loop:
+            W_here = builder.add(W_0, builder.mul(loop.index, W_row))
+            X_here = builder.add(X_0, builder.mul(loop.index, X_row))
+            values = [
+                _load(builder, W_at, builder.add(W_here, _INT64(v * LANES)), LANES, W.dtype)
+                for v in range(WIDE_VECTORS)
+            ]
+            for p in range(SMALL_GROUP):
+                one = _load(builder, X_at, builder.add(X_here, _INT64(p)), 1, types.float32)
+                factor = _broadcast(builder, one, LANES)
+                for v in range(WIDE_VECTORS):
+                    builder.store(_fma(builder, factor, values[v], builder.load(sums[p][v])), sums[p][v])
+        for p in range(SMALL_GROUP):
+            for v in range(WIDE_VECTORS):
+                _store(builder, out_at, place(p, v), builder.load(sums[p][v]))
+        return context.get_dummy_value()
+
+    at = types.int64
+    return types.void(out, at, at, X, at, at, W, at, at, at), generate
