@@ -34,15 +34,15 @@ class FactorFileError(InitializationError):
 
 
 class OutputError(InitializationError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written where it should go."""
 
 
 class BackendError(InitializationError):
-    """This machine does not have the backend or device that was asked for."""
+    """This machine does not have the requested backend or device."""
 
 
 class UnknownModuleError(InitializationError, KeyError):
-    """No factors have the name that they were asked for by."""
+    """No factors have the requested name."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # a KeyError would show the message's repr

@@ -283,7 +283,7 @@ def _pissa_pairs(found: Principal, task: Task, options: Options) -> dict[int, Pa
 
 
 def _inilora_pairs(found: Principal, task: Task, options: Options) -> dict[int, Pair]:
-    """The best product of the triplets, in the gauge asked for."""
+    """The best product of the triplets, in the requested gauge."""
     pairs = _pissa_pairs(found, task, options)
     if options.gauge != "nearest":
         return pairs

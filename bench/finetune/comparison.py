@@ -56,7 +56,7 @@ class Comparison:
 
 
 def compare(ours: Array, theirs: Array, groups: Sequence[Hashable] | None = None, draws: int = DRAWS) -> Comparison:
-    """Compare what each seed (row) made of each example (column); the rows are pairs of the same seed.
+    """Compare how each seed (row) did on each example (column); the same row of both is a pair with the same seed.
 
     groups: the group of each example; None: every example is one of its own.
 

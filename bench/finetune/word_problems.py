@@ -1,6 +1,6 @@
 """Worked arithmetic word problems without end: the GSM-Symbolic templates of reasoning-gym 0.1.25 (Apache-2.0).
 
-85 of its 100 templates are sound; each makes as many problems as one likes, with names and numbers drawn anew and every
+85 of its 100 templates are sound; each makes any number of problems, with names and numbers drawn anew and every
 step of the answer written out. 70 templates are for training and validation, 15 are held out for the test.
 """
 

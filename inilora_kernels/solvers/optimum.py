@@ -63,7 +63,7 @@ def optima_from(found: Principal, ranks: Sequence[int]) -> dict[int, Optimum]:
 
 
 def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None:
-    """||W − BA||² of factors that were made of the leading triplets, without reading W; None where it has to be read.
+    """||W − BA||² of factors that come from the leading triplets, without reading W; None if it must be read.
 
     With R = W − USVᵀ and D = BA − USVᵀ it is ||R||² + 2⟨R, D⟩ + ||D||². ||R||² is ||W||² − Σ_{i≤r} s_i², as US = WV.
     ⟨R, D⟩ is nothing but rounding: RV = 0, so only what A has outside of V meets R, 2⁻²⁴ of A, and of it B sees UᵀR,

@@ -99,5 +99,5 @@ def _parts() -> list[Path]:
     folder = cache_folder()
     try:
         return sorted(folder.glob("[0-9a-f][0-9a-f]")) if folder is not None and folder.is_dir() else []
-    except OSError:  # a name that is too long, somebody else's folder
+    except OSError:  # a name that is too long, another user's folder
         return []

@@ -107,7 +107,7 @@ def test_a_plain_lora_is_not_taken_for_a_trained_adapter(
 
 
 def test_training_is_not_overwritten(llama: Path, factors: FactorSet, tmp_path: Path) -> None:
-    """lerobot 3459: going on with a trained adapter starts it anew and says nothing."""
+    """lerobot 3459: continuing with a trained adapter starts it again and says nothing."""
     model = started(llama, factors, "delta")
     initialize_peft(model, factors)
     trained = change(model)

@@ -24,7 +24,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inilora_kernels.solvers.krylov.TINY_SIZE", 0)
 
 
-# Spectra σ_i, i from 1, of n values; r is the rank asked for, and e an exponent drawn between 0 and 1.
+# Spectra σ_i, i from 1, of n values; r is the requested rank, and e an exponent drawn between 0 and 1.
 SPECTRA = {
     "decaying": lambda i, n, r, e: i ** -(0.05 + 1.5 * e),
     "flat": lambda i, n, r, e: 1 - 1e-3 * e * i / n,

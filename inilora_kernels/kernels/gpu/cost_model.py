@@ -101,7 +101,7 @@ def _cost(matrix: Matrix, gpu: Gpu, parts: int) -> _Cost:
     return _Cost(
         weights=_weight_bytes(matrix),
         partial=4 * layout.slots,
-        # Every strip reads A anew and every part reads B anew: from the cache, as both are small.
+        # Every strip reads A again and every part reads B again: from the cache, as both are small.
         factors_read=4 * matrix.rank * (place.strips * k + place.chunks * d),
         state=4 * 6 * matrix.rank * (d + k) + 2 * gram + gram,
         # 16-bit: two products, high and low halves. float32: the peak already counts tf32x3's three.

@@ -158,7 +158,7 @@ def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int) -> Plan:
 
 
 def _memory(waves: Sequence[PlannedWave]) -> int:
-    """The largest wave, and the next one's weights beside it."""
+    """The largest wave, with the next one's weights next to it."""
     largest = max(wave.bytes for wave in waves)
     return largest + (max(wave.weight_bytes for wave in waves) if len(waves) > 1 else 0)
 
@@ -219,7 +219,7 @@ def pass_seconds(layout: GramLayout, itemsize: int, gpu: Gpu) -> float:
 
 
 def _dense_seconds(layout: GramLayout, vectors: float, gpu: Gpu) -> float:
-    """torch's algebra of one pass at a basis of so many vectors: enqueued by the host, which may be the longer."""
+    """torch's algebra of one pass with a basis of that many vectors; enqueueing it on the host may take longer."""
     moved = _BASIS_READ * 4.0 * BATCH * vectors * layout.N + 30 * 8.0 * BATCH * WIDTH * layout.N
     return max(_DENSE_CALLS * _CALL_SECONDS, moved / (gpu.dram * REACHED_DRAM))
 

@@ -28,7 +28,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def found_in_cache(module: Path) -> int:
-    """Import the module anew, as another process would, and use it; whether its machine code was in the cache."""
+    """Import the module afresh, as another process would, and use it; whether its machine code was in the cache."""
     spec = importlib.util.spec_from_file_location("double", module)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""The direct solver's batches, interpreted: read beside the work, multiplied by the kernel, and certified."""
+"""The direct solver's batches, interpreted: read during the work, multiplied by the kernel, and certified."""
 
 from __future__ import annotations
 
