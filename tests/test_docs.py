@@ -159,7 +159,9 @@ def test_peft(run: Run, minilm: Path, folder: Path) -> None:
     assert not same(live, original)
     for model in (residual, delta, plain):
         assert same(model, original)
-        assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters() if "_start" not in name)
+        assert all(
+            ("lora_" in name) == p.requires_grad for name, p in model.named_parameters() if "initial" not in name
+        )
     for name in ("residual-lora", "delta-lora"):
         assert same(PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), name), original)
 
