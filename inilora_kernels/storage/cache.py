@@ -28,7 +28,7 @@ from . import factor_file
 from .atomic import write_whole
 
 # Raised whenever a kernel or solver gives different bits for the same options.
-RESULT_VERSION = 10
+RESULT_VERSION = 11
 
 _ENTRY = "matrix"
 _ZEROS = "0" * 64

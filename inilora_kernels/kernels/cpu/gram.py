@@ -60,7 +60,7 @@ class FusedGramReader:
             self._parts = ceil(m / self._step)
         else:
             columns = max(_LEAST_COLUMNS, _COLUMN_BYTES // (m * W.element_size()))
-            self._step = min(columns, _MOST_COLUMNS, n)
+            self._step = min(max(1, min(columns, _MOST_COLUMNS) // RUN) * RUN, n)
             self._parts = ceil(n / self._step)
         wanted = max(1, min(MOST_SLOTS, m * n // _SLOT_ELEMENTS))
         self._parts_a_slot = ceil(self._parts / wanted)
