@@ -46,7 +46,8 @@ def copy_model(
     A safetensors shard is copied as a file and then overwritten in the places of the changed tensors, so everything
     else stays the same to the byte. A torch file becomes safetensors, with one shard in memory at a time.
 
-    Raises CheckpointError for a single file, weights in another folder than the config, and other kinds of file.
+    Raises CheckpointError for a single file, weights in another folder than the config, other kinds of file, and a
+    folder that holds links to folders, pipes or devices.
     """
     source = checkpoint.path
     if not source.is_dir():
@@ -64,13 +65,24 @@ def copy_model(
 
     def left_behind(where: str, names: list[str]) -> list[str]:
         own = Path(where).name in parts and Path(where).parent == source
-        return [] if own else [name for name in names if _LEFT_BEHIND.fullmatch(name)]
+        left = [] if own else [name for name in names if _LEFT_BEHIND.fullmatch(name)]
+        for name in set(names).difference(left):
+            _require_copyable(Path(where) / name)
+        return left
 
     shutil.copytree(source, folder, ignore=left_behind, dirs_exist_ok=True)
     write = _overwrite if in_place else _rewrite
     files = write(checkpoint, shards, folder, changes)
     if untied:
         _untie(checkpoint, folder, files, untied)
+
+
+def _require_copyable(path: Path) -> None:
+    """Refuse what a copy would not come back from: a link to a folder may lead into a loop, and a pipe has no end."""
+    if path.is_dir() and path.is_symlink():
+        raise CheckpointError(f"{path}: a link to a folder, which is not followed; remove it or put the folder there")
+    if not (path.is_dir() or path.is_file()):
+        raise CheckpointError(f"{path}: not a regular file, or a link that leads nowhere; remove it from the folder")
 
 
 def _parts_of_sentence_transformers(folder: Path) -> frozenset[str]:

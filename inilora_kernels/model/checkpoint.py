@@ -130,6 +130,8 @@ def _open_component(component: Component) -> Checkpoint:
 
 def _open_file(file: Path) -> tuple[Mapping[str, StoredTensor], dict[str, str], dict[str, Any] | None]:
     """Its tensors, its metadata, and the config that it implies."""
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise CheckpointError(f"{file}: a pipe, a socket or a device, not a regular file; give the weights as a file")
     try:
         if file.is_dir():
             return open_distributed(file), {}, None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModel
 from inilora_kernels.adapters import model_copy
 from inilora_kernels.adapters.convert import export_merged
 from inilora_kernels.adapters.export import export_residual
+from inilora_kernels.errors import CheckpointError
 from inilora_kernels.factor_set import FactorSet
 from inilora_kernels.model.checkpoint import open_checkpoint
 
@@ -89,3 +92,19 @@ def test_weights_are_changed_strip_by_strip(
     export_merged(tmp_path / "out/adapter", gpt2_factors, tmp_path / "merged")
     merged = open_checkpoint(tmp_path / "merged").read(f"{name}.weight")
     assert torch.allclose(merged, W + 0.5 * (W - R), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop", "elsewhere", "nowhere"])
+def test_a_copy_that_would_not_end_is_refused(
+    minilm: Path, minilm_factors: FactorSet, tmp_path: Path, kind: str
+) -> None:
+    model, bad = tmp_path / "model", tmp_path / "model" / "more" / "notes"
+    shutil.copytree(minilm, model)
+    bad.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(bad)
+    else:
+        bad.symlink_to({"loop": "..", "elsewhere": "/proc", "nowhere": "missing"}[kind])
+    with pytest.raises(CheckpointError, match=r"notes: .*remove it"):
+        export_residual(model, minilm_factors, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """The checkpoint reader, on files that safetensors, torch and transformers wrote."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,10 @@ def test_bad_config(tmp_path: Path, config: bytes, complaint: str) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes(config)
     assert complaint in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
+def test_a_pipe_in_place_of_weights_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert "a pipe" in refusal(tmp_path)
+    assert "a pipe" in refusal(tmp_path / name)
