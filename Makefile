@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: triton-versions demo test test-all lint docs dist bench bench-table5 bench-solvers bench-finetune bench-finetune-quick bench-finetune-adapters clean
+.PHONY: trainers triton-versions demo test test-all lint docs dist bench bench-table5 bench-solvers bench-finetune bench-finetune-quick bench-finetune-adapters clean
 
 .venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -100,3 +100,7 @@ clean:
 # For the slow tests that compile ahead under older versions; 700 MB.
 triton-versions: .venv/dev
 	for version in 3.5.0 3.6.0; do $(BIN)/pip install --quiet --no-deps --target .triton-versions/$$version triton==$$version; done
+
+# For the slow tests that run trainers with versions of their own; 680 MB.
+trainers: .venv/dev
+	for name in axolotl llama-factory ms-swift; do $(BIN)/pip install --quiet --no-deps --target .trainers/$$name --requirement tests/trainers/versions/$$name.txt; done

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from bench.movie_reviews import Review
+from inilora_kernels import initialize_peft
 from inilora_kernels.cli.main import main
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -80,9 +81,14 @@ def folder(
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true", "--bf16", "false"]
+
     def run_block(block: Block) -> dict[str, Any]:
         names: dict[str, Any] = {"__name__": "page"}
+        if block.language == "yaml":
+            Path("train.yaml").write_text(block.text, encoding="utf-8")
         if block.language == "python":
+            monkeypatch.setattr("sys.argv", ["train.py", "--config", "train.yaml", *on_cpu])
             exec(compile(block.text, "page", "exec"), names)
         for command in block.text.splitlines() if block.language == "bash" else ():
             arguments = shlex.split(command)
@@ -177,11 +183,14 @@ def test_trl(run: Run, minilm: Path, folder: Path) -> None:
     config = AutoConfig.from_pretrained(minilm, is_decoder=True)
     BertLMHeadModel.from_pretrained(minilm, config=config).save_pretrained("model")
     AutoTokenizer.from_pretrained(minilm, eos_token="[SEP]").save_pretrained("model")
-    _, trained, _, preferred, _, residual = [run(block) for block in blocks("trl.md")]
+    _, trained, _, _, by_yaml, preferred, _, residual = [run(block) for block in blocks("trl.md")]
     original = AutoModelForCausalLM.from_pretrained("model")
     assert same(residual["model"], original)
     assert not same(trained["model"], original)
     assert same(PeftModel.from_pretrained(original, "lora"), trained["model"])
+    assert same(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "from-yaml"), by_yaml["trainer"].model
+    )
     assert preferred["dpo"].state.log_history[-1]["train_loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
@@ -194,7 +203,7 @@ def test_lightning(run: Run, minilm: Path, folder: Path) -> None:
     assert same(AutoModel.from_pretrained("merged"), trained["module"].model)
 
 
-@pytest.mark.parametrize("page", ["llama_factory.md", "axolotl.md", "unsloth.md", "torchtune.md"])
+@pytest.mark.parametrize("page", ["llama_factory.md", "axolotl.md", "ms_swift.md", "unsloth.md", "torchtune.md"])
 def test_trainers_that_are_not_here(page: str, run: Run, llama: Path, folder: Path) -> None:
     (folder / "model").symlink_to(llama)
     original = AutoModelForCausalLM.from_pretrained(llama)
@@ -204,8 +213,8 @@ def test_trainers_that_are_not_here(page: str, run: Run, llama: Path, folder: Pa
             model.save_pretrained("trained")
             run(block)
             assert same(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), "lora"), model)
-        elif block.language == "yaml" or (page, block.language) == ("unsloth.md", "python"):
-            model = load(page, block)
+        elif block.language == "yaml" or (page, block.language, block.mark) in OF_A_FOLDER:
+            model = load(page, block, run)
             assert same(model, original)
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
@@ -219,12 +228,20 @@ def test_trainers_that_are_not_here(page: str, run: Run, llama: Path, folder: Pa
     assert model is not None
 
 
-def load(page: str, block: Block) -> PeftModel:
+# Python that stands for what a trainer does with a folder.
+OF_A_FOLDER = {("unsloth.md", "python", "not-run-here"), ("ms_swift.md", "python", "")}
+
+
+def load(page: str, block: Block, run: Run) -> PeftModel:
     """The model that the page's trainer starts from, loaded as its source does it."""
+    if page == "ms_swift.md":
+        return run(block)["model"]
     if page == "unsloth.md":
         adapter = re.search(r'from_pretrained\("([^"]+)"', block.text)[1]
         return AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)
     config = yaml.safe_load(block.text)
+    if "lora_model_dir" not in config and "adapter_name_or_path" not in config and page != "torchtune.md":
+        return started(config)
     if page == "llama_factory.md":
         base, adapters = config["model_name_or_path"], config["adapter_name_or_path"].split(",")
     elif page == "axolotl.md":
@@ -245,6 +262,16 @@ def load(page: str, block: Block) -> PeftModel:
     return model
 
 
+def started(config: dict[str, Any]) -> PeftModel:
+    """The model that a trainer makes of its YAML without any adapter, started as our callback does it."""
+    targets = config.get("lora_target_modules") or config["lora_target"].split(",")
+    model = AutoModelForCausalLM.from_pretrained(config.get("base_model") or config["model_name_or_path"])
+    lora = LoraConfig(
+        r=config.get("lora_r") or config["lora_rank"], lora_alpha=config["lora_alpha"], target_modules=targets
+    )
+    return initialize_peft(get_peft_model(model, lora), "factors.safetensors")
+
+
 def check_rows(start: dict[str, Tensor]) -> None:
     """torchtune's names, and its order of rows turned back into the model's (4 heads, 2 of keys, of 8)."""
     adapter = load_file("residual/adapter/adapter_model.safetensors")
@@ -262,7 +289,28 @@ def check_rows(start: dict[str, Tensor]) -> None:
 
 def test_every_page_is_tested_and_linked() -> None:
     tested = {"peft.md", "transformers.md", "trl.md", "lightning.md"}
-    tested |= {"llama_factory.md", "axolotl.md", "unsloth.md", "torchtune.md"}
+    tested |= {"llama_factory.md", "axolotl.md", "ms_swift.md", "unsloth.md", "torchtune.md"}
     assert {page.name for page in PAGES} == tested
     overview = (DOCS / "adapters.md").read_text(encoding="utf-8")
     assert all(f"(trainers/{page})" in overview for page in tested)
+
+
+def test_every_page_of_the_site_is_in_its_navigation_once() -> None:
+    """mkdocs says of a page that its navigation lacks that it is not there, and goes on."""
+
+    def pages(entries: Any) -> list[str]:
+        if isinstance(entries, str):
+            return [entries]
+        return [page for entry in (entries.values() if isinstance(entries, dict) else entries) for page in pages(entry)]
+
+    site = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))
+    # What docs/site/hooks.py makes of files at the repository's root, and of the notebook.
+    made = {"index.md", "contributing.md", "changelog.md", "example.md"}
+    assert sorted(pages(site["nav"])) == sorted({str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} | made)
+
+
+def test_links_to_elsewhere_are_whole() -> None:
+    """Without a network no more can be known of them; links inside are checked by mkdocs."""
+    files = [*DOCS.rglob("*.md"), *DOCS.glob("*.ipynb"), *DOCS.parent.glob("*.md"), DOCS.parent / "mkdocs.yml"]
+    found = {url for file in files for url in re.findall(r"https?://[^\s)>\"`]+", file.read_text(encoding="utf-8"))}
+    assert found == {"https://arxiv.org/abs/2510.03731", "https://download.pytorch.org/whl/cpu", "https://semver.org"}
