@@ -72,6 +72,7 @@ dist: .venv/dist
 	$(PYTHON) -m venv --clear build/empty
 	build/empty/bin/pip install --quiet --constraint constraints.txt build/dist/*.whl
 	cd build && empty/bin/inilora --version && empty/bin/python -m inilora_kernels methods > /dev/null
+	cd build && empty/bin/python ../tests/wheel.py
 
 bench: .venv/dev
 	$(BIN)/python -m pytest bench --benchmark-only

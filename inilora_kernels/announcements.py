@@ -37,6 +37,8 @@ def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar
 
     The bar learns how long each stage will last. aloud: False in all but one of several processes.
     """
+    if missing and options.backend != "reference" and options.solver != "exact":
+        _announce_compiling(bar)
     works = [_work(task.target, rank) for task in missing for rank in task.ranks]
     steps, solver = options.adam_steps, options.solver or ""
     worth_timing = estimate.seconds(works, solver, steps, speed=_SLOW) > estimate.WORTH_SAYING
@@ -47,6 +49,14 @@ def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar
         if notice:
             warnings.warn(notice, stacklevel=4)
     _expect(works, len(missing), options, speed, bar)
+
+
+def _announce_compiling(bar: ProgressBar) -> None:
+    # Brings numba, which the run is about to import anyway.
+    from .kernels.cpu.compiled import COMPILING_SECONDS, compiled_before
+
+    if not compiled_before():
+        bar.note(f"the first run compiles its kernels too, about {COMPILING_SECONDS} s, once")
 
 
 def _expect(works: Sequence[Work], matrices: int, options: Options, speed: float, bar: ProgressBar) -> None:

@@ -53,8 +53,8 @@ Run = Callable[[Block], dict[str, Any]]
 
 
 def blocks(page: str) -> list[Block]:
-    folder = DOCS.parent if page == "README.md" else DOCS / "trainers"
-    text = (folder / page).read_text(encoding="utf-8")
+    places = {"README.md": DOCS.parent, "guide.md": DOCS}
+    text = (places.get(page, DOCS / "trainers") / page).read_text(encoding="utf-8")
     return [Block(language, mark, content) for language, mark, content in _FENCE.findall(text)]
 
 
@@ -170,6 +170,18 @@ def test_peft(run: Run, minilm: Path, folder: Path) -> None:
         )
     for name in ("residual-lora", "delta-lora"):
         assert same(PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), name), original)
+
+
+def test_guide(run: Run, minilm: Path, folder: Path) -> None:
+    config = AutoConfig.from_pretrained(minilm, is_decoder=True)
+    BertLMHeadModel.from_pretrained(minilm, config=config).save_pretrained("model")
+    AutoTokenizer.from_pretrained(minilm).save_pretrained("model")
+    names = [run(block) for block in blocks("guide.md") if block.mark != "not-run-here"]
+    trained, loaded, merged = (names[place][name] for place, name in ((4, "model"), (5, "loaded"), (7, "merged")))
+    assert not same(trained, AutoModelForCausalLM.from_pretrained("model"))
+    assert same(loaded, trained)
+    assert same(merged, trained)
+    assert Path("factors.png").stat().st_size > 10_000
 
 
 def test_transformers(run: Run, minilm: Path, folder: Path) -> None:

@@ -62,6 +62,7 @@ class ProgressBar:
         self._pace = FIRST_LINE
         self._stages: dict[str, Stage] = {}
         self._name = ""
+        self._said: set[str] = set()
         self._announced = False
         self._excess: float | None = None
         self._speed = ""
@@ -101,14 +102,17 @@ class ProgressBar:
         self._stages[name] = Stage(weight, units, matrices, done=before.done, finished=before.finished)
 
     def phase(self, name: str, matrices: int, units: int) -> None:
-        """Begin a stage, or its next batch, with its matrices and units of work in total."""
+        """Begin a stage, or its next batch, with the batch's matrices and units of work; only the stage gets a line."""
         if name not in self._stages:
             # Not announced: it counts as much as all the announced ones.
             self._add(name, units, sum(stage.weight for stage in self._stages.values()) or 1.0, matrices)
         self._name, self._excess, self._speed = name, None, ""
         self._speed_since = (self._clock(), 0)
         self._show()
-        self._line(f"{name} {matrices} {'matrix' if matrices == 1 else 'matrices'}")
+        if name not in self._said:
+            self._said.add(name)
+            total = self._stages[name].matrices
+            self._line(f"{name} {total} {'matrix' if total == 1 else 'matrices'}")
 
     def advance(self, units: int, *, matrices: int = 0, excess: float | None = None, unit: str = "") -> None:
         """Move on by units of work and finished matrices; show the excess and, if the unit has a name, the speed."""
