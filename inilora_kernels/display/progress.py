@@ -150,9 +150,9 @@ class ProgressBar:
         """The time left: at first as predicted, then from the time taken; "" if neither is known."""
         fraction, passed = self.fraction, self._clock() - self._started
         if fraction >= TOO_EARLY:
-            return f"about {duration_in_words(passed * (1 - fraction) / fraction)} left" if passed > 0 else ""
+            return _left(passed * (1 - fraction) / fraction) if passed > 0 else ""
         predicted = sum(stage.weight for stage in self._stages.values()) * (1 - fraction)
-        return f"about {duration_in_words(predicted)} left" if self._announced else ""
+        return _left(predicted) if self._announced else ""
 
     def _state(self) -> str:
         excess = "" if self._excess is None else f"excess {self._excess:.1e}"
@@ -173,3 +173,7 @@ class ProgressBar:
         logger.info(text)
         if self._written and not logger.isEnabledFor(logging.INFO):
             print(f"inilora: {text}", file=sys.stderr, flush=True)
+
+
+def _left(seconds: float) -> str:
+    return f"{'about ' if seconds >= 1 else ''}{duration_in_words(seconds)} left"
