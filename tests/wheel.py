@@ -13,21 +13,30 @@ from safetensors.torch import save_file
 
 import inilora_kernels
 
-package = Path(inilora_kernels.__file__).parent
-assert "site-packages" in package.parts, package
-assert (package / "py.typed").is_file()
-assert "](docs/" not in str(metadata("inilora-kernels").get_payload())
 
-with tempfile.TemporaryDirectory() as name:
-    model, factors = Path(name) / "model.safetensors", Path(name) / "factors.safetensors"
+def try_package() -> None:
+    package = Path(inilora_kernels.__file__).parent
+    assert "site-packages" in package.parts, package
+    assert (package / "py.typed").is_file()
+    assert "](docs/" not in str(metadata("inilora-kernels").get_payload())
+
+
+def try_commands(folder: Path) -> None:
+    model, factors = folder / "model.safetensors", folder / "factors.safetensors"
     save_file({f"layers.0.{kind}_proj.weight": torch.randn(48, 32) for kind in "qkv"}, model)
     command = [sys.executable, "-m", "inilora_kernels"]
     subprocess.run([*command, "approximate", model, "-o", factors, "--steps", "100"], check=True)
     subprocess.run([*command, "inspect", factors], check=True)
     # peft is not among the dependencies: what needs it says so.
     told = subprocess.run(
-        [*command, "export", factors, "--base", name, "-o", f"{name}/out"], capture_output=True, text=True
+        [*command, "export", factors, "--base", folder, "-o", folder / "out"], capture_output=True, text=True
     )
     assert told.returncode == 2, told
     assert "pip install 'inilora-kernels[peft]'" in told.stderr, told
-print("the wheel works")
+
+
+if __name__ == "__main__":
+    try_package()
+    with tempfile.TemporaryDirectory() as name:
+        try_commands(Path(name))
+    print("the wheel works")
