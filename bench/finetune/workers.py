@@ -109,8 +109,8 @@ def _left(table: Table, rows: dict[Run, Row], workers: int) -> str:
 
 
 def threads_of_each(workers: int) -> int:
-    """Its share of the cores."""
-    return max(1, (os.cpu_count() or 1) // workers)
+    """Its share of torch's threads, which are the cores unless OMP_NUM_THREADS says fewer."""
+    return max(1, torch.get_num_threads() // workers)
 
 
 def _begin(workers: int) -> None:
