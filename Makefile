@@ -84,7 +84,7 @@ bench-table5: .venv/dev
 	$(BIN)/python -m bench.table5
 
 # Takes up again where it was cut off; about an hour on two idle cores from the start.
-FINETUNE := reviews reviews-stopping reviews-bf16 reviews-rating reviews-ranks
+FINETUNE := reviews reviews-stopping reviews-bf16 reviews-rating reviews-ranks reviews-power word-problems word-problems-fine
 
 bench-finetune: .venv/finetune
 	$(BIN)/python -m bench.finetune $(FINETUNE) --workers 2

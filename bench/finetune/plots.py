@@ -89,7 +89,7 @@ def over_rates(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot:
     """A line a system: the validation loss over the learning rates, mean over the seeds that chose among them.
 
     The filled marks are seeds that no choice has seen, at the best and at the common rate, with the 95 % interval of
-    their mean. Losses above `most` are left out.
+    their mean. The picture ends at `most`, and a line that goes beyond leaves it.
     """
     systems = list(dict.fromkeys(cell.system for cell in cells))
     for place, system in enumerate(systems):
@@ -99,18 +99,24 @@ def over_rates(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot:
         fresh = _validation_losses((cell for cell in own if not cell.sweep), rows)
         line = {rate: fmean(values) for rate, values in {**swept, **fresh}.items()}
         line |= {rate: fmean(values) for rate, values in swept.items()}
-        kept = sorted(rate for rate in line if line[rate] < plot.get("most", math.inf))
-        axes.plot(kept, [line[rate] for rate in kept], label=system, markerfacecolor="white", **style)
+        finite = sorted(rate for rate in line if math.isfinite(line[rate]))
+        axes.plot(finite, [line[rate] for rate in finite], label=system, markerfacecolor="white", **style)
         for rate, values in fresh.items():
             # Side by side, where several systems share a rate.
             at = rate * 1.025 ** (place - len(systems) / 2)
             low, high = mean_interval(values) if len(values) > 1 else (values[0], values[0])
             error = [[fmean(values) - low], [high - fmean(values)]]
             axes.errorbar([at], [fmean(values)], yerr=error, capsize=3, markersize=7, **{**style, "linestyle": ""})
+    rates = sorted({cell.run.lr for cell in cells})
     axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    axes.set_ylim(top=plot.get("most"))
     axes.set_xlabel(LABELS["lr"])
     axes.set_ylabel(plot.get("label", "validation loss"))
-    axes.legend(fontsize=8)
+    chose = len({cell.run.seed for cell in cells if cell.sweep})
+    marks = f"open: mean of the {chose} seeds that chose the rate\nfilled: other seeds, 95 % interval of their mean"
+    axes.legend(fontsize=8, title=marks, title_fontsize=8, alignment="left")
 
 
 def _validation_losses(cells: Iterable[Cell], rows: Mapping[Run, Row]) -> dict[float, list[float]]:

@@ -60,7 +60,9 @@ def scores_by_seed(
             continue
         for score, value in rows[cell.run]["scores"].items():
             if score == "loss":
-                continue
+                if "loss" not in table.show:
+                    continue
+                score = table.show["loss"]
             column = (*(f"{name} {getattr(cell.run, name)}" for name in table.show.get("columns", ())), score)
             found.setdefault(cell.system, {}).setdefault(column, {})[cell.run.seed] = value
     if table.show.get("average"):
@@ -109,6 +111,7 @@ def write_report(
             shown.add_row(*line)
         console.print(shown)
         body = markdown(header, lines)
+    body = [*body, *sweep_lines(table, cells, rows)]
     done = {cell.run for cell in cells if cell.run in rows}
     commits = sorted({rows[run]["machine"]["commit"] for run in done})
     commands = sorted({rows[run]["command"] for run in done})
@@ -119,7 +122,7 @@ def write_report(
         "",
         *body,
         "",
-        f"{len(done)} rows, at commit {', '.join(commits)}, by:",
+        f"{len(done)}{f' of {table.total(rows)}' if is_study(table) else ''} rows, at commit {', '.join(commits)}, by:",
         "",
         *(f"    {command}" for command in commands),
         "",
@@ -129,6 +132,30 @@ def write_report(
     if document is not None:
         text = document.read_text(encoding="utf-8")
         write_whole(document, put_table(text, table.name, content[4:]).encode())
+
+
+def sweep_lines(table: Table, cells: Sequence[Cell], rows: Mapping[Run, Row]) -> list[str]:
+    """A Markdown table of what the learning rates were chosen by, the best in bold; nothing without a sweep."""
+    if table.sweep is None:
+        return []
+    by_loss = table.sweep.get("by") == "loss"
+    values: dict[str, dict[float, list[float]]] = {}
+    for cell in cells:
+        if cell.sweep and cell.run in rows:
+            row = rows[cell.run]
+            value = row["metrics"]["validation"]["loss"] if by_loss else 100 * row["validation_score"]
+            values.setdefault(cell.system, {}).setdefault(cell.run.lr, []).append(value)
+    rates = sorted({rate for line in values.values() for rate in line})
+    lines = []
+    for system, line in values.items():
+        means = {rate: fmean(line[rate]) for rate in line}
+        best = min(means, key=lambda rate: means[rate] if by_loss else -means[rate])
+        shown = {rate: f"{mean:.{3 if by_loss else 1}f}" for rate, mean in means.items()}
+        shown[best] = f"**{shown[best]}**"
+        lines.append([system, *(shown.get(rate, "") for rate in rates)])
+    seeds = ", ".join(map(str, table.sweep["seed"]))
+    title = f"Validation {'loss' if by_loss else 'score'} at each learning rate, mean over the seeds {seeds}:"
+    return ["", title, "", *markdown(["method", *(f"{rate:g}" for rate in rates)], lines)]
 
 
 def put_table(text: str, name: str, lines: Sequence[str]) -> str:
@@ -149,10 +176,16 @@ def tabulate(
     scores: Mapping[str, Mapping[Column, Mapping[int, float]]],
     rows: Mapping[Run, Row],
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: mean ± standard deviation × 100; against the named system difference, p, and p by Holm."""
+    """Header and lines: mean ± standard deviation, scores × 100 and losses as they are; against the named system
+    difference, p, and p by Holm.
+    """
+    loss = table.show.get("loss")
     columns = sorted(
-        {column for line in scores.values() for column in line}, key=lambda column: (column == ("Avg",), column)
+        {column for line in scores.values() for column in line},
+        key=lambda column: (column == ("Avg",), column[-1] == loss, column),
     )
+    # What a value is multiplied by, and its digits.
+    scale = {column: (1, 3) if column[-1] == loss else (100, 1) for column in columns}
     against = table.show.get("against")
     header = ["method", *(["learning rate"] if table.sweep or table.rates_of else []), *(" ".join(c) for c in columns)]
     tests: dict[tuple[str, Column], PairedTest] = {}
@@ -171,18 +204,21 @@ def tabulate(
         if table.sweep or table.rates_of:
             rates = sorted({c.run.lr for c in cells if c.system == system and not c.sweep and c.run in rows})
             line.append(", ".join(f"{rate:g}" for rate in rates))
-        line += [_mean(list(scores[system].get(column, {}).values())) for column in columns]
+        line += [_mean(list(scores[system].get(column, {}).values()), *scale[column]) for column in columns]
         for column in columns if tests else ():
             one = tests.get((system, column))
+            factor, digits = scale[column]
             line.append(
-                f"{100 * one.difference:+.1f} (p {one.p:.2g}, Holm {corrected[system, column]:.2g})" if one else ""
+                f"{factor * one.difference:+.{digits}f} (p {one.p:.2g}, Holm {corrected[system, column]:.2g})"
+                if one
+                else ""
             )
         lines.append(line)
     return header, lines
 
 
-def _mean(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation, in hundredths, and how many where it is not five.
+def _mean(values: Sequence[float], factor: float = 100, digits: int = 1) -> str:
+    """Mean ± sample standard deviation, and how many where it is not five.
 
     >>> _mean([0.81, 0.82, 0.83, 0.82, 0.82])
     '82.0 ± 0.7'
@@ -193,7 +229,7 @@ def _mean(values: Sequence[float]) -> str:
         return ""
     if not all(math.isfinite(value) for value in values):
         return f"diverged ({sum(not math.isfinite(value) for value in values)} of {len(values)})"
-    text = f"{100 * fmean(values):.1f}"
+    text = f"{factor * fmean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ± {100 * stdev(values):.1f}"
+        text += f" ± {factor * stdev(values):.{digits}f}"
     return text if len(values) == 5 else f"{text} ({len(values)})"

@@ -49,14 +49,9 @@ def study_lines(table: Table, cells: Sequence[Cell], rows: Mapping[Run, Row]) ->
     for title, chosen in places:
         if chosen:
             lines += [title, "", *_table(table, chosen, rows), ""]
-    rates = [f"{system} {_rates(cells, rows, system)}" for system in table.systems if _rates(cells, rows, system)]
-    if rates:
-        lines += [
-            f"Learning rates tried, each with {len((table.sweep or {})['seed'])} seeds: " + "; ".join(rates) + "."
-        ]
     missing = [system for system in table.systems if system not in {cell.system for cell in final}]
     if missing:
-        lines += ["", f"Not finished at its best rate nor at the common one: {', '.join(missing)}."]
+        lines += [f"Not finished at its best rate nor at the common one: {', '.join(missing)}."]
     return lines
 
 
@@ -131,8 +126,3 @@ def _shown(value: float, measure: Measure) -> str:
     '+1.2'
     """
     return f"{measure.factor * value:+.{measure.digits}f}"
-
-
-def _rates(cells: Sequence[Cell], rows: Mapping[Run, Row], system: str) -> str:
-    rates = sorted({cell.run.lr for cell in cells if cell.sweep and cell.system == system and cell.run in rows})
-    return ", ".join(f"{rate:g}" for rate in rates)

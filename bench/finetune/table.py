@@ -47,8 +47,9 @@ class Table:
     margin: differences smaller than this count as none; set before the runs.
     rates_of: instead, the table whose sweep's best rates are used, and the system there for each system here.
     show: how it is drawn: `columns`, settings whose values are columns; `against`, the system that the others are
-        tested against; `average`, a last column with the mean over the tasks; `measures` and `others` of a study
-        (study.py); `plot`, one of plots.py's, with its options.
+        tested against; `average`, a last column with the mean over the tasks; `loss`, what the loss on the test part
+        is called, where it has a column; `measures` and `others` of a study (study.py); `plot`, one of plots.py's,
+        with its options.
     """
 
     name: str
@@ -79,6 +80,14 @@ class Table:
                         yield Cell(label, _run({**settings, "lr": rate, "seed": seed}))
                 for seed in self.grid["seed"] if self.common_rate else ():
                     yield Cell(label, _run({**settings, "lr": self.common_rate, "seed": seed}), common=True)
+
+    def total(self, rows: Mapping[Run, Row]) -> int:
+        """Runs in all, as far as the rows can tell. Before a sweep is over any rate stands in for its best."""
+        if not self.sweep and not self.rates_of:
+            return len({cell.run for cell in self.cells(rows)})
+        first = self.sweep["lr"][0] if self.sweep else 1.0
+        fixed = replace(self, settings={**self.settings, "lr": first}, rates_of=None)
+        return len({cell.run for cell in fixed.cells(rows)})
 
     def evaluations(self) -> list[str]:
         """The benchmarks that any of its runs is evaluated with."""

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
@@ -59,7 +58,7 @@ def run_table(
             progress.update(
                 bar,
                 completed=len({cell.run for cell in cells} - {cell.run for cell in missing}),
-                total=_total(table),
+                total=table.total(rows),
                 left=_left(table, rows, workers),
             )
             for cell in _not_underway(missing, underway):
@@ -87,24 +86,13 @@ def _not_underway(missing: list[Cell], underway: dict[Future[Row], Cell]) -> Ite
             yield cell
 
 
-def _total(table: Table) -> int:
-    """Runs in all. Before a sweep is over any rate stands in for its best, which changes no count."""
-    if not table.sweep and not table.rates_of:
-        return len({cell.run for cell in table.cells({})})
-    first = table.sweep["lr"][0] if table.sweep else 1.0
-    fixed = replace(table, settings={**table.settings, "lr": first})
-    if table.sweep is None:
-        fixed = replace(fixed, rates_of=None)
-    return len({cell.run for cell in fixed.cells({})})
-
-
 def _left(table: Table, rows: dict[Run, Row], workers: int) -> str:
     """The time left, from the median of this table's runs so far."""
     seconds = [sum(row["seconds"].values()) for row in rows.values() if row["table"] == table.name]
     if not seconds:
         return "time left: known after the first run"
     known = {cell.run for cell in table.cells(rows)} & rows.keys()
-    minutes = (_total(table) - len(known)) * median(seconds) / workers / 60
+    minutes = (table.total(rows) - len(known)) * median(seconds) / workers / 60
     return f"about {minutes:.0f} min left, {median(seconds):.0f} s a run"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,37 @@ def test_the_page_of_results_shows_what_the_rows_say(tmp_path: Path) -> None:
     for name in shown:
         write_report(load(name), rows, tmp_path, Console(quiet=True), document)
     assert document.read_text() == DOCUMENT.read_text()
+
+
+def test_every_number_of_the_pages_claims_is_in_its_tables() -> None:
+    text = DOCUMENT.read_text()
+    tables = "\n".join(part.split("<!-- end -->")[0] for part in re.split(r"<!-- [a-z-]+ -->\n", text)[1:])
+    shown = set(re.findall(r"[\d.]*\d", tables))
+    answer, rest = text.split("## How we know")
+    earlier = rest.split("## Earlier runs")[1].split("What was changed on the way")[0]
+    claims = re.sub(r"\([^ )]*\)|-135M", "", answer + earlier)
+    numbers = set(re.findall(r"\d+\.\d+", claims))
+    assert len(numbers) > 20
+    assert numbers <= shown, f"not in any table: {sorted(numbers - shown)}"
+
+
+def test_losses_have_a_column_and_a_sweep_has_a_table(tmp_path: Path) -> None:
+    sweep = {"lr": [1e-4, 1e-3], "seed": [0, 11], "by": "loss"}
+    table = replace(load("reviews-rating"), name="small", sweep=sweep, systems={"LoRA": {"method": "lora"}})
+    while missing := [cell for cell in table.cells(read_rows(tmp_path)) if cell.run not in read_rows(tmp_path)]:
+        for cell in missing:
+            loss = 1.5 if cell.run.lr == 1e-4 else float(1 + cell.run.seed / 110)
+            measured = {"scores": {"pearson": 0.5, "loss": loss}, "metrics": {"validation": {"loss": loss}}}
+            append_row(tmp_path / "small.jsonl", {**row(cell.run, 0.5), **measured})
+    write_report(table, read_rows(tmp_path), tmp_path, Console(quiet=True))
+    text = (tmp_path / "small.md").read_text()
+    # The mean of 1.0, 1.1, 1.2, 1.3, 1.4; the two seeds that choose have 1.0 and 1.1.
+    assert "| method | learning rate | pearson | squared error |" in text
+    assert "| LoRA | 0.001 | 50.0 ± 0.0 | 1.200 ± 0.158 |" in text
+    assert (
+        "mean over the seeds 0, 11:\n\n| method | 0.0001 | 0.001 |\n| --- | ---: | ---: |\n| LoRA | 1.500 | **1.050** |"
+        in text
+    )
 
 
 def test_a_figure_of_losses_is_drawn_though_it_has_no_scores(table: Table, tmp_path: Path) -> None:

@@ -43,6 +43,16 @@ def row(run: Run, system: str) -> dict[str, Any]:
     }
 
 
+def test_a_study_cut_off_says_how_many_rows_are_missing(table: Table, tmp_path: Path) -> None:
+    cells = [cell for cell in table.cells({}) if cell.system == "LoRA" and (cell.sweep or cell.run.seed < 4)]
+    for cell in cells:
+        append_row(tmp_path / "study.jsonl", row(cell.run, cell.system))
+    write_report(table, read_rows(tmp_path), tmp_path, Console(quiet=True))
+    text = (tmp_path / "study.md").read_text()
+    assert f"\n{3 * 3 + 4} of {3 * 3 * 3 + 3 * 8 * 2} rows" in text
+    assert "Not finished at its best rate nor at the common one: IniLoRA, IniLoRA-α." in text
+
+
 def test_a_study_says_what_differs_and_what_is_the_same(table: Table, tmp_path: Path) -> None:
     while missing := [cell for cell in table.cells(read_rows(tmp_path)) if cell.run not in read_rows(tmp_path)]:
         for cell in missing:
@@ -51,13 +61,17 @@ def test_a_study_says_what_differs_and_what_is_the_same(table: Table, tmp_path: 
     text = (tmp_path / "study.md").read_text()
     best, common = text.split("All at 0.0003:")
     for part, rate in ((best, "0.003"), (common, "0.0003")):
-        lines = {line.split(" | ")[0].removeprefix("| "): line for line in part.splitlines()}
+        compared = part.split("Validation loss")[0]
+        lines = {line.split(" | ")[0].removeprefix("| "): line for line in compared.splitlines()}
         assert f"| LoRA | {rate} | 8 |" in lines["LoRA"] + " |"
         # No example differs: no interval, and the same within any margin.
         assert "+0.0 [+0.0, +0.0]" in lines["IniLoRA"]
         assert "| yes (p 0)" in lines["IniLoRA"]
         assert "| not shown" in lines["IniLoRA-α"]
         assert lines["IniLoRA-α"].split(" | ")[4].startswith("-")
-    # IniLoRA-α starts one step lower, and its grid has grown upwards.
-    assert "IniLoRA-α 0.0003, 0.001, 0.003, 0.01" in text
+    # IniLoRA-α starts one step lower, and its grid has grown upwards; 0.4 plus the distance to 0.003 in decades.
+    assert "| method | 0.0003 | 0.001 | 0.003 | 0.01 |" in text
+    assert "| IniLoRA-α | 1.400 | 0.877 | **0.400** | 0.923 |" in text
+    # Three systems, 3 + 3 + 4 rates with three seeds, and eight seeds twice.
+    assert f"\n{10 * 3 + 3 * 8 * 2} of {10 * 3 + 3 * 8 * 2} rows" in text
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
