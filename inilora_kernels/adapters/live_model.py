@@ -59,12 +59,15 @@ def reads_weight(model: nn.Module, name: str) -> str | None:
 
 
 def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """Small random inputs for a transformers model, None for a model whose inputs are not known."""
+    """Small random inputs for a transformers model, None for a model whose inputs are not known.
+
+    A model that is wholly on the meta device gets them there: it can be run, for the shapes alone.
+    """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     text = getattr(config, "get_text_config", lambda: config)()
     generator = torch.Generator().manual_seed(0)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if len({parameter.is_meta for parameter in model.parameters()}) == 2:
         return None
     if main == "input_ids" and isinstance(vocabulary := getattr(text, "vocab_size", None), int):
         ids = torch.randint(vocabulary, (1, 8), generator=generator).to(device)
@@ -123,7 +126,7 @@ def _called(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tenso
 
 @torch.no_grad()
 def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor | None:
-    """The model's first output, without dropout unless `training`; None if it cannot be run on these inputs."""
+    """The model's first output, without dropout unless `training`; None if it has no values on these inputs."""
     with _mode(model, training), torch.random.fork_rng(devices=[]):
         try:
             output = model(**inputs)
@@ -136,7 +139,7 @@ def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = F
         if hasattr(output, "values")
         else None
     )
-    return first if isinstance(first, Tensor) else None
+    return first if isinstance(first, Tensor) and not first.is_meta else None
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class StartedLoraConfig(LoraConfig):
         """The config of the plain LoRA of twice the rank and the same scaling."""
         doubled = copy.copy(self)
         doubled.started_from = doubled.form = None
+        doubled.init_lora_weights = True  # what a program has put there since, "pissa" say, would change W on loading
         factor = math.sqrt(2) if self.use_rslora else 2
         doubled.r = 2 * self.r
         doubled.lora_alpha = factor * self.lora_alpha  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError, TargetError
 from ..model.architecture import quiet_transformers
 from .experts import name_of
+from .live_model import require_called
 from .plan import Plan
 
 # Loading and running a model of this size takes a second or two; of larger ones the structure alone is tried.
@@ -30,13 +31,15 @@ _MOST_ERROR = 0.02
 def require_peft_takes(plan: Plan, folder: Path) -> None:
     """Raise TargetError unless PEFT puts an adapter of this folder on each module that has factors, and on no other.
 
-    On the meta device, so that it costs neither memory nor time, whatever the model's size. PEFT refuses some modules
-    (Mamba's out_proj), turns others into parameters of experts (DeepSeek's gate_proj), and goes on with a warning where
-    it finds no module for a tensor.
+    PEFT refuses some modules (Mamba's out_proj), turns others into parameters of experts (DeepSeek's gate_proj), and
+    goes on with a warning where it finds no module for a tensor. The model has to call each module too:
+    `require_called`. All this on the meta device, so that it costs neither memory nor time, whatever the model's size.
     """
     if plan.architecture is None or not plan.architecture.layers:
         return
+    experts = {name for name, (A, _) in plan.adapter.factors.items() if A.dim() == 3}
     model = copy.deepcopy(plan.architecture.model)
+    require_called(model, plan.adapter.factors.keys() - experts)
     where = f"{plan.checkpoint.path}: {type(model).__name__}"
     with warnings.catch_warnings(record=True) as caught, quiet_transformers():
         warnings.simplefilter("always")
@@ -52,7 +55,6 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
         for name, layer in loaded.get_base_model().named_modules()
         if isinstance(layer, LoraLayer)
     }
-    experts = {name for name, (A, _) in plan.adapter.factors.items() if A.dim() == 3}
     strange = sorted(
         name for name, layer in layers.items() if not isinstance(layer, ParamWrapper if name in experts else Linear)
     )

@@ -145,3 +145,14 @@ def test_adapters_are_combined_as_the_loras_that_they_save(
     assert torch.allclose(logits(model), logits(judge), rtol=0, atol=1e-5)
     model.set_adapter("second")
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_start_is_not_made_again_on_loading(llama: Path, factors: FactorSet, form: Form, tmp_path: Path) -> None:
+    """LLaMA-Factory's PiSSA callback sets "pissa" in the live config and saves: PEFT would take W apart again."""
+    model = started(llama, factors, form)
+    trained = change(model)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(logits(PeftModel.from_pretrained(load(llama), tmp_path)), trained, rtol=0, atol=1e-5)
+    assert model.peft_config["default"].init_lora_weights == "pissa"

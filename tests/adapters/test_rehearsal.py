@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
 from transformers import AutoModel
 
-from inilora_kernels.adapters.export import export_residual
+from inilora_kernels.adapters import rehearsal
+from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.plan import _all_but
 from inilora_kernels.errors import TargetError
 
 from ..factorized import factorize
-from .architectures import MAMBA
+from .architectures import JAMBA, MAMBA
 from .models import save
 
 
@@ -30,3 +32,21 @@ def test_mambas_modules_that_peft_refuses_are_refused_before_anything_is_written
     with pytest.raises(TargetError, match=r"PEFT does not take these modules.*out_proj"):
         export_residual(base, factorize(base, ("in_proj", "out_proj"), rank=2), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("export", [export_residual, export_delta])
+def test_a_layer_that_the_model_does_not_call_is_refused_whatever_its_size(
+    export: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft 761: PEFT takes Jamba's dt_proj, whose weight the mixer reads by itself; in large models too."""
+    monkeypatch.setattr(rehearsal, "_LARGEST_RUN", 0)
+    base = save("JambaForCausalLM", tmp_path / "base", **JAMBA)
+    with pytest.raises(TargetError, match=r"dt_proj: JambaMambaMixer\..* reads its weight and does not call"):
+        export(base, factorize(base, ("q_proj", "dt_proj"), rank=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_whose_weight_is_read_in_another_branch_alone_is_taken(tmp_path: Path) -> None:
+    """Bloom's dense is multiplied slice by slice where pretraining_tp says so, and called otherwise."""
+    base = save("BloomForCausalLM", tmp_path / "base", vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    export_delta(base, factorize(base, ("dense",), rank=2), tmp_path / "out")
