@@ -1,14 +1,16 @@
-"""The Krylov solver against what a user would pick today: the same matrices, the same threads, one run.
+"""The direct solver against what a user would pick today: the same matrices, the same threads, one run.
 
-    python -m bench.solvers pareto             time, peak memory and excess of every solver       (about 25 minutes)
-    python -m bench.solvers table5             the six models of Table 5 by krylov, next to Adam  (about 15 minutes)
-    python -m bench.solvers                    both
+    python -m bench.solvers cells      time, peak memory and excess of every solver           (about 25 minutes)
+    python -m bench.solvers files      from a checkpoint to a file of factors                  (about 6 minutes)
+    python -m bench.solvers table5     the six models of Table 5 by krylov, next to Adam       (about 15 minutes)
+    python -m bench.solvers            all three
 
-pareto: each measurement is a process of its own, warmed up on two smaller matrices; its time is the median of its
-turns, its memory the high-water mark over what was resident before. The excess f/f* − 1 is from the float64 residual
-and the f* of a certified solve at 1e-11. table5: krylov is measured over every matrix of the row (with --sample N, over
-N of each shape, and the total says that it is extrapolated); Adam as bench/table5.py measures it, over fewer steps and
-matrices. The results are results/solvers.json, .md and .png.
+cells: a process for each shape, rank and dtype, in which the solvers take turns; a time is the median of a solver's
+turns, its memory the high-water mark of one over what was resident before. Small matrices come twelve at a time: ours
+takes them in one call, a peer in a loop, or side by side on threads of its own where that is faster. The excess
+f/f* − 1 is from the float64 residual and the f* of a certified solve at 1e-11. files: bench/file_to_file.py. table5:
+krylov is measured over every matrix of the row (with --sample N, over N of each shape, and the total says that it is
+extrapolated); Adam as bench/table5.py measures it. The results are results/solvers.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -17,155 +19,137 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from threadpoolctl import threadpool_limits
+from torch import Tensor
 
-from inilora_kernels import FactorSet, approximate, approximate_model
+from inilora_kernels import FactorSet, approximate_model
 from inilora_kernels.kernels.streaming import losses
 from inilora_kernels.solvers.krylov import principal
 
+from . import file_to_file
 from .harness import PeakMemory, Row, in_own_process, publish, seconds
+from .peers import PEERS, Product, Solver, ours_together
 from .spectra import decay, like_the_real, real_matrices
 from .table5 import MODELS, Model
 from .table5 import measure as measure_adam
 
-RANK = 8
-CASES: dict[str, tuple[int, int] | None] = {
+OURS = "inilora krylov"
+RANKS = (8, 32, 64, 128)
+DTYPES = ("float32", "bfloat16")
+# A shape, and how many matrices at a time; None: the real model's.
+CASES: dict[str, tuple[tuple[int, int], int] | None] = {
     "12×384² (real)": None,
-    "768²": (768, 768),
-    "1024×4096": (1024, 4096),
-    "4096²": (4096, 4096),
-    "5120²": (5120, 5120),
+    "12×768²": ((768, 768), 12),
+    "2048²": ((2048, 2048), 1),
+    "1024×4096": ((1024, 4096), 1),
+    "4096²": ((4096, 4096), 1),
+    "5120²": ((5120, 5120), 1),
+    "14336×4096": ((14336, 4096), 1),
 }
-# A full decomposition of these takes a minute: one turn.
-_SLOW = ("torch.linalg.svd", "PEFT pissa")
-_TURNS = {"12×384² (real)": 7, "768²": 7, "1024×4096": 5, "4096²": 5, "5120²": 3}
-
-Product = tuple[Tensor, Tensor]
-
-
-def _split(U: Tensor, S: Tensor, V: Tensor) -> Product:
-    """(A, B) of the leading triplets."""
-    return (V[:, :RANK] * S[:RANK]).T, U[:, :RANK]
+TURNS = 5
+# A solver whose turn takes longer has fewer turns.
+SECONDS_EACH = 6.0
+# What the certificate promises; a solver that reaches it is drawn filled.
+AS_GOOD = 1e-8
+DRAWN = (OURS, "PROPACK", "PRIMME", "ARPACK", "randomized_svd(n_iter=16)", "pissa_niter_16")
+TABLE5_RANK = 8
 
 
-def _ours(method: str) -> Callable[[Tensor], Product]:
-    def solve(W: Tensor) -> Product:
-        factors = approximate(W, RANK, method=method, solver="krylov")
-        return factors.A, factors.B  # type: ignore[union-attr]
-
-    return solve
-
-
-def _peft(init: str) -> Callable[[Tensor], Product]:
-    def solve(W: Tensor) -> Product:
-        from peft import LoraConfig, get_peft_model
-
-        linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(W, requires_grad=False)
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], init_lora_weights=init)
-        layer = get_peft_model(nn.Sequential(linear), config).base_model.model[0]
-        return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-
-    return solve
+def _matrices(case: str, dtype: torch.dtype) -> list[Tensor]:
+    known = CASES[case]
+    if known is None:
+        return [W.to(dtype) for W in real_matrices()]
+    shape, count = known
+    return [like_the_real(shape, dtype, seed) for seed in range(count)]
 
 
-def _svd(W: Tensor) -> Product:
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    return _split(U, S, Vh.T)
+def measure(case: str, rank: int, dtype: str) -> list[Row]:
+    """A row for each solver, in this process."""
+    matrices = _matrices(case, getattr(torch, dtype))
+    best = [principal(W, [rank], tolerance=1e-11) for W in matrices]
+    solvers = {OURS: ours_together} | {name: _fastest(solve, matrices, rank) for name, solve in PEERS.items()}
+    found: dict[str, list[Product]] = {}
+    peaks: dict[str, int] = {}
+    times: dict[str, list[float]] = {name: [] for name in solvers}
+
+    def turn(name: str) -> float:
+        return seconds(lambda: found.update({name: solvers[name](matrices, rank)}))
+
+    for name in solvers:
+        turn(name)  # the warm-up
+        found.pop(name)
+        memory = PeakMemory()
+        times[name].append(turn(name))
+        peaks[name] = memory.bytes()
+    for _ in range(TURNS - 1):
+        for name, taken in times.items():
+            if sum(taken) < SECONDS_EACH:
+                taken.append(turn(name))
+    rows: list[Row] = []
+    for name, products in found.items():
+        worst = -1.0
+        for W, pair, optimal in zip(matrices, products, best, strict=True):
+            energy, [loss] = losses(W, [pair])
+            least = energy - float(optimal.S.square().sum()) - optimal.shortfalls[rank]
+            worst = max(worst, loss / least - 1)
+        rows.append(
+            {
+                "case": case,
+                "rank": rank,
+                "dtype": dtype,
+                "solver": name,
+                "ms": 1e3 * median(times[name]) / len(matrices),
+                "over ours": median(times[name]) / median(times[OURS]),
+                "excess": worst,
+                "peak MiB": peaks[name] / 2**20,
+                "turns": len(times[name]),
+            }
+        )
+    return rows
 
 
-def _lowrank(rounds: int) -> Callable[[Tensor], Product]:
-    return lambda W: _split(*torch.svd_lowrank(W, q=RANK, niter=rounds))
+def _fastest(solve: Solver, matrices: Sequence[Tensor], rank: int) -> Callable[[list[Tensor], int], list[Product]]:
+    """A peer at its best: one matrix after another by all threads or, where that is faster, one on each thread."""
+    threads = torch.get_num_threads()
+
+    def in_turn(matrices: list[Tensor], rank: int) -> list[Product]:
+        return [solve(W, rank) for W in matrices]
+
+    def side_by_side(matrices: list[Tensor], rank: int) -> list[Product]:
+        with (
+            threadpool_limits(1),
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            return list(pool.map(lambda W: solve(W, rank), matrices))
+
+    def by_one(matrices: list[Tensor], rank: int) -> list[Product]:
+        with threadpool_limits(1):
+            return in_turn(matrices, rank)
+
+    ways = [in_turn, side_by_side, by_one] if len(matrices) > 1 else [in_turn]
+    few = list(matrices[: 2 * threads])
+    return min(ways, key=lambda way: min(seconds(lambda: way(few, rank)) for _ in range(2))) if ways[1:] else in_turn
 
 
-def _randomized(rounds: int) -> Callable[[Tensor], Product]:
-    def solve(W: Tensor) -> Product:
-        from sklearn.utils.extmath import randomized_svd
-
-        U, S, Vh = randomized_svd(W.numpy(), RANK, n_iter=rounds, random_state=0)
-        return _split(*(torch.from_numpy(part.copy()) for part in (U, S, Vh.T)))
-
-    return solve
-
-
-def _svds(solver: str) -> Callable[[Tensor], Product]:
-    def solve(W: Tensor) -> Product:
-        from scipy.sparse.linalg import svds
-
-        U, S, Vh = svds(W.numpy(), RANK, solver=solver, rng=0)
-        return _split(*(torch.from_numpy(part.copy()) for part in (U, S, Vh.T)))
-
-    return solve
-
-
-SOLVERS: dict[str, Callable[[Tensor], Product]] = {
-    "inilora krylov": _ours("inilora"),
-    "inilora pissa": _ours("pissa"),
-    "PEFT pissa_niter_4": _peft("pissa_niter_4"),
-    "PEFT pissa_niter_16": _peft("pissa_niter_16"),
-    "PEFT pissa": _peft("pissa"),
-    "torch.svd_lowrank(niter=4)": _lowrank(4),
-    "torch.svd_lowrank(niter=16)": _lowrank(16),
-    "torch.linalg.svd": _svd,
-    "sklearn randomized_svd(n_iter=4)": _randomized(4),
-    "sklearn randomized_svd(n_iter=16)": _randomized(16),
-    "scipy svds arpack": _svds("arpack"),
-    "scipy svds propack": _svds("propack"),
-}
-
-
-def _matrices(case: str) -> list[Tensor]:
-    shape = CASES[case]
-    return real_matrices() if shape is None else [like_the_real(shape, torch.float32, seed=0)]
-
-
-def measure(case: str, solver: str) -> dict[str, float]:
-    """Seconds a matrix, peak bytes over what was resident, and the worst excess; in this process."""
-    solve = SOLVERS[solver]
-    matrices = _matrices(case)
-    for size in 256, 1500:
-        solve(like_the_real((size, size), torch.float32, seed=1))
-    memory = PeakMemory()
-    times: list[float] = []
-    peak = 0
-    found: list[Product] = []
-    for _ in range(1 if solver in _SLOW and len(matrices) == 1 else _TURNS[case]):
-        # PEFT overwrites the weight that it is given; copies are made outside the clock.
-        inputs = [W.clone() for W in matrices]
-        held = sum(W.nbytes for W in inputs)
-        found.clear()
-        times.append(seconds(lambda inputs=inputs: found.extend(map(solve, inputs))) / len(matrices))
-        peak = max(peak, memory.bytes() - held)
-    worst = -1.0
-    for W, pair in zip(matrices, found, strict=True):
-        best = principal(W, [RANK], tolerance=1e-11)
-        energy, [loss] = losses(W, [pair])
-        optimum = energy - float(best.S.square().sum()) - best.shortfalls[RANK]
-        worst = max(worst, loss / optimum - 1)
-    return {"ms": 1e3 * median(times), "peak MiB": peak / 2**20, "excess": worst}
-
-
-def pareto(cases: list[str]) -> list[Row]:
-    """Every solver on every case, each in a process of its own."""
+def cells(cases: Sequence[str], ranks: Sequence[int], dtypes: Sequence[str]) -> list[Row]:
+    """Every solver on every case, rank and dtype; a process for each of these."""
     rows: list[Row] = []
     for case in cases:
-        for solver in SOLVERS:
-            Console(stderr=True).print(f"{case}: {solver}", highlight=False)
-            measured = in_own_process("bench.solvers", "measure", "--case", case, "--solver", solver)
-            rows.append({"case": case, "solver": solver, **measured})
-        peer = next(row for row in rows if row["case"] == case and row["solver"] == "PEFT pissa_niter_16")
-        for row in rows:
-            if row["case"] == case:
-                row["speed over pissa_niter_16"] = peer["ms"] / row["ms"]
+        for dtype in dtypes:
+            for rank in ranks:
+                Console(stderr=True).print(f"{case}, rank {rank}, {dtype}", highlight=False)
+                chosen = ["--case", case, "--rank", str(rank), "--dtype", dtype]
+                rows += in_own_process("bench.solvers", "measure", *chosen)
     return rows
 
 
@@ -186,7 +170,7 @@ def table5_row(model: Model, sample: int | None) -> Row:
         (Path(folder) / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         found: list[FactorSet] = []
         taken = seconds(
-            lambda: found.append(approximate_model(folder, RANK, solver="krylov", cache=False, progress=False))
+            lambda: found.append(approximate_model(folder, TABLE5_RANK, solver="krylov", cache=False, progress=False))
         )
     total = taken * len(shapes) / len(chosen)
     adam = measure_adam(model, "ours", "cpu", None, None).minutes
@@ -204,53 +188,60 @@ def table5_row(model: Model, sample: int | None) -> Row:
 
 
 def _plot(rows: list[Row]) -> Figure:
-    """Time and excess of every solver, a panel for each case."""
+    """Time over rank of six solvers, a panel for each case; hollow where the excess is above AS_GOOD."""
+    rows = [row for row in rows if row["dtype"] == rows[0]["dtype"] and row["solver"] in DRAWN]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = Figure(figsize=(max(10, 4.2 * len(cases)), 5.6), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 3.1 * len(cases)), 4.6), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
-    markers = "*PovsD^<>dXh"
     for axes, case in zip(panels, cases, strict=True):
-        for (solver, marker), color in zip(zip(SOLVERS, markers, strict=True), range(12), strict=True):
-            row = next((row for row in rows if row["case"] == case and row["solver"] == solver), None)
-            if row is not None:
-                size = 180 if marker == "*" else 60
-                # A float32 result may come out at or below the certified optimum: the floor stands for that.
-                axes.scatter(
-                    row["ms"], max(row["excess"], 1e-12), s=size, marker=marker, color=f"C{color}", label=solver
-                )
-        axes.set_xscale("log")
+        for place, (solver, marker) in enumerate(zip(DRAWN, "oPsDv^", strict=True)):
+            own = [row for row in rows if row["case"] == case and row["solver"] == solver]
+            ranks, times = [row["rank"] for row in own], [row["ms"] for row in own]
+            wide = 2.5 if solver == OURS else 1.2
+            axes.plot(ranks, times, color=f"C{place}", linewidth=wide, zorder=3 if solver == OURS else 2)
+            for row in own:
+                face = f"C{place}" if row["excess"] <= AS_GOOD else "white"
+                axes.plot(row["rank"], row["ms"], marker, color=f"C{place}", markerfacecolor=face, zorder=4)
+            axes.plot([], [], marker=marker, color=f"C{place}", linewidth=wide, label=solver)
+        axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(FixedLocator(list(RANKS)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(case)
-        axes.set_xlabel("time a matrix (ms)")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("excess over the optimum, f/f* − 1")
+        axes.set_xlabel("rank")
+        axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    panels[0].set_ylabel(f"time a matrix (ms), {rows[0]['dtype']}")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("all", "pareto", "table5", "measure"), default="all")
-    parser.add_argument("--case", action="append", choices=tuple(CASES), help="of pareto; repeat for more")
-    parser.add_argument("--solver", choices=tuple(SOLVERS), help="of measure")
-    parser.add_argument("--models", nargs="+", help="of table5, by name")
+    parts = ("all", "cells", "files", "table5", "measure")
+    parser.add_argument("part", nargs="?", choices=parts, default="all")
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="of cells; repeat for more")
+    parser.add_argument("--rank", action="append", type=int, help="of cells; repeat for more")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of cells; repeat for more")
+    parser.add_argument("--models", nargs="+", help="of files and table5, by name")
     parser.add_argument("--sample", type=int, help="of table5: this many matrices of each shape, the rest extrapolated")
     options = parser.parse_args()
     if options.part == "measure":
-        print(json.dumps(measure(options.case[0], options.solver)))
+        print(json.dumps(measure(options.case[0], options.rank[0], options.dtype[0])))
         return
     command = " ".join(["python -m bench.solvers", *sys.argv[1:]])
     note = f"Synthetic matrices: σ_i ∝ i^−{decay():.2f}, see bench/spectra.py."
-    if options.part in ("all", "pareto"):
-        rows = pareto(options.case or list(CASES))
-        publish("solvers", "pareto", rows, command, note=note, figure=_plot(rows))
+    if options.part in ("all", "cells"):
+        rows = cells(options.case or list(CASES), options.rank or RANKS, options.dtype or DTYPES)
+        publish("solvers", "cells", rows, command, note=note, figure=_plot(rows))
+    if options.part in ("all", "files"):
+        models = [name for name in file_to_file.MODELS if not options.models or name in options.models]
+        rows = [row for name in models for row in file_to_file.measure(name)]
+        publish("solvers", "files", rows, command, note=f"{note} {file_to_file.NOTE}")
     if options.part in ("all", "table5"):
-        models = [model for model in MODELS if not options.models or model.name in options.models]
-        publish("solvers", "table5", [table5_row(model, options.sample) for model in models], command, note=note)
+        chosen = [model for model in MODELS if not options.models or model.name in options.models]
+        publish("solvers", "table5", [table5_row(model, options.sample) for model in chosen], command, note=note)
 
 
 if __name__ == "__main__":
