@@ -50,3 +50,12 @@ class UnknownModuleError(InitializationError, KeyError):
 
 class ProcessError(InitializationError):
     """Another process of the same run failed or ended; its own message says why."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or the operating system refused memory.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
+    (True, False)
+    """
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ class FactorSet(Mapping[str, Factors]):
         Raises FactorFileError if the file is missing, damaged or of a newer format, or belongs to another model.
         """
         path = Path(path)
-        return cls(*(load_inilora_pt(path, base) if path.is_dir() else factor_file.read(path)))
+        return cls(*(load_inilora_pt(path, base) if os.path.isdir(path) else factor_file.read(path)))
 
     def __repr__(self) -> str:
         count = f"{len(self)} matrix" if len(self) == 1 else f"{len(self)} matrices"

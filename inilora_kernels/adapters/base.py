@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..model.architecture import describe
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.experts import ExpertParameter, find_expert_parameters, parameter_of_expert
 from ..model.names import match_names
+from ..storage.reading import MOST_JSON, is_there, read_bytes
 from ..storage.schema import ResidualRecord, parse
 from .folder import named_base
 from .model_copy import RESIDUAL_RECORD
@@ -132,7 +134,7 @@ def find_original(
     original = Path(base) if base is not None else Path(record.base) if record is not None else trained_on
     # A path that is not absolute may be the id of a model on the hub, which open_checkpoint looks up.
     may_be_id = original is not None and not original.is_absolute()
-    if original is None or not (may_be_id or original.exists()):
+    if original is None or not (may_be_id or os.path.exists(original)):
         raise OptionError(
             f"cannot find the original model ({original or named or 'the adapter names none'}); give its "
             f"folder, or its id on the hub, as base"
@@ -148,9 +150,9 @@ def find_original(
 def _read_record(folder: Path | None) -> ResidualRecord | None:
     """The record of a residual folder; None for any other, even one to which a program has copied the record."""
     file = None if folder is None else folder / RESIDUAL_RECORD
-    if folder is None or file is None or not file.is_file():
+    if folder is None or file is None or not is_there(file):
         return None
-    record = parse(ResidualRecord, file.read_bytes(), str(file))
+    record = parse(ResidualRecord, read_bytes(file, FactorFileError, MOST_JSON), str(file))
     for tensor, sha256 in list(record.residual_sha256.items())[:1]:
         checkpoint = open_checkpoint(folder)
         if tensor not in checkpoint.tensors or checkpoint.sha256(tensor) != sha256:
@@ -160,7 +162,7 @@ def _read_record(folder: Path | None) -> ResidualRecord | None:
 
 def _local(name: str, revision: str | None) -> Path | None:
     """The folder of a model: a path, or a hub model that has been downloaded."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))

@@ -23,12 +23,13 @@ from ..factor_set import FactorSet, factor_set
 from ..model.checkpoint import Checkpoint
 from ..model.experts import ExpertParameter
 from ..storage.atomic import require_new_folder, whole_folder
+from ..storage.reading import is_there
 from ..suggestions import some
 from .base import expert_parameters, find_original
 from .diffusers_folder import named_as, read_diffusers, write_for
 from .expert_folder import unwrapped
 from .folder import CONFIG, KEY_PREFIX, Adapter, named_base, read_adapter
-from .model_copy import Change, copy_model
+from .model_copy import Change, copy_model, size_of_copy
 from .modules import find_starts, module_of
 from .started import difference
 from .trained_whole import find_trained_whole
@@ -76,6 +77,9 @@ def convert(
     factors = factor_set(factors, base)
     adapter = _read(trained, factors)
     checkpoint, _, residual = find_original(adapter.config, factors, base)
+    whole = sum(tensor.nbytes for tensor in adapter.others.values())
+    # A and B of rank 2r in float32.
+    require_new_folder(out, whole + 8 * sum(A.numel() + B.numel() for A, B in adapter.factors.values()))
     updates, _ = _updates(trained, adapter, factors, checkpoint, residual, insist)
     errors = dict.fromkeys(updates, 0.0)
     if rank is not None:
@@ -125,6 +129,7 @@ def export_merged(
     factors = factor_set(factors, base)
     adapter = _read(trained, factors)
     checkpoint, tensors, residual = find_original(adapter.config, factors, base)
+    require_new_folder(out, size_of_copy(checkpoint))
     updates, modules = _updates(trained, adapter, factors, checkpoint, residual, insist)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}
     changes: dict[str, Change] = {}
@@ -161,7 +166,7 @@ def _read(trained: Path, factors: FactorSet) -> Adapter:
     by_diffusers = read_diffusers(trained)
     if by_diffusers is None:
         return unwrapped(read_adapter(trained), factors, str(trained))
-    if (trained / CONFIG).is_file():
+    if is_there(trained / CONFIG):
         by_peft = read_adapter(trained)
         there = by_peft.factors.keys() == by_diffusers.factors.keys()
         if not there or any(

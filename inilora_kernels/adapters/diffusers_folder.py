@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..errors import FactorFileError
 from ..model.checkpoint import Checkpoint
 from ..storage.atomic import save_tensors
+from ..storage.reading import is_there, require_regular
 from .expert_folder import wrapped
 from .folder import Adapter, pattern_value, write_adapter, write_card
 
@@ -40,7 +42,7 @@ def is_diffusers(checkpoint: Checkpoint) -> bool:
 
 
 def _is_pipeline(checkpoint: Checkpoint) -> bool:
-    return (checkpoint.path / "model_index.json").is_file()
+    return is_there(checkpoint.path / "model_index.json")
 
 
 def write_for(checkpoint: Checkpoint, folder: Path, adapter: Adapter, about: str) -> None:
@@ -85,14 +87,15 @@ def read_diffusers(folder: Path) -> Adapter | None:
 
     Of its scaling the config holds an alpha for each module, since each may have its own. Raises FactorFileError.
     """
-    file = folder if folder.is_file() else folder / WEIGHTS
-    if not file.is_file():
+    file = folder if os.path.isfile(folder) else folder / WEIGHTS
+    if not is_there(file):
         return None
+    require_regular(file, FactorFileError)
     try:
         with safe_open(file, "pt") as opened:
             tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             described = json.loads((opened.metadata() or {}).get(_METADATA, "null"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, MemoryError, RecursionError) as error:
         raise FactorFileError(f"{file}: damaged adapter ({error}); save it again") from error
     A, B, alphas = (
         {match["module"]: tensors[key] for key in tensors if (match := pattern.fullmatch(key))}

@@ -23,6 +23,7 @@ from ..factor_set import FactorSet, factor_set
 from ..factors import Factors
 from ..model.fused import row_index
 from ..storage.atomic import whole_folder
+from ..storage.reading import absolute
 from .attach import adapters
 from .base import write_residual_record
 from .diffusers_folder import write_for
@@ -150,7 +151,7 @@ def export_residual(
         tensor: _Residual(its_parts, plan.checkpoint.weights[tensor].shape[its_parts[0].transposed])
         for tensor, its_parts in parts.items()
     }
-    adapter = plan.adapter.with_base({"base_model_name_or_path": str((out / "base").resolve())})
+    adapter = plan.adapter.with_base({"base_model_name_or_path": str(absolute(out / "base"))})
     with whole_folder(out) as folder:
         for name in ("base", "adapter"):
             (folder / name).mkdir()

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import FactorFileError
 from ..options import fits
 from ..storage.atomic import save_tensors
+from ..storage.reading import MOST_JSON, absolute, is_there, read_bytes, require_regular
 from ..storage.schema import AdapterConfig, parse
 from .started import STARTS
 
@@ -74,14 +75,15 @@ def read_adapter(folder: Path) -> Adapter:
     DoRA and LoRA with a bias are refused, since they add more than BA to W.
     """
     try:
-        text = (folder / CONFIG).read_bytes()
+        for name in (CONFIG, WEIGHTS):
+            if not is_there(folder / name):
+                raise FactorFileError(
+                    f"{folder / name}: no such file; give the folder with {CONFIG} and {WEIGHTS} that the trainer saved"
+                )
+        text = read_bytes(folder / CONFIG, FactorFileError, MOST_JSON)
+        require_regular(folder / WEIGHTS, FactorFileError)
         tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise FactorFileError(
-            f"{error.filename or folder}: no such file; give the folder with {CONFIG} and {WEIGHTS} "
-            f"that the trainer saved"
-        ) from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError) as error:
         raise FactorFileError(f"{folder}: damaged adapter ({error}); save it again") from error
     config = parse(AdapterConfig, text, str(folder / CONFIG))
     if config.peft_type != "LORA" or config.use_dora or config.bias not in (None, "none"):
@@ -155,7 +157,7 @@ def named_base(folder: Path) -> dict[str, str | None]:
     if match:
         name, revision = match["id"].replace("--", "/", 1), match["commit"]
         return {"base_model_name_or_path": name, "revision": revision}
-    if folder.exists() or folder.is_absolute():
-        return {"base_model_name_or_path": str(folder.resolve()), "revision": None}
+    if is_there(folder) or folder.is_absolute():
+        return {"base_model_name_or_path": str(absolute(folder)), "revision": None}
     name, _, revision = folder.as_posix().partition("@")
     return {"base_model_name_or_path": name, "revision": revision or None}

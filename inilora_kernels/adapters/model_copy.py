@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.files.tensor import StoredTensor, tensor_bytes
 from ..model.files.torch_file import SUFFIXES
 from ..storage.atomic import save_tensors
+from ..storage.reading import MOST_JSON, is_there, read_bytes, read_json, reporting
 
 RESIDUAL_RECORD = "inilora_residual.json"
 
@@ -50,6 +53,42 @@ def copy_model(
     folder that holds links to folders, pipes or devices.
     """
     source = checkpoint.path
+    size_of_copy(checkpoint)
+    shards, in_place = _shards(checkpoint)
+
+    def left_behind(where: str, names: list[str]) -> list[str]:
+        return [name for name in names if _is_left_behind(source, parts, Path(where), name)]
+
+    parts = _parts_of_sentence_transformers(source)
+    shutil.copytree(source, folder, ignore=left_behind, dirs_exist_ok=True)
+    write = _overwrite if in_place else _rewrite
+    files = write(checkpoint, shards, folder, changes)
+    if untied:
+        _untie(checkpoint, folder, files, untied)
+
+
+def size_of_copy(checkpoint: Checkpoint) -> int:
+    """The bytes that `copy_model` will write, without the untied tensors. Raises CheckpointError where it would."""
+    source = checkpoint.path
+    _shards(checkpoint)
+    parts = _parts_of_sentence_transformers(source)
+    size = sum(map(_size, checkpoint.tensors.values()))
+    with reporting(source):
+        for where, folders, files in os.walk(source, onerror=_raise):
+            kept = [name for name in (*folders, *files) if not _is_left_behind(source, parts, Path(where), name)]
+            for name in kept:
+                size += _size_of_copied(Path(where) / name)
+            folders[:] = [name for name in folders if name in kept]
+    return size
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _shards(checkpoint: Checkpoint) -> tuple[list[Path], bool]:
+    """The weight files to copy, and whether they can be changed in place. Raises CheckpointError."""
+    source = checkpoint.path
     if not source.is_dir():
         raise CheckpointError(f"{source}: a single file; give the model's folder, with its config and tokenizer")
     shards = sorted({entry.file for entry in checkpoint.tensors.values()})
@@ -61,37 +100,31 @@ def copy_model(
         raise CheckpointError(
             f"{shards[0]}: neither safetensors nor a torch file; save the model with save_pretrained first"
         )
-    parts = _parts_of_sentence_transformers(source)
-
-    def left_behind(where: str, names: list[str]) -> list[str]:
-        own = Path(where).name in parts and Path(where).parent == source
-        left = [] if own else [name for name in names if _LEFT_BEHIND.fullmatch(name)]
-        for name in set(names).difference(left):
-            _require_copyable(Path(where) / name)
-        return left
-
-    shutil.copytree(source, folder, ignore=left_behind, dirs_exist_ok=True)
-    write = _overwrite if in_place else _rewrite
-    files = write(checkpoint, shards, folder, changes)
-    if untied:
-        _untie(checkpoint, folder, files, untied)
+    return shards, in_place
 
 
-def _require_copyable(path: Path) -> None:
-    """Refuse what a copy would not come back from: a link to a folder may lead into a loop, and a pipe has no end."""
+def _is_left_behind(source: Path, parts: Collection[str], where: Path, name: str) -> bool:
+    own = where.name in parts and where.parent == source
+    return not own and bool(_LEFT_BEHIND.fullmatch(name))
+
+
+def _size_of_copied(path: Path) -> int:
+    """The size of a file, 0 of a folder. Refuses what a copy would not come back from: a link to a folder may lead into
+    a loop, and a pipe has no end."""
     if path.is_dir() and path.is_symlink():
         raise CheckpointError(f"{path}: a link to a folder, which is not followed; remove it or put the folder there")
     if not (path.is_dir() or path.is_file()):
         raise CheckpointError(f"{path}: not a regular file, or a link that leads nowhere; remove it from the folder")
+    return 0 if path.is_dir() else path.stat().st_size
 
 
 def _parts_of_sentence_transformers(folder: Path) -> frozenset[str]:
     """The folders of further layers (`2_Dense`) that belong to the model and have their own weights."""
     file = folder / "modules.json"
     try:
-        modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        modules = json.loads(read_bytes(file, most=MOST_JSON)) if is_there(file) else []
         return frozenset(module["path"] for module in modules if module["path"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{file}: not the list of a sentence-transformers model's parts ({error})") from error
 
 
@@ -144,7 +177,7 @@ def _untie(checkpoint: Checkpoint, folder: Path, files: Mapping[str, str], untie
     }
     save_tensors(folder / extra, {name: tensor.contiguous() for name, tensor in tensors.items()})
     _write_index(checkpoint, folder, {**files, **dict.fromkeys(untied, extra)}, sum(t.nbytes for t in tensors.values()))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     config["tie_word_embeddings"] = False
     if isinstance(config.get("text_config"), dict):
         config["text_config"]["tie_word_embeddings"] = False

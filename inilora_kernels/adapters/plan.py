@@ -26,6 +26,7 @@ from .base import require_same_base
 from .diffusers_folder import is_diffusers
 from .experts import expert_shapes
 from .folder import KEY_PREFIX, Adapter
+from .model_copy import size_of_copy
 from .modules import Start, find_starts, module_of
 
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -74,6 +75,8 @@ def plan_export(
             f"PEFT adds their update to the parameter in either form; use export_delta (--form delta)"
         )
     checkpoint = open_checkpoint(base)
+    adapters = 2 * sum(part.A.nbytes + part.B.nbytes for part in factors.values())
+    require_new_folder(out, adapters + (size_of_copy(checkpoint) if changes_weights else 0))
     tensors = require_same_base(checkpoint, factors)
     architecture = _architecture(checkpoint, task_type)
     factors = _loaded(checkpoint, factors, tensors, architecture)

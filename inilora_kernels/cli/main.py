@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InitializationError, ProcessError
+from ..errors import InitializationError, ProcessError, is_out_of_memory
 from ..suggestions import did_you_mean
 from ..version import __version__
 
@@ -104,6 +104,14 @@ def main() -> None:
         sys.exit(2)
     except InitializationError as error:
         print(f"inilora: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "inilora: out of memory, nothing was written; free some, raise its limit, or lower --concurrency",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except ModuleNotFoundError as error:
         if error.name != "peft":

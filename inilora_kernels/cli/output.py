@@ -13,6 +13,7 @@ from ..display.plots import require_plot_path
 from ..display.reports import json_report
 from ..factor_set import FactorSet
 from ..storage.atomic import require_writable
+from ..storage.reading import absolute
 
 
 def say(text: str) -> None:
@@ -31,7 +32,7 @@ def require_plot(path: Path | None) -> None:
 
 def draw(factors: FactorSet, path: Path | None, model: Path) -> None:
     if path is not None:
-        plot_into(factors, factors.options, path, model.resolve().stem)
+        plot_into(factors, factors.options, path, absolute(model).stem)
 
 
 def show(results: list[FactorSet], as_json: bool, every: bool) -> None:

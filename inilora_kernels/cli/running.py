@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -17,6 +18,7 @@ from ..factor_set import FactorSet
 from ..model.layout import find_components
 from ..processes import torchruns_job
 from ..storage.atomic import require_writable
+from ..storage.reading import absolute, reporting
 from .arguments import options_from
 from .output import draw, require_plot, say, show
 
@@ -42,7 +44,8 @@ def _approximate(
     ranks = options["rank"]
     outputs = {one: _of_rank(output, one) for one in ranks} if isinstance(ranks, list) else {0: output}
     plots = {one: _of_rank(plot, one) if one and plot else plot for one in outputs}
-    inputs = [file for part in find_components(model) for file in part.files] if model.exists() else []
+    with reporting(model):
+        inputs = [file for part in find_components(model) for file in part.files] if os.path.exists(model) else []
     if given["start"] is not None:
         inputs.append(given["start"])
     for one, path in outputs.items():
@@ -79,5 +82,5 @@ def _of_rank(path: Path, rank: int) -> Path:
 
 def _require_no_input(path: Path, inputs: Sequence[Path]) -> None:
     """Raise OptionError if an output would overwrite the model, or the plot the factors."""
-    if path.resolve() in {one.resolve() for one in inputs}:
+    if absolute(path) in {absolute(one) for one in inputs}:
         raise OptionError(f"{path}: this run reads or writes that file already; give another name")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # Heads on top of the body, for classes without `get_output_embeddings`. PEFT trains them whole.
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
 
+# Of a model, besides twenty for each weight in its checkpoint.
+_MOST_MODULES = 20_000
+
 # The class that loads models for each of PEFT's task_types.
 AUTO_CLASSES: Mapping[TaskType, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -136,13 +139,13 @@ def describe(config: Mapping[str, Any], modules: Iterable[str], auto_class: str 
     """
     names = list(modules)
     kind = auto_class or str((config.get("architectures") or ["AutoModel"])[0])
-    model = _build(config, kind)
+    model = _build(config, kind, len(names))
     if model is None:
         return None
     named = _architecture(model, names)
     if auto_class is not None or not named.missing:
         return named
-    bare_model = _build(config, "AutoModel")
+    bare_model = _build(config, "AutoModel", len(names))
     if bare_model is None:
         return named
     bare = _architecture(bare_model, names)
@@ -313,7 +316,25 @@ def _layers(model: PreTrainedModel) -> dict[str, Layer]:
     return layers
 
 
-def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
+@contextlib.contextmanager
+def _modules_for(weights: int) -> Iterator[None]:
+    """End the building of a model by an error once it has far more modules than weights: a config may ask for any."""
+    count, most = 0, _MOST_MODULES + 20 * weights
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"config.json describes more than {most:,} modules, and there are {weights:,} weights")
+
+    handle = torch.nn.modules.module.register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _build(config: Mapping[str, Any], kind: str, weights: int) -> PreTrainedModel | None:
     """The model for a config.json, on the meta device. kind: its class, an auto class or one of transformers' own."""
     import transformers
 
@@ -342,7 +363,7 @@ def _build(config: Mapping[str, Any], kind: str) -> PreTrainedModel | None:
             if type(settings) is not model_class.config_class and model_class.config_class in _sub_configs(settings):
                 settings = settings.get_text_config()
             build = model_class
-        with torch.device("meta"), quiet_transformers():
+        with torch.device("meta"), quiet_transformers(), _modules_for(weights):
             model: PreTrainedModel = build(settings)
         model.get_output_embeddings()  # type: ignore[no-untyped-call]
         model.eval()  # type: ignore[no-untyped-call]

@@ -6,6 +6,8 @@ tensor; quantized weights are dequantized one at a time.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +16,22 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..storage.reading import MOST_JSON, absolute, read_bytes, read_json, reporting, require_regular
 from ..storage.schema import ModelConfig, parse
 from ..suggestions import some
 from .files.distributed import open_distributed
 from .files.gguf import open_gguf
 from .files.safetensors import open_safetensors
-from .files.tensor import StoredTensor, read_json
+from .files.tensor import StoredTensor
 from .files.torch_file import SUFFIXES, open_torch_file
 from .formats.find import find_weights
 from .formats.weight import StoredWeight
 from .hub import Choose, fetch
 from .layout import Component, find_components
+
+# The names of counts in config.json.
+_COUNT = re.compile(r".*(layers?|experts?|depths?|heads?|labels?|blocks?|stages?)")
+_MOST_COUNTED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -90,20 +97,34 @@ def open_checkpoint(
     code, a shard is missing or lacks a tensor of the index, or config.json is not a JSON object.
     """
     folder, name, kept = Path(path), "", None
-    if not folder.exists() or revision is not None:
+    if not os.path.exists(folder) or revision is not None:
         download = fetch(path, revision, token, choose)
         folder, name, kept = download.folder, download.name, download.files
-    components = find_components(folder, kept)
-    parts = [_open_component(component) for component in components]
+    with reporting(folder):
+        components = find_components(folder, kept)
+        parts = [_open_component(component) for component in components]
     alone = len(parts) == 1 and not components[0].name
     whole = parts[0] if alone else _together(folder, components, parts)
-    return replace(whole, path=folder, name=name or str(folder.resolve()))
+    return replace(whole, path=folder, name=name or str(absolute(folder)))
 
 
 def _config(file: Path) -> dict[str, Any]:
     config = read_json(file)
-    parse(ModelConfig, file.read_bytes(), str(file), CheckpointError)
+    _require_counts(file, config)
+    parse(ModelConfig, read_bytes(file, most=MOST_JSON), str(file), CheckpointError)
     return config
+
+
+def _require_counts(file: Path, content: Any, name: str = "") -> None:
+    """Refuse counts that no model has, before transformers makes lists of that length."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            _require_counts(file, value, str(key))
+    elif isinstance(content, list):
+        for value in content:
+            _require_counts(file, value, name)
+    elif isinstance(content, (int, float)) and content > _MOST_COUNTED and _COUNT.fullmatch(name):
+        raise CheckpointError(f"{file}: {name} is {str(content)[:20]}, which no model has; download config.json again")
 
 
 def _open_component(component: Component) -> Checkpoint:
@@ -130,19 +151,15 @@ def _open_component(component: Component) -> Checkpoint:
 
 def _open_file(file: Path) -> tuple[Mapping[str, StoredTensor], dict[str, str], dict[str, Any] | None]:
     """Its tensors, its metadata, and the config that it implies."""
-    if file.exists() and not (file.is_file() or file.is_dir()):
-        raise CheckpointError(f"{file}: a pipe, a socket or a device, not a regular file; give the weights as a file")
-    try:
-        if file.is_dir():
-            return open_distributed(file), {}, None
-        if file.suffix == ".gguf":
-            found, config = open_gguf(file)
-            return found, {}, config
-        if file.suffix in SUFFIXES:
-            return open_torch_file(file), {}, None
-        return *open_safetensors(file), None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if file.is_dir():
+        return open_distributed(file), {}, None
+    require_regular(file)
+    if file.suffix == ".gguf":
+        found, config = open_gguf(file)
+        return found, {}, config
+    if file.suffix in SUFFIXES:
+        return open_torch_file(file), {}, None
+    return *open_safetensors(file), None
 
 
 def _of_shard(file: Path, component: Component, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

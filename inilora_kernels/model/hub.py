@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 from ..errors import CheckpointError
-from .files.tensor import read_json
+from ..storage.reading import read_json
 from .layout import read_weight_map, trained_components, weight_files
 
 # (names of all tensors, config.json) ↦ the tensors that will be read.

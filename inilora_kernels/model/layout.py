@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..storage.reading import MOST_JSON, is_there, read_bytes, read_json
 from ..suggestions import some
 from .files.distributed import METADATA
-from .files.tensor import read_json
 from .files.torch_file import SUFFIXES
 
 INDEX_SUFFIX = ".index.json"
@@ -69,14 +70,14 @@ def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Co
 
     Raises CheckpointError if there are no weights, a shard is missing, or the folder holds something else.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if path.suffix not in (".safetensors", ".gguf", *SUFFIXES):
             raise CheckpointError(
                 f"{path}: neither a folder nor a .safetensors, .gguf, .bin, .pt, .pth or .ckpt file; give the model's "
                 f"folder or its weight file"
             )
         return (Component("", path.parent, (path,), _config(path.parent)),)
-    if (path / "model_index.json").is_file():
+    if is_there(path / "model_index.json"):
         return tuple(_pipeline(path, kept))
     component = _model(path, kept)
     if component is None:
@@ -115,7 +116,7 @@ def _model(folder: Path, kept: Collection[str] | None = None) -> Component | Non
     weight_map = read_weight_map(folder / found.index)
     here = {name: shard for name, shard in weight_map.items() if kept is None or shard in kept}
     for shard in sorted(set(here.values())):
-        if not (folder / shard).is_file():
+        if not is_there(folder / shard):
             tensors = [name for name, file in here.items() if file == shard]
             raise CheckpointError(
                 f"{folder / shard}: this shard is missing; {found.index} expects {len(tensors)} tensors in it: "
@@ -192,7 +193,7 @@ def _only_file(names: Iterable[str], where: object) -> WeightFiles | None:
 def _distributed(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
     """A folder of torch.distributed.checkpoint, or the one that FSDP trainers put next to the config."""
     for name in ("", *names):
-        if (folder / name / METADATA).is_file() and any((folder / name).glob("*.distcp")):
+        if is_there(folder / name / METADATA) and any((folder / name).glob("*.distcp")):
             return Component("", folder, (folder / name,), config)
     return None
 
@@ -219,13 +220,14 @@ def _pipeline(folder: Path, kept: Collection[str] | None) -> Iterable[Component]
 def _sentence_transformer(folder: Path) -> Path | None:
     """The folder of the transformer in sentence-transformers' older layout, `0_Transformer`."""
     modules = folder / "modules.json"
-    found = re.findall(r'"path":\s*"([^"/\\]+)"', modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    content = read_bytes(modules, most=MOST_JSON).decode("utf-8", errors="replace") if is_there(modules) else ""
+    found = re.findall(r'"path":\s*"([^"/\\]+)"', content)
     return next((folder / name for name in found if name.startswith("0_") and (folder / name).is_dir()), None)
 
 
 def _refuse_adapter(folder: Path) -> None:
     config = folder / "adapter_config.json"
-    if config.is_file():
+    if is_there(config):
         base = read_json(config).get("base_model_name_or_path")
         raise CheckpointError(
             f"{folder}: an adapter, not a model; give its base model"
@@ -248,7 +250,7 @@ def _is_deepspeed(name: str) -> bool:
 
 
 def _config(folder: Path) -> Path | None:
-    return folder / "config.json" if (folder / "config.json").is_file() else None
+    return folder / "config.json" if is_there(folder / "config.json") else None
 
 
 def _nothing(folder: Path) -> CheckpointError:

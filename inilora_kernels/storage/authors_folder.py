@@ -19,9 +19,11 @@ from ..errors import FactorFileError, OptionError, TargetError
 from ..factors import Certificate, Factors
 from ..kernels.streaming import losses
 from ..model.checkpoint import open_checkpoint
+from ..model.files.torch_file import require_stored
 from ..model.names import match_names
 from ..solvers.optimum import optimum
 from .atomic import whole_folder, write_whole
+from .reading import is_there, require_regular
 
 SUFFIX = ".weight.pt"
 LOSS_SUFFIX = ".weight.loss.pt"
@@ -91,10 +93,16 @@ def _load(file: Path) -> Factors:
     A, B = content.get("B"), content.get("A")
     if not (isinstance(A, Tensor) and isinstance(B, Tensor) and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]):
         raise FactorFileError(f"{file}: no 'A' (d×r) and 'B' (r×k) in it; write it again")
+    for letter, factor in (("A", B), ("B", A)):
+        require_stored(factor, file, letter, FactorFileError)
+        if not factor.is_floating_point() or factor.is_meta or not factor.isfinite().all():
+            raise FactorFileError(
+                f"{file}: {letter} holds NaN or Inf, or no floating-point numbers; decompose that matrix again"
+            )
     losses: list[float] = []
     loss_file = file.with_name(file.name.removesuffix(SUFFIX) + LOSS_SUFFIX)
-    if loss_file.is_file():
-        losses = [float(loss) * B.shape[0] * A.shape[1] for loss in _torch_load(loss_file).get("loss", [])]
+    if is_there(loss_file):
+        losses = _losses(loss_file, B.shape[0] * A.shape[1])
     unknown = float("nan")
     return Factors(
         A=A.detach().float().contiguous(),
@@ -105,7 +113,17 @@ def _load(file: Path) -> Factors:
     )
 
 
+def _losses(file: Path, entries: int) -> list[float]:
+    """The loss of each step, summed over a matrix's entries instead of averaged."""
+    found = _torch_load(file).get("loss", [])
+    try:
+        return [float(loss) * entries for loss in found]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise FactorFileError(f"{file}: 'loss' is not a list of numbers ({error}); remove that file") from error
+
+
 def _torch_load(file: Path) -> dict[str, Any]:
+    require_regular(file, FactorFileError)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

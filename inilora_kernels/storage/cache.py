@@ -26,6 +26,7 @@ from ..factors import Factors
 from ..places import cache_folder
 from . import factor_file
 from .atomic import write_whole
+from .reading import read_bytes
 
 # Raised whenever a kernel or solver gives different bits for the same options.
 RESULT_VERSION = 11
@@ -53,7 +54,7 @@ def find(key: str, source_sha256: str) -> Factors | None:
         return None
     try:
         factors = read_entry(path, key)
-    except (OSError, FactorFileError):
+    except FactorFileError:
         return None
     if factors.source_sha256 != source_sha256:
         return None
@@ -81,8 +82,8 @@ def keep(key: str, factors: Factors) -> None:
 
 
 def read_entry(path: Path, key: str) -> Factors:
-    """The factors of the entry at `path`, which must have this key. Raises FactorFileError or OSError."""
-    content = path.read_bytes()
+    """The factors of the entry at `path`, which must have this key. Raises FactorFileError."""
+    content = read_bytes(path, FactorFileError)
     place = _CHECKSUM.search(content)
     if place is None or place.group(1) != _checksum(content, place.span(1)):
         raise FactorFileError(f"{path}: damaged, its checksum is not that of its content")

@@ -55,12 +55,12 @@ def damaged_entries() -> list[Entry]:
     for entry in entries():
         try:
             read_entry(entry.path, entry.key)
-        except FactorFileError:
+        except FactorFileError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                continue
+            if isinstance(error.__cause__, OSError):
+                raise OutputError(str(error)) from error
             damaged.append(entry)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise OutputError(f"{entry.path}: cannot be read: {error.strerror or error}") from error
     return damaged
 
 

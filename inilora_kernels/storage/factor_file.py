@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import FactorFileError
 from ..factors import Certificate, Factors
 from .atomic import unshared
+from .reading import is_there, read_bytes
 from .schema import FactorFileHeader, FormatVersion, ModuleRecord, parse
 
 FORMAT_VERSION = 1
@@ -76,12 +77,9 @@ def read(path: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
 
     Raises FactorFileError if the file is missing, is no factor file, is damaged, or is of a newer format.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise FactorFileError(f"{path}: no such factor file; `inilora approximate MODEL -o FILE` writes one")
-    try:
-        return decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise FactorFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return decode(read_bytes(path, FactorFileError), str(path))
 
 
 def decode(content: bytes, where: str) -> tuple[dict[str, Factors], dict[str, Any]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...storage.reading import empty_tensor, opened, require_regular
 from .tensor import tensor_sha256
 
 METADATA = ".metadata"
@@ -46,7 +47,7 @@ class DistributedTensor:
 
     def read(self, rows: slice = slice(None)) -> Tensor:
         checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        whole = empty_tensor(self.file, self.name, self.shape, self.dtype)
         try:
             with _quiet():
                 checkpoint.load({self.name: whole}, storage_reader=_reader(self.file), no_dist=True)
@@ -61,6 +62,8 @@ class DistributedTensor:
 def open_distributed(folder: Path) -> dict[str, DistributedTensor]:
     """The tensors of a DCP folder by name. Raises CheckpointError."""
     described: Any = importlib.import_module("torch.distributed.checkpoint.metadata")
+    for part in sorted(folder.glob("*.distcp")):
+        require_regular(part)
     try:
         metadata = _reader(folder).read_metadata()
     except Exception as error:
@@ -88,7 +91,7 @@ def _reader(folder: Path) -> Any:
 
     class Reader(filesystem.FileSystemReader):  # type: ignore[misc]
         def read_metadata(self, *_: Any, **__: Any) -> Any:
-            with (folder / METADATA).open("rb") as stream:
+            with opened(folder / METADATA) as stream:
                 metadata = _Unpickler(stream).load()
             if getattr(metadata, "storage_meta", None) is None:
                 metadata.storage_meta = described.StorageMeta()

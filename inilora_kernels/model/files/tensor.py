@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...storage.reading import empty_tensor, opened
 
 _HASH_CHUNK = 1 << 20
 
@@ -68,9 +66,9 @@ class ContiguousTensor:
         if shape:
             start, stop, _ = rows.indices(shape[0])
             shape = (max(stop - start, 0), *shape[1:])
-        tensor = torch.empty(shape, dtype=self.dtype)
+        tensor = empty_tensor(self.file, self.name, shape, self.dtype)
         skipped = start * math.prod(shape[1:]) * self.dtype.itemsize
-        with self._reading() as stream:
+        with opened(self.file, part=self.name) as stream:
             stream.seek(self.offset + skipped)
             self._fill(stream, tensor_bytes(tensor))
         return tensor
@@ -79,7 +77,7 @@ class ContiguousTensor:
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_HASH_CHUNK))
         left = math.prod(self.shape) * self.dtype.itemsize
-        with self._reading() as stream:
+        with opened(self.file, part=self.name) as stream:
             stream.seek(self.offset)
             while left:
                 chunk = buffer[: min(left, _HASH_CHUNK)]
@@ -87,14 +85,6 @@ class ContiguousTensor:
                 digest.update(chunk)
                 left -= len(chunk)
         return digest.hexdigest()
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[io.FileIO]:
-        try:
-            with io.FileIO(self.file) as stream:
-                yield stream
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: cannot read {self.name}: {error.strerror or error}") from error
 
     def _fill(self, stream: io.FileIO, buffer: memoryview) -> None:
         while buffer:
@@ -113,22 +103,9 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor.contiguous())).hexdigest()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: a JSON {type(content).__name__}, not an object; download it again")
-    return content
-
-
 def what_it_is(file: Path) -> str:
     """The end of an error about an unreadable file: what it is, if that is known."""
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         if stream.read(19) == b"version https://git":
             return "; this is a Git LFS pointer, not the weights: run `git lfs pull`"
     return ""

@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, is_out_of_memory
+from ...storage.reading import Refusal, opened, reporting
 from ...suggestions import some
 from .tensor import tensor_sha256, what_it_is
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+# Buffers may be expanded, position ids for one. In bytes.
+_MOST_REPEATED = 1 << 24
 
 # Where trainers put the model's state_dict when the file holds more: Lightning, open_clip, timm, DeepSpeed.
 _STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
@@ -46,7 +50,8 @@ class TorchTensor:
         stored = self._stored()
         if self.type:
             stored = stored.dequantize()
-        return (stored[rows] if stored.ndim else stored).clone(memory_format=torch.contiguous_format)
+        with reporting(self.file):
+            return (stored[rows] if stored.ndim else stored).clone(memory_format=torch.contiguous_format)
 
     def sha256(self) -> str:
         stored = self._stored()
@@ -58,11 +63,14 @@ class TorchTensor:
 
     def _stored(self) -> Tensor:
         try:
-            return _load(self.file)[self.name].detach()
-        except (OSError, KeyError) as error:
+            stored = _load(self.file)[self.name].detach()
+        except KeyError as error:
             raise CheckpointError(
                 f"{self.file}: cannot read {self.name}: the file has changed since it was opened"
             ) from error
+        if not self.type:
+            require_stored(stored, self.file, self.name)
+        return stored
 
 
 def open_torch_file(file: Path) -> dict[str, TorchTensor]:
@@ -73,13 +81,23 @@ def open_torch_file(file: Path) -> dict[str, TorchTensor]:
     }
 
 
+def require_stored(tensor: Tensor, file: Path, name: str, refusal: Refusal = CheckpointError) -> None:
+    """Refuse a large tensor that repeats the few values that the file holds, in memory that the file does not take."""
+    held = tensor.untyped_storage().nbytes()
+    if tensor.nbytes > held + _MOST_REPEATED:
+        raise refusal(
+            f"{file}: {name} would take {tensor.nbytes / 1e9:.1f} GB and the file holds {held / 1e9:.1g} GB of it, "
+            f"repeated; save the tensor itself, contiguous"
+        )
+
+
 def _type(tensor: Tensor) -> str:
     own = type(tensor) in (Tensor, torch.nn.Parameter) or not hasattr(tensor, "__tensor_flatten__")
     return "" if own else type(tensor).__name__
 
 
 def _load(file: Path) -> Mapping[str, Tensor]:
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         zipped = stream.read(4) == b"PK\x03\x04"
     if zipped:
         return _load_checked(file, mmap=True)
@@ -95,6 +113,10 @@ def _load_checked(file: Path, mmap: bool) -> Mapping[str, Tensor]:
     try:
         content = _torch_load(file, mmap)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise CheckpointError(
+                f"{file}: not enough memory to map or read it; free some, or raise its limit"
+            ) from error
         # torch raises whatever its unpickler meets; a hostile file and a broken one look alike.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(

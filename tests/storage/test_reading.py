@@ -1,0 +1,163 @@
+"""Files that must not be opened as they are: pipes, devices, links in circles, lengths and counts without an end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from inilora_kernels import FactorSet
+from inilora_kernels.adapters.folder import read_adapter
+from inilora_kernels.adapters.model_copy import size_of_copy
+from inilora_kernels.errors import CheckpointError, FactorFileError
+from inilora_kernels.model.architecture import describe
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.storage import cache, reading
+
+from .entries import FIRST, example
+
+
+def model_in(folder: Path) -> Path:
+    save_file({"layer.0.query.weight": torch.ones(4, 4)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return folder
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("replace", [os.mkfifo, zeros, circle, Path.mkdir])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_model_with_what_is_no_regular_file(tmp_path: Path, name: str, replace: object) -> None:
+    model_in(tmp_path)
+    if name.endswith(".index.json"):
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / name).unlink(missing_ok=True)
+    replace(tmp_path / name)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=name):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["modules.json", "adapter_config.json", "model_index.json"])
+def test_a_pipe_in_place_of_a_description(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: a pipe"):
+        open_checkpoint(tmp_path)
+
+
+def test_pipes_in_place_of_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "factors.safetensors")
+    os.mkfifo(tmp_path / "query.weight.pt")
+    os.mkfifo(tmp_path / "adapter_config.json")
+    (tmp_path / "adapter_model.safetensors").touch()
+    for read in (
+        lambda: FactorSet.load(tmp_path / "factors.safetensors"),
+        lambda: FactorSet.load(tmp_path),
+        lambda: read_adapter(tmp_path),
+    ):
+        with pytest.raises(FactorFileError, match="a pipe"):
+            read()
+    monkeypatch.setenv("INILORA_CACHE", str(tmp_path))
+    cache.keep("ab" * 32, example())
+    entry = cache.entry_path("ab" * 32)
+    assert entry is not None
+    assert cache.find("ab" * 32, FIRST) is not None
+    entry.unlink()
+    os.mkfifo(entry)
+    assert cache.find("ab" * 32, FIRST) is None
+
+
+def test_names_that_no_file_can_have() -> None:
+    for path in ("/tmp/" + "x" * 5000, "/tmp/\0"):
+        with pytest.raises(CheckpointError, match="no such file or folder"):
+            open_checkpoint(path)
+        with pytest.raises(FactorFileError, match="no such"):
+            FactorSet.load(path)
+
+
+def test_json_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MOST_JSON", 100)
+    (tmp_path / "index.json").write_text('{"a": "' + "b" * 100 + '"}')
+    with pytest.raises(CheckpointError, match="longer than"):
+        reading.read_json(tmp_path / "index.json")
+    (tmp_path / "index.json").write_text("[" * 99)
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        reading.read_json(tmp_path / "index.json")
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_labels", "num_local_experts"])
+def test_counts_in_a_config_that_no_model_has(tmp_path: Path, name: str) -> None:
+    (model_in(tmp_path) / "config.json").write_text(json.dumps({"text_config": {name: 10**9}}))
+    with pytest.raises(CheckpointError, match=name):
+        open_checkpoint(tmp_path)
+
+
+def test_a_config_of_far_more_modules_than_there_are_weights(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inilora_kernels.model.architecture._MOST_MODULES", 100)
+    config = {**json.loads((llama / "config.json").read_text()), "num_hidden_layers": 999_999}
+    with pytest.warns(UserWarning, match="more than 120 modules"):
+        assert describe(config, ["model.layers.0.self_attn.q_proj"]) is None
+
+
+def test_a_small_file_that_expands_to_a_large_tensor(tmp_path: Path) -> None:
+    torch.save({"query.weight": torch.ones(1).expand(60_000, 60_000)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"query\.weight would take"):
+        open_checkpoint(tmp_path).read("query.weight")
+    torch.save({"A": torch.ones(1).expand(60_000, 60_000), "B": torch.ones(60_000, 1)}, tmp_path / "query.weight.pt")
+    with pytest.raises(FactorFileError, match="would take"):
+        FactorSet.load(tmp_path)
+
+
+UNDER_A_LIMIT = """
+import resource, sys, torch
+from inilora_kernels.errors import CheckpointError
+from inilora_kernels.model.checkpoint import open_checkpoint
+
+mapped = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (mapped + (1 << 28), -1))
+checkpoint = open_checkpoint(sys.argv[1])
+assert checkpoint.read("small").sum() == 4
+try:
+    checkpoint.read("large")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_opening_maps_no_shard(tmp_path: Path) -> None:
+    """Under `ulimit -v`, a file of 8 GB is opened, and a matrix that fits is read."""
+    header = {
+        "small": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+        "large": {"dtype": "F32", "shape": [1 << 15, 1 << 16], "data_offsets": [16, 16 + (1 << 33)]},
+    }
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text + torch.ones(4).numpy().tobytes())
+        stream.truncate(8 + len(text) + 16 + (1 << 33))
+    result = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, tmp_path], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert "cannot read large: not enough memory" in result.stdout
+
+
+def test_a_copy_is_refused_before_it_begins(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model/notes.txt").write_text("x" * 1000)
+    size = size_of_copy(open_checkpoint(tmp_path / "model"))
+    files = [file.stat().st_size for file in (tmp_path / "model").iterdir()]
+    assert 0.9 * sum(files) < size <= sum(files)
+    os.mkfifo(tmp_path / "model/notes")
+    with pytest.raises(CheckpointError, match="notes: not a regular file"):
+        size_of_copy(open_checkpoint(tmp_path / "model"))
