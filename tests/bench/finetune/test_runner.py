@@ -7,17 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
 
+from bench.finetune import workers
+from bench.finetune.__main__ import main
 from bench.finetune.benchmarks import missing_packages
 from bench.finetune.data import load_task
 from bench.finetune.run import Run
 from bench.finetune.systems import prepare
 from bench.finetune.table import load
+from bench.finetune.training import finetune
 
 ROOT = Path(__file__).parents[3]
 QUICK = ["reviews", "--quick", "--system", "IniLoRA (krylov)"]
@@ -47,22 +54,37 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def run(arguments: list[str], program: tuple[str, ...] = ("-m", "bench.finetune")) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *program, *arguments]
+def killed(arguments: list[str], script: Path) -> subprocess.CompletedProcess[str]:
+    script.write_text(KILLED)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
 
-def test_a_killed_run_goes_on_where_it_was_and_ends_as_a_whole_one(tmp_path: Path) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Result]:
+    """`python -m bench.finetune` in this process, which has imported all that it needs; its workers are their own."""
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    monkeypatch.chdir(ROOT)
+
+    def run(arguments: list[str]) -> Result:
+        monkeypatch.setattr(sys, "argv", ["bench.finetune", *arguments])
+        return CliRunner().invoke(app, arguments, env={"HF_HUB_OFFLINE": "1", "COLUMNS": "200"})
+
+    return run
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_as_a_whole_one(
+    tmp_path: Path, minilm: Path, program: Callable[[list[str]], Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "broken"
-    done = run([*QUICK, "--results", str(broken)], (str(script),))
+    done = killed([*QUICK, "--results", str(broken)], tmp_path / "killed.py")
     assert done.returncode == -signal.SIGKILL, done.stderr
     first = rows_of(broken)
     assert len(first) == 1
-    done = run([*QUICK, "--results", str(broken)])
-    assert done.returncode == 0, done.stderr
+    resumed = program([*QUICK, "--results", str(broken)])
+    assert resumed.exit_code == 0, resumed.output
     rows = rows_of(broken)
     assert rows[0] == first[0]
     assert len({json.dumps(row["run"]) for row in rows}) == len(rows) == RUNS
@@ -78,22 +100,23 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_as_a_whole_one(tmp_path: Pat
     assert "| IniLoRA (krylov) |" in table
     assert f"{RUNS} rows, at commit" in table
     assert (broken / "reviews.png").read_bytes().startswith(b"\x89PNG")
-    # Again: nothing is left to be run, and the same settings had the same result.
+    # Again: nothing is left to be run.
     before = (broken / "reviews.jsonl").read_bytes()
-    assert run([*QUICK, "--results", str(broken)]).returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "finetune", None)
+        assert program([*QUICK, "--results", str(broken)]).exit_code == 0
     assert (broken / "reviews.jsonl").read_bytes() == before
-    again = tmp_path / "again"
-    assert run([*QUICK, "--results", str(again), "--most", "1"]).returncode == 0
-    (one,) = rows_of(again)
-    assert {name: one[name] for name in ("run", "scores", "training_loss")} == {
-        name: rows[0][name] for name in ("run", "scores", "training_loss")
+    # Another process has the same result from the same settings.
+    again = finetune(Run.from_record(rows[0]["run"]), minilm, None, tmp_path / "checkpoints")
+    assert {name: again[name] for name in ("scores", "training_loss")} == {
+        name: rows[0][name] for name in ("scores", "training_loss")
     }
 
 
-def test_an_unknown_table_is_refused() -> None:
-    done = run(["table9"])
-    assert done.returncode == 2
-    assert "table9" in done.stderr
+def test_an_unknown_table_is_refused(program: Callable[[list[str]], Result]) -> None:
+    done = program(["table9"])
+    assert done.exit_code == 2
+    assert "table9" in done.output
 
 
 def test_what_an_evaluation_needs_is_asked_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
