@@ -4,9 +4,9 @@ An entry's name is the sha256 of everything that decides its content: the source
 every option that changes the result. So a model may move or be renamed, a run may crash halfway, and no matrix is
 computed twice.
 
-An entry is a factor file of one module whose options hold its own key and a checksum: the sha256 of the file with zeros
-in the checksum's place. A flipped bit, a file cut short or another matrix's entry counts as no entry. An entry's
-modification time is that of its last use. `cache_upkeep.py` lists, checks and removes entries.
+An entry is a factor file of one module whose options hold its own key. A flipped bit, which the checksums show, a file
+cut short or another matrix's entry counts as no entry. An entry's modification time is that of its last use.
+`cache_upkeep.py` lists, checks and removes entries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,9 +31,6 @@ from .reading import read_bytes
 RESULT_VERSION = 11
 
 _ENTRY = "matrix"
-_ZEROS = "0" * 64
-# As it appears in the file: JSON in a JSON string.
-_CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{64})\\"')
 
 
 def cache_key(ingredients: Mapping[str, Any]) -> str:
@@ -71,9 +67,8 @@ def keep(key: str, factors: Factors) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not durable: the checksum shows what a power cut has damaged.
-        entry = factor_file.encode({_ENTRY: factors}, {"key": key, "checksum": _ZEROS})
-        write_whole(path, _sealed(entry), durable=False)
+        # Not durable: the checksums show what a power cut has damaged.
+        write_whole(path, factor_file.encode({_ENTRY: factors}, {"key": key}), durable=False)
     except OSError as error:
         _warn(error.strerror or str(error))
     except OutputError as error:
@@ -83,11 +78,7 @@ def keep(key: str, factors: Factors) -> None:
 
 def read_entry(path: Path, key: str) -> Factors:
     """The factors of the entry at `path`, which must have this key. Raises FactorFileError."""
-    content = read_bytes(path, FactorFileError)
-    place = _CHECKSUM.search(content)
-    if place is None or place.group(1) != _checksum(content, place.span(1)):
-        raise FactorFileError(f"{path}: damaged, its checksum is not that of its content")
-    modules, options = factor_file.decode(content, str(path))
+    modules, options = factor_file.decode(read_bytes(path, FactorFileError), str(path), sealed=True)
     if options.get("key") != key or _ENTRY not in modules:
         raise FactorFileError(f"{path}: the entry of another matrix, {str(options.get('key'))[:12]}…")
     return modules[_ENTRY]
@@ -97,20 +88,6 @@ def entry_path(key: str) -> Path | None:
     """Where the entry of a key is, or would be; None without a cache folder."""
     folder = cache_folder()
     return None if folder is None else folder / key[:2] / f"{key}.safetensors"
-
-
-def _sealed(content: bytes) -> bytes:
-    place = _CHECKSUM.search(content)
-    assert place is not None
-    start, stop = place.span(1)
-    return content[:start] + _checksum(content, (start, stop)) + content[stop:]
-
-
-def _checksum(content: bytes, place: tuple[int, int]) -> bytes:
-    digest = hashlib.sha256(memoryview(content)[: place[0]])
-    digest.update(_ZEROS.encode())
-    digest.update(memoryview(content)[place[1] :])
-    return digest.hexdigest().encode()
 
 
 def _warn(reason: str) -> None:

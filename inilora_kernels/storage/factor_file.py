@@ -4,6 +4,10 @@ Keys are PEFT's, `{module}.lora_A.weight` (r, in_features) and `{module}.lora_B.
 factors kept at earlier steps are stored next to them as `{module}.lora_A.step_{n}.weight`. The metadata has one entry,
 `inilora_kernels`, a JSON object with the format version, the options of the run and a record for each module. There is
 one entry because safetensors does not fix the order of several, and the same run must write the same bytes.
+
+A record holds the sha256 of each of its tensors, of the shape as text, "[8, 384]", followed by the bytes. `checksum` is
+the sha256 of the whole entry with zeros in its own place. So no bit of what is read can change unnoticed. Files of
+version 0.1.0 have neither, and are read without.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from .schema import FactorFileHeader, FormatVersion, ModuleRecord, parse
 
 FORMAT_VERSION = 1
 METADATA_KEY = "inilora_kernels"
+_ZEROS = "0" * 64
 
 
 def encode(modules: Mapping[str, Factors], options: Mapping[str, Any]) -> bytes:
@@ -34,14 +39,25 @@ def encode(modules: Mapping[str, Factors], options: Mapping[str, Any]) -> bytes:
     tensors: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
     for name, factors in modules.items():
-        tensors[f"{name}.lora_A.weight"] = factors.A
-        tensors[f"{name}.lora_B.weight"] = factors.B
+        own = {"lora_A.weight": factors.A, "lora_B.weight": factors.B}
         for step, (A, B) in factors.checkpoints.items():
-            tensors[f"{name}.lora_A.step_{step}.weight"] = A
-            tensors[f"{name}.lora_B.step_{step}.weight"] = B
-        records[name] = _record(factors)
-    header = {"format_version": FORMAT_VERSION, "options": dict(options), "modules": records}
-    return bytes(save(unshared(tensors), metadata={METADATA_KEY: json.dumps(header)}))
+            own |= {f"lora_A.step_{step}.weight": A, f"lora_B.step_{step}.weight": B}
+        tensors.update((f"{name}.{key}", tensor) for key, tensor in own.items())
+        records[name] = {**_record(factors), "sha256": {key: _sha256(tensor) for key, tensor in own.items()}}
+    header = {"format_version": FORMAT_VERSION, "checksum": _ZEROS, "options": dict(options), "modules": records}
+    entry = json.dumps(header)
+    return bytes(save(unshared(tensors), metadata={METADATA_KEY: entry.replace(_ZEROS, _checksum(entry), 1)}))
+
+
+def _checksum(entry: str) -> str:
+    """sha256 (hex) of the metadata entry, with zeros in place of its checksum."""
+    return hashlib.sha256(entry.encode()).hexdigest()
+
+
+def _sha256(tensor: Tensor) -> str:
+    total = hashlib.sha256(str(list(tensor.shape)).encode())
+    total.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def digest(modules: Mapping[str, Factors]) -> str:
@@ -82,8 +98,11 @@ def read(path: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
     return decode(read_bytes(path, FactorFileError), str(path))
 
 
-def decode(content: bytes, where: str) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """The same from the file's bytes. Every record and every tensor is checked. where: what messages call the file."""
+def decode(content: bytes, where: str, *, sealed: bool = False) -> tuple[dict[str, Factors], dict[str, Any]]:
+    """The same from the file's bytes. Every record and every tensor is checked.
+
+    where: what messages call the file. sealed: refuse a file without checksums too.
+    """
     try:
         # safetensors checks the file itself before the metadata is relied on.
         tensors = load(content)
@@ -99,6 +118,15 @@ def decode(content: bytes, where: str) -> tuple[dict[str, Factors], dict[str, An
             f"that wrote it, or a newer one"
         )
     header = parse(FactorFileHeader, entry, where)
+    if header.checksum is None:
+        damaged = sealed
+    else:
+        damaged = header.checksum != _checksum(entry.replace(header.checksum, _ZEROS, 1))
+    if damaged:
+        raise FactorFileError(
+            f"{where}: damaged or edited: the checksum of its metadata is not that of what was written; take another "
+            f"copy, or compute the factors again"
+        )
     return {name: _factors(tensors, name, record, where) for name, record in header.modules.items()}, header.options
 
 
@@ -135,6 +163,12 @@ def _pair(
             )
         if not factor.isfinite().all():
             raise FactorFileError(f"{where}: {key} holds NaN or Inf; compute the factors again")
+        expected = record.sha256.get(key.removeprefix(f"{name}."))
+        if record.sha256 and _sha256(factor) != expected:
+            raise FactorFileError(
+                f"{where}: damaged: {key} is not the tensor that was written, by its sha256; take another copy, or "
+                f"compute the factors again"
+            )
     rows = record.rows
     # Periodic rows repeat to the end of the weight, whose length the file does not record.
     fits = rows is None or (

@@ -57,6 +57,7 @@ class ModuleRecord(BaseModel):
     dequantization: str = ""
     history: list[tuple[Count, Finite]]
     checkpoint_steps: list[Count]
+    sha256: dict[str, Sha256] = {}
     singular_values: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = []
 
     @model_validator(mode="after")
@@ -86,6 +87,7 @@ class FactorFileHeader(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
+    checksum: Sha256 | None = None
     options: dict[str, Any]
     modules: Annotated[dict[str, ModuleRecord], Field(min_length=1)]
 

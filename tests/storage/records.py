@@ -1,4 +1,4 @@
-"""A factor file's header, read and changed."""
+"""A factor file's header, read and changed: without checksums, as files of version 0.1.0 are."""
 
 from __future__ import annotations
 
@@ -20,4 +20,8 @@ def changed(file: Path, header: Any, tensors: dict[str, torch.Tensor]) -> None:
 def header_of(file: Path) -> dict[str, Any]:
     content = file.read_bytes()
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    return dict(json.loads(metadata["inilora_kernels"]))
+    header = dict(json.loads(metadata["inilora_kernels"]))
+    del header["checksum"]
+    for record in header["modules"].values():
+        del record["sha256"]
+    return header

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from inilora_kernels import FactorSet
 from inilora_kernels.errors import FactorFileError
@@ -42,3 +45,46 @@ def test_certificates_may_be_unknown_only_where_the_weights_are(file: Path) -> N
     header["modules"][M].update(unknown)
     changed(file, header, {})
     assert FactorSet.load(file)[M].source_sha256 == ""
+
+
+def test_every_flipped_bit_is_noticed_and_a_tensors_is_named(file: Path) -> None:
+    """Or else it changes nothing that is read, such as the name of the checksum itself."""
+    whole = file.read_bytes()
+    before = FactorSet.load(file).to_bytes()
+    values = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(0, len(whole), 3):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        found = refusal(file)
+        assert found is None or str(file) in found
+        if place >= values:
+            assert found is not None
+            assert ".lora_" in found
+        elif found is None:
+            assert FactorSet.load(file).to_bytes() == before, place
+
+
+def refusal(file: Path) -> str | None:
+    try:
+        FactorSet.load(file)
+    except FactorFileError as error:
+        return str(error)
+    return None
+
+
+def test_a_tensor_of_another_run_is_noticed(file: Path) -> None:
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({**tensors, A: tensors[A] + 1}, file, metadata)
+    with pytest.raises(FactorFileError, match=f"damaged: {re.escape(A)}"):
+        FactorSet.load(file)
+    save_file(tensors, file, metadata)
+    FactorSet.load(file)
+
+
+def test_files_without_checksums_are_read(file: Path) -> None:
+    header = header_of(file)
+    assert "checksum" not in header
+    before = FactorSet.load(file)
+    changed(file, header, {})
+    assert torch.equal(FactorSet.load(file)[M].A, before[M].A)
