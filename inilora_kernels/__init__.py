@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from .adapters.convert import convert, export_merged
     from .adapters.export import export_delta, export_residual, save_adapter
-    from .adapters.peft import initialize_peft, load_delta
+    from .adapters.peft import initialize_peft, load_delta, load_residual
     from .approximate import approximate, approximate_model, approximate_ranks
     from .errors import InitializationError
     from .factor_set import FactorSet
@@ -50,6 +50,7 @@ __all__ = [
     "initialize_peft",
     "load_adapter_state_dict",
     "load_delta",
+    "load_residual",
     "lora_config_of",
     "lora_model",
     "merge",
@@ -78,6 +79,7 @@ _MODULES = {
     "initialize_peft": "adapters.peft",
     "load_adapter_state_dict": "adapters.attach",
     "load_delta": "adapters.peft",
+    "load_residual": "adapters.peft",
     "lora_config_of": "lora_start",
     "lora_model": "lora_start",
     "merge": "adapters.attach",

@@ -13,6 +13,7 @@ from ..choices import Form
 from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet, factor_set
 from ..model.experts import parameter_of_expert
+from .base import require_original
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, is_conv1d, linear_shape
@@ -45,8 +46,8 @@ def attach(
 
     Returns the model. Raises TargetError (no such module, a shape differs, an adapter is there already, the code around
     a module reads its weight instead of calling it, or a residual form of a weight that two modules share), OptionError
-    (form, scaling, dropout) and WeightError (residual form of a quantized, sharded or offloaded weight). Warns where
-    the residual form would lose W to rounding.
+    (form, scaling, dropout, a model loaded from a residual folder) and WeightError (residual form of a quantized,
+    sharded or offloaded weight). Warns where the residual form would lose W to rounding.
 
     >>> from inilora_kernels.factors import Certificate, Factors
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -62,6 +63,7 @@ def attach(
         raise OptionError(f'form={form!r}: choose "delta" or "residual"')
     if not 0.0 <= dropout < 1.0:
         raise OptionError(f"dropout={dropout}: it must be at least 0 and below 1")
+    require_original(model)
     where = type(model).__name__
     if any(True for _ in adapters(model)):
         raise TargetError(f"{where} has adapters already; call detach(model) first")

@@ -96,17 +96,49 @@ def factors_sha256(factors: FactorSet) -> str:
     return digest.hexdigest()
 
 
-def write_residual_record(folder: Path, original: Path, factors: FactorSet, residual_sha256: Mapping[str, str]) -> None:
+def require_original(model: Any) -> None:
+    """Raise OptionError if a live model was loaded from a residual folder, so that it holds R where W is expected."""
+    record = residual_record(_loaded_from(model))
+    if record is not None:
+        raise OptionError(
+            f"{model.name_or_path}: this model holds R = W − sBA, and a start would subtract from it once more; load "
+            f"the original ({record.base}), or take this one with its adapter, by load_residual"
+        )
+
+
+def require_residual(model: Any, folder: Path) -> ResidualRecord:
+    """Return the record of the residual that a live model was loaded from. Raises OptionError if that is not folder."""
+    wanted, found = residual_record(folder), residual_record(_loaded_from(model))
+    if wanted is None:
+        raise OptionError(f"{folder}: no residual model; give the folder that export_residual wrote")
+    if found != wanted:
+        raise OptionError(
+            f"{getattr(model, 'name_or_path', '') or type(model).__name__}: this model is not the residual, so the "
+            f"adapter would add BA to the wrong weights; load it from {folder}"
+        )
+    return wanted
+
+
+def _loaded_from(model: Any) -> Path | None:
+    name = getattr(model, "name_or_path", None)
+    return Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
+
+
+def write_residual_record(
+    folder: Path, original: Path, factors: FactorSet, residual_sha256: Mapping[str, str], adapter: Path
+) -> None:
     """Record in a residual folder which model and which factors it was computed from.
 
     residual_sha256: of R in each target's place, by the tensor's name. They identify the folder as a residual later; a
         merged model that carries a copy of the record (Axolotl makes one) is not mistaken for it.
+    adapter: the file with its A and B, as they start.
     """
     record = {
         "base": "@".join(part for part in named_base(original).values() if part),
         "source_sha256": {name: part.source_sha256 for name, part in factors.items()},
         "factors_sha256": factors_sha256(factors),
         "residual_sha256": dict(residual_sha256),
+        "adapter_sha256": sha256_of_file(adapter),
     }
     (folder / RESIDUAL_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -125,7 +157,7 @@ def find_original(
     """
     named = config.get("base_model_name_or_path")
     trained_on = _local(named, config.get("revision")) if named else None
-    record = _read_record(trained_on)
+    record = residual_record(trained_on)
     if record is not None and record.factors_sha256 != factors_sha256(factors):
         raise FactorFileError(
             f"{trained_on}: the adapter was trained on the residual of other factors than these; "
@@ -139,7 +171,7 @@ def find_original(
             f"cannot find the original model ({original or named or 'the adapter names none'}); give its "
             f"folder, or its id on the hub, as base"
         )
-    given = _read_record(original)
+    given = residual_record(original)
     if given is not None:
         original = Path(given.base)
     checkpoint = open_checkpoint(original)
@@ -147,8 +179,13 @@ def find_original(
     return checkpoint, require_same_base(checkpoint, factors), frozenset(record.residual_sha256) if record else None
 
 
-def _read_record(folder: Path | None) -> ResidualRecord | None:
-    """The record of a residual folder; None for any other, even one to which a program has copied the record."""
+def sha256_of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def residual_record(folder: Path | None) -> ResidualRecord | None:
+    """Return the record of a residual folder; None for any other, even one to which a program has copied the record."""
     file = None if folder is None else folder / RESIDUAL_RECORD
     if folder is None or file is None or not is_there(file):
         return None

@@ -27,7 +27,7 @@ from ..storage.reading import absolute
 from .attach import adapters
 from .base import write_residual_record
 from .diffusers_folder import write_for
-from .folder import KEY_PREFIX, Adapter, named_base, write_adapter
+from .folder import KEY_PREFIX, WEIGHTS, Adapter, named_base, write_adapter
 from .model_copy import copy_model
 from .modules import is_conv1d, module_of
 from .plan import lora_config, plan_export
@@ -37,7 +37,8 @@ from .weights import warn_if_rounded_away
 _ABOUT_RESIDUAL = (
     "A LoRA that starts from the pretrained weights: B·A is the low-rank part of W, and the base model of this "
     "adapter, the folder `base` next to it, holds R = W − s·BA in the place of W. Together they give the output of the "
-    "original model. Load this adapter on that base alone. After training, `inilora convert` makes a plain LoRA for "
+    "original model. Load this adapter on that base alone. Without the adapter the base is no usable model: a program "
+    "that switches the adapter off (for DPO's reference) needs `inilora_kernels.load_residual`. After training, `inilora convert` makes a plain LoRA for "
     "the original model."
 )
 _ABOUT_DELTA = (
@@ -110,8 +111,9 @@ def export_residual(
     """Write OUT/base, the model with R = W − BA in place of each target W, and OUT/adapter, A and B.
 
     `PeftModel.from_pretrained(AutoModel….from_pretrained("OUT/base"), "OUT/adapter", is_trainable=True)` gives the
-    output of the original model, to the rounding of R. R is summed in float32 and cast to W's dtype; config, tokenizer
-    and all other tensors are copied as they are. Memory holds one tensor at a time.
+    output of the original model, to the rounding of R; with the adapter switched off it gives R's, and
+    `load_residual` the original's. R is summed in float32 and cast to W's dtype; config, tokenizer and all other tensors are
+    copied as they are. Memory holds one tensor at a time.
 
     base: a Hugging Face model folder, or a model's id on the hub, "org/name" or "org/name@revision"; its target weights
         must be the ones that the factors were computed from.
@@ -161,7 +163,7 @@ def export_residual(
         for tensor, one in residuals.items():
             one.warn_if_rounded_away(tensor)
         hashes = {tensor: one.digest.hexdigest() for tensor, one in residuals.items()}
-        write_residual_record(folder / "base", plan.checkpoint.path, factors, hashes)
+        write_residual_record(folder / "base", plan.checkpoint.path, factors, hashes, folder / "adapter" / WEIGHTS)
         require_same_start(plan, folder / "base", folder / "adapter")
 
 

@@ -15,12 +15,13 @@ from ..choices import Form
 from ..errors import OptionError, TargetError, WeightError
 from ..factor_set import FactorSet, factor_set
 from ..suggestions import some
+from .base import require_original, require_residual, sha256_of_file
 from .experts import expert_shapes, name_of, require_expert_parameter, stacks, start_experts
-from .folder import KEY_PREFIX
+from .folder import KEY_PREFIX, WEIGHTS, named_base
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, linear_shape
 from .peft_check import disabled, parts_of, put_back, require_layer_unchanged
-from .peft_layer import DeltaVariant, start_layer, started_config
+from .peft_layer import DeltaVariant, start_layer, start_on_residual, started_config
 from .peft_model import save_and_combine_what_was_learned
 from .residual_base import Layer, is_residual
 from .started import StartedA
@@ -59,9 +60,9 @@ def initialize_peft(
     Returns the model. Raises TargetError (no such module, no factors for a module, a shape differs, the model reads a
     module's weight instead of calling it), OptionError (no such adapter, rank differs, an adapter that holds something
     already or is merged, DoRA or another variant, biases, embeddings, the residual form of experts, an
-    initialization that has changed the base, the delta form where Unsloth's or Axolotl's kernels bypass PEFT's
-    forward) and WeightError (residual form of a quantized, sharded, offloaded or shared weight); nothing is
-    changed then.
+    initialization that has changed the base, a base loaded from a residual folder, the delta form where Unsloth's or
+    Axolotl's kernels bypass PEFT's forward) and WeightError (residual form of a quantized, sharded, offloaded or shared
+    weight); nothing is changed then.
 
     >>> import peft
     >>> from inilora_kernels.factors import Certificate, Factors
@@ -83,6 +84,7 @@ def initialize_peft(
             "the residual form of experts would round R = W − sBA in every one of them, and saves nothing: PEFT adds "
             'their update to the parameter in either form; use form="delta"'
         )
+    require_original(peft_model.get_base_model())
     layers = _lora_layers(peft_model, adapter_name)
     starts = _matched(peft_model, layers, factor_set(factors))
     users = users_of_weights(peft_model.get_base_model())
@@ -132,6 +134,42 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
     require_called(peft_model.get_base_model(), _linear(layers, scaled))
     _start(peft_model, layers, scaled, "delta", adapter_name)
     peft_model.load_adapter(str(folder / "adapter"), adapter_name, is_trainable=True)
+    return peft_model
+
+
+def load_residual(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+    """Load the adapter of what `export_residual` wrote, ready to train, so that the model is the original without it.
+
+    `PeftModel.from_pretrained` loads it just as well, but shows R where the adapter is switched off, as trainers do for
+    a reference, deleted or scaled. Here the original's output stands in its place, to R's rounding, and
+    `save_pretrained` writes the plain LoRA of rank 2r for the original model, as after `initialize_peft`.
+
+    model: loaded from `folder`/base.
+    folder: the one with `base` and `adapter` in it. What a trainer has saved of it is loaded afterwards, by
+        `peft_model.load_adapter(trained, adapter_name, is_trainable=True)`.
+
+    Raises OptionError (a model from another folder, an adapter that was trained since the export), TargetError, and
+    what peft raises for an invalid folder.
+    """
+    folder = Path(folder)
+    record = require_residual(model, folder / "base")
+    if record.adapter_sha256 not in (None, sha256_of_file(folder / "adapter" / WEIGHTS)):
+        raise OptionError(
+            f"{folder / 'adapter'}: it is not the adapter that was exported with this base, so where it started is not "
+            f"known; export again, and load the trained one by peft_model.load_adapter"
+        )
+    peft_model = PeftModel.from_pretrained(model, str(folder / "adapter"), adapter_name, is_trainable=True)
+    layers = _lora_layers(peft_model, adapter_name)
+    for name, layer in layers.items():
+        _require_supported(layer, name, adapter_name)
+    for layer in layers.values():
+        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        start_on_residual(layer, adapter_name, A.detach().clone(), B.detach().clone())
+    config = started_config(_config(peft_model, adapter_name), adapter_name, "residual")
+    for key, value in named_base(Path(record.base)).items():
+        setattr(config, key, value)
+    peft_model.peft_config[adapter_name] = config
+    save_and_combine_what_was_learned(peft_model)
     return peft_model
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..choices import Form
 from ..errors import OptionError
-from .residual_base import Layer, require_still_started, subtract
+from .residual_base import Layer, require_still_started, subtract, take_for_residual
 from .started import DeltaA, DeltaB, Started, StartedA, StartedB, difference
 from .weights import device_of, oriented, plus
 
@@ -78,6 +78,12 @@ def start_layer(layer: Layer, adapter_name: str, A: Tensor, B: Tensor, form: For
     _install(layer, adapter_name, A, B, form)
     if form == "residual":
         subtract(layer, adapter_name, name)
+
+
+def start_on_residual(layer: Layer, adapter_name: str, A: Tensor, B: Tensor) -> None:
+    """The same for a layer whose base weight is W − sBA already."""
+    _install(layer, adapter_name, A, B, "residual")
+    take_for_residual(layer, adapter_name)
 
 
 def _install(layer: Layer, adapter_name: str, A: Tensor, B: Tensor, form: Form) -> None:

@@ -36,6 +36,14 @@ def subtract(layer: Layer, adapter_name: str, name: str) -> None:
     residual = plus(weight, -oriented(base_layer, scaled_B @ A))
     warn_if_rounded_away(weight, residual, name)
     base_layer.weight.data = residual
+    take_for_residual(layer, adapter_name)
+
+
+@torch.no_grad()
+def take_for_residual(layer: Layer, adapter_name: str) -> None:
+    """Let a layer whose base weight is R of this adapter's A and B stand in for W."""
+    A, B = layer.lora_A[adapter_name].weight.detach().float(), layer.lora_B[adapter_name].weight.detach().float()
+    scaled_B = layer.scaling[adapter_name] * B
     layer.register_buffer("subtracted_A", A.clone(), persistent=False)
     layer.register_buffer("subtracted_B", scaled_B.clone(), persistent=False)
     layer.subtracted_scaling = layer.scaling[adapter_name]

@@ -116,6 +116,7 @@ class ResidualRecord(BaseModel):
     """inilora_residual.json: which model and which factors a residual folder was computed from.
 
     residual_sha256: of R in place of each target, by the tensor's name; missing in files of version 0.1.0.
+    adapter_sha256: of the file of A and B as they start; missing in files of version 0.1.0.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -124,6 +125,7 @@ class ResidualRecord(BaseModel):
     source_sha256: dict[str, Sha256]
     factors_sha256: Sha256
     residual_sha256: dict[str, Sha256] = {}
+    adapter_sha256: Sha256 | None = None
 
 
 class ModelConfig(BaseModel):

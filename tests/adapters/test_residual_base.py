@@ -14,6 +14,10 @@ from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
+from inilora_kernels.adapters.attach import attach
+from inilora_kernels.adapters.convert import convert
+from inilora_kernels.adapters.export import export_residual
+from inilora_kernels.adapters.peft import initialize_peft, load_residual
 from inilora_kernels.choices import Form
 from inilora_kernels.errors import OptionError
 from inilora_kernels.factor_set import FactorSet
@@ -125,3 +129,48 @@ def test_copied_it_stands_alone(
     assert near(logits(PeftModel.from_pretrained(load(llama), tmp_path)), trained)
     with copied.disable_adapter():
         assert near(logits(copied), logits(load(llama)))
+
+
+def test_a_residual_folder_is_the_original_where_its_adapter_is_off(
+    llama: Path, factors: FactorSet, tmp_path: Path
+) -> None:
+    """trl 3196's kind: DPO with a residual folder took R, the model without its adapter, for the reference."""
+    export_residual(llama, factors, tmp_path / "out", lora_alpha=8)
+    model = load_residual(load(tmp_path / "out/base"), tmp_path / "out").eval()
+    original = logits(load(llama))
+    assert near(logits(model), original)
+    trained = change(model)
+    with model.disable_adapter():
+        assert near(logits(model), original)
+    assert near(logits(model), trained)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    assert near(logits(model), original)
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path / "lora", selected_adapters=["default"])
+    saved = model.peft_config["default"]
+    assert saved.base_model_name_or_path == str(llama.resolve())
+    assert near(logits(PeftModel.from_pretrained(load(llama), tmp_path / "lora")), trained)
+    convert(tmp_path / "lora", factors, tmp_path / "converted")
+    assert near(logits(PeftModel.from_pretrained(load(llama), tmp_path / "converted")), trained)
+    resumed = load_residual(load(tmp_path / "out/base"), tmp_path / "out").eval()
+    resumed.load_adapter(tmp_path / "lora", "default")
+    assert near(logits(resumed), trained)
+    assert near(logits(model.merge_and_unload()), trained)
+
+
+def test_what_is_not_the_residual_is_refused(llama: Path, factors: FactorSet, tmp_path: Path) -> None:
+    """R loaded for W, W loaded for R, and an adapter trained in its place by PEFT alone: each would be off by BA."""
+    export_residual(llama, factors, tmp_path / "out")
+    with pytest.raises(OptionError, match="this model is not the residual"):
+        load_residual(load(llama), tmp_path / "out")
+    with pytest.raises(OptionError, match=r"holds R = W − sBA.*load_residual"):
+        attach(load(tmp_path / "out/base"), factors)
+    model = get_peft_model(load(tmp_path / "out/base"), LoraConfig(r=4, target_modules=TARGETS))
+    with pytest.raises(OptionError, match=r"holds R = W − sBA.*load_residual"):
+        initialize_peft(model, factors)
+    by_peft = PeftModel.from_pretrained(load(tmp_path / "out/base"), tmp_path / "out/adapter", is_trainable=True)
+    change(by_peft)
+    by_peft.save_pretrained(tmp_path / "out/adapter")
+    with pytest.raises(OptionError, match="not the adapter that was exported with this base"):
+        load_residual(load(tmp_path / "out/base"), tmp_path / "out")
