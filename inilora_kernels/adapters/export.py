@@ -38,8 +38,8 @@ _ABOUT_RESIDUAL = (
     "A LoRA that starts from the pretrained weights: B·A is the low-rank part of W, and the base model of this "
     "adapter, the folder `base` next to it, holds R = W − s·BA in the place of W. Together they give the output of the "
     "original model. Load this adapter on that base alone. Without the adapter the base is no usable model: a program "
-    "that switches the adapter off (for DPO's reference) needs `inilora_kernels.load_residual`. After training, `inilora convert` makes a plain LoRA for "
-    "the original model."
+    "that switches the adapter off (for DPO's reference) needs `inilora_kernels.load_residual`. After training, "
+    "`inilora convert` makes a plain LoRA for the original model."
 )
 _ABOUT_DELTA = (
     "A LoRA that starts from the pretrained weights: B·A is the low-rank part of W. **Alone on the base model it is "
@@ -112,8 +112,8 @@ def export_residual(
 
     `PeftModel.from_pretrained(AutoModel….from_pretrained("OUT/base"), "OUT/adapter", is_trainable=True)` gives the
     output of the original model, to the rounding of R; with the adapter switched off it gives R's, and
-    `load_residual` the original's. R is summed in float32 and cast to W's dtype; config, tokenizer and all other tensors are
-    copied as they are. Memory holds one tensor at a time.
+    `load_residual` the original's. R is summed in float32 and cast to W's dtype; config, tokenizer and all
+    other tensors are copied as they are. Memory holds one tensor at a time.
 
     base: a Hugging Face model folder, or a model's id on the hub, "org/name" or "org/name@revision"; its target weights
         must be the ones that the factors were computed from.

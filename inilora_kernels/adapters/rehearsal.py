@@ -117,7 +117,8 @@ def require_same_start(plan: Plan, base: Path, *adapters: Path) -> None:
 
 def _load(model_class: Any, folder: Path, config: Any) -> Any:
     try:
-        return model_class.from_pretrained(folder, config=copy.deepcopy(config), dtype=torch.float32).eval()
+        # transformers before 4.56 has another name for the argument dtype.
+        return model_class.from_pretrained(folder, config=copy.deepcopy(config)).float().eval()
     except Exception as error:  # whatever transformers raises on a folder
         raise CheckpointError(
             f"{folder}: transformers does not load it ({' '.join(str(error).split())[:300]}); config.json and weights "

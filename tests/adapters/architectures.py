@@ -281,7 +281,7 @@ def _loader(architecture: Architecture) -> Callable[[Path], Any]:
         "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
         None: getattr(transformers, architecture.name),
     }
-    return lambda folder: kinds[architecture.task].from_pretrained(folder, dtype=torch.float32).eval()
+    return lambda folder: kinds[architecture.task].from_pretrained(folder).float().eval()
 
 
 def _inputs(model: Any) -> dict[str, Tensor]:
