@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,13 +74,19 @@ def compare(ours: Array, theirs: Array, groups: Sequence[Hashable] | None = None
     member = np.zeros((examples, len(names)))
     member[np.arange(examples), [place[name] for name in (groups if groups is not None else range(examples))]] = 1
     sums, sizes = differences @ member, member.sum(0)
-    random = np.random.default_rng(0)
-    of_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), draws)
-    of_groups = random.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    of_seeds, of_groups = _drawn(seeds, len(names), draws)
     means = ((of_seeds @ sums) * of_groups).sum(1) / (seeds * (of_groups @ sizes))
     # Drawing n of n makes the spread too small by √((n − 1)/n).
     error = float(means.std()) * math.sqrt(seeds / (seeds - 1))
     return Comparison(float(differences.mean()), error, seeds)
+
+
+@lru_cache(maxsize=8)
+def _drawn(seeds: int, groups: int, draws: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How often each seed and each group is in each draw; the same for all comparisons of a table."""
+    random = np.random.default_rng(0)
+    of_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), draws)
+    return of_seeds, random.multinomial(groups, np.full(groups, 1 / groups), draws)
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

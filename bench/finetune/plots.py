@@ -115,8 +115,10 @@ def over_rates(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot:
     axes.set_xlabel(LABELS["lr"])
     axes.set_ylabel(plot.get("label", "validation loss"))
     chose = len({cell.run.seed for cell in cells if cell.sweep})
-    marks = f"open: mean of the {chose} seeds that chose the rate\nfilled: other seeds, 95 % interval of their mean"
-    axes.legend(fontsize=8, title=marks, title_fontsize=8, alignment="left")
+    marks = f"open: mean of the {chose} seeds that chose the rate; filled: other seeds, 95 % interval of their mean"
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, title=marks, title_fontsize=8)
 
 
 def _validation_losses(cells: Iterable[Cell], rows: Mapping[Run, Row]) -> dict[float, list[float]]:
@@ -177,4 +179,4 @@ def _x(cell: Cell, name: str) -> float:
 
 def _style(place: int) -> dict[str, Any]:
     """A colour of ten, and from the eleventh line on another dash."""
-    return {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3], "marker": "os^"[place % 3]}
+    return {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3], "marker": "os^Dv"[place % 5]}

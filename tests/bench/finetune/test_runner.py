@@ -23,7 +23,7 @@ from bench.finetune.benchmarks import missing_packages
 from bench.finetune.data import load_task
 from bench.finetune.run import Run
 from bench.finetune.systems import prepare
-from bench.finetune.table import load
+from bench.finetune.table import Table, load
 from bench.finetune.training import finetune
 
 ROOT = Path(__file__).parents[3]
@@ -124,6 +124,21 @@ def test_what_an_evaluation_needs_is_asked_before_any_training(monkeypatch: pyte
     assert load("table2").evaluations() == ["gsm8k", "humaneval", "math", "mmlu"]
     assert missing_packages(load("table2").evaluations()) == ["math-verify[antlr4_13_2]"]
     assert missing_packages(["gsm8k"]) == []
+
+
+def test_without_adapterhub_the_other_rows_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("bench.finetune.__main__.find_spec", lambda name: None)
+    asked: list[Table] = []
+    monkeypatch.setattr("bench.finetune.__main__.run_table", lambda table, *_, **__: asked.append(table))
+    main(["table1"], model=tmp_path, results=tmp_path)
+    assert list(asked[0].systems) == ["full fine-tuning", "BitFit", "LoRA", "IniLoRA"]
+    left_out = "Adapter (Houlsby), Adapter (Pfeiffer), Adapter (Lin), AdapterDrop"
+    assert f"left out, as AdapterHub's `adapters` is not installed: {left_out}" in capsys.readouterr().err
+    # Asked for alone, a row is not left out in silence.
+    main(["table1"], model=tmp_path, results=tmp_path, system=["Adapter (Lin)"])
+    assert list(asked[1].systems) == ["Adapter (Lin)"]
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "inilora-alpha", "full", "bitfit"])
