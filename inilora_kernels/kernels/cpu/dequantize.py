@@ -1,79 +1,175 @@
-"""Dequantization of stored weights, a strip of rows at a time: each value is computed once, in one pass over the codes.
+"""Dequantization of stored weights, rows at a time: each value is computed once and written in the result's own dtype.
 
-All write float32; the formats round to their own dtype, as their libraries do.
+The products are float32's, rounded once to `out`, whose elements are float32, bfloat16's bits (uint16) or float16's
+(int16; see `rounds_to`). All arrays are contiguous. A row's scales are first spread over its values in a buffer that
+stays in the first-level cache: then one loop without branches decodes the row, as wide as the machine's vectors.
 """
 
 from __future__ import annotations
 
-from numpy import float32
-from numpy.typing import NDArray
+from typing import Any
 
+import numpy as np
+import torch
+from numba import float32, int32, uint8
+
+from .elements import from_bits, get, put, rounded
 from .jit import njit
+from .simd import LOADS_FLOAT16
 
-# numba's arrays.
-Array = NDArray[float32]
+
+def rounds_to(dtype: torch.dtype) -> bool:
+    """Whether the kernels write this dtype; float16 only where the machine has an instruction for it."""
+    return dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and LOADS_FLOAT16)
 
 
 @njit(cache=True, nogil=True)
-def decode_bytes(codes: Array, table: Array, scale: Array, width: int, out: Array) -> None:
-    """out[i, j] = table[codes[i, j]] · scale[i, j // width].
+def decode_e4m3(codes: Any, width: int, scale: Any, out: Any) -> None:
+    """out[i, j] = e4m3(codes[i, j]) · scale[i, j // width]: 8-bit floats without infinities.
 
-    codes: (rows, k) uint8. table: (256,). scale: (rows, ⌈k / width⌉). Reads one byte for every 4 that it writes.
+    codes: (rows, k) uint8. scale: (rows, ⌈k / width⌉). Reads one byte for each value that it writes.
     """
     rows, k = codes.shape
+    flat, result, wide = codes.reshape(codes.size), out.reshape(out.size), np.empty(k, np.float32)
     for i in range(rows):
-        for group in range(scale.shape[1]):
-            factor = scale[i, group]
-            for j in range(group * width, min((group + 1) * width, k)):
-                out[i, j] = table[codes[i, j]] * factor
+        _spread(scale, i, width, wide)
+        for j in range(k):
+            put(result, i * k + j, _e4m3(get(flat, i * k + j)) * get(wide, j))
 
 
 @njit(cache=True, nogil=True)
-def decode_nibbles(packed: Array, table: Array, offset: Array, scale: Array, out: Array) -> None:
-    """out[i, j] = (table[code[i, j]] − offset[i, group]) · scale[i, group], two codes a byte, the low half first.
+def decode_bytes(codes: Any, table: Any, width: int, scale: Any, out: Any) -> None:
+    """out[i, j] = table[codes[i, j]] · scale[i, j // width].
 
-    packed: (rows, k / 2) uint8. table: (16,). offset, scale: (rows, groups), each group of k / groups values, an even
-    number. Reads half a byte for every 4 that it writes.
+    codes: (rows, k) uint8. table: (256,). scale: (rows, ⌈k / width⌉). Reads one byte for each value that it writes.
+    """
+    rows, k = codes.shape
+    flat, result, wide = codes.reshape(codes.size), out.reshape(out.size), np.empty(k, np.float32)
+    for i in range(rows):
+        _spread(scale, i, width, wide)
+        for j in range(k):
+            put(result, i * k + j, get(table, get(flat, i * k + j)) * get(wide, j))
+
+
+@njit(cache=True, nogil=True)
+def decode_e2m1(packed: Any, width: int, scale: Any, out: Any) -> None:
+    """out[i, j] = e2m1(code[i, j]) · scale[i, j // width]: 4-bit floats, two a byte, the low half first.
+
+    packed: (rows, k / 2) uint8. scale: (rows, k / width); width is even. Reads half a byte for each value that it
+    writes.
+    """
+    rows, half = packed.shape
+    flat, result, wide = packed.reshape(packed.size), out.reshape(out.size), np.empty(half, np.float32)
+    for i in range(rows):
+        _spread(scale, i, width // 2, wide)
+        for j in range(half):
+            codes, factor = get(flat, i * half + j), get(wide, j)
+            put(result, 2 * (i * half + j), _e2m1(codes & 15) * factor)
+            put(result, 2 * (i * half + j) + 1, _e2m1(codes >> 4) * factor)
+
+
+@njit(cache=True, nogil=True)
+def decode_integers(packed: Any, bits: int, group_of: Any, offset: Any, scale: Any, out: Any) -> None:
+    """out[i, j] = (code[i, j] − offset[i, g]) · scale[i, g] with g = group_of[j].
+
+    packed: (rows, k · bits / 8) uint8, bits 4 (the low half first) or 8. group_of: (k,), in any order; if empty, the
+    groups are neighbours of k / groups values. offset, scale: (rows, groups). Reads bits / 8 bytes for each value that
+    it writes.
     """
     rows, groups = scale.shape
-    width = packed.shape[1] // groups
+    k = out.shape[1]
+    flat, result = packed.reshape(packed.size), out.reshape(out.size)
+    codes, less, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
     for i in range(rows):
-        for group in range(groups):
-            factor, less = scale[i, group], offset[i, group]
-            for j in range(group * width, (group + 1) * width):
-                code = packed[i, j]
-                out[i, 2 * j] = (table[code & 15] - less) * factor
-                out[i, 2 * j + 1] = (table[code >> 4] - less) * factor
+        if len(group_of):
+            for j in range(k):
+                put(less, j, offset[i, group_of[j]])
+                put(wide, j, scale[i, group_of[j]])
+        else:
+            _spread(offset, i, k // groups, less)
+            _spread(scale, i, k // groups, wide)
+        _unpack(flat, i, bits, codes)
+        for j in range(k):
+            put(result, i * k + j, (float32(get(codes, j)) - get(less, j)) * get(wide, j))
 
 
 @njit(cache=True, nogil=True)
-def decode_words_along_k(words: Array, offset: Array, scale: Array, group_of: Array, out: Array) -> None:
-    """GPTQ: out[j, i] = (code[i, j] − offset[g, j]) · scale[g, j] with g = group_of[i], stored transposed.
+def decode_affine(packed: Any, bits: int, scale: Any, bias: Any, out: Any) -> None:
+    """MLX: out[i, j] = code[i, j] · scale[i, g] + bias[i, g], the product rounded to out's dtype too.
 
-    words: (k / 8, columns) int32, each with 8 codes of 4 bits, neighbours along k. offset, scale: (groups, columns).
-    out: (columns, k). A column's words are in the first-level cache once its neighbours have been read.
+    packed: (rows, k · bits / 8) uint8, bits 4 (the low half first) or 8. scale, bias: (rows, groups), for
+    k / groups neighbours each. Reads bits / 8 bytes for each value that it writes.
     """
-    for j in range(words.shape[1]):
-        for place in range(words.shape[0]):
-            word = words[place, j]
-            for n in range(8):
-                i = 8 * place + n
-                g = group_of[i]
-                out[j, i] = (float32((word >> (4 * n)) & 15) - offset[g, j]) * scale[g, j]
+    rows, groups = scale.shape
+    k = out.shape[1]
+    flat, result = packed.reshape(packed.size), out.reshape(out.size)
+    codes, more, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
+    for i in range(rows):
+        _spread(bias, i, k // groups, more)
+        _spread(scale, i, k // groups, wide)
+        _unpack(flat, i, bits, codes)
+        for j in range(k):
+            put(result, i * k + j, rounded(result, float32(get(codes, j)) * get(wide, j)) + get(more, j))
 
 
 @njit(cache=True, nogil=True)
-def decode_words_along_columns(
-    words: Array, offset: Array, scale: Array, group_of: Array, shifts: Array, out: Array
-) -> None:
-    """AWQ: out[j, i] = (code[i, j] − offset[g, j]) · scale[g, j] with g = group_of[i], stored transposed.
+def transpose_words(words: Any, first: int, out: Any) -> None:
+    """out[j, i] = words[i, first + j], int32: whole lines of the cache are read, and as many rows written at a time."""
+    count, rows = out.shape
+    for block in range(0, count, 16):
+        for i in range(rows):
+            for j in range(block, min(block + 16, count)):
+                out[j, i] = words[i, first + j]
 
-    words: (k, columns / 8) int32, each with 8 codes of 4 bits, neighbours along the columns; the n-th begins at bit
-    shifts[n]. offset, scale: (groups, columns). out: (columns, k).
-    """
-    for place in range(words.shape[1]):
+
+@njit(cache=True, nogil=True)
+def unpack_words(words: Any, shifts: Any, out: Any) -> None:
+    """AWQ: out[8p + n, i] = (words[p, i] >> shifts[n]) & 15, the eight codes of a word on rows of their own; uint8."""
+    count, k = words.shape
+    flat, result = words.reshape(words.size), out.reshape(out.size)
+    for p in range(count):
         for n in range(8):
-            j, shift = 8 * place + n, shifts[n]
-            for i in range(words.shape[0]):
-                g = group_of[i]
-                out[j, i] = (float32((words[i, place] >> shift) & 15) - offset[g, j]) * scale[g, j]
+            shift, row = shifts[n], (8 * p + n) * k
+            for i in range(k):
+                result[row + i] = uint8((get(flat, p * k + i) >> shift) & 15)
+
+
+@njit(nogil=True, inline="always")
+def _spread(scale: Any, i: int, width: int, wide: Any) -> None:
+    """Row i of `scale`, each entry repeated `width` times; the last one may be cut off."""
+    for group in range(scale.shape[1]):
+        factor = scale[i, group]
+        for j in range(group * width, min((group + 1) * width, len(wide))):
+            put(wide, j, factor)
+
+
+@njit(nogil=True, inline="always")
+def _unpack(flat: Any, i: int, bits: int, codes: Any) -> None:
+    """The codes of row i, one a byte."""
+    k = len(codes)
+    if bits == 8:
+        for j in range(k):
+            codes[j] = get(flat, i * k + j)
+        return
+    half = k // 2
+    for j in range(half):
+        both = get(flat, i * half + j)
+        codes[2 * j] = both & 15
+        codes[2 * j + 1] = both >> 4
+
+
+# Both formats lack what float32 has for small numbers, and some users have it flushed to zero: so no product with a
+# subnormal number, but one of an integer.
+@njit(nogil=True, inline="always")
+def _e4m3(code: Any) -> Any:
+    magnitude = int32(code) & 0x7F
+    value = from_bits(int32((magnitude << 20) + (120 << 23))) if magnitude >= 8 else float32(magnitude) * float32(2**-9)
+    value = value if magnitude != 0x7F else from_bits(int32(0x7FC00000))
+    return -value if int32(code) & 0x80 else value
+
+
+@njit(nogil=True, inline="always")
+def _e2m1(code: Any) -> Any:
+    magnitude = int32(code) & 7
+    value = from_bits(int32((magnitude << 22) + (126 << 23))) if magnitude >= 2 else float32(magnitude) * float32(0.5)
+    return -value if int32(code) & 8 else value

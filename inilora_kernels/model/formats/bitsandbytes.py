@@ -60,12 +60,11 @@ def _eight_bits(module: StoredModule) -> StoredWeight:
         return unreadable(module, f"its weight {weight.shape} and SCB {scale.shape} are not bitsandbytes' 8 bits")
     shape = (weight.shape[0], weight.shape[1])
 
-    def dequantize(rows: slice) -> Tensor:
+    def fill(rows: slice, out: Tensor) -> None:
         # The library multiplies by the row's scale first, then by 1/127.
-        values = decode_bytes(weight.read(rows), scale.read(rows).unsqueeze(1), shape[1])
-        in_place = values.numpy()  # not by torch, see SERIAL_VALUES
-        in_place *= _ONE_127TH
-        return values
+        values = torch.empty(out.shape)
+        decode_bytes(weight.read(rows), scale.read(rows).unsqueeze(1), shape[1], values)
+        out.copy_(values.mul_(_ONE_127TH))
 
     return StoredWeight(
         name=f"{module.name}.weight",
@@ -73,5 +72,5 @@ def _eight_bits(module: StoredModule) -> StoredWeight:
         dtype=module.dtype,
         dequantization="bitsandbytes int8",
         stored={"weight": weight, "SCB": scale},
-        dequantize=in_strips(shape, module.dtype, dequantize),
+        dequantize=in_strips(shape, module.dtype, fill),
     )

@@ -30,8 +30,8 @@ def find(module: StoredModule) -> StoredWeight | None:
         )
     shape = (weight.shape[0], weight.shape[1])
 
-    def dequantize(rows: slice) -> Tensor:
-        return block_scaled(weight.read(rows), exponents(scale.read()), rows, block)
+    def fill(rows: slice, out: Tensor) -> None:
+        decode_bytes(weight.read(rows), block_scales(exponents(scale.read()), rows, block), block[1], out)
 
     return StoredWeight(
         name=f"{module.name}.weight",
@@ -39,14 +39,14 @@ def find(module: StoredModule) -> StoredWeight | None:
         dtype=module.dtype,
         dequantization=f"fp8 in blocks of {block[0]}×{block[1]}",
         stored={"weight": weight, "weight_scale_inv": scale},
-        dequantize=in_strips(shape, module.dtype, dequantize),
+        dequantize=in_strips(shape, module.dtype, fill),
     )
 
 
-def block_scaled(values: Tensor, scale: Tensor, rows: slice, block: tuple[int, int]) -> Tensor:
-    """Rows of a matrix (rows, k) times the block scales of the whole matrix, float32."""
+def block_scales(scale: Tensor, rows: slice, block: tuple[int, int]) -> Tensor:
+    """The scales of rows, (rows, groups), of a whole matrix's block scales."""
     scale = scale.reshape(-1, 1 if scale.ndim < 2 else scale.shape[-1])
-    return decode_bytes(values, scale[torch.arange(rows.start, rows.stop) // block[0]], block[1])
+    return scale[torch.arange(rows.start, rows.stop) // block[0]]
 
 
 def _block(shape: tuple[int, ...], scale: tuple[int, ...], stated: object) -> tuple[int, int] | None:

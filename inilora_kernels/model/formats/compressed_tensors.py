@@ -11,8 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_fp8 import FLOAT8, block_scaled
-from .weight import StoredModule, StoredWeight, as_bytes, codes, decode_nibbles, exponents, in_strips, unreadable
+from .block_fp8 import FLOAT8, block_scales
+from .weight import (
+    StoredModule,
+    StoredWeight,
+    as_bytes,
+    codes,
+    decode_bytes,
+    decode_integers,
+    exponents,
+    in_strips,
+    unreadable,
+)
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -35,16 +45,17 @@ def _one_byte_each(module: StoredModule) -> StoredWeight:
         return unreadable(module, f"its weight_scale of shape {scale.shape} does not fit a weight of shape {shape}")
     dtype = scale.dtype if scale.dtype in (torch.float16, torch.bfloat16) else module.dtype
 
-    def dequantize(rows: slice) -> Tensor:
+    def fill(rows: slice, out: Tensor) -> None:
         values = weight.read(rows)
         if zero_point is None:
-            return block_scaled(values, exponents(scale.read()), rows, block)
+            decode_bytes(values, block_scales(exponents(scale.read()), rows, block), block[1], out)
+            return
         # (values − zero) · scale, each rounded as the library does: integers below 2⁸ are exact.
         own = torch.arange(rows.start, rows.stop) // block[0]
         each = torch.arange(shape[1]) // block[1]
         zeros, scales = (tensor.read().to(torch.float32) for tensor in (zero_point, scale))
         zeros, scales = (one.reshape(len(one), -1)[own][:, each] for one in (zeros, scales))
-        return (values.to(torch.float32) - zeros) * scales
+        out.copy_((values.to(torch.float32) - zeros) * scales)
 
     kind = "int8" if weight.dtype == torch.int8 else "fp8"
     stored = {"weight": weight, "weight_scale": scale} | ({"weight_zero_point": zero_point} if zero_point else {})
@@ -54,7 +65,7 @@ def _one_byte_each(module: StoredModule) -> StoredWeight:
         dtype=dtype,
         dequantization=f"{kind}, a scale for {block[0]}×{block[1]}",
         stored=stored,
-        dequantize=in_strips(shape, dtype, dequantize),
+        dequantize=in_strips(shape, dtype, fill),
     )
 
 
@@ -81,20 +92,21 @@ def _packed(module: StoredModule) -> StoredWeight:
         return unreadable(module, f"its weight_packed {packed.shape} and weight_scale {scale.shape} do not fit {d}×{k}")
     dtype, half = scale.dtype if scale.dtype.itemsize > 1 else module.dtype, 1 << bits - 1
 
-    def dequantize(rows: slice) -> Tensor:
+    def fill(rows: slice, out: Tensor) -> None:
         own, zeros = _rows_of(scale.read(), rows), None
         if zero_point is not None:
             # Packed along the rows: (words of d values, groups).
             zeros = _rows_of(codes(as_bytes(zero_point.read().T), bits, d).T.to(torch.float32) - half, rows)
         own = own.expand(rows.stop - rows.start, -1)
         if bits == 4 and g_idx is None and k % (2 * groups) == 0 and packed.shape[1] * 8 == k:
-            table = torch.arange(16, dtype=torch.float32) - half
-            return decode_nibbles(as_bytes(packed.read(rows)), table, own, zeros)
+            offset = torch.zeros(own.shape) if zeros is None else zeros
+            decode_integers(as_bytes(packed.read(rows)), bits, own, offset + half, out)
+            return
         values = codes(as_bytes(packed.read(rows)), bits, k).to(torch.float32) - half
         group = g_idx.read().long() if g_idx is not None else torch.arange(k) // (k // groups)
         if zeros is not None:
             values -= zeros[:, group]
-        return values.mul_(own.to(torch.float32)[:, group])
+        out.copy_(values.mul_(own.to(torch.float32)[:, group]))
 
     stored = {"weight_packed": packed, "weight_scale": scale}
     stored |= {part: module.tensors[part] for part in ("weight_zero_point", "weight_g_idx") if part in module.tensors}
@@ -104,7 +116,7 @@ def _packed(module: StoredModule) -> StoredWeight:
         dtype=dtype,
         dequantization=f"compressed-tensors int{bits}, {groups} groups a row",
         stored=stored,
-        dequantize=in_strips((d, k), dtype, dequantize),
+        dequantize=in_strips((d, k), dtype, fill),
     )
 
 

@@ -12,11 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...storage.reading import empty
 from ..files.tensor import StoredTensor
 from .block_fp8 import FLOAT8
-from .weight import StoredModule, StoredWeight, decode_nibbles, exponents, in_strips, unreadable
-
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+from .weight import StoredModule, StoredWeight, decode_floats, exponents, in_strips, unreadable
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -55,14 +54,17 @@ def _matrix(
     d, k = packed.shape[0], 2 * packed.shape[-1]
     if len(packed.shape) != 2 or scale.shape != (d, k // size) or k % size:
         return unreadable(module, f"its packed weight {packed.shape} and weight_scale {scale.shape} do not fit {kind}")
-    read = in_strips((d, k), module.dtype, lambda rows: decode_nibbles(packed.read(rows), E2M1, group_scale(rows)))
+
+    def fill(rows: slice, out: Tensor) -> None:
+        decode_floats(packed.read(rows), group_scale(rows), out)
+
     return StoredWeight(
         name=f"{module.name}.weight",
         shape=(d, k),
         dtype=module.dtype,
         dequantization=kind,
         stored={tensor.name.rpartition(".")[2]: tensor for tensor in (packed, scale, over) if tensor is not None},
-        dequantize=read,
+        dequantize=in_strips((d, k), module.dtype, fill),
     )
 
 
@@ -75,11 +77,11 @@ def _experts(module: StoredModule) -> StoredWeight:
     k = groups * 2 * size
 
     def dequantize(rows: slice) -> Tensor:
-        values = torch.empty(rows.stop - rows.start, d, k, dtype=module.dtype)
+        values = empty((rows.stop - rows.start, d, k), module.dtype)
         for place, expert in enumerate(range(rows.start, rows.stop)):
             one = slice(expert, expert + 1)
             packed, scale = blocks.read(one).view(d, -1), exponents(scales.read(one).view(d, groups))
-            values[place] = decode_nibbles(packed, E2M1, scale)
+            decode_floats(packed, scale, values[place])
         return values
 
     return StoredWeight(

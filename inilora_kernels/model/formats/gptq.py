@@ -11,7 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .weight import StoredModule, StoredWeight, as_bytes, codes, decode_transposed, in_strips, nibbles, unreadable
+from ...errors import CheckpointError
+from .weight import (
+    StoredModule,
+    StoredWeight,
+    as_bytes,
+    codes,
+    decode_integers,
+    in_strips,
+    nibbles,
+    transposed_words,
+    unpacked_words,
+    unreadable,
+)
 
 # The position within its word of each of eight neighbours.
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -48,15 +60,24 @@ def _gptq(module: StoredModule) -> StoredWeight:
     def dequantize_all(rows: slice) -> Tensor:
         words, scale = qweight.read(), scales.read().to(torch.float32)
         zeros = (codes(as_bytes(qzeros.read()), bits, d) + stored_less & (1 << bits) - 1).to(torch.float32)
-        group = g_idx.read().long() if g_idx is not None else torch.arange(k) // (k // groups)
+        in_order = torch.arange(k) // -(-k // groups)
+        group = in_order if g_idx is None else g_idx.read().long()
+        if group.shape != in_order.shape or not 0 <= int(group.min()) <= int(group.max()) < groups:
+            raise CheckpointError(
+                f"{qweight.file}: {module.name}.g_idx names groups that its scales lack; it is damaged"
+            )
+        any_order = None if torch.equal(group, in_order) and k % groups == 0 else group
 
-        def dequantize(own: slice) -> Tensor:
+        def fill(own: slice, out: Tensor) -> None:
+            own_scale, own_zeros = scale[:, own].T, zeros[:, own].T
             if bits == 4:
-                return decode_transposed(words[:, own], scale[:, own], zeros[:, own], group)
+                packed = as_bytes(transposed_words(words, own))
+                decode_integers(packed, bits, own_scale, own_zeros, out, any_order)
+                return
             values = codes(as_bytes(words[:, own].T), bits, k).to(torch.float32)
-            return values.sub_(zeros[:, own].T[:, group]).mul_(scale[:, own].T[:, group])
+            out.copy_(values.sub_(own_zeros[:, group]).mul_(own_scale[:, group]))
 
-        return in_strips((d, k), scales.dtype, dequantize)(rows)
+        return in_strips((d, k), scales.dtype, fill)(rows)
 
     parts = ("qweight", "qzeros", "scales", "g_idx")
     return StoredWeight(
@@ -78,16 +99,15 @@ def _awq(module: StoredModule) -> StoredWeight:
     def dequantize_all(rows: slice) -> Tensor:
         words, scale = qweight.read(), scales.read().to(torch.float32)
         zeros = nibbles(as_bytes(qzeros.read())).view(groups, -1, 8)[:, :, _AWQ_ORDER].flatten(1).to(torch.float32)
-        group = torch.arange(k) // (k // groups)
 
-        def dequantize(own: slice) -> Tensor:
+        def fill(own: slice, out: Tensor) -> None:
             # Whole words of eight rows each.
             first, last = own.start // 8, -(-own.stop // 8)
-            every, shifts = slice(8 * first, 8 * last), [4 * place for place in _AWQ_ORDER]
-            values = decode_transposed(words[:, first:last], scale[:, every], zeros[:, every], group, shifts)
-            return values[own.start - every.start : own.stop - every.start]
+            unpacked = unpacked_words(transposed_words(words, slice(first, last)), [4 * place for place in _AWQ_ORDER])
+            packed = unpacked[own.start - 8 * first : own.stop - 8 * first]
+            decode_integers(packed, 8, scale[:, own].T, zeros[:, own].T, out)
 
-        return in_strips((d, k), scales.dtype, dequantize)(rows)
+        return in_strips((d, k), scales.dtype, fill)(rows)
 
     return StoredWeight(
         name=f"{module.name}.weight",

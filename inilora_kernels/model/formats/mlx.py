@@ -8,18 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .weight import (
-    SERIAL_VALUES,
-    StoredModule,
-    StoredWeight,
-    as_bytes,
-    codes,
-    decode_bytes,
-    decode_nibbles,
-    in_strips,
-    scaled,
-    unreadable,
-)
+from .weight import StoredModule, StoredWeight, as_bytes, codes, decode_affine, in_strips, scaled, unreadable
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -39,15 +28,13 @@ def find(module: StoredModule) -> StoredWeight | None:
     if rest or not 2 <= bits <= 8:
         return unreadable(module, f"its weight {weight.shape} and scales {scales.shape} do not fit groups of {size}")
 
-    def dequantize(rows: slice) -> Tensor:
-        packed, scale, bias = as_bytes(weight.read(rows)), scales.read(rows), biases.read(rows).unsqueeze(-1)
-        if bits == 4:
-            product = decode_nibbles(packed, torch.arange(16, dtype=torch.float32), scale).to(scale.dtype)
-        elif bits == 8:
-            product = decode_bytes(packed, scale, size).to(scale.dtype)
-        else:
-            product = scaled(codes(packed, bits, k), scale).to(scale.dtype)
-        return product.view(-1, k // size, size).add_(bias).view(-1, k)
+    def fill(rows: slice, out: Tensor) -> None:
+        packed, scale, bias = as_bytes(weight.read(rows)), scales.read(rows), biases.read(rows)
+        if bits in (4, 8):
+            decode_affine(packed, bits, scale, bias, out)
+            return
+        product = scaled(codes(packed, bits, k), scale).to(scale.dtype)
+        out.copy_(product.view(-1, k // size, size).add_(bias.unsqueeze(-1)).view(-1, k))
 
     return StoredWeight(
         name=f"{module.name}.weight",
@@ -55,5 +42,5 @@ def find(module: StoredModule) -> StoredWeight | None:
         dtype=scales.dtype,
         dequantization=f"mlx int{bits}, groups of {size}",
         stored={"weight": weight, "scales": scales, "biases": biases},
-        dequantize=in_strips((d, k), scales.dtype, dequantize, SERIAL_VALUES),
+        dequantize=in_strips((d, k), scales.dtype, fill),
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ...errors import WeightError
+from ...kernels.threads import side_by_side
+from ...storage.reading import empty
 from ..files.tensor import StoredTensor
 
 # Values dequantized at a time: few enough for a core's cache, together with everything else the arithmetic needs.
 STRIP_VALUES = 1 << 18
-# Above this many values torch starts threads, and waiting for them takes longer than the arithmetic on a strip.
-SERIAL_VALUES = 1 << 15
+_STRIPS_FOR_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,26 @@ Format: TypeAlias = Callable[[StoredModule], "StoredWeight | None"]
 
 
 def in_strips(
-    shape: tuple[int, int], dtype: torch.dtype, dequantize: Callable[[slice], Tensor], most: int = STRIP_VALUES
+    shape: tuple[int, int], dtype: torch.dtype, fill: Callable[[slice, Tensor], None]
 ) -> Callable[[slice], Tensor]:
-    """Dequantize rows into the result a strip at a time, so that nothing else of its size is in memory.
+    """Dequantize rows a strip at a time, on torch's threads, each straight into its place in the result.
 
-    most: the values of a strip.
+    Nothing else of the result's size is in memory.
+
+    fill: (rows, their place in the result, contiguous and of `dtype`) ↦ writes their values there.
     """
-    step = max(1, most // max(1, shape[1]))
-    serial = max(1, SERIAL_VALUES // max(1, shape[1]))
+    step = max(1, STRIP_VALUES // max(1, shape[1]))
 
     def read(rows: slice) -> Tensor:
-        values = torch.empty(rows.stop - rows.start, shape[1], dtype=dtype)
-        for start in range(rows.start, rows.stop, step):
-            stop = min(start + step, rows.stop)
-            strip = dequantize(slice(start, stop))
-            for first in range(0, len(strip), serial):
-                part = strip[first : first + serial]
-                place = start - rows.start + first
-                values[place : place + len(part)] = part
+        values = empty((rows.stop - rows.start, shape[1]), dtype)
+        strips = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+
+        def filled(strip: slice) -> None:
+            fill(strip, values[strip.start - rows.start : strip.stop - rows.start])
+
+        # Starting a thread takes as long as a strip.
+        for _ in side_by_side(filled, strips, torch.get_num_threads() if len(strips) >= _STRIPS_FOR_THREADS else 1):
+            pass
         return values
 
     return read
@@ -125,47 +129,74 @@ def scaled(values: Tensor, scale: Tensor) -> Tensor:
     return product.mul_(scale.to(torch.float32).unsqueeze(-1)).view(rows, k)
 
 
-def decode_bytes(values: Tensor, scale: Tensor, width: int) -> Tensor:
-    """8-bit values (rows, k), floats or integers, times scale (rows, groups), each for `width` columns; float32."""
-    every = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(torch.float32)
-    out = torch.empty(values.shape, dtype=torch.float32)
-    _kernels().decode_bytes(
-        values.view(torch.uint8).numpy(),
-        every.numpy(),
-        scale.to(torch.float32).contiguous().numpy(),
-        width,
-        out.numpy(),
-    )
-    return out
+def decode_bytes(values: Tensor, scale: Tensor, width: int, out: Tensor) -> None:
+    """8-bit values (rows, k), floats or integers, times scale (rows, groups), each for `width` columns."""
+    codes, factors = values.view(torch.uint8).numpy(), _float32(scale).numpy()
+    with _rounding(out) as result:
+        if values.dtype == torch.float8_e4m3fn:
+            _kernels().decode_e4m3(codes, width, factors, result)
+        else:
+            table = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(torch.float32)
+            _kernels().decode_bytes(codes, table.numpy(), width, factors, result)
 
 
-def decode_nibbles(packed: Tensor, table: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """(table[code] − offset) · scale of 4-bit codes, bytes (rows, k/2), low half first; float32 (rows, k).
+def decode_floats(packed: Tensor, scale: Tensor, out: Tensor) -> None:
+    """4-bit floats (E2M1), bytes (rows, k/2), low half first, times scale (rows, groups)."""
+    with _rounding(out) as result:
+        _kernels().decode_e2m1(packed.numpy(), out.shape[1] // scale.shape[1], _float32(scale).numpy(), result)
 
-    table: the value of each of the 16 codes. scale, offset: (rows, groups); None for no offset.
+
+def decode_integers(
+    packed: Tensor, bits: int, scale: Tensor, offset: Tensor, out: Tensor, group: Tensor | None = None
+) -> None:
+    """(code − offset) · scale of codes of 4 bits (low half of a byte first) or 8.
+
+    packed: bytes (rows, k · bits / 8). scale, offset: (rows, groups). group: of each column, or None.
     """
-    scale = scale.to(torch.float32).contiguous()
-    offset = torch.zeros_like(scale) if offset is None else offset.to(torch.float32).contiguous()
-    out = torch.empty(packed.shape[0], 2 * packed.shape[1])
-    _kernels().decode_nibbles(packed.contiguous().numpy(), table.numpy(), offset.numpy(), scale.numpy(), out.numpy())
+    group = torch.empty(0, dtype=torch.long) if group is None else group
+    with _rounding(out) as result:
+        _kernels().decode_integers(
+            packed.contiguous().numpy(), bits, group.numpy(), _float32(offset).numpy(), _float32(scale).numpy(), result
+        )
+
+
+def decode_affine(packed: Tensor, bits: int, scale: Tensor, bias: Tensor, out: Tensor) -> None:
+    """code · scale + bias, rounded to out's dtype after each step; parameters as in `decode_integers`."""
+    if not _kernels().rounds_to(out.dtype):
+        product = scaled(codes(packed, bits, out.shape[1]), scale).to(out.dtype)
+        torch.add(product.view(*bias.shape, -1), bias.unsqueeze(-1), out=out.view(*bias.shape, -1))
+        return
+    with _rounding(out) as result:
+        _kernels().decode_affine(packed.numpy(), bits, _float32(scale).numpy(), _float32(bias).numpy(), result)
+
+
+def transposed_words(words: Tensor, columns: slice) -> Tensor:
+    """Columns of 32-bit words (rows, columns), each as a row."""
+    out = torch.empty(columns.stop - columns.start, words.shape[0], dtype=torch.int32)
+    _kernels().transpose_words(words.numpy(), columns.start, out.numpy())
     return out
 
 
-def decode_transposed(
-    words: Tensor, scale: Tensor, offset: Tensor, group: Tensor, shifts: Sequence[int] | None = None
-) -> Tensor:
-    """(code − offset) · scale of 4-bit codes that are stored transposed; float32 (columns, k).
-
-    words: int32, 8 codes each. scale, offset: (groups, columns) float32. group: of each of the k rows of codes.
-    shifts: the bits at which a word's codes begin, if they are neighbours along the columns; None if along k.
-    """
-    out = torch.empty(scale.shape[1], len(group))
-    arrays = [array.contiguous().numpy() for array in (words, offset, scale, group)]
-    if shifts is None:
-        _kernels().decode_words_along_k(*arrays, out.numpy())
-    else:
-        _kernels().decode_words_along_columns(*arrays, torch.tensor(shifts).numpy(), out.numpy())
+def unpacked_words(words: Tensor, shifts: Sequence[int]) -> Tensor:
+    """The eight 4-bit codes of each word (rows, k), from these bits on, each on a row of its own; uint8 (8·rows, k)."""
+    out = torch.empty(8 * words.shape[0], words.shape[1], dtype=torch.uint8)
+    _kernels().unpack_words(words.numpy(), torch.tensor(shifts).numpy(), out.numpy())
     return out
+
+
+@contextlib.contextmanager
+def _rounding(out: Tensor) -> Iterator[Any]:
+    """`out` as the kernels write it, or, if they do not round to its dtype, float32 that is copied to it."""
+    if _kernels().rounds_to(out.dtype):
+        yield out.view({torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(out.dtype, out.dtype)).numpy()
+        return
+    exact = torch.empty(out.shape)
+    yield exact.numpy()
+    out.copy_(exact)
+
+
+def _float32(scale: Tensor) -> Tensor:
+    return scale.to(torch.float32).contiguous()
 
 
 def _kernels() -> Any:

@@ -1,74 +1,146 @@
-"""Each decoding kernel on random codes, against the same formula in torch: to the bit, as both round once a product."""
+"""Each decoding kernel on random codes against the same formula in torch, to the bit: both round in the same places."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from inilora_kernels.kernels.cpu.dequantize import (
+    decode_affine,
     decode_bytes,
-    decode_nibbles,
-    decode_words_along_columns,
-    decode_words_along_k,
+    decode_e2m1,
+    decode_e4m3,
+    decode_integers,
+    rounds_to,
+    transpose_words,
+    unpack_words,
 )
 
-AWQ_SHIFTS = [0, 16, 4, 20, 8, 24, 12, 28]
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 counts = st.integers(1, 5)
+dtypes = st.sampled_from(DTYPES)
+NO_GROUPS = np.empty(0, np.int64)
 
 
-def packed(codes: Tensor, shifts: list[int]) -> Tensor:
-    """Eight codes along the last dimension as one int32 each."""
-    words = (codes.view(*codes.shape[:-1], -1, 8).long() << torch.tensor(shifts)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
+def as_written(out: Tensor) -> Any:
+    return out.view({torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(out.dtype, out.dtype)).numpy()
+
+
+def halves(codes: Tensor) -> Any:
+    """Codes of 4 bits, two a byte, the low half first."""
+    return (codes[:, ::2] | codes[:, 1::2] << 4).contiguous().numpy()
+
+
+def random_codes(rows: int, k: int, most: int, seed: int) -> tuple[torch.Generator, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return generator, torch.randint(most, (rows, k), dtype=torch.uint8, generator=generator)
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=counts, groups=counts, width=st.integers(1, 9), short=st.integers(0, 8), seed=st.integers(0, 99))
-def test_bytes(rows: int, groups: int, width: int, short: int, seed: int) -> None:
+@given(rows=counts, groups=counts, width=st.integers(1, 9), short=st.integers(0, 8), dtype=dtypes, seed=counts)
+def test_bytes(rows: int, groups: int, width: int, short: int, dtype: torch.dtype, seed: int) -> None:
     """The last group may be short."""
-    generator = torch.Generator().manual_seed(seed)
     k = max((groups - 1) * width + 1, groups * width - short)
-    codes = torch.randint(256, (rows, k), dtype=torch.uint8, generator=generator)
+    generator, codes = random_codes(rows, k, 256, seed)
+    codes = torch.where(codes & 127 == 127, 0, codes)  # NaN, which no comparison finds equal
     table, scale = torch.randn(256, generator=generator), torch.randn(rows, groups, generator=generator)
-    out = torch.empty(rows, k)
-    decode_bytes(codes.numpy(), table.numpy(), scale.numpy(), width, out.numpy())
-    assert torch.equal(out, table[codes.long()] * scale.repeat_interleave(width, dim=1)[:, :k])
+    wide = scale.repeat_interleave(width, dim=1)[:, :k]
+    out = torch.empty(rows, k, dtype=dtype)
+    decode_bytes(codes.numpy(), table.numpy(), width, scale.numpy(), as_written(out))
+    assert torch.equal(out, (table[codes.long()] * wide).to(dtype))
+    decode_e4m3(codes.numpy(), width, scale.numpy(), as_written(out))
+    assert torch.equal(out, (codes.view(torch.float8_e4m3fn).float() * wide).to(dtype))
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_8_bit_float(flush: bool) -> None:
+    """Also where subnormal numbers count as zero: E4M3's own are none of float32's."""
+    every = torch.arange(256, dtype=torch.uint8).view(1, -1)
+    expected = every.view(torch.float8_e4m3fn).float()
+    out = torch.empty(1, 256)
+    torch.set_flush_denormal(flush)
+    try:
+        decode_e4m3(every.numpy(), 256, np.ones((1, 1), np.float32), out.numpy())
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(out.view(torch.int32)[~expected.isnan()], expected.view(torch.int32)[~expected.isnan()])
+    assert torch.equal(out.isnan(), expected.isnan())
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=counts, groups=counts, half=st.integers(1, 6), seed=st.integers(0, 99))
-def test_nibbles(rows: int, groups: int, half: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+@given(rows=counts, groups=counts, half=st.integers(1, 6), dtype=dtypes, seed=counts)
+def test_4_bit_floats(rows: int, groups: int, half: int, dtype: torch.dtype, seed: int) -> None:
+    generator, codes = random_codes(rows, 2 * half * groups, 16, seed)
+    scale = torch.randn(rows, groups, generator=generator)
+    out = torch.empty(codes.shape, dtype=dtype)
+    decode_e2m1(halves(codes), 2 * half, scale.numpy(), as_written(out))
+    expected = (E2M1[codes.long()] * scale.repeat_interleave(2 * half, dim=1)).to(dtype)
+    assert torch.equal(out, expected)
+    assert torch.equal(out.signbit(), expected.signbit())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=counts,
+    groups=counts,
+    half=st.integers(1, 6),
+    bits=st.sampled_from([4, 8]),
+    ordered=st.booleans(),
+    dtype=dtypes,
+    seed=counts,
+)
+def test_integers(rows: int, groups: int, half: int, bits: int, ordered: bool, dtype: torch.dtype, seed: int) -> None:
     k = 2 * half * groups
-    codes = torch.randint(16, (rows, k), dtype=torch.uint8, generator=generator)
-    table = torch.randn(16, generator=generator)
+    generator, codes = random_codes(rows, k, 1 << bits, seed)
     offset, scale = torch.randn(2, rows, groups, generator=generator)
-    out = torch.empty(rows, k)
-    low_and_high = codes.view(rows, -1, 2)
-    halves = low_and_high[..., 0] | low_and_high[..., 1] << 4
-    decode_nibbles(halves.numpy(), table.numpy(), offset.numpy(), scale.numpy(), out.numpy())
-    wide = [one.repeat_interleave(2 * half, dim=1) for one in (offset, scale)]
-    assert torch.equal(out, (table[codes.long()] - wide[0]) * wide[1])
+    group = torch.arange(k) // (2 * half) if ordered else torch.randint(groups, (k,), generator=generator)
+    packed = halves(codes) if bits == 4 else codes.numpy()
+    out = torch.empty(rows, k, dtype=dtype)
+    each = NO_GROUPS if ordered else group.numpy()
+    decode_integers(packed, bits, each, offset.numpy(), scale.numpy(), as_written(out))
+    assert torch.equal(out, ((codes.float() - offset[:, group]) * scale[:, group]).to(dtype))
+    if ordered:
+        scale, offset = scale.to(dtype), offset.to(dtype)
+        decode_affine(packed, bits, scale.float().numpy(), offset.float().numpy(), as_written(out))
+        assert torch.equal(out, codes.to(dtype) * scale[:, group] + offset[:, group])
 
 
-@settings(max_examples=30, deadline=None)
-@given(eighths=counts, columns=counts, groups=counts, seed=st.integers(0, 99))
-def test_words_along_k_and_along_columns(eighths: int, columns: int, groups: int, seed: int) -> None:
-    """The same codes in GPTQ's order and in AWQ's, with the rows' groups in any order."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    """Ties, the largest numbers and what rounds to infinity, subnormal ones, infinities and NaN."""
+    bits = torch.arange(0, 1 << 32, 40_503, dtype=torch.int64)
+    ties = torch.arange(0, 1 << 16, 7) * (1 << 16) + (1 << 15)
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 65519.0, 65520.0, 2.0**-24, 2.0**-25, -0.0])
+    every = torch.cat([torch.cat([bits, ties]).to(torch.int32).view(torch.float32), special])
+    scale = every.unsqueeze(1)
+    out = torch.empty(len(every), 1, dtype=dtype)
+    decode_bytes(np.zeros((len(every), 1), np.uint8), np.ones(256, np.float32), 1, scale.numpy(), as_written(out))
+    expected = scale.to(dtype)
+    assert torch.equal(out.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert torch.equal(out[kept].view(torch.int16), expected[kept].view(torch.int16))
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 20), columns=st.integers(1, 40), first=st.integers(0, 20), seed=counts)
+def test_words_are_transposed_and_unpacked(rows: int, columns: int, first: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    k, columns = 8 * eighths, 8 * columns
-    codes = torch.randint(16, (columns, k), generator=generator)
-    group = torch.randint(groups, (k,), generator=generator)
-    offset, scale = torch.randn(2, groups, columns, generator=generator)
-    expected = (codes.float() - offset[group].T) * scale[group].T
-    along_k = packed(codes, list(range(0, 32, 4))).T.contiguous()
-    along_columns = packed(codes.T.contiguous(), AWQ_SHIFTS)
-    operands = offset.numpy(), scale.numpy(), group.numpy()
-    for out, decode, words, more in (
-        (torch.empty(columns, k), decode_words_along_k, along_k, ()),
-        (torch.empty(columns, k), decode_words_along_columns, along_columns, (torch.tensor(AWQ_SHIFTS).numpy(),)),
-    ):
-        decode(words.numpy(), *operands, *more, out.numpy())
-        assert torch.equal(out, expected)
+    bounds = torch.iinfo(torch.int32)
+    words = torch.randint(bounds.min, bounds.max, (rows, first + columns), dtype=torch.int32, generator=generator)
+    out = torch.empty(columns, rows, dtype=torch.int32)
+    transpose_words(words.numpy(), first, out.numpy())
+    assert torch.equal(out, words[:, first:].T)
+    codes, shifts = torch.empty(8 * columns, rows, dtype=torch.uint8), torch.tensor([0, 16, 4, 20, 8, 24, 12, 28])
+    unpack_words(out.numpy(), shifts.numpy(), codes.numpy())
+    assert torch.equal(codes.view(columns, 8, rows), (out.unsqueeze(1) >> shifts.view(-1, 1) & 15).to(torch.uint8))
+
+
+def test_float64_is_for_others_to_round_to() -> None:
+    assert [rounds_to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)] == [True, True, False]
