@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from bench.movie_reviews import Review
 
 STEPS = 16
-BATCH = 16
+BATCH = 8
 Logits = Callable[[nn.Module], Tensor]
 
 
