@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,24 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from inilora_kernels import FactorSet, load_delta, save_inilora_pt
-from inilora_kernels.cli.main import main
 
 from ..factorized import factorize, inilora_alpha
-
-Inilora = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def inilora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inilora:
-    """Run a command; its exit status, standard output and standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["inilora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return int(stopped.value.code or 0), *capsys.readouterr()
-
-    return run
+from .commands import Inilora
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 from inilora_kernels import FactorSet
 
-from .commands import inilora
+from .commands import Inilora, in_a_process
 
 
 def test_approximate_then_inspect(model: Path, tmp_path: Path) -> None:
     output, picture = tmp_path / "factors.safetensors", tmp_path / "plot.png"
-    first = inilora("approximate", model, "-o", output, "--rank", "3", "--steps", "200", "--plot", picture)
+    first = in_a_process("approximate", model, "-o", output, "--rank", "3", "--steps", "200", "--plot", picture)
     assert first.returncode == 0, first.stderr
     assert "layers.0.*" in first.stdout
     assert "q_proj" in first.stdout
@@ -23,13 +23,13 @@ def test_approximate_then_inspect(model: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     factors = FactorSet.load(output)
     assert list(factors) == ["layers.0.q_proj", "layers.0.v_proj"]
-    second = inilora("inspect", output)
+    second = in_a_process("inspect", output)
     assert second.returncode == 0, second.stderr
     assert second.stdout.startswith(first.stdout)
     assert "σ at r" in second.stdout
 
 
-def test_a_file_for_each_of_several_ranks(model: Path, tmp_path: Path) -> None:
+def test_a_file_for_each_of_several_ranks(model: Path, tmp_path: Path, inilora: Inilora) -> None:
     output, picture = tmp_path / "factors.safetensors", tmp_path / "plot.png"
     result = inilora("approximate", model, "-o", output, "--rank", "2,5", "--solver", "krylov", "--plot", picture)
     assert result.returncode == 0, result.stderr
@@ -40,7 +40,7 @@ def test_a_file_for_each_of_several_ranks(model: Path, tmp_path: Path) -> None:
     assert not output.exists()
 
 
-def test_rank_pattern_and_start(model: Path, tmp_path: Path) -> None:
+def test_rank_pattern_and_start(model: Path, tmp_path: Path, inilora: Inilora) -> None:
     short, output = tmp_path / "short.safetensors", tmp_path / "factors.safetensors"
     assert inilora("approximate", model, "-o", short, "--rank", "3", "--steps", "50").returncode == 0
     near = inilora("approximate", model, "-o", output, "--rank", "3", "--solver", "krylov", "--start", short)
@@ -53,7 +53,9 @@ def test_rank_pattern_and_start(model: Path, tmp_path: Path) -> None:
     assert "PATTERN=RANK" in refused.stderr
 
 
-def test_target_modules_may_be_a_regular_expression_or_all_linear(model: Path, tmp_path: Path) -> None:
+def test_target_modules_may_be_a_regular_expression_or_all_linear(
+    model: Path, tmp_path: Path, inilora: Inilora
+) -> None:
     output = tmp_path / "factors.safetensors"
     for given, expected in ((r".*\.[qk]_proj", 2), ("all-linear", 3), ("k_proj", 1)):
         result = inilora("approximate", model, "-o", output, "--steps", "0", "-t", given)
@@ -62,7 +64,7 @@ def test_target_modules_may_be_a_regular_expression_or_all_linear(model: Path, t
 
 
 @pytest.mark.parametrize("solver", ["adam", "krylov"])
-def test_matrices_of_zeros_are_drawn_too(tmp_path: Path, solver: str) -> None:
+def test_matrices_of_zeros_are_drawn_too(tmp_path: Path, solver: str, inilora: Inilora) -> None:
     model, picture = tmp_path / "model.safetensors", tmp_path / "plot.png"
     save_file({f"layers.0.{name}_proj.weight": torch.zeros(9, 7) for name in "qv"}, model)
     result = inilora(

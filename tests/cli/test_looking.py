@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .commands import inilora
+from .commands import Inilora
 
 
-def test_json_is_machine_readable(model: Path, tmp_path: Path) -> None:
+def test_json_is_machine_readable(model: Path, tmp_path: Path, inilora: Inilora) -> None:
     output = tmp_path / "factors.safetensors"
     result = inilora(
         "approximate", model, "-o", output, "--rank", "2", "--steps", "100", "-t", "q_proj", "-t", "k_proj", "--json"

@@ -14,7 +14,7 @@ import typer
 
 from inilora_kernels.cli.main import COMMANDS
 
-from .commands import inilora
+from .commands import Inilora, in_a_process
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,9 @@ from .commands import inilora
         (["inspect", "{model}"], "without factors in it"),
     ],
 )
-def test_bad_input_gives_one_clear_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_gives_one_clear_line(
+    model: Path, tmp_path: Path, arguments: list[str], message: str, inilora: Inilora
+) -> None:
     before = set(tmp_path.rglob("*"))
     result = inilora(*[argument.format(tmp=tmp_path, model=model) for argument in arguments])
     assert result.returncode == 2
@@ -47,6 +49,14 @@ def test_bad_input_gives_one_clear_line(model: Path, tmp_path: Path, arguments: 
     assert "Traceback" not in result.stderr
     assert not result.stdout
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_refused_process_ends_with_status_2(model: Path, tmp_path: Path) -> None:
+    result = in_a_process("approximate", model, "-o", tmp_path / "out", "-t", "nothing")
+    assert result.returncode == 2
+    assert result.stderr.startswith("inilora: ")
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
@@ -60,11 +70,11 @@ def test_help_and_version_import_nothing_heavy() -> None:
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert not {"torch", "numpy", "transformers", "numba", "matplotlib"} & set(json.loads(result.stderr)), arguments
         assert result.stdout.strip()
-    assert re.fullmatch(r"inilora \d+\.\d+\.\d+\S*\n", inilora("--version").stdout)
+    assert re.fullmatch(r"inilora \d+\.\d+\.\d+\S*\n", in_a_process("--version").stdout)
 
 
 def test_the_list_of_commands_says_what_each_help_says() -> None:
-    listed = " ".join(inilora("--help").stdout.split())
+    listed = " ".join(in_a_process("--help").stdout.split())
     for name, (module, attribute, summary) in COMMANDS.items():
         found = getattr(import_module(f"inilora_kernels.cli.{module}"), attribute)
         own = found.info.help if isinstance(found, typer.Typer) else found.__doc__.splitlines()[0]
