@@ -26,6 +26,7 @@ from .refusals import (
     require_one_rank,
     require_patterns_used,
     require_unchanged,
+    size_of_factors,
     warn_if_uncertified,
 )
 from .solvers.optimum import rank_for_energy
@@ -59,8 +60,7 @@ def approximate_model(path: Model, options: ModelOptions) -> FactorSet:
     5.0
     """
     require_one_rank(options)
-    with shared_run() as job:
-        return _factorize(_targets(path, options), options, options.start, job, keeps=True)[0]
+    return approximate_each(path, options)[0]
 
 
 @takes(ModelOptions)
@@ -79,8 +79,17 @@ def approximate_ranks(path: Model, options: ModelOptions) -> dict[int, FactorSet
     """
     if not isinstance(options.rank, tuple):
         raise OptionError(f"rank={options.rank!r}: give a list of ranks, or call approximate_model for one")
+    return approximate_each(path, options)
+
+
+def approximate_each(
+    path: Model, options: ModelOptions, room: Callable[[int], None] = lambda size: None
+) -> dict[int, FactorSet]:
+    """Return a FactorSet for each rank, a single one under 0. room: called with the bytes of them all, once known."""
     with shared_run() as job:
-        return _factorize(_targets(path, options), options, options.start, job, keeps=True)
+        targets = _targets(path, options)
+        room(size_of_factors(targets, options))
+        return _factorize(targets, options, options.start, job, keeps=True)
 
 
 class _Approximate(Protocol[P]):
@@ -225,18 +234,9 @@ def _tasks(targets: Sequence[Target], options: Options, start: Any, job: Job, ba
 
 
 def _cache_key(task: Task, rank: int, device: str, record: Mapping[str, Any]) -> str:
-    target = task.target
     ingredients = {
         **record,
-        "rank": rank,
-        "ranks": list(task.ranks),
-        "rank_pattern": None,
-        "init_std": task.std,
-        "sha256": task.sha256,
-        "shape": target.shape,
-        "dtype": str(target.dtype),
-        "rows": target.rows,
-        "transposed": target.transposed,
+        **task.ingredients(rank),
         # On the reference backend, torch's products have other bits on another kind of device.
         "device": device,
         # A release that changes bits raises RESULT_VERSION; any other finds its predecessor's results.

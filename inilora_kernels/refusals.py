@@ -44,6 +44,12 @@ def require_fitting(target: Target, options: Options, start: Mapping[str, Factor
         )
 
 
+def size_of_factors(targets: Sequence[Target], options: Options) -> int:
+    """The bytes of all A and B in float32, of every rank and kept step; the least where energy decides."""
+    values = sum(rank * sum(target.shape) for target in targets for rank in options.ranks_of(target.module) or (1,))
+    return 4 * values * (1 + len(options.checkpoint_steps))
+
+
 def require_converged(module: str, factors: Factors) -> None:
     loss = factors.certificate.loss
     if not math.isfinite(loss):

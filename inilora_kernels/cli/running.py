@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -12,10 +13,10 @@ from typing import Any
 
 import typer
 
-from ..approximate import approximate_model, approximate_ranks
+from ..approximate import approximate_each
 from ..errors import OptionError
-from ..factor_set import FactorSet
 from ..model.layout import find_components
+from ..options import ModelOptions
 from ..processes import torchruns_job
 from ..storage.atomic import require_writable
 from ..storage.reading import absolute, reporting
@@ -32,7 +33,7 @@ def run(model: Path, output: Path, plot: Path | None, given: dict[str, Any], *, 
         if job.rank:
             # Rank 0 checks the outputs, shows the result and writes it.
             warnings.simplefilter("ignore")
-            _approximated(model, options_from(given))
+            approximate_each(model, ModelOptions(**options_from(given)))
         else:
             _approximate(model, output, plot, given, every=every, as_json=as_json)
 
@@ -56,7 +57,7 @@ def _approximate(
             _require_no_input(picture, [*inputs, path])
         require_plot(picture)
     try:
-        results = _approximated(model, options)
+        results = approximate_each(model, ModelOptions(**options), functools.partial(require_writable, output))
     except KeyboardInterrupt as interrupted:
         print(f"inilora: {interrupted or 'stopped'}", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -67,12 +68,6 @@ def _approximate(
     if not as_json:
         for path in outputs.values():
             say(f"wrote {path}")
-
-
-def _approximated(model: Path, options: dict[str, Any]) -> dict[int, FactorSet]:
-    if isinstance(options["rank"], list):
-        return approximate_ranks(model, **options)
-    return {0: approximate_model(model, **options)}
 
 
 def _of_rank(path: Path, rank: int) -> Path:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,20 @@ class Task:
             checkpoints=checkpoints or {},
             singular_values=tuple(leading),
         )
+
+    def ingredients(self, rank: int) -> dict[str, Any]:
+        """What of the matrix, besides the options, decides the result of one of its ranks: JSON values."""
+        return {
+            "rank": rank,
+            "ranks": list(self.ranks),
+            "rank_pattern": None,
+            "init_std": self.std,
+            "sha256": self.sha256,
+            "shape": self.target.shape,
+            "dtype": str(self.target.dtype),
+            "rows": self.target.rows,
+            "transposed": self.target.transposed,
+        }
 
 
 # Called with each result as soon as it is ready.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from inilora_kernels.cli.main import application
-from inilora_kernels.errors import OptionError
+from inilora_kernels.errors import OptionError, OutputError
 
 
 def test_ctrl_c_says_what_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,8 +28,7 @@ def test_what_would_be_written_over_the_models_shards_is_refused_before_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also through another name for the same file, and the plot over the factors of one of several ranks."""
-    monkeypatch.setattr("inilora_kernels.cli.running.approximate_model", lambda *_, **__: pytest.fail("it has run"))
-    monkeypatch.setattr("inilora_kernels.cli.running.approximate_ranks", lambda *_, **__: pytest.fail("it has run"))
+    monkeypatch.setattr("inilora_kernels.cli.running.approximate_each", lambda *_, **__: pytest.fail("it has run"))
     (tmp_path / "link").symlink_to(tmp_path)
     before = model.read_bytes()
     for arguments in (
@@ -40,3 +40,15 @@ def test_what_would_be_written_over_the_models_shards_is_refused_before_the_run(
         assert isinstance(result.exception, OptionError)
         assert "reads or writes that file already; give another name" in str(result.exception)
     assert model.read_bytes() == before
+
+
+def test_a_full_disk_is_refused_before_the_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factors of two matrices 30×20 at the ranks 2 and 4 take 4·(30 + 20)·(2 + 4)·2 bytes."""
+    monkeypatch.setattr(sys.modules["inilora_kernels.approximate"], "survey", lambda *_: pytest.fail("it has run"))
+    usage = type("usage", (), {"free": 2399})
+    monkeypatch.setattr("inilora_kernels.storage.atomic.shutil.disk_usage", lambda _: usage)
+    command = ["approximate", str(model), "-o", str(tmp_path / "out"), "--solver", "krylov", "--rank", "2,4"]
+    result = CliRunner().invoke(application, command)
+    assert isinstance(result.exception, OutputError)
+    assert "free some space" in str(result.exception)
+    assert list(tmp_path.iterdir()) == [model]
