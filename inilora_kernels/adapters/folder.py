@@ -135,13 +135,19 @@ def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = A.contiguous()
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = B.contiguous()
     save_tensors(folder / WEIGHTS, {**tensors, **adapter.others})
-    write_card(folder, config.base_model_name_or_path, about)
+    pipeline = "text-generation" if config.task_type == "CAUSAL_LM" else None
+    write_card(folder, config.base_model_name_or_path, about, pipeline=pipeline)
 
 
-def write_card(folder: Path, base: str | None, about: str) -> None:
-    """Write the model card of an adapter for a base of this name or path; about: in Markdown."""
-    is_on_hub = base is not None and not Path(base).is_absolute()
-    data = ModelCardData(library_name="peft", tags=["lora", "inilora"], base_model=base if is_on_hub else None)
+def write_card(folder: Path, base: str | None, about: str, pipeline: str | None = None) -> None:
+    """Write the model card of an adapter, with the fields that PEFT's own cards have.
+
+    base: the name or path of the model that it is for; a path means nothing elsewhere and is left out.
+    about: in Markdown. pipeline: the hub's `pipeline_tag`.
+    """
+    on_hub = base if base is not None and not Path(base).is_absolute() else None
+    tags = ["lora", "inilora", *([f"base_model:adapter:{on_hub}"] if on_hub else [])]
+    data = ModelCardData(library_name="peft", tags=tags, base_model=on_hub, pipeline_tag=pipeline)
     (folder / "README.md").write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{about}\n")), encoding="utf-8")
 
 

@@ -23,11 +23,13 @@ def inspect(
     """Show what is in a factor file, how good it is, and the singular spectrum."""
     from ..display.tables import spectrum_table
     from ..factor_set import FactorSet
-    from .output import draw, print_table, require_plot, show
+    from .output import draw, print_table, require_plot, say, show
 
     require_plot(plot)
     factors = FactorSet.load(file, base)
     draw(factors, plot, base or file)
+    if plot is not None:
+        say(f"wrote {plot}")
     show([factors], as_json, every)
     spectrum = spectrum_table(factors, every=every)
     if spectrum is not None and not as_json:

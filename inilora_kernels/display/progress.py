@@ -79,7 +79,8 @@ class ProgressBar:
         self._task = self._progress.add_task("", total=1.0, text="", rest="")
 
     def __enter__(self) -> ProgressBar:
-        self._progress.start()
+        if self._drawn:  # where it is not, rich 13.0 prints an empty line in the end
+            self._progress.start()
         return self
 
     def __exit__(
@@ -89,7 +90,8 @@ class ProgressBar:
             took = duration_in_words(self._clock() - self._started)
             self._progress.update(self._task, completed=1.0, text="finished", rest=f"in {took}")
             self._line(f"finished in {took}")
-        self._progress.stop()
+        if self._drawn:
+            self._progress.stop()
 
     def expect(self, name: str, units: int, seconds: float, matrices: int) -> None:
         """Announce a stage: its units of work, its predicted seconds, its matrices. A second call corrects them."""

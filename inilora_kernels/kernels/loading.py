@@ -30,7 +30,7 @@ def load_backend(name: str, device: str | torch.device | None = None) -> Backend
     try:
         chosen = torch.device(device) if device is not None else None
     except (RuntimeError, TypeError) as error:
-        raise OptionError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+        raise OptionError(f"device={device!r}: choose one of cpu, cuda, cuda:0, …") from error
     if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here; leave device out")
     if name == "auto":

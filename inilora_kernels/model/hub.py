@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -50,7 +51,7 @@ def fetch(path: str | Path, revision: str | None, token: str | None, choose: Cho
         if choose is None:
             return _whole(name, revision, token)
         return _parts(name, revision, token, choose)
-    except OSError as error:
+    except _network_errors() as error:
         raise CheckpointError(f"{text}: {_reason(error, name, revision)}") from error
     except _library().errors.HFValidationError as error:
         raise CheckpointError(
@@ -94,7 +95,7 @@ def _listed(name: str, revision: str | None, token: str | None) -> list[str]:
         return list(_library().list_repo_files(name, revision=revision, token=token))
     except (_library().errors.RepositoryNotFoundError, _library().errors.RevisionNotFoundError):
         raise
-    except OSError:
+    except _network_errors():
         # Offline, or the hub cannot be reached: what is in the cache may be enough.
         config = None
         for file in ("config.json", "model_index.json", "modules.json", "model.safetensors"):
@@ -128,7 +129,13 @@ def _join(folder: str, file: str) -> str:
     return f"{folder}/{file}" if folder else file
 
 
-def _reason(error: OSError, name: str, revision: str | None) -> str:
+def _network_errors() -> tuple[type[Exception], ...]:
+    """OSError, and from huggingface_hub 1 on those of its HTTP client too, which are none."""
+    clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return (OSError, *(client.HTTPError for client in clients if client is not None))
+
+
+def _reason(error: Exception, name: str, revision: str | None) -> str:
     if isinstance(error, _library().errors.GatedRepoError):
         return f"access is limited to users who accepted its terms; accept them at hf.co/{name} and give a token"
     if isinstance(error, _library().errors.RevisionNotFoundError):

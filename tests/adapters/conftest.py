@@ -17,7 +17,7 @@ from ..factorized import factorize
 def sharded(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MiniLM in bfloat16, in shards, with its tokenizer."""
     folder = tmp_path_factory.mktemp("sharded")
-    AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="10MB")
+    AutoModel.from_pretrained(minilm).to(torch.bfloat16).save_pretrained(folder, max_shard_size="10MB")
     AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder

@@ -310,7 +310,7 @@ def test_modules_trained_whole_come_along(minilm: Path, tmp_path: Path) -> None:
 
 def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(other)
+    AutoModel.from_pretrained(minilm).to(torch.bfloat16).save_pretrained(other)
     train(live(minilm, minilm_factors)).save_pretrained(tmp_path / "trained")
     wrong = factorize(other)
     export_delta(minilm, minilm_factors, tmp_path / "delta")

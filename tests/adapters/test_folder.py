@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -26,9 +27,14 @@ def test_adapters_are_written_as_peft_writes_them(llama: Path, tmp_path: Path) -
     assert config["base_model_name_or_path"] == "org/tiny"
     assert config["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
     card = (tmp_path / "delta/adapter/README.md").read_text()
-    assert "base_model: org/tiny" in card
+    fields = ModelCard(card).data.to_dict()
+    assert fields["base_model"] == "org/tiny"
+    assert fields["library_name"] == "peft"
+    assert {"base_model:adapter:org/tiny", "lora"} < set(fields["tags"])
     assert "wrong" in card
     LoraConfig.from_pretrained(str(tmp_path / "delta/adapter"))
+    export_delta(hub, factors, tmp_path / "text", task_type="CAUSAL_LM")
+    assert ModelCard.load(tmp_path / "text/adapter/README.md").data.pipeline_tag == "text-generation"
 
 
 @pytest.mark.parametrize(

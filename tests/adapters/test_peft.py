@@ -22,7 +22,7 @@ FORMS: tuple[Form, ...] = ("delta", "residual")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return AutoModel.from_pretrained(folder, dtype=dtype).eval()
+    return AutoModel.from_pretrained(folder).to(dtype).eval()
 
 
 def output(model: nn.Module) -> Tensor:

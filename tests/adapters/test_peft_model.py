@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
@@ -34,6 +37,27 @@ def test_what_it_saves_is_a_plain_lora_for_the_original_base(
     )
     convert(tmp_path / "trained", factors, tmp_path / "lora", base=llama)
     assert torch.allclose(logits(PeftModel.from_pretrained(load(llama), tmp_path / "lora")), trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_it_pushes_to_the_hub_is_what_it_saves(
+    llama: Path, factors: FactorSet, form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+
+    def create_commit(_: HfApi, repo_id: str, operations: list[Any], **__: Any) -> None:
+        for one in operations:
+            with one.as_file() as file:
+                (pushed / one.path_in_repo).write_bytes(file.read())
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **__: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    model = started(llama, factors, form)
+    trained = change(model)
+    model.push_to_hub("you/adapter")
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} == {one.name for one in pushed.iterdir()}
+    assert torch.allclose(logits(PeftModel.from_pretrained(load(llama), pushed)), trained, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

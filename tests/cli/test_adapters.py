@@ -68,7 +68,7 @@ def test_export_delta(inilora: Inilora, minilm: Path, file: Path, tmp_path: Path
 
 def test_a_warning_is_one_line(inilora: Inilora, minilm: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(base)
+    AutoModel.from_pretrained(minilm).to(torch.bfloat16).save_pretrained(base)
     factorize(base, ("layer.0.attention.self.query",), start=inilora_alpha).save(tmp_path / "alpha.safetensors")
     status, _, error = inilora("export", tmp_path / "alpha.safetensors", "--base", base, "-o", tmp_path / "out")
     assert status == 0
@@ -121,7 +121,7 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(
     inilora: Inilora, minilm: Path, minilm_factors: FactorSet, file: Path, trained: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    AutoModel.from_pretrained(minilm, dtype=torch.bfloat16).save_pretrained(other)
+    AutoModel.from_pretrained(minilm).to(torch.bfloat16).save_pretrained(other)
     factorize(other).save(tmp_path / "other.safetensors")
     save_inilora_pt(minilm_factors, tmp_path / "pt")
     before = set(tmp_path.rglob("*"))

@@ -128,6 +128,21 @@ def test_not_in_the_cache(offline: Path, name: str) -> None:
     assert name in str(error.value)
 
 
+def test_no_network(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of huggingface_hub's HTTP client are no OSErrors."""
+    client = pytest.importorskip("httpx2")
+
+    def unreachable(*_: object, **__: object) -> list[str]:
+        raise client.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    model = bert(cached(offline))
+    checkpoint = open_checkpoint("org/model", choose=tensors_of(None))
+    assert torch.equal(checkpoint.read("pooler.dense.weight"), model.pooler.dense.weight)
+    with pytest.raises(CheckpointError, match=r"org/nothing: .*Name or service not known"):
+        open_checkpoint("org/nothing", choose=tensors_of(None))
+
+
 def test_folders_go_before_ids(tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bert(cached(offline))
     monkeypatch.chdir(tmp_path)
