@@ -107,10 +107,15 @@ def _table(table: Table, chosen: Sequence[Cell], rows: Mapping[Run, Row]) -> lis
         else:
             line += ["", ""]
         for other in others:
-            values = [rows[cell.run]["scores"][other] for cell in chosen if cell.system == system]
+            values = [_other(rows[cell.run], other) for cell in chosen if cell.system == system]
             line.append(f"{fmean(values):.3f}")
         lines.append(line)
     return markdown([*header, *others], lines)
+
+
+def _other(row: Row, name: str) -> float:
+    """A score of the test part, or the validation loss."""
+    return float(row["metrics"]["validation"]["loss"] if name == "validation loss" else row["scores"][name])
 
 
 def _difference(one: Comparison | None, measure: Measure) -> str:

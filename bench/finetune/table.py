@@ -82,12 +82,13 @@ class Table:
                     yield Cell(label, _run({**settings, "lr": self.common_rate, "seed": seed}), common=True)
 
     def total(self, rows: Mapping[Run, Row]) -> int:
-        """Runs in all, as far as the rows can tell. Before a sweep is over any rate stands in for its best."""
-        if not self.sweep and not self.rates_of:
-            return len({cell.run for cell in self.cells(rows)})
-        first = self.sweep["lr"][0] if self.sweep else 1.0
-        fixed = replace(self, settings={**self.settings, "lr": first}, rates_of=None)
-        return len({cell.run for cell in fixed.cells(rows)})
+        """Runs in all, as far as the rows can tell; before a sweep is over, another rate stands in for its best."""
+        cells = list(self.cells(rows))
+        chosen = {cell.system for cell in cells if not cell.sweep and not cell.common}
+        rates = self.sweep["lr"] if self.sweep else [1.0]
+        stand_in = next(rate for rate in rates if rate != self.common_rate)
+        others = {label: {**system, "lr": stand_in} for label, system in self.systems.items() if label not in chosen}
+        return len({cell.run for cell in (*cells, *replace(self, systems=others, rates_of=None).cells(rows))})
 
     def evaluations(self) -> list[str]:
         """The benchmarks that any of its runs is evaluated with."""

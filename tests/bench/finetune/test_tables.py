@@ -122,6 +122,11 @@ def test_a_grid_grows_until_the_least_validation_loss_lies_between_others(swept:
             loss = {1e-3: 3.0, 3e-3: 2.0, 1e-2: 1.0, 3e-2: 2.5}[cell.run.lr]
             rows[cell.run] = of_loss(cell.run, loss)
     assert tried == [[1e-3, 3e-3], [1e-2], [3e-2]]
+    # Three rates and the neighbour that the best needed, and each seed of the grid at the best and at the common rate.
+    assert table.total(rows) == 4 * 2 + 2 * 5
+    assert table.total({}) == 2 * 2 + 2 * 5
+    # A best rate that is the common one is run once.
+    assert replace(table, common_rate=1e-2).total(rows) == 4 * 2 + 5
     final = {(cell.run.lr, cell.common, cell.run.test) for cell in table.cells(rows) if not cell.sweep}
     assert final == {(1e-2, False, True), (3e-4, True, True)}
     # A diverged rate ends the grid as a worse one does.
