@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -32,10 +32,18 @@ FactorFile = Annotated[
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
-def with_options(command: _Command) -> _Command:
-    """Give a command a flag for each of approximate_model's options; it receives them as keywords, as typed."""
+# Of approximate_model's options, those that say which matrices of which model.
+CHOOSING = ("target_modules", "target_parameters", "revision", "token")
+
+
+def with_options(command: _Command, only: Collection[str] | None = None) -> _Command:
+    """Give a command a flag for each of approximate_model's options; it receives them as keywords, as typed.
+
+    only: the names of those that it takes; None for all.
+    """
     own = list(inspect.signature(command, eval_str=True).parameters.values())
-    flags = [_flag(one) for one in fields(ModelOptions) if "meaning" in one.metadata]
+    chosen = [one for one in fields(ModelOptions) if "meaning" in one.metadata and (only is None or one.name in only)]
+    flags = [_flag(one) for one in chosen]
     named = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     command.__signature__ = inspect.Signature([*named, *flags])  # type: ignore[attr-defined]
     return command

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from ..errors import OptionError
 from ..kernels.gpu.gpus import GPUS, gpu_named
-from ..options import Options, meaning_of, require_count
-from .arguments import Json, target_modules_from
+from ..options import ModelOptions, Options, meaning_of, require_count
+from .arguments import CHOOSING, Json, options_from, with_options
 
 
+@partial(with_options, only=CHOOSING)
 def plan(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or one weight file.")],
+    model: Annotated[Path, typer.Argument(help="A model's folder, a weight file, or its hub id (org/name@revision).")],
     *,
     gpu: Annotated[str | None, typer.Option(help=f"Predict for a GPU too: {', '.join(GPUS)}.")] = None,
     gpus: Annotated[int, typer.Option(help="How many of them, with one torchrun process on each.")] = 1,
     rank: Annotated[int, typer.Option(help="Rank r of the factors.")] = cast(int, Options.rank),
     steps: Annotated[int, typer.Option(help=meaning_of("steps"))] = Options.steps,
-    target_modules: Annotated[
-        list[str] | None,
-        typer.Option("--target-modules", "-t", help="As for `approximate`. Default: query and value projections."),
-    ] = None,
     kernels: Annotated[
         bool,
         typer.Option("--kernels", help="With --gpu: each kernel's launches, bytes and bottleneck, for tuning."),
     ] = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Predict what a run would take, by each solver, on this machine or a GPU."""
     require_count("rank", rank)
@@ -41,5 +40,5 @@ def plan(
         raise OptionError(f"--kernels describes a GPU's kernels; give --gpu too: {', '.join(GPUS)}")
     from .planning import show_plan
 
-    asked = target_modules_from(target_modules)
-    show_plan(model, asked, rank, steps, card, gpus, kernels=kernels, as_json=as_json)
+    asked = ModelOptions(rank=rank, **options_from(given))
+    show_plan(model, asked, steps, card, gpus, kernels=kernels, as_json=as_json)

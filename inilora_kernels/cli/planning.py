@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Table
 
@@ -21,7 +21,7 @@ from ..kernels.gpu.forecast import plan as predict
 from ..kernels.gpu.gpus import Gpu
 from ..model.checkpoint import open_checkpoint
 from ..model.targets import find_targets, tensors_of
-from ..options import steps_of
+from ..options import ModelOptions, steps_of
 from ..processes import shares
 from .output import print_table
 
@@ -50,8 +50,7 @@ class _OnCards:
 
 def show_plan(
     model: Path,
-    asked: list[str] | str | None,
-    rank: int,
+    asked: ModelOptions,
     steps: int,
     card: Gpu | None,
     gpus: int,
@@ -61,9 +60,12 @@ def show_plan(
 ) -> None:
     """Print the plan of a model's run as a table, or as JSON.
 
-    asked: target_modules. gpus: how many of `card`. kernels: the table of the launches instead.
+    asked: the one rank, and which matrices of the model. gpus: how many of `card`. kernels: the table of the launches
+    instead.
     """
-    targets = find_targets(open_checkpoint(model, choose=tensors_of(asked)), asked)
+    modules, parameters, rank = asked.target_modules, asked.target_parameters, cast(int, asked.rank)
+    checkpoint = open_checkpoint(model, asked.revision, asked.token, tensors_of(modules, parameters))
+    targets = find_targets(checkpoint, modules, lambda module: rank, parameters)
     smallest = min(targets, key=lambda target: min(target.shape))
     if rank > min(smallest.shape):
         raise OptionError(f"rank={rank}: {smallest.module} can have {min(smallest.shape)} at most")

@@ -38,6 +38,19 @@ def test_several_gpus_share_the_matrices(model: Path) -> None:
     assert len(planned(model, "--gpu", "h100", "--gpus", 100)["seconds_by_gpu"]) == 9
 
 
+def test_what_all_linear_leaves_out_of_a_run_is_left_out_of_its_plan(model: Path, tmp_path: Path) -> None:
+    save_file({"a.q_proj.weight": torch.ones(64, 64), "gate.weight": torch.ones(1, 64)}, tmp_path / "thin.safetensors")
+    with pytest.warns(UserWarning, match="gate: 1×64 is thinner than the rank"):
+        assert planned(tmp_path / "thin.safetensors")["matrices"] == 1
+
+
+def test_experts_are_planned_too(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"layers.0.experts.down_proj": torch.ones(5, 32, 64)}, file)
+    result = CliRunner().invoke(application, ["plan", str(file), "--target-parameters", "experts.down_proj", "--json"])
+    assert json.loads(result.stdout)["matrices"] == 5
+
+
 def test_the_table_says_how_many(model: Path) -> None:
     result = CliRunner().invoke(application, ["plan", str(model), "--gpu", "h100", "--gpus", "2"])
     assert "2 × H100 SXM" in result.output

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import torch
 from peft import AutoPeftModel
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
 
 from inilora_kernels import approximate_model
 from inilora_kernels.adapters.convert import convert, export_merged
 from inilora_kernels.adapters.export import export_delta, export_residual
+from inilora_kernels.cli.main import application
 from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets, tensors_of
+from inilora_kernels.storage.authors_folder import save_inilora_pt
 
 COMMIT, OLDER = "1" * 40, "2" * 40
 
@@ -118,6 +123,48 @@ def test_pipeline(offline: Path) -> None:
     (snapshot / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "U"], "vae": ["diffusers", "V"]}))
     checkpoint = open_checkpoint("org/pipeline", choose=tensors_of(None))
     assert [target.module for target in find_targets(checkpoint)] == ["unet.attn.to_q", "unet.attn.to_v"]
+
+
+def run(*arguments: str | Path) -> Any:
+    result = CliRunner().invoke(application, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_plan_by_id(offline: Path) -> None:
+    """Of another revision too, which is another model here."""
+    bert(cached(offline))
+    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=36)
+    BertModel(config).save_pretrained(cached(offline, commit=OLDER, ref="v1"))
+    assert run("plan", "org/model", "--rank", "4")["matrices"] == 4
+    for asked in (["org/model@v1"], ["org/model", "--revision", "v1"], ["org/model", "--revision", OLDER]):
+        assert run("plan", *asked, "--rank", "4", "--token", "hf_none")["matrices"] == 2
+    assert run("plan", "org/model", "--rank", "4", "-t", "query")["matrices"] == 2
+
+
+def test_inspect_by_id(tmp_path: Path, offline: Path) -> None:
+    """The authors' folder does not say whose factors it holds: --base does, and gives each its loss."""
+    bert(cached(offline))
+    given: dict[str, Any] = {"rank": 2, "solver": "krylov", "cache": False, "progress": False}
+    factors = approximate_model("org/model", **given)
+    save_inilora_pt(factors, tmp_path / "authors")
+    assert "query" in json.dumps(run("inspect", tmp_path / "authors", "--base", "org/model"))
+    result = CliRunner().invoke(application, ["inspect", str(tmp_path / "authors"), "--base", "org/nothing"])
+    assert isinstance(result.exception, CheckpointError)
+    assert str(result.exception).startswith("org/nothing: no such file or folder here")
+
+
+def test_the_cache_and_offline_mode_of_the_environment(tmp_path: Path) -> None:
+    """A process of its own, with what users set: HF_HOME and HF_HUB_OFFLINE."""
+    bert(cached(tmp_path / "home" / "hub"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    script = "from inilora_kernels.cli.main import main; main()"
+    for name, found in (("org/model", True), ("org/nothing", False)):
+        command = [sys.executable, "-c", script, "plan", name, "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == found, done.stderr
+        assert found or "HF_HUB_OFFLINE" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["org/nothing", "nothing-here", "org/model@v2"])
