@@ -15,6 +15,7 @@ from ..display.progress import ProgressBar
 from ..errors import WeightError
 from ..kernels.streaming import strips
 from ..kernels.threads import at_once, in_groups, side_by_side
+from .files.tensor import tensor_sha256
 from .targets import Target
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -32,8 +33,9 @@ def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list
     found: dict[str, tuple[str, float]] = {}
 
     def surveyed(target: Target) -> tuple[str, str, float]:
-        std = _deviation(target.read(), target.module)
-        return target.module, target.sha256(), std
+        W = target.read()
+        std = _deviation(W, target.module)
+        return target.module, tensor_sha256(W) if target.hashes_values else target.sha256(), std
 
     for count, group in in_groups(targets, lambda target: together(target, threads)):
         with closing(side_by_side(surveyed, group, count)) as results:

@@ -64,6 +64,7 @@ class Target:
     dtype: the checkpoint's.
     read: W, contiguous, in its own dtype and memory. Raises CheckpointError if the file changed since it was opened.
     sha256: of the stored tensor's bytes; of the whole tensor for a part of it.
+    hashes_values: the sha256 is that of the bytes of W as `read` returns it.
     unchanged: whether it still has a sha256 that was computed before; see `watch`.
     transposed: the tensor is stored as (in_features, out_features), as GPT-2's Conv1D does.
     dequantization: how W is computed from a quantized weight; "" for a plain one.
@@ -79,6 +80,7 @@ class Target:
     transposed: bool = False
     dequantization: str = ""
     rows: Rows | None = None
+    hashes_values: bool = False
     unchanged: Callable[[str], bool] = field(default=lambda sha256: True, compare=False)
 
 
@@ -307,6 +309,7 @@ def _target(
         transposed=transposed,
         dequantization=entry.dequantization,
         rows=rows,
+        hashes_values=not (entry.is_quantized or transposed or rows),
         unchanged=watch((part.file for part in entry.stored.values()), partial(checkpoint.sha256, tensor)),
     )
 
@@ -321,6 +324,7 @@ def _expert(parameter: ExpertParameter, number: int) -> Target:
         sha256=partial(parameter.sha256, number),
         transposed=parameter.turned,
         dequantization=parameter.dequantization,
+        hashes_values=True,
         unchanged=watch(parameter.files(number), partial(parameter.sha256, number)),
     )
 

@@ -1,11 +1,21 @@
-"""Weights at the ends of float32."""
+"""One pass over each matrix: its hash, and weights at the ends of float32."""
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from inilora_kernels import approximate
+from inilora_kernels.display.progress import ProgressBar
 from inilora_kernels.errors import WeightError
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.survey import survey
+from inilora_kernels.model.targets import Target, find_targets
 
 from ..matrices import W
 
@@ -23,3 +33,24 @@ def test_weights_at_the_ends_of_float32(scale: float, solver: str) -> None:
     assert factors.A.isfinite().all()
     assert factors.B.isfinite().all()
     assert factors.certificate.excess < 1e-6
+
+
+def test_a_matrix_is_read_once(tmp_path: Path) -> None:
+    """Hashed from memory, with the hash of its file; an expert, which may have to be dequantized, likewise."""
+    tensors = {"a.q_proj.weight": torch.randn(8, 6), "layers.0.experts.down_proj": torch.randn(3, 4, 6)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    targets = find_targets(open_checkpoint(tmp_path), ["q_proj"], None, ["down_proj"])
+    reads: list[str] = []
+
+    def counted(target: Target) -> Target:
+        def read() -> Tensor:
+            reads.append(target.module)
+            return target.read()
+
+        return dataclasses.replace(target, read=read, sha256=lambda: "read again")
+
+    with ProgressBar(False) as bar:
+        hashes, _ = survey([counted(target) for target in targets], bar)
+    assert hashes == [target.sha256() for target in targets]
+    assert sorted(reads) == sorted(target.module for target in targets)
+    assert len(reads) == 4
