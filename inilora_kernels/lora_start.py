@@ -14,6 +14,7 @@ from .adapters.live_model import model_config
 from .adapters.modules import find_starts, is_conv1d, linear_shape
 from .adapters.peft import initialize_peft
 from .adapters.plan import common_scaling, lora_config
+from .adapters.weights import require_unpacked, with_shared
 from .approximate import approximate_model
 from .choices import Form
 from .errors import InitializationError, OptionError
@@ -84,7 +85,8 @@ def lora_config_of(
 
     Names are the model's own: parts of a fused weight (`c_attn:query`) are one target of their ranks' sum, and modules
     of another rank are in rank_pattern and alpha_pattern, so that all have the same scaling. Parameters are those of
-    `lora_model`. Raises OptionError, and TargetError where the model lacks a module of the factors.
+    `lora_model`. Raises OptionError, TargetError where the model lacks a module of the
+    factors, and WeightError where a module's weight is packed until the model first runs.
     """
     if lora_alpha is not None and not lora_alpha > 0:
         raise OptionError(f"lora_alpha={lora_alpha}: give a number above 0, or leave it out for a scaling of 1")
@@ -94,6 +96,8 @@ def lora_config_of(
     }
     experts = expert_shapes(model)
     starts = find_starts(shapes | experts, factor_set(factors), type(model).__name__, model_config(model))
+    starts = with_shared(starts, model, shapes)
+    require_unpacked(model, starts)
     ranks = {name: start.rank for name, start in starts.items()}
     scaling = common_scaling(ranks, lora_alpha, use_rslora)
     settings: dict[str, Any] = lora_config(ranks, scaling, use_rslora, list(modules), experts)

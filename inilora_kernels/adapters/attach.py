@@ -17,7 +17,14 @@ from .base import require_original
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, is_conv1d, linear_shape
-from .weights import require_own_weight, require_unshared_weight, users_of_weights, warn_if_rounded_away
+from .weights import (
+    require_gradients,
+    require_own_weight,
+    require_unshared_weight,
+    users_of_weights,
+    warn_if_rounded_away,
+    with_shared,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,9 +52,10 @@ def attach(
     dropout: probability for the adapter's input.
 
     Returns the model. Raises TargetError (no such module, a shape differs, an adapter is there already, the code around
-    a module reads its weight instead of calling it, or a residual form of a weight that two modules share), OptionError
-    (form, scaling, dropout, a model loaded from a residual folder) and WeightError (residual form of a quantized,
-    sharded or offloaded weight). Warns where the residual form would lose W to rounding.
+    a module reads its weight instead of calling it, a quantized module passes no gradients, or a residual form of a
+    weight that two modules share), OptionError (form, scaling, dropout, a model loaded from a residual folder) and
+    WeightError (residual form of a quantized, sharded or offloaded weight). Warns where the residual form would lose W
+    to rounding.
 
     >>> from inilora_kernels.factors import Certificate, Factors
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -70,9 +78,11 @@ def attach(
     modules = dict(model.named_modules())
     shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
     _require_no_experts(factors := factor_set(factors))
-    starts = find_starts(shapes, factors, where, model_config(model))
+    starts = with_shared(find_starts(shapes, factors, where, model_config(model)), model, shapes)
     scaled = {name: start.scaled(scaling) for name, start in starts.items()}
     require_called(model, starts)
+    for name in starts:
+        require_gradients(modules[name], name)
     if form == "residual":
         users = users_of_weights(model)
         for name, start in starts.items():

@@ -148,6 +148,11 @@ def export_merged(
                 f"{checkpoint.path}: {tensor} is quantized ({weight.dequantization}), so W + ΔW cannot be written in "
                 f"its place; use `inilora convert`, and merge the adapter into the original model"
             )
+        if tensor in changes:
+            raise TargetError(
+                f"{checkpoint.path}: {tensor} is the weight of several layers with an adapter each, and cannot hold "
+                f"all of their updates; use `inilora convert` and load the adapter next to the model"
+            )
         changes[tensor] = _plus(*update, transposed[tensor])
         live[f"{module}.weight"] = tensor
     others = {key.removeprefix(KEY_PREFIX): value for key, value in adapter.others.items()}

@@ -10,10 +10,12 @@ alpha, which diffusers takes for the rank.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +24,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FactorFileError
+from ..errors import FactorFileError, TargetError
+from ..factor_set import FactorSet
 from ..model.checkpoint import Checkpoint
 from ..storage.atomic import save_tensors
-from ..storage.reading import is_there, require_regular
+from ..storage.reading import is_there, read_json, require_regular
+from ..suggestions import some
 from .expert_folder import wrapped
 from .folder import Adapter, pattern_value, write_adapter, write_card
 
@@ -56,6 +60,36 @@ def write_for(checkpoint: Checkpoint, folder: Path, adapter: Adapter, about: str
         write_card(folder, adapter.config.get("base_model_name_or_path"), about)
     if is_diffusers(checkpoint):
         _write(folder, adapter, _is_pipeline(checkpoint))
+
+
+def loaded_by_pipeline(checkpoint: Checkpoint, factors: FactorSet) -> FactorSet:
+    """The factors of those models of a pipeline to which its `load_lora_weights` gives adapters.
+
+    It passes over others without a word: T5 in Flux and Stable Diffusion 3, every text encoder of most video pipelines.
+    Warns of what is left out. Raises TargetError where nothing is left. Without diffusers all are kept.
+    """
+    index = read_json(checkpoint.path / "model_index.json") if _is_pipeline(checkpoint) else {}
+    try:
+        diffusers: Any = importlib.import_module("diffusers")
+    except ImportError:
+        return factors
+    pipeline = str(index.get("_class_name"))
+    parts = getattr(getattr(diffusers, pipeline, None), "_lora_loadable_modules", None)
+    if parts is None:
+        return factors
+    left_out = [name for name in factors if name.partition(".")[0] not in parts]
+    if len(left_out) == len(factors):
+        raise TargetError(
+            f"{checkpoint.path}: {pipeline} loads adapters for {', '.join(parts)} alone, and the factors are of other "
+            f"models ({left_out[0]}, …); give that model's own folder as the base"
+        )
+    if left_out:
+        warnings.warn(
+            f"{checkpoint.path}: left out {some(left_out, most=1)}: {pipeline} loads adapters for {', '.join(parts)} "
+            f"alone",
+            stacklevel=4,
+        )
+    return FactorSet({name: part for name, part in factors.items() if name not in set(left_out)}, factors.options)
 
 
 def _write(folder: Path, adapter: Adapter, prefixed: bool) -> None:

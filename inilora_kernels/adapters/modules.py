@@ -111,11 +111,25 @@ def find_starts(
         if not (part.A.isfinite().all() and part.B.isfinite().all()):
             raise FactorFileError(f"{name}: its factors hold NaN or Inf; compute them again with `inilora approximate`")
         parts.setdefault(module_of(name), {})[name] = part
+    if partial and config and not shapes.keys() <= parts.keys():
+        parts |= _of_shared(parts, config)
     live_names = _live_names(list(parts), shapes, where, config, partial)
     return {
         live_names[module]: _combine(its_parts, shapes[live_names[module]], f"{where}: {live_names[module]}")
         for module, its_parts in parts.items()
         if module in live_names
+    }
+
+
+def _of_shared(parts: Mapping[str, dict[str, Factors]], config: Mapping[str, Any]) -> dict[str, dict[str, Factors]]:
+    """The factors of a weight under the names of all modules that have it; the checkpoint names one."""
+    return {
+        other: parts[name]
+        for architecture in architectures(config, list(parts))
+        for name in parts
+        if name in architecture.layers
+        for other in architecture.layers[name].shared_with
+        if other not in parts
     }
 
 

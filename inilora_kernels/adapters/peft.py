@@ -25,7 +25,7 @@ from .peft_layer import DeltaVariant, start_layer, start_on_residual, started_co
 from .peft_model import save_and_combine_what_was_learned
 from .residual_base import Layer, is_residual
 from .started import StartedA
-from .weights import require_own_weight, require_unshared_weight, users_of_weights
+from .weights import require_own_weight, require_unpacked, require_unshared_weight, users_of_weights, with_shared
 
 _GO_ON = (
     "go on with it by initialize_peft on a new adapter, then peft_model.load_adapter(folder, adapter_name, "
@@ -58,11 +58,11 @@ def initialize_peft(
     of rank 2r, [B, −B0] [A; A0], which belongs to the original base in both forms, and `load_adapter` resumes from it.
 
     Returns the model. Raises TargetError (no such module, no factors for a module, a shape differs, the model reads a
-    module's weight instead of calling it), OptionError (no such adapter, rank differs, an adapter that holds something
-    already or is merged, DoRA or another variant, biases, embeddings, the residual form of experts, an
-    initialization that has changed the base, a base loaded from a residual folder, the delta form where Unsloth's or
-    Axolotl's kernels bypass PEFT's forward) and WeightError (residual form of a quantized, sharded, offloaded or shared
-    weight); nothing is changed then.
+    module's weight instead of calling it, a quantized module passes no gradients), OptionError (no such adapter, rank
+    differs, an adapter that holds something already or is merged, DoRA or another variant, biases, embeddings, the
+    residual form of experts, an initialization that has changed the base, a base loaded from a residual folder, the
+    delta form where Unsloth's or Axolotl's kernels bypass PEFT's forward) and WeightError (residual form of a
+    quantized, sharded, offloaded or shared weight); nothing is changed then.
 
     >>> import peft
     >>> from inilora_kernels.factors import Certificate, Factors
@@ -115,6 +115,7 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
         for key in load_peft_weights(str(folder / "initial"), device="cpu")
         if key.endswith(".lora_A.weight")
     }
+    require_unpacked(model, stored)
     peft_model = PeftModel.from_pretrained(model, str(folder / "initial"), adapter_name=adapter_name, is_trainable=True)
     layers = _lora_layers(peft_model, adapter_name)
     paths = {name for name, module in peft_model.get_base_model().named_modules() if module in layers.values()}
@@ -252,6 +253,7 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
         if name and id(module) not in inside and (shape := linear_shape(getattr(module, "base_layer", module)))
     }
     starts = find_starts(shapes | expert_shapes(base), factors, type(base).__name__, model_config(base))
+    starts = with_shared(starts, base, shapes)
     without = [name for name in layers if name not in starts]
     if without:
         raise TargetError(

@@ -16,7 +16,7 @@ from ..choices import Form
 from ..errors import TargetError
 from .peft_layer import start_layer
 from .residual_base import Layer
-from .weights import device_of
+from .weights import require_gradients, run_base
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ def put_back(layer: Layer, adapter_name: str, parts: Parts) -> None:
 def require_layer_unchanged(layer: Layer, name: str, A: Tensor, B: Tensor, form: Form, adapter_name: str) -> None:
     """Start the layer, compare its output on random input with its base layer's, and undo the start.
 
-    Raises TargetError if it differs by more than rounding. A layer that cannot be run here (sharded, or with another
-    device's kernels) is trusted.
+    Raises TargetError if it differs by more than rounding, or if a quantized base layer passes no gradients. A layer
+    that cannot be run here (sharded, or with another device's kernels) is trusted.
     """
     base_layer = layer.get_base_layer()
-    found = _run_base(base_layer, A.shape[1])
+    found = run_base(base_layer, A.shape[1])
     if found is None:
         return
+    require_gradients(base_layer, name)
     x, expected = found
     parts = parts_of(layer, adapter_name)
     try:
@@ -112,7 +113,7 @@ def disabled(layers: Iterable[Layer]) -> Iterator[None]:
 
 @contextmanager
 def _only(layer: Layer, adapter_name: str) -> Iterator[None]:
-    """This adapter active and no other, without dropout, on a base layer that stays trainable; see `_run_base`."""
+    """This adapter active and no other, without dropout, on a base layer that stays trainable; see `run_base`."""
     active, off, dropout = layer._active_adapter, layer._disable_adapters, layer.lora_dropout[adapter_name]
     base_layer = layer.get_base_layer()
     training = dropout.training, base_layer.training
@@ -123,24 +124,3 @@ def _only(layer: Layer, adapter_name: str) -> Iterator[None]:
     finally:
         layer._active_adapter, layer._disable_adapters = active, off
         dropout.training, base_layer.training = training
-
-
-def _run_base(base_layer: nn.Module, in_features: int) -> tuple[Tensor, Tensor] | None:
-    weight = getattr(base_layer, "weight", None)
-    own = [weight.dtype] if isinstance(weight, Tensor) and weight.dtype.is_floating_point else []
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, in_features, generator=generator).to(device_of(base_layer))
-    # bitsandbytes packs a layer that runs in evaluation mode so that it can no longer be trained.
-    training = base_layer.training
-    base_layer.training = True
-    try:
-        for dtype in (*own, torch.float32, torch.bfloat16, torch.float16):
-            try:
-                output = base_layer(x.to(dtype))
-            except Exception:  # whatever kernels raise for a dtype or a device that they do not support
-                continue
-            if isinstance(output, Tensor) and output.dtype.is_floating_point and not output.is_meta:
-                return x.to(dtype), output
-        return None
-    finally:
-        base_layer.training = training

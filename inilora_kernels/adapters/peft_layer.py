@@ -22,7 +22,7 @@ from ..choices import Form
 from ..errors import OptionError
 from .residual_base import Layer, require_still_started, subtract, take_for_residual
 from .started import DeltaA, DeltaB, Started, StartedA, StartedB, difference
-from .weights import device_of, oriented, plus
+from .weights import device_of, oriented, plus, require_summable
 
 
 @dataclass
@@ -133,10 +133,12 @@ class DeltaVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: Layer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        require_summable(orig_weight, f"merge of adapter {active_adapter!r}")
         return plus(orig_weight, _delta_weight(module, active_adapter))
 
     @staticmethod
     def merge_unsafe(module: Layer, active_adapter: str, orig_weight: Tensor) -> None:
+        require_summable(orig_weight, f"merge of adapter {active_adapter!r}")
         orig_weight.data = plus(orig_weight.data, _delta_weight(module, active_adapter))
 
     @staticmethod

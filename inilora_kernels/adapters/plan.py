@@ -23,11 +23,11 @@ from ..model.names import shortest_endings
 from ..storage.atomic import require_new_folder
 from ..suggestions import some
 from .base import require_same_base
-from .diffusers_folder import is_diffusers
+from .diffusers_folder import is_diffusers, loaded_by_pipeline
 from .experts import expert_shapes
 from .folder import KEY_PREFIX, Adapter
 from .model_copy import size_of_copy
-from .modules import Start, find_starts, module_of
+from .modules import Start, find_starts, linear_shape, module_of
 
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -79,13 +79,15 @@ def plan_export(
     require_new_folder(out, adapters + (size_of_copy(checkpoint) if changes_weights else 0))
     tensors = require_same_base(checkpoint, factors)
     architecture = _architecture(checkpoint, task_type)
-    factors = _loaded(checkpoint, factors, tensors, architecture)
+    factors = _loaded(checkpoint, loaded_by_pipeline(checkpoint, factors), tensors, architecture)
     tensors = {module_of(name): tensors[module_of(name)] for name in factors}
     live_names = {
         module: _live_name(checkpoint, tensor.removesuffix(".weight"), architecture, changes_weights)
         for module, tensor in tensors.items()
     }
     starts = _starts(checkpoint, factors, tensors, live_names)
+    if architecture:
+        starts |= _of_shared(architecture, starts)
     ranks = {module: start.rank for module, start in starts.items()}
     scaling = common_scaling(ranks, lora_alpha, use_rslora)
     if is_diffusers(checkpoint) and scaling != 1:
@@ -221,7 +223,8 @@ def _live_name(checkpoint: Checkpoint, module: str, architecture: Architecture |
     if weight is not None and weight.is_fused_attention:
         raise TargetError(
             f"{checkpoint.path}: {module} cannot get an adapter: it is in_proj_weight of torch's MultiheadAttention, "
-            f"which reads that parameter and calls no layer; make the factors again without it"
+            f"which reads that parameter and calls no layer; make the factors again without it, or convert the model "
+            f"to one whose projections are layers (transformers' CLIPModel for open_clip)"
         )
     if architecture is None or not architecture.layers:
         return module
@@ -266,6 +269,17 @@ def _starts(
         shapes[live_names[module_of(name)]] = (out_features, in_features)
     live = FactorSet({renamed(name): part for name, part in factors.items()}, factors.options)
     return find_starts(shapes, live, str(checkpoint.path))
+
+
+def _of_shared(architecture: Architecture, starts: Mapping[str, Start]) -> dict[str, Start]:
+    """The starts of further linear layers that the model gives the same weight; see `with_shared`."""
+    return {
+        other: starts[layer.name]
+        for layer in architecture.layers.values()
+        if layer.name in starts
+        for other in layer.shared_with
+        if linear_shape(architecture.model.get_submodule(other))
+    }
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

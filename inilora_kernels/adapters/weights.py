@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError, WeightError
-from .modules import is_conv1d, linear_shape
+from .modules import Start, is_conv1d, linear_shape
 
 
 def require_own_weight(base_layer: nn.Module, what: str, instead: str) -> None:
@@ -20,15 +20,41 @@ def require_own_weight(base_layer: nn.Module, what: str, instead: str) -> None:
     """
     weight = getattr(base_layer, "weight", None)
     data = weight.data if isinstance(weight, Tensor) else None
-    if data is not None and type(data) is Tensor and data.is_floating_point() and data.dtype.itemsize >= 2:
+    if data is not None and is_plain(data):
         shape = linear_shape(base_layer)
         stored = shape if shape is None or not is_conv1d(base_layer) else shape[::-1]
+        status = str(getattr(base_layer, "quantization_status", ""))
+        if status and not status.lower().endswith("decompressed"):
+            raise WeightError(f"{what}: compressed-tensors quantizes the base weight in every forward pass; {instead}")
         if not data.is_meta and tuple(data.shape) == stored:
             return
         found = "on the meta device" if data.is_meta else f"a shard of shape {tuple(data.shape)}"
         raise WeightError(f"{what}: the base weight is offloaded or sharded ({found}); {instead}")
     found = "no `weight`" if data is None else f"{type(data).__name__} of {data.dtype}"
     raise WeightError(f"{what}: the base weight is quantized or sharded ({found}); {instead}")
+
+
+def require_unpacked(model: nn.Module, names: Collection[str]) -> None:
+    """Raise WeightError if one of these linear layers has no weight yet, so that PEFT cannot add an adapter to it.
+
+    compressed-tensors keeps packed weights (4 bits) in place of `weight` until the model first runs, and unpacks them
+    all then, for good.
+    """
+    for name, module in model.named_modules():
+        if name in names and isinstance(module, nn.Linear) and not hasattr(module, "weight"):
+            raise WeightError(
+                f"{name}: its weight is packed until the model first runs; run the model once before adding adapters, "
+                f"or load it with CompressedTensorsConfig(dequantize=True)"
+            )
+
+
+def require_summable(weight: Tensor, what: str) -> None:
+    """Raise WeightError if a weight holds a quantized matrix's codes, to which no update of the matrix can be added."""
+    if weight.dtype.itemsize < 2 or not weight.is_floating_point():
+        raise WeightError(
+            f"{what}: the base weight is quantized ({weight.dtype}), and its scales are elsewhere; load what "
+            f"save_pretrained writes next to it, or merge that into the original model"
+        )
 
 
 def users_of_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -39,6 +65,20 @@ def users_of_weights(model: nn.Module) -> dict[int, list[str]]:
         if weight is not None:
             users.setdefault(id(weight), []).append(name)
     return users
+
+
+def with_shared(starts: Mapping[str, Start], model: nn.Module, shapes: Collection[str]) -> dict[str, Start]:
+    """The starts, and the same for other linear layers that have the same weight, as Zamba's attention blocks do.
+
+    Each trains an adapter of its own, from one start. shapes: the names of the model's linear layers.
+    """
+    every = dict(starts)
+    for users in users_of_weights(model).values():
+        names = list(dict.fromkeys(user.removesuffix(".base_layer") for user in users))
+        first = next((name for name in names if name in starts), None)
+        if first is not None:
+            every |= {name: starts[first] for name in names if name in shapes and name not in every}
+    return every
 
 
 def require_unshared_weight(
@@ -87,3 +127,49 @@ def warn_if_rounded_away(weight: Tensor, residual: Tensor, name: str) -> None:
             f'rounds away about {loss:.1%} of the weight; use form="delta", which leaves the base as it is',
             stacklevel=3,
         )
+
+
+def require_gradients(base_layer: nn.Module, name: str) -> None:
+    """Raise TargetError if a quantized layer passes no gradient to its input: what comes before it would not train.
+
+    torchao's layers that quantize their input as well, for example, compute outside autograd.
+    """
+    weight, shape = getattr(base_layer, "weight", None), linear_shape(base_layer)
+    if shape is None or (isinstance(weight, Tensor) and is_plain(weight.data)) or torch.is_inference_mode_enabled():
+        return
+    with torch.enable_grad():
+        found = run_base(base_layer, shape[1], gradients=True)
+    if found is not None and not found[1].requires_grad:
+        raise TargetError(
+            f"{name}: {type(base_layer).__name__} with a weight of {type(getattr(weight, 'data', weight)).__name__} "
+            f"passes no gradient to its input, so adapters before it would not train; quantize the weights alone, not "
+            f"the activations, or train on another base"
+        )
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a tensor holds W itself: dense, floating-point, of 16 bits or more."""
+    return type(weight) is Tensor and weight.is_floating_point() and weight.dtype.itemsize >= 2
+
+
+def run_base(base_layer: nn.Module, in_features: int, gradients: bool = False) -> tuple[Tensor, Tensor] | None:
+    """Random input in a dtype that the layer takes, and its output; None where it cannot be run here."""
+    weight = getattr(base_layer, "weight", None)
+    own = [weight.dtype] if isinstance(weight, Tensor) and weight.dtype.is_floating_point else []
+    own = [dtype for dtype in own if dtype.itemsize > 1]  # 8 bits are how W is stored, not what it computes in
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, in_features, generator=generator).to(device_of(base_layer))
+    # bitsandbytes packs a layer that runs in evaluation mode so that it can no longer be trained.
+    training = base_layer.training
+    base_layer.training = True
+    try:
+        for dtype in (*own, torch.float32, torch.bfloat16, torch.float16):
+            try:
+                output = base_layer(x.to(dtype).requires_grad_(gradients))
+            except Exception:  # whatever kernels raise for a dtype or a device that they do not support
+                continue
+            if isinstance(output, Tensor) and output.dtype.is_floating_point and not output.is_meta:
+                return x.to(dtype), output
+        return None
+    finally:
+        base_layer.training = training

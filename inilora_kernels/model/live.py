@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,7 +48,8 @@ def open_live(model: nn.Module | Mapping[str, Tensor], choose: Choose | None = N
     what `gather` raises.
     """
     label = Path(f"<{type(model).__name__}>")
-    held = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    held = _without_what_is_unused(model) if isinstance(model, nn.Module) else model
+    held, metadata = _taken_apart(held, label)
     live = {name: LiveTensor(name, label, tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
     tensors: dict[str, StoredTensor] = {**live}
     if not tensors:
@@ -62,8 +65,14 @@ def open_live(model: nn.Module | Mapping[str, Tensor], choose: Choose | None = N
     if sharded:
         chosen = frozenset(sharded if choose is None else choose(list(tensors), config))
         tensors |= gather({name: live[name] for name in sharded if name in chosen})
-    weights = find_weights(tensors, config, {})
+    weights = find_weights(tensors, config, metadata)
     if isinstance(model, nn.Module):
+        repacked = {name for name, module in model.named_modules() if _is_repacked(module)}
+        weights |= {
+            name: replace(weight, refusal="gptqmodel lays its words out anew on loading: give the folder or hub id")
+            for name, weight in weights.items()
+            if name.removesuffix(".weight") in repacked
+        }
         linear = {name for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
         weights = {
             name: weight
@@ -71,6 +80,43 @@ def open_live(model: nn.Module | Mapping[str, Tensor], choose: Choose | None = N
             if name.removesuffix(".weight") in linear or weight.is_fused_attention
         }
     return Checkpoint(label, tensors, weights, config, name=str(getattr(model, "name_or_path", "") or label))
+
+
+def _without_what_is_unused(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the scales of layers whose weight compressed-tensors has unpacked for good."""
+    held: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, module in model.named_modules():
+        if str(getattr(module, "quantization_status", "")).lower().endswith("decompressed"):
+            for part in [part for part in held if part.startswith(f"{name}.weight_")]:
+                del held[part]
+    return held
+
+
+def _taken_apart(held: Mapping[str, Tensor], label: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor, torchao's in the parts in which transformers saves them, and the metadata that describes those."""
+    plain = dict(held)
+    metadata: dict[str, str] = {}
+    for name, tensor in held.items():
+        data = tensor.detach() if isinstance(tensor, Tensor) else None
+        if not type(data).__module__.startswith("torchao."):
+            continue
+        support: Any = importlib.import_module("torchao.prototype.safetensors.safetensors_support")
+        try:
+            parts, described = support.flatten_tensor_state_dict({name: data})
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{label}: {name} is torchao's {type(data).__name__}, which torchao cannot save part by part; give the "
+                f"model's folder"
+            ) from error
+        del plain[name]
+        plain |= parts
+        metadata |= described
+    return plain, metadata
+
+
+def _is_repacked(module: nn.Module) -> bool:
+    """Whether it is a layer of gptqmodel, whose tensors are not those of the file: GPTQ's zero points, AWQ's order."""
+    return type(module).__module__.startswith("gptqmodel.") and hasattr(module, "qweight")
 
 
 def _processes(tensor: object) -> int:

@@ -39,7 +39,20 @@ class Module:
 
     @property
     def aliases(self) -> set[str]:
-        return aliases(self.name, self.architecture)
+        shared = self.layer.shared_with if self.layer is not None and self.shares_with_layers_alone else ()
+        return aliases(self.name, self.architecture).union(shared)
+
+    @property
+    def shares_with_layers_alone(self) -> bool:
+        """Whether all that have its weight too are linear layers, as in Zamba; no embedding, no output layer."""
+        return self.layer is None or _shares_with_layers_alone(self.layer, self.architecture)
+
+
+def _shares_with_layers_alone(layer: Layer, architecture: Architecture | None) -> bool:
+    if architecture is None or not layer.shared_with:
+        return True
+    others = [architecture.model.get_submodule(name) for name in layer.shared_with]
+    return architecture.output_names.isdisjoint(layer.shared_with) and all(hasattr(o, "in_features") for o in others)
 
 
 def aliases(module: str, architecture: Architecture | None) -> set[str]:
@@ -66,7 +79,7 @@ def find_modules(checkpoint: Checkpoint) -> list[Module]:
         layer = architecture.layers.get(name) if architecture else None
         if layer is not None:
             form = layer.form
-            inner = form != "other" and not layer.is_output and not layer.shared_with
+            inner = form != "other" and not layer.is_output and _shares_with_layers_alone(layer, architecture)
         else:
             form = _form_by_name(name, entries[name], stored_transposed)
             # A tensor without a place in a complete model is a leftover, such as a pretraining head.
@@ -84,6 +97,16 @@ def find_modules(checkpoint: Checkpoint) -> list[Module]:
             )
         )
     return modules
+
+
+def once_each(modules: Iterable[Module]) -> list[Module]:
+    """The modules, of linear layers that share a weight the first."""
+    kept: dict[str, Module] = {}
+    for module in modules:
+        shared = module.layer.shared_with if module.layer is not None and module.form != "other" else ()
+        if not any(name in kept and kept[name].form != "other" for name in shared):
+            kept[module.layer.name if module.layer else module.name] = module
+    return list(kept.values())
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

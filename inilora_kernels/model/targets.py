@@ -22,7 +22,7 @@ from .formats.find import module_and_part
 from .formats.weight import StoredWeight
 from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index, thirds
 from .hub import Choose
-from .modules import Module, aliases, find_modules, is_output_by_name, last_part, selector
+from .modules import Module, aliases, find_modules, is_output_by_name, last_part, once_each, selector
 from .unchanged import watch
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -123,7 +123,7 @@ def find_targets(
     ['0.q_proj', '0.v_proj']
     """
     target = partial(_target, checkpoint, functools.cache(checkpoint.sha256))
-    every = find_modules(checkpoint)
+    every = once_each(find_modules(checkpoint))
     experts = find_expert_parameters(checkpoint, next((module.architecture for module in every), None))
     chosen = selected(checkpoint, experts, target_parameters or ())
     matrices = [_expert(one, number) for one in chosen for number in range(len(one.stored))]
@@ -283,7 +283,7 @@ def _target(
     if module.form == "other":
         what = module.layer.type if module.layer else "embedding, by its name"
         raise TargetError(f"{where} is not a linear layer ({what}); leave it out of target_modules")
-    if module.layer is not None and module.layer.shared_with:
+    if module.layer is not None and not module.shares_with_layers_alone:
         raise TargetError(
             f"{where} shares its weight with {', '.join(module.layer.shared_with)}, so it cannot have "
             f"factors of its own; leave it out of target_modules"

@@ -11,9 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inilora_kernels import FactorSet, approximate_model, convert, export_delta, export_merged, export_residual
-from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError
+from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError, TargetError
 
-from .pipelines import load_pipeline, output, save_pipeline, unet_output
+from .pipelines import (
+    flux_output,
+    load_pipeline,
+    output,
+    save_flux,
+    save_pipeline,
+    save_stable_diffusion_3,
+    stable_diffusion_3_output,
+    unet_output,
+)
 
 diffusers: Any = pytest.importorskip("diffusers")
 
@@ -86,6 +95,59 @@ def test_a_pipeline_by_its_own_loaders_and_back(
     assert not (tmp_path / "plain/adapter_config.json").exists()
     with pytest.raises(CheckpointError, match="give that folder as the base"):
         export_merged(tmp_path / "trained", factors, tmp_path / "merged", base=pipeline)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("save", "compute", "models", "left_out"),
+    [
+        (save_flux, flux_output, ["transformer", "text_encoder"], "text_encoder_2"),
+        (
+            save_stable_diffusion_3,
+            stable_diffusion_3_output,
+            ["transformer", "text_encoder", "text_encoder_2"],
+            "text_encoder_3",
+        ),
+    ],
+)
+def test_flux_and_stable_diffusion_3(tmp_path: Path, save: Any, compute: Any, models: list[str], left_out: str) -> None:
+    """Their T5 gets no adapters from diffusers' loaders, which pass over its tensors without a word."""
+    base = save(tmp_path / "base")
+    factors = factorized(base)
+    assert {name.partition(".")[0] for name in factors} == {*models, left_out}
+    assert any("attn.add_q_proj" in name for name in factors)
+    with pytest.warns(UserWarning, match=rf"left out {left_out}.* and 3 more: .*Pipeline loads adapters for"):
+        export_delta(base, factors, tmp_path / "delta")
+    alone = FactorSet({name: part for name, part in factors.items() if name.startswith(left_out)}, factors.options)
+    with pytest.raises(TargetError, match="give that model's own folder as the base"):
+        export_delta(base, alone, tmp_path / "none")
+
+    def load() -> Any:
+        none = {f"tokenizer{number}": None for number in ("", "_2", "_3")[: len(models)]}
+        return diffusers.DiffusionPipeline.from_pretrained(base, **none)
+
+    pipe = load()
+    expected = compute(pipe).detach()
+    pipe.load_lora_weights(tmp_path / "delta/adapter", adapter_name="default")
+    assert not close(compute(pipe), expected)
+    pipe.load_lora_weights(tmp_path / "delta/initial", adapter_name="initial")
+    pipe.set_adapters(["default", "initial"])
+    assert close(compute(pipe), expected)
+    parts = {name: getattr(pipe, name) for name in models}
+    train(
+        {f"{part}.{name}": one for part, model in parts.items() for name, one in model.named_parameters()},
+        lambda: compute(pipe),
+    )
+    trained = compute(pipe).detach()
+    assert not close(trained, expected)
+    layers = {
+        f"{name}_lora_layers": get_peft_model_state_dict(part, adapter_name="default") for name, part in parts.items()
+    }
+    pipe.save_lora_weights(tmp_path / "trained", **layers, **diffusers.training_utils._collate_lora_metadata(parts))
+    convert(tmp_path / "trained", factors, tmp_path / "plain", base=base)
+    fresh = load()
+    fresh.load_lora_weights(tmp_path / "plain")
+    assert close(compute(fresh), trained)
 
 
 def test_one_model_of_it(pipeline: Path, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
         reader = gguf.GGUFReader(file)
         config = loading.load_gguf_checkpoint(str(file), return_tensors=False)["config"]
         processor = loading.TENSOR_PROCESSORS.get(config["model_type"], loading.TensorProcessor)(config=config)
-        names = loading.get_gguf_hf_weights_map(_model(config), processor)
+        model = _model(config)
+        names = loading.get_gguf_hf_weights_map(model, processor)
     except Exception as error:
         # The reader slices at whatever offsets a damaged file states, and raises what numpy raises.
         raise CheckpointError(f"{file}: not a GGUF file that transformers {_version()} loads ({error})") from error
@@ -59,7 +60,8 @@ def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
             values=values,
             processor=processor,
         )
-    return tensors, config
+    # A GGUF file does not name the class; without, an adapter would be named for the model without its head.
+    return tensors, {**config, "architectures": [type(model).__name__]}
 
 
 def _model(config: dict[str, Any]) -> Any:
