@@ -273,7 +273,7 @@ def _updates(
     for module, start in starts.items():
         scaling = adapter.scaling(module)
         A0, B0 = start.scaled(scaling)
-        A, B = _own_half(*adapter.factors[module], A0, B0)
+        A, B, A0, B0 = _halves(*adapter.factors[module], A0, B0)
         if A.shape[-2] == 2 * start.rank:
             raise FactorFileError(
                 f"{trained}: {module} has twice the rank of the factors, as a started model saves it, so it is a "
@@ -306,17 +306,22 @@ def _updates(
     return updates, modules
 
 
-def _own_half(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B from a folder with [A; A0] and [B, −B0], the plain LoRA that a started model saves."""
+def _halves(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B, A0, B0 as they are in a folder with [A; A0] and [B, −B0], the plain LoRA that a started model saves.
+
+    A model that trained in 16 bits and was cast afterwards started from A0 and B0 in 16 bits.
+    """
     r = A0.shape[-2]
-    # Rank-stabilized scaling of twice the rank goes through √2, so A0 and B0 may differ in a last place.
-    rtol = 4 * torch.finfo(A.dtype).eps
-    is_doubled = (
-        A.shape[-2] == 2 * r
-        and torch.allclose(A[..., r:, :], A0.to(A.dtype), rtol=rtol, atol=0.0)
-        and torch.allclose(B[..., r:], -B0.to(B.dtype), rtol=rtol, atol=0.0)
-    )
-    return (A[..., :r, :], B[..., :r]) if is_doubled else (A, B)
+    if A.shape[-2] == 2 * r:
+        for dtype in (A.dtype, torch.bfloat16, torch.float16):
+            # Rank-stabilized scaling of twice the rank goes through √2, so A0 and B0 may differ in a last place.
+            rtol = 4 * torch.finfo(dtype).eps
+            if all(
+                torch.allclose(stored.float(), start.to(dtype).float(), rtol=rtol, atol=0.0)
+                for stored, start in ((A[..., r:, :], A0), (B[..., r:], -B0))
+            ):
+                return A[..., :r, :], B[..., :r], A[..., r:, :], -B[..., r:]
+    return A, B, A0, B0
 
 
 def _require_related(trained: Path, ends: Mapping[str, tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:

@@ -30,16 +30,23 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
     modules around each layer says where its weight is read; where the model can be run on random input, that decides
     whether the layer is called after all.
     """
-    suspects = {name: reader for name in names if (reader := reads_weight(model, name))}
+    suspects = {name: reader for name in names if (reader := _reader(model, name))}
     if not suspects:
         return
     inputs = random_inputs(model)
     called = frozenset[str]() if inputs is None else called_layers(model, suspects, inputs)
-    for name, reader in suspects.items():
-        if name not in called:
+    bypassed = {name for name in suspects if name not in called}
+    if bypassed and inputs is not None and _is_on_meta(model):
+        # Models that run elsewhere may fail there before they come to a layer: one that is called somewhere passes.
+        completed = _completed(model, {suspects[name][0] for name in bypassed}, inputs)
+        bypassed -= {
+            name for name in bypassed if suspects[name][0] not in completed and _is_called_somewhere(model, name)
+        }
+    for name in suspects:
+        if name in bypassed:
             raise TargetError(
-                f"{name}: {reader} reads its weight and does not call the layer, so an adapter on it would have "
-                f"no effect; leave this module out of target_modules and of the factors"
+                f"{name}: {suspects[name][1]} reads its weight and does not call the layer, so an adapter on it would "
+                f"have no effect; leave this module out of target_modules and of the factors"
             )
 
 
@@ -49,13 +56,33 @@ def reads_weight(model: nn.Module, name: str) -> str | None:
     >>> reads_weight(nn.MultiheadAttention(4, 2), "out_proj")
     'MultiheadAttention.forward'
     """
+    reader = _reader(model, name)
+    return reader[1] if reader else None
+
+
+def _reader(model: nn.Module, name: str) -> tuple[str, str] | None:
+    """The module whose source computes with the layer's weight, and its class and method."""
+    return next(
+        (
+            (module, owner)
+            for module, owner, function, chain in _around(model, name)
+            if chain in _weights_computed_with(function)
+        ),
+        None,
+    )
+
+
+def _is_called_somewhere(model: nn.Module, name: str) -> bool:
+    return any(chain in _layers_called_by(function) for *_, function, chain in _around(model, name))
+
+
+def _around(model: nn.Module, name: str) -> Iterator[tuple[str, str, Any, tuple[str, ...]]]:
+    """The methods of the modules around a layer: the module, class and name, function, how it would name the layer."""
     path = name.split(".")
     for depth in range(len(path)):
-        around = model.get_submodule(".".join(path[:depth]))
-        for owner, function in _methods(around).items():
-            if ("self", *path[depth:]) in _weights_computed_with(function):
-                return owner
-    return None
+        module = ".".join(path[:depth])
+        for owner, function in _methods(model.get_submodule(module)).items():
+            yield module, owner, function, ("self", *path[depth:])
 
 
 def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
@@ -117,7 +144,19 @@ def _called(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tenso
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: seen.add(name)) for name in names
     ]
     try:
-        output_of(model, inputs, training)
+        _run(model, inputs, training)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return frozenset(seen)
+
+
+def _completed(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tensor]) -> frozenset[str]:
+    """Which of these modules finish their forward pass on these inputs."""
+    seen: set[str] = set()
+    hooks = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.add(name)) for name in names]
+    try:
+        _run(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -127,11 +166,7 @@ def _called(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tenso
 @torch.no_grad()
 def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor | None:
     """The model's first output, without dropout unless `training`; None if it has no values on these inputs."""
-    with _mode(model, training), torch.random.fork_rng(devices=[]):
-        try:
-            output = model(**inputs)
-        except Exception:  # whatever a model raises on input that is not meant for it; it then tells us nothing
-            return None
+    output = _run(model, inputs, training)
     first = (
         output
         if isinstance(output, Tensor)
@@ -140,6 +175,19 @@ def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = F
         else None
     )
     return first if isinstance(first, Tensor) and not first.is_meta else None
+
+
+@torch.no_grad()
+def _run(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = False) -> Any:
+    with _mode(model, training), torch.random.fork_rng(devices=[]):
+        try:
+            return model(**inputs)
+        except Exception:  # whatever a model raises on input that is not meant for it; it then tells us nothing
+            return None
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return all(parameter.is_meta for parameter in model.parameters())
 
 
 @contextmanager
@@ -176,18 +224,29 @@ def _weights_computed_with(function: Any) -> frozenset[tuple[str, ...]]:
     """Each attribute chain, ("self", "out_proj"), whose `.weight` the function computes with."""
     if "weight" not in getattr(getattr(function, "__code__", None), "co_names", ()):
         return frozenset()
+    return frozenset(
+        _chain(node.value)
+        for node, around in _nodes(function)
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and _computes(node, around)
+    )
+
+
+@functools.cache
+def _layers_called_by(function: Any) -> frozenset[tuple[str, ...]]:
+    """Each attribute chain, ("self", "out_proj"), that the function calls."""
+    return frozenset(_chain(node.func) for node, _ in _nodes(function) if isinstance(node, ast.Call))
+
+
+def _nodes(function: Any) -> list[tuple[ast.AST, ast.AST]]:
+    """The nodes of a function's source, each with the one around it; none where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    found = set()
-    stack: list[tuple[ast.AST, ast.AST]] = [(tree, tree)]
-    while stack:
-        node, around = stack.pop()
-        if isinstance(node, ast.Attribute) and node.attr == "weight" and _computes(node, around):
-            found.add(_chain(node.value))
-        stack.extend((child, node) for child in ast.iter_child_nodes(node))
-    return frozenset(found)
+        return []
+    nodes: list[tuple[ast.AST, ast.AST]] = [(tree, tree)]
+    for node, _ in nodes:
+        nodes.extend((child, node) for child in ast.iter_child_nodes(node))
+    return nodes
 
 
 def _computes(node: ast.Attribute, around: ast.AST) -> bool:

@@ -214,7 +214,12 @@ def _start(
 
 def _config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
     """The adapter's config, after checking that what it asks for can start from factors and be converted later."""
-    configs = getattr(peft_model, "peft_config", {})
+    if not isinstance(peft_model, PeftModel):
+        raise OptionError(
+            f"{type(peft_model).__name__} is no PeftModel; give what get_peft_model returns, without mixed=True: its "
+            f"save_pretrained is where the start is taken away again"
+        )
+    configs = peft_model.peft_config
     if adapter_name not in configs:
         there = ", ".join(configs) or "none; call get_peft_model first"
         raise OptionError(f"no adapter {adapter_name!r} in this model; there is {there}")

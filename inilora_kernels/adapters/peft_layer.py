@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..choices import Form
 from ..errors import OptionError
-from .residual_base import Layer, require_still_started, subtract, take_for_residual
+from .residual_base import Layer, is_residual, require_still_started, subtract, take_for_residual
 from .started import DeltaA, DeltaB, Started, StartedA, StartedB, difference
 from .weights import device_of, oriented, plus, require_summable
 
@@ -155,7 +155,11 @@ class ResidualVariant(LoraVariant):
 
 
 def _start_as(layer: Layer, adapter_name: str, config: LoraConfig) -> None:
-    assert isinstance(config, StartedLoraConfig)
+    if not isinstance(config, StartedLoraConfig):
+        raise OptionError(
+            f"adapter {adapter_name!r}: one of this name has started from factors already; call unload() or "
+            f"delete_adapter first, or take another name"
+        )
     source = config.started_from
     if source not in layer.lora_A or not isinstance(layer.lora_A[source], StartedA) or layer.lora_A[source].swapped():
         raise OptionError(
@@ -176,6 +180,11 @@ def _resolve_lora_variant(layer: Layer, *, config: LoraConfig, **options: Any) -
     if isinstance(config, StartedLoraConfig) and config.started_from is not None:
         return DeltaVariant() if config.form == "delta" else ResidualVariant()
     variant: LoraVariant | None = type(layer).resolve_lora_variant(layer, config=config, **options)
+    if variant is not None and is_residual(layer):
+        raise OptionError(
+            f"{type(variant).__name__} computes with the base weight, which an adapter in the residual form has "
+            f'replaced by R, so what it learns would fit R alone; start that one with form="delta"'
+        )
     return variant
 
 

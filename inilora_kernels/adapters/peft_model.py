@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from .started import Started
 
+# What PEFT's initializations do to A and B alone.
+_LEAVES_THE_BASE = frozenset({"gaussian", "orthogonal", "eva", "mica"})
+
 
 def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
     """Let the model's own `save_pretrained`, `state_dict` and `add_weighted_adapter` take s(BA − B0A0) for an adapter.
@@ -27,6 +30,7 @@ def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
         (peft_model, partial(_save_pretrained, peft_model)),
         (peft_model, partial(_state_dict, peft_model)),
         (peft_model.base_model, partial(_add_weighted_adapter, peft_model.base_model)),
+        (peft_model.base_model, partial(_inject_adapter, peft_model.base_model)),
     ):
         setattr(owner, method.func.__name__.removeprefix("_"), method)
 
@@ -72,6 +76,20 @@ def _started(peft_model: PeftModel) -> dict[str, Started]:
         for name, module in peft_model.named_modules()
         if isinstance(module, Started)
     }
+
+
+def _inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
+    """BaseTuner.inject_adapter, by which every further adapter comes into the model: none that changes its weights.
+
+    PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the base weights apart, for the adapters that are there already too.
+    """
+    method = getattr(tuner.peft_config[adapter_name], "init_lora_weights", True)
+    if not (isinstance(method, bool) or method in _LEAVES_THE_BASE):
+        raise OptionError(
+            f"adapter {adapter_name!r}: init_lora_weights={method!r} changes base weights, and with them what the "
+            f"adapters that started from factors compute; load it into a model of its own"
+        )
+    type(tuner).inject_adapter(tuner, model, adapter_name, *args, **options)
 
 
 def _add_weighted_adapter(tuner: Any, adapters: list[str], *args: Any, **options: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,32 @@ def test_a_layer_that_is_passed_by_is_refused_with_who_reads_its_weight() -> Non
         require_called(model, ["block.called", "block.passed_by"])
     with pytest.raises(TargetError, match=r"attention\.out_proj: MultiheadAttention"):
         require_called(model, ["attention.out_proj"])
+
+
+class OnCpu(nn.Module):
+    """As transformers' 4.45 LLaMA: does not run on the meta device, and multiplies slice by slice in a branch alone."""
+
+    main_input_name = "input_ids"
+    config = SimpleNamespace(vocab_size=8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.sliced, self.read = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        if input_ids.shape[1] > 100:
+            return torch.cat([F.linear(x, part) for part in self.sliced.weight.split(2)])
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(self.sliced(x), self.read.weight)
+
+
+def test_a_model_that_does_not_run_on_meta_is_judged_by_whether_it_calls_the_layer_anywhere() -> None:
+    with torch.device("meta"):
+        model = OnCpu()
+    require_called(model, ["sliced"])
+    with pytest.raises(TargetError, match=r"OnCpu\.forward reads its weight and does not call"):
+        require_called(model, ["read"])
 
 
 def test_called_means_in_training_and_in_evaluation() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
@@ -180,3 +180,60 @@ def test_the_start_is_not_made_again_on_loading(llama: Path, factors: FactorSet,
     model.save_pretrained(tmp_path)
     assert torch.allclose(logits(PeftModel.from_pretrained(load(llama), tmp_path)), trained, rtol=0, atol=1e-5)
     assert model.peft_config["default"].init_lora_weights == "pissa"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", ["pissa", "olora", "pissa_niter_4"])
+def test_an_adapter_that_would_change_the_base_is_refused(
+    llama: Path, factors: FactorSet, form: Form, method: str, tmp_path: Path
+) -> None:
+    """transformers 34468, peft 2184: PiSSA changes the base weights under the adapters that are there."""
+    get_peft_model(load(llama), LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=method)).save_pretrained(
+        tmp_path
+    )
+    model = started(llama, factors, form)
+    trained = change(model)
+    for add in (
+        lambda: model.load_adapter(tmp_path, "other"),
+        lambda: model.add_adapter("other", LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=method)),
+    ):
+        with pytest.raises(OptionError, match=r"changes base weights.*a model of its own"):
+            add()
+        assert list(model.peft_config) == ["default"]
+        assert torch.equal(logits(model), trained)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="orthogonal"))
+    assert torch.equal(logits(model), trained)
+
+
+def test_dora_next_to_a_residual_is_refused(llama: Path, factors: FactorSet, tmp_path: Path) -> None:
+    """peft 2184's kind: DoRA's norm is the base weight's, so a DoRA trained on R was off by a tenth on W."""
+    dora = LoraConfig(r=4, target_modules=TARGETS, use_dora=True)
+    model = started(llama, factors, "residual")
+    trained = change(model)
+    with pytest.raises(OptionError, match=r'DoraLinearVariant computes with the base weight.*form="delta"'):
+        model.add_adapter("dora", dora)
+    assert torch.equal(logits(model), trained)
+    model = started(llama, factors, "delta")
+    model.add_adapter("dora", dora)
+    model.set_adapter("dora")
+    trained = change(model)
+    model.save_pretrained(tmp_path, selected_adapters=["dora"])
+    assert torch.allclose(logits(PeftModel.from_pretrained(load(llama), tmp_path / "dora")), trained, rtol=0, atol=1e-5)
+
+
+def test_what_is_no_peft_model_is_refused(llama: Path, factors: FactorSet) -> None:
+    """Mixed models, transformers' own add_adapter and injected adapters: save_pretrained would write A and B alone."""
+    config = LoraConfig(r=4, target_modules=TARGETS)
+    mixed = get_peft_model(load(llama), config, mixed=True)
+    added, injected = load(llama), inject_adapter_in_model(config, load(llama))
+    added.add_adapter(config)
+    for model in (mixed, added, injected):
+        with pytest.raises(OptionError, match="is no PeftModel"):
+            initialize_peft(model, factors)
+
+
+def test_a_second_peft_model_of_the_same_name_is_refused(llama: Path, factors: FactorSet) -> None:
+    """peft 1689's kind: get_peft_model around a model that has adapters replaces those of the same name."""
+    model = started(llama, factors, "delta")
+    with pytest.raises(OptionError, match="'default': one of this name has started from factors already"):
+        get_peft_model(model.get_base_model(), LoraConfig(r=4, target_modules=TARGETS))
