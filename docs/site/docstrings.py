@@ -14,6 +14,7 @@ class Markdown(griffe.Extension):
     """Docstrings as Markdown; and `options: ModelOptions` as the keywords that callers give in its place."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        func.name = func.name.removeprefix("_")  # approximate is _approximate with its types
         for parameter in func.parameters:
             if parameter.name == "options" and str(parameter.annotation).endswith("Options"):
                 parameter.kind = griffe.ParameterKind.var_keyword

@@ -33,8 +33,10 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
     def outside(link: re.Match[str]) -> str:
         picture, text, _, path, _ = link.groups()
-        if picture or path.endswith(".png"):
-            return f"{picture}[{text}]({path})"
+        if picture:  # a click shows it at its full size
+            return f"[![{text}]({path})]({path})"
+        if path.endswith(".png"):
+            return f"[{text}]({path})"
         return f"`{path}`" if text.strip("`") in path else f"{text} (`{path}`)"
 
     return _LINK.sub(outside, markdown).replace("<!-- options -->", _options_table())
