@@ -95,7 +95,7 @@ def _load(file: Path) -> Factors:
         raise FactorFileError(f"{file}: no 'A' (d×r) and 'B' (r×k) in it; write it again")
     for letter, factor in (("A", B), ("B", A)):
         require_stored(factor, file, letter, FactorFileError)
-        if not factor.is_floating_point() or factor.is_meta or not factor.isfinite().all():
+        if not factor.is_floating_point() or not factor.isfinite().all():
             raise FactorFileError(
                 f"{file}: {letter} holds NaN or Inf, or no floating-point numbers; decompose that matrix again"
             )

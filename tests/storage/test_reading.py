@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from inilora_kernels import FactorSet
 from inilora_kernels.adapters.folder import read_adapter
 from inilora_kernels.adapters.model_copy import size_of_copy
-from inilora_kernels.errors import CheckpointError, FactorFileError
+from inilora_kernels.errors import CheckpointError, FactorFileError, InitializationError
 from inilora_kernels.model.architecture import describe
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.targets import find_targets
 from inilora_kernels.storage import cache, reading
 
 from .entries import FIRST, example
@@ -124,6 +125,7 @@ UNDER_A_LIMIT = """
 import resource, sys, torch
 from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.targets import find_targets
 
 mapped = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (mapped + (1 << 28), -1))
@@ -161,3 +163,41 @@ def test_a_copy_is_refused_before_it_begins(llama: Path, tmp_path: Path) -> None
     os.mkfifo(tmp_path / "model/notes")
     with pytest.raises(CheckpointError, match="notes: not a regular file"):
         size_of_copy(open_checkpoint(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(4).to_sparse(),
+        torch.eye(4, device="meta"),
+        torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8),
+    ],
+)
+def test_a_torch_file_whose_tensor_has_no_array_of_values(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"query.weight": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"query\.weight is sparse"):
+        open_checkpoint(tmp_path).read("query.weight")
+    torch.save({"A": tensor, "B": torch.eye(4)}, tmp_path / "query.weight.pt")
+    with pytest.raises(FactorFileError, match="A is sparse"):
+        FactorSet.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"\xff{",
+        b'{"quant_type": 5}',
+        b'{"dtype": "float32", "shape": 5}',
+        b'{"dtype": "float32", "quant_type": "nf4", "blocksize": -3, "shape": [32, 32]}',
+    ],
+)
+def test_a_quantizers_description_that_is_nonsense(tmp_path: Path, state: bytes) -> None:
+    tensors = {
+        "query.weight": torch.zeros(512, 1, dtype=torch.uint8),
+        "query.weight.absmax": torch.ones(16),
+        "query.weight.quant_map": torch.ones(16),
+        "query.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=torch.uint8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InitializationError, match="query"):
+        find_targets(open_checkpoint(tmp_path), ["query"])[0].read()

@@ -82,7 +82,9 @@ def open_torch_file(file: Path) -> dict[str, TorchTensor]:
 
 
 def require_stored(tensor: Tensor, file: Path, name: str, refusal: Refusal = CheckpointError) -> None:
-    """Refuse a large tensor that repeats the few values that the file holds, in memory that the file does not take."""
+    """Refuse a tensor without an array of values, and a large one that repeats the few values that the file holds."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise refusal(f"{file}: {name} is sparse, quantized by torch or without values; save it as a plain tensor")
     held = tensor.untyped_storage().nbytes()
     if tensor.nbytes > held + _MOST_REPEATED:
         raise refusal(
@@ -127,7 +129,9 @@ def _load_checked(file: Path, mmap: bool) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a state_dict of tensors")
     state_dict = _state_dict(content)
     strange = [
-        f"{name} ({type(value).__name__})" for name, value in state_dict.items() if not isinstance(value, Tensor)
+        f"{name} ({type(value).__name__})"
+        for name, value in state_dict.items()
+        if not isinstance(value, Tensor) or value.is_nested
     ]
     if strange:
         raise CheckpointError(f"{file}: not a state_dict of tensors: it holds {some(strange)}; save model.state_dict()")

@@ -69,7 +69,11 @@ def module_and_part(name: str, tensors: Collection[str]) -> tuple[str, str]:
 
 def _weight(module: StoredModule) -> StoredWeight | None:
     for find in FORMATS:
-        weight = find(module)
+        try:
+            weight = find(module)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            # A description is of another program, from a file that may hold anything.
+            return unreadable(module, f"its description is damaged: {type(error).__name__} {str(error)[:80]}")
         if weight is not None:
             return weight
     method = module.quantization.get("quant_method")

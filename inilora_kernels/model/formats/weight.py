@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ...errors import WeightError
+from ...errors import CheckpointError, InitializationError, WeightError
 from ...kernels.threads import side_by_side
 from ...storage.reading import empty
 from ..files.tensor import StoredTensor
@@ -59,7 +59,17 @@ class StoredWeight:
         if self.dequantize is None:
             return next(iter(self.stored.values())).read(rows)
         start, stop, _ = rows.indices(self.shape[0])
-        return self.dequantize(slice(start, max(start, stop)))
+        try:
+            return self.dequantize(slice(start, max(start, stop)))
+        except InitializationError:
+            raise
+        except Exception as error:
+            # Whatever a quantizer's library raises on tensors and descriptions that do not fit each other.
+            file = next(iter(self.stored.values())).file
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise CheckpointError(
+                f"{file}: {self.name} cannot be dequantized ({reason}); download it again, or use the original model"
+            ) from error
 
     def sha256(self) -> str:
         """sha256 (hex) of the stored bytes.
