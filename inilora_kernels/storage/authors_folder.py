@@ -1,7 +1,8 @@
 """The factor folders of IniLoRA's authors: one `{module}.weight.pt` per matrix, in their own letters.
 
 Each file holds a dict with 'A' = U (d×r) and 'B' = Pᵀ (r×k), so W ≈ A·B there: their A is our B, their B our A. Next to
-it there may be `{module}.weight.loss.pt` with {'loss': the mean squared error of each step}.
+it there may be `{module}.weight.loss.pt` with {'loss': the mean squared error of each step}. Ours holds sampled steps:
+'step' says which, and 'steps' how many the run took.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ LOSS_SUFFIX = ".weight.loss.pt"
 def save_inilora_pt(factors: Mapping[str, Factors], folder: str | Path) -> None:
     """Write a folder that the authors' training code reads, with the sampled losses.
 
+    Names are those of a model without a task's head, as their decomposition writes them: their training code takes
+    `roberta.` off a module's name before it looks for the file.
+
     Raises OptionError for a part of a fused weight or a Conv1D, which the format cannot express, and OutputError.
     """
     for name, part in factors.items():
@@ -40,11 +44,14 @@ def save_inilora_pt(factors: Mapping[str, Factors], folder: str | Path) -> None:
                 f"{name}: a part of a fused weight or a transposed one does not fit into the authors' format"
             )
     with whole_folder(Path(folder)) as whole:
-        for name, part in factors.items():
+        for module, part in factors.items():
+            name = module.removeprefix("roberta.")
             _save(whole / f"{name}{SUFFIX}", {"A": part.B.contiguous(), "B": part.A.contiguous()})
             if part.history:
                 entries = part.B.shape[0] * part.A.shape[1]
-                _save(whole / f"{name}{LOSS_SUFFIX}", {"loss": [loss / entries for _, loss in part.history]})
+                content: dict[str, Any] = {"loss": [loss / entries for _, loss in part.history]}
+                content |= {"step": [step for step, _ in part.history], "steps": part.certificate.steps}
+                _save(whole / f"{name}{LOSS_SUFFIX}", content)
 
 
 def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> tuple[dict[str, Factors], dict[str, Any]]:
@@ -99,25 +106,28 @@ def _load(file: Path) -> Factors:
             raise FactorFileError(
                 f"{file}: {letter} holds NaN or Inf, or no floating-point numbers; decompose that matrix again"
             )
-    losses: list[float] = []
+    history: list[tuple[int, float]] = []
+    steps = 0
     loss_file = file.with_name(file.name.removesuffix(SUFFIX) + LOSS_SUFFIX)
     if is_there(loss_file):
-        losses = _losses(loss_file, B.shape[0] * A.shape[1])
+        history, steps = _history(loss_file, B.shape[0] * A.shape[1])
     unknown = float("nan")
     return Factors(
         A=A.detach().float().contiguous(),
         B=B.detach().float().contiguous(),
-        certificate=Certificate(loss=unknown, optimum=unknown, energy=unknown, steps=len(losses)),
+        certificate=Certificate(loss=unknown, optimum=unknown, energy=unknown, steps=steps),
         source_sha256="",
-        history=tuple(enumerate(losses)),
+        history=tuple(history),
     )
 
 
-def _losses(file: Path, entries: int) -> list[float]:
-    """The loss of each step, summed over a matrix's entries instead of averaged."""
-    found = _torch_load(file).get("loss", [])
+def _history(file: Path, entries: int) -> tuple[list[tuple[int, float]], int]:
+    """The (step, loss) pairs, with the loss summed over a matrix's entries, not averaged; and the steps in all."""
+    found = _torch_load(file)
     try:
-        return [float(loss) * entries for loss in found]
+        losses = [float(loss) * entries for loss in found.get("loss", [])]
+        numbers = [int(step) for step in found.get("step", range(len(losses)))]
+        return list(zip(numbers, losses, strict=True)), int(found.get("steps", len(losses)))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FactorFileError(f"{file}: 'loss' is not a list of numbers ({error}); remove that file") from error
 

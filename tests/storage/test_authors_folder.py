@@ -34,6 +34,18 @@ def test_the_files_are_as_the_authors_write_them(minilm_factors: FactorSet, tmp_
     assert losses == pytest.approx([0.1, 0.01])
 
 
+def test_roberta_has_the_names_that_their_training_code_looks_for(minilm_factors: FactorSet, tmp_path: Path) -> None:
+    """It takes `roberta.` off: of a checkpoint with that prefix it found none of ours. The way back keeps the steps."""
+    start = minilm_factors[QUERY]
+    part = replace(start, history=((0, 4.0), (50, 2.0), (299, 1.0)), certificate=replace(start.certificate, steps=300))
+    save_inilora_pt(FactorSet({f"roberta.{QUERY}": part}, {}), tmp_path / "pt")
+    back = FactorSet.load(tmp_path / "pt")
+    assert list(back) == [QUERY]
+    assert [step for step, _ in back[QUERY].history] == [0, 50, 299]
+    assert [loss for _, loss in back[QUERY].history] == pytest.approx([4.0, 2.0, 1.0])
+    assert back[QUERY].certificate.steps == 300
+
+
 def test_a_folder_of_theirs_is_read_and_certified(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
     for name, part in minilm_factors.items():
         torch.save({"A": part.B, "B": part.A.T.clone().T}, tmp_path / f"{name}.weight.pt")
