@@ -6,7 +6,7 @@
 
 `write` adds a folder of experiments there, `run` runs one with PEFT's own run.py. PEFT's code stays as it is: its
 `utils.get_model` ends with `get_peft_model`, and here `initialize_peft` comes after that; data, training, generation,
-scores and result files are PEFT's. PEFT has to be installed from the checkout (pip install -e), as it asks itself.
+scores and result files are PEFT's. Install PEFT from that checkout first (pip install -e).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from inilora_kernels import approximate_model, initialize_peft
 
 # What `run` reads next to PEFT's own adapter_config.json and training_params.json.
 START = "start.json"
-# A learning rate of PEFT's LoRA, 1e-4, and its neighbours: a start that does best at another rate shall show it.
+# A learning rate of PEFT's LoRA, 1e-4, and its neighbours: so that a start that does best at another rate can show it.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 STARTS: dict[str, dict[str, Any] | None] = {
     "lora": None,
@@ -48,8 +48,8 @@ def write(folder: Annotated[Path, typer.Argument(help="method_comparison/MetaMat
     for path, start, rate in experiments():
         place = folder / path
         CONFIG.save_pretrained(place)
-        # PEFT's default decays weights by 0.1, which draws A and B to zero. That is where LoRA's BA starts; another's
-        # is subtracted as it was at the start, so W itself would shrink. Without decay, then, for all of them.
+        # PEFT's default weight decay of 0.1 pulls A and B towards zero. LoRA's BA starts there; other starts subtract
+        # BA as it was, so W itself would shrink. Hence no decay, for any of them.
         parameters = {"optimizer_kwargs": {"lr": rate, "weight_decay": 0.0}}
         (place / "training_params.json").write_text(json.dumps(parameters, indent=2) + "\n")
         if start is not None:

@@ -33,7 +33,7 @@ from .harness import RESULTS, Row, publish
 from .table5 import synthetic
 
 REPEATS = 5
-# What one process needs some five seconds for: the side of a square matrix, how many, and the options.
+# About five seconds of work for one process: the side of a square matrix, how many, and the options.
 RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "adam": (1024, 8, {"solver": "adam", "steps": 1200}),
     "krylov": (4096, 32, {"solver": "krylov"}),

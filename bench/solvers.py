@@ -16,6 +16,7 @@ extrapolated); Adam as bench/table5.py measures it. The results are results/solv
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -157,8 +158,9 @@ def table5_row(model: Model, sample: int | None) -> Row:
     """A row of Table 5: a checkpoint of its shapes and dtype on disk, factorized by the public function."""
     shapes = model.shapes
     chosen = list(range(len(shapes))) if sample is None else []
-    for shape in dict.fromkeys(shapes) if sample is not None else ():
-        chosen += [i for i, own in enumerate(shapes) if own == shape][:sample]
+    # Of queries and of values apart, since the default targets are both.
+    for kind in dict.fromkeys(zip(shapes, itertools.cycle("qv"))) if sample is not None else ():
+        chosen += [i for i, own in enumerate(shapes) if (own, "qv"[i % 2]) == kind][:sample]
     dtype = getattr(torch, model.dtype)
     with tempfile.TemporaryDirectory() as folder:
         # A file a matrix, of which one is in memory at a time; the index makes them one checkpoint.

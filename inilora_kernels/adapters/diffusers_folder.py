@@ -1,11 +1,11 @@
-"""LoRAs as diffusers' loaders have them: one file, its names those of the pipeline's models.
+"""LoRAs in the layout of diffusers' loaders: one file, with the names of the pipeline's models.
 
     pytorch_lora_weights.safetensors    unet.….to_q.lora_A.weight, unet.….to_q.lora_B.weight, text_encoder.…
 
 `pipe.load_lora_weights(folder)` reads it for a pipeline. A single model's has no prefix:
 `unet.load_lora_adapter(folder, prefix=None, weight_name="pytorch_lora_weights.safetensors")`. Ranks and alphas are in
 the file's metadata, where there are any: many training scripts save `.lora.down.weight`, `.lora.up.weight` and no
-alpha, which diffusers takes for the rank.
+alpha, in whose place diffusers takes the rank.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _is_pipeline(checkpoint: Checkpoint) -> bool:
 def write_for(checkpoint: Checkpoint, folder: Path, adapter: Adapter, about: str) -> None:
     """Write an adapter for this base into an existing folder, as the libraries that load the base read it.
 
-    PEFT's files; for one of diffusers' models its file too, and for a pipeline, which PEFT does not load, that alone.
+    PEFT's files; for a model of diffusers its file too; for a pipeline, which PEFT does not load, its file alone.
     """
     if not _is_pipeline(checkpoint):
         write_adapter(folder, replace(adapter, factors=wrapped(adapter.factors)), about)
@@ -99,7 +99,7 @@ def _write(folder: Path, adapter: Adapter, prefixed: bool) -> None:
     for module, (A, B) in adapter.factors.items():
         tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = A.contiguous(), B.contiguous()
         part, _, name = module.partition(".") if prefixed else ("", "", module)
-        # Older text encoders have this in front of their names; diffusers takes it away, in the tensors alone.
+        # Older text encoders have this in front of their names; diffusers strips it, in the tensors alone.
         parts.setdefault(part, {})[name.removeprefix("text_model.")] = A.shape[0]
     for part, ranks in parts.items():
         first = next(iter(ranks.values()))
@@ -117,9 +117,9 @@ def _write(folder: Path, adapter: Adapter, prefixed: bool) -> None:
 
 
 def read_diffusers(folder: Path) -> Adapter | None:
-    """Read what diffusers, or a training script of its, saved; None where there is no such file.
+    """Read what diffusers or one of its training scripts saved; None if there is no such file.
 
-    Of its scaling the config holds an alpha for each module, since each may have its own. Raises FactorFileError.
+    The config has an alpha for each module, since each may be scaled differently. Raises FactorFileError.
     """
     file = folder if os.path.isfile(folder) else folder / WEIGHTS
     if not is_there(file):
@@ -169,7 +169,7 @@ def read_diffusers(folder: Path) -> Adapter | None:
 
 
 def _alpha(described: Mapping[str, Any] | None, module: str, rank: int) -> float:
-    """The alpha of a module by the file's metadata; without any, diffusers takes the rank."""
+    """A module's alpha according to the file's metadata; without one, diffusers takes the rank."""
     part, _, name = module.partition(".")
     prefix = f"{part}." if f"{part}.r" in (described or {}) else ""
     settings = {key.removeprefix(prefix): value for key, value in (described or {}).items() if key.startswith(prefix)}

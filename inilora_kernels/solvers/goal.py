@@ -11,7 +11,7 @@ from .krylov_space import RitzPairs
 
 # The second space's bound is assumed to be at most this share of θ_r before it is known.
 _EXPECTED_OUTSIDE = 0.93
-# The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to so little of the energy.
+# The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to this little of the energy.
 _COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
 
 

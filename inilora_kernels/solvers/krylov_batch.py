@@ -1,7 +1,7 @@
 """`principal` for a batch of matrices on a GPU: many searches in step, and the same certificate for each.
 
-What is proven and how stands in certificate.py and goal.py; how a space grows without the host in krylov_spaces.py. The
-host looks at the spaces every `_LOOK_EVERY` passes, which cost one product with every W. A matrix's looks depend on its
+certificate.py and goal.py say what is proven and how; krylov_spaces.py how a space grows without the host. The host
+looks at the spaces every `_LOOK_EVERY` passes, which cost one product with every W. A matrix's looks depend on its
 rank alone, so that its bits do not depend on its neighbours. What the batch does not settle, as with singular values
 that are equal or of a precision beyond float32's, is left to `principal`, one matrix after the other.
 """
@@ -26,7 +26,7 @@ from .krylov import FLOAT32_RANGE, GRAM_SIZE, MISSED, PROMISED, Digest, Principa
 from .krylov_space import RitzPairs, combined
 from .krylov_spaces import UNIT, KrylovSpaces, ritz_pairs
 
-# A tensor core's product of float32 parts, with what it drops and truncates, is within some units of float32's own; one
+# A tensor core's product of float32 parts, with what it drops and truncates, is within a few units of float32's; one
 # more is the random part of krylov_spaces.py. bench/gpu.py measures it.
 PRODUCT_UNIT = 5 * UNIT
 # Vectors that a real spectrum needs to converge by blocks of 16: about this many times the rank, plus a constant.
@@ -35,7 +35,7 @@ _VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 3.4, 100, 0.85
 _GROWTH = 2
 _LOOK_EVERY = 2
 _FIRST_LOOK_OUTSIDE, _MOST_PASSES_OUTSIDE = 3, 17
-# Elements of W that are float64 at a time.
+# Elements of W held in float64 at a time.
 _WIDE_ELEMENTS = 1 << 24
 
 
@@ -49,7 +49,7 @@ def expected_vectors(rank: int) -> int:
 
 
 def room(n: int, ranks: Sequence[int]) -> int:
-    """Vectors that a search may take of matrices whose smaller side is n, or is rounded up to n; 0 if none is made.
+    """Vectors that a search may take for matrices whose smaller side is n, or is rounded up to n; 0: no search.
 
     >>> room(4096, [8]), room(384, [8]), room(768, [128])
     (256, 0, 0)
@@ -68,7 +68,7 @@ def passes_expected(rank: int) -> int:
 class _Searched:
     """One matrix. vectors: of its space, once that has converged. outside: of its second one.
 
-    missed: the bound on λ_max outside of the space. lost: whether the batch is not to settle it.
+    missed: the bound on λ_max outside of the space. lost: whether the batch cannot settle it.
     """
 
     goal: Goal
@@ -83,7 +83,7 @@ class _Searched:
         return ceil(_FIRST_LOOK * expected_vectors(self.goal.rank) / 16)
 
     def judge(self, pairs: RitzPairs) -> bool:
-        """Whether there is no need of more vectors: they promise enough, or float32 will not do."""
+        """Whether no more vectors are needed: these promise enough, or float32 does not suffice."""
         if self.goal.too_coarse(pairs):
             self.lost = True
         elif self.goal.promised(pairs, self.goal.expected_outside(pairs)) <= PROMISED:
@@ -117,7 +117,7 @@ def principals(
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within: torch multiplies float32 matrices on a GPU as float32, whatever the user allows; afterwards as before.
+    """Within it, torch multiplies float32 matrices on a GPU in float32, whatever the user allows; afterwards as before.
 
     torch has an older switch and a newer one, and the older one raises where the newer alone was used.
     """
@@ -197,7 +197,7 @@ def _converged(batch: GramBatch, searched: Sequence[_Searched], vectors: int) ->
 
 
 def _until(spaces: KrylovSpaces, searched: Sequence[_Searched]) -> Tensor:
-    """Each space as far as it had converged, and zeros; those of matrices that are lost are all zeros."""
+    """Each space up to where it had converged, then zeros; all zeros for lost matrices."""
     sizes = [0 if one.pairs is None else one.vectors for one in searched]
     sizes += [0] * (len(spaces.Q) - len(sizes))
     grown = torch.arange(spaces.size)[None, :] < torch.tensor(sizes)[:, None]

@@ -1,1 +1,1 @@
-"""Doors of trainers that make the PeftModel themselves: what starts its LoRA from factors all the same."""
+"""Plugins and callbacks that start the LoRA from factors in trainers that make the PeftModel themselves."""

@@ -5,7 +5,7 @@
     inilora_factors: factors.safetensors
 
 Axolotl asks a plugin for callbacks once the model is loaded, patched and adapted. The start is such a callback: it
-sees the PeftModel also where TRL makes it (DPO, IPO, KTO), and merging, inference and `axolotl chat`, which load the
+sees the PeftModel even where TRL makes it (DPO, IPO, KTO), and merging, inference and `axolotl chat`, which load the
 trained adapter without a trainer, are left alone.
 """
 
@@ -34,7 +34,7 @@ class FactorsArguments(BaseModel):
 
 
 class FactorsPlugin(BasePlugin):  # type: ignore[misc]
-    """Starts Axolotl's LoRA from factors; see this module's head.
+    """Starts Axolotl's LoRA from factors; see the module's docstring.
 
     Raises OptionError before the model is loaded for what cannot be right: no LoRA, an adapter to go on from
     (`lora_model_dir`), ReLoRA, FSDP's loading on one process alone, and kernels that bypass PEFT's forward pass where

@@ -26,7 +26,7 @@ class StartFromFactors(TrainerCallback):
     form, adapter_name: `initialize_peft`'s.
 
     Raises, when the trainer is built, OptionError for a model without LoRA and what `initialize_peft` raises; and when
-    training begins, OptionError for another model than was started, such as `model_init` makes.
+    training begins, OptionError for a model other than the one started, such as `model_init` makes.
 
     >>> from torch import nn
     >>> from transformers import Trainer, TrainingArguments

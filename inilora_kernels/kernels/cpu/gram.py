@@ -3,7 +3,7 @@
 W lies in the checkpoint's own dtype and place, its rows (or, where W is a transposed view, its columns) contiguous;
 X and the products are float32. Both kernels are made of in_place.py's two products, with four columns of X, whose sums
 stay in registers; what fills no such block takes two loops over four rows, which numba vectorizes as they stand. The
-sums over parts of W are kept in slots that the shape alone decides on, so any number of threads gives the same bits.
+sums over parts of W are kept in slots that depend on the shape alone, so any number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_SLOTS = 12
 # A strip of rows of W, or all rows of a tile of its columns, stays in a core's second cache between its two products.
 _STRIP_BYTES, _COLUMN_BYTES = 1 << 18, 1 << 19
 _LEAST_COLUMNS, _MOST_COLUMNS = 128, 1024
-# One slot for this many elements, as long as slots last.
+# One slot per this many elements, up to MOST_SLOTS.
 _SLOT_ELEMENTS = 1 << 19
 # Columns of X in a loop, and rows of W.
 BLOCK = 4
@@ -160,7 +160,7 @@ def _add_outer(W: Any, at: int, stride: int, count: int, X: Any, row: int, colum
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
 def _add_inner_row(W: Any, at: int, count: int, X: Any, column: int, left: int, out: Any, row: int) -> None:
-    """`_add_inner` for one row, of those that are no four."""
+    """`_add_inner` for a single row, where fewer than four are left."""
     for c in range(column, column + 4):
         total = np.float32(0)
         for j in range(count):
@@ -170,7 +170,7 @@ def _add_inner_row(W: Any, at: int, count: int, X: Any, column: int, left: int, 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
 def _add_outer_row(W: Any, at: int, count: int, X: Any, row: int, column: int, out: Any, left: int) -> None:
-    """`_add_outer` for one row, of those that are no four."""
+    """`_add_outer` for a single row, where fewer than four are left."""
     for c in range(column, column + 4):
         x = X[row, c]
         for j in range(count):
@@ -266,7 +266,7 @@ def squares(W: Tensor) -> float:
 
 
 def _stored(W: Tensor) -> tuple[NDArray[np.generic], int, tuple[int, int]]:
-    """W's memory, or Wᵀ's where that has its rows in one piece: the elements, from row to row, and the shape."""
+    """W's memory, or Wᵀ's if its rows are the contiguous ones: the elements, from row to row, and the shape."""
     stored = W if W.stride(1) == 1 else W.T
     m, n = stored.shape
     stride = stored.stride(0)

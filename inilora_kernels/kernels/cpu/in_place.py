@@ -28,7 +28,7 @@ from .simd import (
 # The register blocks of simd.py with SMALL_GROUP columns of X, and as many more rows or vectors of W instead.
 WIDE_ROWS = ROWS * GROUP // SMALL_GROUP
 WIDE_VECTORS = VECTORS * GROUP // SMALL_GROUP
-# A run is so many entries of one row of W.
+# Entries of one row of W in a run.
 RUN = LANES * WIDE_VECTORS
 
 

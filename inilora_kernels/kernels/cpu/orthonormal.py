@@ -78,7 +78,7 @@ def _orthonormal(
 
 @njit(cache=True, nogil=True)
 def _project(Q: Any, X: Any, parts: Any) -> None:
-    """parts = −QXᵀ and X += partsᵀQ: what X (rows) has along the rows of Q is taken from it."""
+    """parts = −QXᵀ and X += partsᵀQ: the components of X's rows along Q's rows are removed."""
     m, n = Q.shape
     flat = Q.reshape(-1)
     parts[:m] = 0

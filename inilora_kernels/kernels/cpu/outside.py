@@ -1,7 +1,7 @@
 """Where S(c) = (c − missed)·I − Σ_{j ≥ kept} g_j·g_jᵀ/(c − θ_j) is positive definite: the bound c' of certificate.py.
 
 θ (m) descends, g (m×b) has a row for each; both float64. S grows with c above θ_kept, so that a bisection finds the
-least c. Definite is what Cholesky's method finds to be so, which takes no eigenvalues.
+least c. S counts as definite if its Cholesky factorization succeeds, which takes no eigenvalues.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def least_outside(theta: Any, g: Any, kept: int, missed: float) -> Any:
 
 @njit(cache=True, nogil=True)
 def definite_at(theta: Any, g: Any, kept: Any, bound: float, missed: float) -> Any:
-    """For each of several numbers `kept`, whether S(bound) is positive definite."""
+    """Whether S(bound) is positive definite, for each number in `kept`."""
     form = np.empty((g.shape[1], g.shape[1]))
     found = np.empty(len(kept), dtype=np.bool_)
     for place in range(len(kept)):
