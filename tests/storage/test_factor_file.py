@@ -35,7 +35,8 @@ from .records import STEP, A, B, M, changed, header_of
 )
 def test_a_wrong_tensor_is_refused(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     changed(file, header_of(file), tensors)
-    with pytest.raises(FactorFileError, match=M):
+    # safetensors before 0.5 refuses an empty tensor itself, without its name.
+    with pytest.raises(FactorFileError, match=f"{M}|buffer length"):
         FactorSet.load(file)
 
 
@@ -72,7 +73,8 @@ def refusal(file: Path) -> str | None:
 
 
 def test_a_tensor_of_another_run_is_noticed(file: Path) -> None:
-    tensors = load_file(file)
+    # Copies: before safetensors 0.5 they were the file's own bytes, which save_file replaces.
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file({**tensors, A: tensors[A] + 1}, file, metadata)
