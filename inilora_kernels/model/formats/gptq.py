@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...kernels.threads import one_torch_thread
 from .weight import (
     StoredModule,
     StoredWeight,
@@ -58,8 +59,9 @@ def _gptq(module: StoredModule) -> StoredWeight:
     stored_less = 0 if module.quantization.get("checkpoint_format") == "gptq_v2" else 1
 
     def dequantize_all(rows: slice) -> Tensor:
-        words, scale = qweight.read(), scales.read().to(torch.float32)
-        zeros = (codes(as_bytes(qzeros.read()), bits, d) + stored_less & (1 << bits) - 1).to(torch.float32)
+        with one_torch_thread():
+            words, scale = qweight.read(), scales.read().to(torch.float32)
+            zeros = (codes(as_bytes(qzeros.read()), bits, d) + stored_less & (1 << bits) - 1).to(torch.float32)
         in_order = torch.arange(k) // -(-k // groups)
         group = in_order if g_idx is None else g_idx.read().long()
         if group.shape != in_order.shape or not 0 <= int(group.min()) <= int(group.max()) < groups:
@@ -97,8 +99,9 @@ def _awq(module: StoredModule) -> StoredWeight:
         return unreadable(module, f"its qweight {qweight.shape} and qzeros {qzeros.shape} are not AWQ's 4 bits")
 
     def dequantize_all(rows: slice) -> Tensor:
-        words, scale = qweight.read(), scales.read().to(torch.float32)
-        zeros = nibbles(as_bytes(qzeros.read())).view(groups, -1, 8)[:, :, _AWQ_ORDER].flatten(1).to(torch.float32)
+        with one_torch_thread():
+            words, scale = qweight.read(), scales.read().to(torch.float32)
+            zeros = nibbles(as_bytes(qzeros.read())).view(groups, -1, 8)[:, :, _AWQ_ORDER].flatten(1).to(torch.float32)
 
         def fill(own: slice, out: Tensor) -> None:
             # Whole words of eight rows each.

@@ -18,7 +18,7 @@ from ...storage.reading import empty
 from ..files.tensor import StoredTensor
 
 # Values dequantized at a time: few enough for a core's cache, together with everything else the arithmetic needs.
-STRIP_VALUES = 1 << 18
+STRIP_VALUES = 1 << 20
 _STRIPS_FOR_THREADS = 4
 
 
