@@ -39,17 +39,9 @@ def gram_multiplier(W: Tensor, dtype: torch.dtype, threads: int) -> GramReader:
     (tensor([[2., 6.]]), tensor([[ 4., 12.]]))
     """
     if _fused(W, dtype):
-        from .cpu.gram import FusedGramReader
+        from .cpu.gram import FusedGramReaders
 
-        readers: dict[int, GramReader] = {}
-
-        def read(X: Tensor) -> tuple[Tensor, Tensor]:
-            width = len(X)
-            if width not in readers:
-                readers[width] = FusedGramReader(W, width, threads)
-            return readers[width](X)
-
-        return read
+        return FusedGramReaders(W, threads)
     return lambda X: gram_product(W, X)
 
 

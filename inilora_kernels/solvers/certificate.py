@@ -54,6 +54,8 @@ from .krylov_space import RitzPairs
 FAILURE_PROBABILITY = 1e-12
 # How many Ritz vectors beyond r may go into X.
 _BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+# Another number is tried where it could bring the shortfall below this share of the best so far.
+_WORTH_TRYING = 0.5
 
 
 def missed_factor(n: int, block: int, passes: int) -> float:
@@ -91,6 +93,9 @@ def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, 
     0.01
     """
     gap = float(values[rank - 1]) - outside
+    if gap > 0 and len(values) == rank:
+        # None of the upper values is below θ_r = c' + t, so that the r largest are theirs, and their sum the trace.
+        return max(0.0, 2.0 / gap * (float(residual_gram.trace()) + rank * rounding**2))
     # Without a gap, a little of everything outside may outweigh the last of the θ.
     splits = [gap] if gap > 0 else []
     splits += [outside * 10.0**-power for power in range(1, 13) if outside > 0]
@@ -113,17 +118,16 @@ def promise(
 
     Returns that shortfall, its s, and c' with it.
     """
-    theta = pairs.values
+    theta, lengths = pairs.values, pairs.coupling.square().sum(0)
     highest = float(theta[rank - 1])
+    least = 2.0 * float(lengths[:rank].sum())
     best, best_kept, best_outside = math.inf, rank, math.inf
-    for kept in _with_a_gap(pairs, rank, missed):
-        outside = bound_outside(pairs, kept, missed, rounding)
-        if highest - outside <= 0:
+    for kept, below in _with_a_gap(pairs, rank, missed):
+        outside = below + rounding
+        if highest - outside <= 0 or least / (highest - outside) > _WORTH_TRYING * best:
+            # The sum of the r largest eigenvalues is no less than that of the first r diagonal entries.
             continue
         coupling = pairs.coupling[:, :kept]
-        if 2.0 * float(coupling[:, :rank].square().sum()) / (highest - outside) > 4 * best:
-            # The sum of the r largest eigenvalues is no less than that of the first r diagonal entries.
-            break
         found = shortfall(theta[:kept], coupling.T @ coupling, rank, outside, rounding)
         if found < best:
             best, best_kept, best_outside = found, kept, outside
@@ -134,14 +138,14 @@ def promise(
     return best, best_kept, best_outside
 
 
-def _with_a_gap(pairs: RitzPairs, rank: int, missed: float) -> list[int]:
-    """The numbers s of Ritz vectors to keep with which c' comes below θ_r: where θ_r itself is a bound like c'."""
-    from ..kernels.cpu.outside import definite_at
+def _with_a_gap(pairs: RitzPairs, rank: int, missed: float) -> list[tuple[int, float]]:
+    """The numbers s of Ritz vectors to keep with which c' comes below θ_r, and c' without its rounding."""
+    from ..kernels.cpu.outside import outside_below
 
     theta, g = _as_rows(pairs)
     highest = float(theta[rank - 1])
     candidates = [rank + beyond for beyond in _BEYOND if rank + beyond < len(theta) and theta[rank + beyond] < highest]
     if highest <= missed or not candidates:
         return []
-    holds = definite_at(theta, g, np.array(candidates), highest, missed)
-    return [kept for kept, one in zip(candidates, holds, strict=True) if one]
+    found = outside_below(theta, g, np.array(candidates), highest, missed).tolist()
+    return [(kept, outside) for kept, outside in zip(candidates, found, strict=True) if outside < math.inf]

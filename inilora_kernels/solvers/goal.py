@@ -13,6 +13,8 @@ from .krylov_space import RitzPairs
 _EXPECTED_OUTSIDE = 0.93
 # The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to this little of the energy.
 _COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
+# A proof of this share of what is allowed survives that the last products are float64's.
+_AMPLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -89,5 +91,5 @@ class Goal:
     def kept(self, pairs: RitzPairs, missed: float) -> int:
         """How many Ritz vectors the proof of all ranks uses."""
         rounding = self.rounding(pairs)
-        kept = max(promise(pairs, rank, missed, rounding)[1] for rank in self.ranks)
+        kept = max(promise(pairs, rank, missed, rounding, _AMPLE * self.allowed(pairs, rank))[1] for rank in self.ranks)
         return min(kept, len(pairs.values))

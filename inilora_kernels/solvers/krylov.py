@@ -43,7 +43,7 @@ DENSE_SIZE = 2048
 _NARROW, _WIDE, _WIDE_RANK = 4, 8, 48
 # Vectors that a real spectrum takes to converge: about this many times the rank, plus a constant. The first look comes
 # at a share of that; a look costs an eigenvalue problem of the space's size.
-_VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 2.7, 40, 0.85
+_VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 2.7, 40, 1.0
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate must reach.
@@ -285,8 +285,7 @@ class _Search:
         target = max(self._space.size + 1, _FIRST_LOOK * _expected_vectors(self._rank))
         last: tuple[int, float] | None = None
         while True:
-            while self._space.size < target and self._growing():
-                self._space.expand()
+            self._space.grow(min(target, self._most), passes=self._size)
             pairs = self._space.ritz()
             if self._goal.too_coarse(pairs):
                 return None
@@ -313,9 +312,7 @@ class _Search:
         rounding = self._goal.rounding(pairs)
         highest = float(pairs.values[self._rank - 1])
         while other.passes < _MOST_CERTIFYING and other.room:
-            other.expand()
-            if other.passes < _JUDGED_AFTER:
-                continue
+            other.grow(math.inf, passes=1 if other.passes else _JUDGED_AFTER)
             largest = float(torch.linalg.eigvalsh(other.T)[-1])
             missed = missed_factor(self._size, len(start), other.passes) * (largest + rounding) + rounding
             if missed < self._missed:

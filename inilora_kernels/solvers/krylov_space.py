@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -63,28 +64,80 @@ class KrylovSpace:
         held = self.size + (0 if self._fixed is None else len(self._fixed))
         return held + 2 * len(self._next) <= self._rows.shape[1]
 
-    def expand(self) -> None:
-        """Take the next block into the basis: one pass over W."""
+    def grow(self, size: float, passes: int) -> None:
+        """Take blocks into the basis until it holds `size` rows, or `passes` of them are taken, or there is no room."""
+        while passes > 0 and self.size < size and self.room:
+            block = len(self._next)
+            held = 0 if self._fixed is None else len(self._fixed)
+            fitting = (self._rows.shape[1] - self.size - held) // block - 1
+            wanted = int(min(passes, fitting, ceil((min(size, self._rows.shape[1]) - self.size) / block)))
+            passes -= self._expand_compiled(wanted) or self.expand()
+
+    def expand(self) -> int:
+        """Take the next block into the basis: one pass over W. Returns 1."""
         block = self._next
         first, last = self.size, self.size + len(block)
-        self._grow(last)
+        self._hold(last)
         self._rows[first:last] = block
         self.size = last
-        self.passes += 1
         _, image = self._multiply(block)
+        self._follow(image, first)
+        return 1
+
+    def _follow(self, image: Tensor, first: int) -> None:
+        """The end of a step: make MX of the basis's last rows, `first` on, the next block, and keep QMQᵀ."""
+        last = self.size
+        self.passes += 1
         self._next, coupling, along = self._orthonormal(image)
         column = along.cpu()
         self._T[:last, first:last] = column
         self._T[first:last, :last] = column.T
         own = column[first:]
         self._T[first:last, first:last] = (own + own.T) / 2
-        self._leaving = torch.zeros(len(self._next), last, dtype=torch.float64)
-        self._leaving[:, first:] = coupling.cpu()
+        self._leaves(coupling.cpu(), first)
+
+    def _leaves(self, coupling: Tensor, first: int) -> None:
+        self._leaving = torch.zeros(len(self._next), self.size, dtype=torch.float64)
+        self._leaving[:, first:] = coupling
+
+    def _expand_compiled(self, passes: int) -> int:
+        """As many passes in one compiled call, where the kernels have one. Returns how many were taken."""
+        if self._rows.device.type != "cpu" or self._rows.dtype != torch.float32:
+            return 0
+        from ..kernels.cpu.expansion import expand
+        from ..kernels.cpu.gram import FusedGramReaders
+
+        block = len(self._next)
+        if not isinstance(self._multiply, FusedGramReaders) or not self._multiply.of(block).alone:
+            return 0
+        self._hold(self.size + passes * block)
+        self._next = self._next.contiguous()
+        held = self._rows[:0] if self._fixed is None else self._fixed
+        coupling = torch.empty(block, block, dtype=torch.float64)
+        taken, whole = expand(
+            *self._multiply.of(block).compiled,
+            self._rows.numpy(),
+            self._T.numpy(),
+            held.numpy(),
+            self._next.numpy(),
+            coupling.numpy(),
+            self.size,
+            passes,
+            (_ROUNDING_UNITS * torch.finfo(torch.float32).eps, _WELL_CONDITIONED, _STILL_LONG),
+        )
+        self.size += taken * block
+        self.passes += taken
+        if whole:
+            self._leaves(coupling, self.size - block)
+        else:
+            self.passes -= 1
+            self._follow(self._next, self.size - block)
+        return int(taken)
 
     def take(self, other: KrylovSpace) -> None:
         """Join the space of C that was kept orthogonal to this one. The next block is as wide as both."""
         first, last = self.size, self.size + other.size
-        self._grow(last)
+        self._hold(last)
         self._rows[first:last] = other.Q
         # Everything that leaves this space does so along its next block: MQᵀ = QᵀT + next·leaving.
         across = (other.Q @ self._next.T).double().cpu() @ self._leaving
@@ -108,7 +161,7 @@ class KrylovSpace:
         """The vectors of the space with these coefficients (m×s), as orthonormal columns (n×s) in float64."""
         return combined(self.Q, coefficients)
 
-    def _grow(self, size: int) -> None:
+    def _hold(self, size: int) -> None:
         held = len(self._rows)
         if size > held:
             rows = max(size, held + max(_ROWS_AT_ONCE, held // 2))

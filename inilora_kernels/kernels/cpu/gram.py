@@ -42,6 +42,23 @@ def takes(W: Tensor) -> bool:
     return W.device.type == "cpu" and W.dtype in dtypes and 1 in W.stride() and min(W.shape) >= 2 * BLOCK
 
 
+class FusedGramReaders:
+    """A `FusedGramReader` for X of any width, one made for each width that is asked for."""
+
+    def __init__(self, W: Tensor, threads: int) -> None:
+        self._W, self._threads = W, threads
+        self._by_width: dict[int, FusedGramReader] = {}
+
+    def of(self, width: int) -> FusedGramReader:
+        """The reader for X of this many rows."""
+        if width not in self._by_width:
+            self._by_width[width] = FusedGramReader(self._W, width, self._threads)
+        return self._by_width[width]
+
+    def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of(len(X))(X)
+
+
 class FusedGramReader:
     """X ↦ XWᵀ (b×d) and XWᵀW (b×k), float32, for any X (b×k) of one width b. Holds the work space that it needs.
 
@@ -71,6 +88,17 @@ class FusedGramReader:
         self._given = torch.zeros(along_columns if self._by_rows else along_rows)
         self._once = torch.empty(along_rows if self._by_rows else along_columns)
         self._twice = torch.empty(slots, *self._given.shape)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one thread computes it all, in at most two parts, whose sum has no order."""
+        return self._threads == 1 and len(self._twice) <= 2
+
+    @property
+    def compiled(self) -> tuple[NDArray[np.generic], tuple[int, ...], tuple[NDArray[np.float32], ...]]:
+        """W's memory, its layout and the work space, as expansion.py takes them."""
+        layout = (int(self._by_rows), self._stride, *self._shape, self._step, self._parts, self._parts_a_slot)
+        return self._flat, layout, (self._given.numpy(), self._once.numpy(), self._twice.numpy())
 
     def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
         if self._by_rows:

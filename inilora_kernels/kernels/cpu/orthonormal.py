@@ -37,13 +37,13 @@ def orthonormal_against(
     X[:b] = Z
     along, coupling = np.zeros((len(Q), b)), np.eye(b)
     held = Q[:0] if fixed is None else fixed
-    if not _orthonormal(Q.numpy(), held.numpy(), X.numpy(), coupling, along, vanished, spread, long):
+    if not make_orthonormal(Q.numpy(), held.numpy(), X.numpy(), coupling, along, vanished, spread, long):
         return None
     return X[:b], torch.from_numpy(coupling), torch.from_numpy(along)
 
 
 @njit(cache=True, nogil=True)
-def _orthonormal(
+def make_orthonormal(
     Q: Any, fixed: Any, X: Any, coupling: Any, along: Any, vanished: float, spread: float, long: float
 ) -> bool:
     """X (b rounded up, n) in place, coupling (b, b) from the identity and along (m, b) from zero.

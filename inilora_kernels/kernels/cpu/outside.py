@@ -12,8 +12,8 @@ import numpy as np
 
 from .jit import njit
 
-# c is found to a 4096th of the range that it may lie in, and no finer than this share of itself.
-_HALVINGS, _FINEST = 12, 1e-6
+# c is found to a 512th of the range that it may lie in, and no finer than this share of itself.
+_HALVINGS, _FINEST = 9, 1e-6
 
 
 @njit(cache=True, nogil=True)
@@ -41,12 +41,13 @@ def least_outside(theta: Any, g: Any, kept: int, missed: float) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def definite_at(theta: Any, g: Any, kept: Any, bound: float, missed: float) -> Any:
-    """Whether S(bound) is positive definite, for each number in `kept`."""
+def outside_below(theta: Any, g: Any, kept: Any, bound: float, missed: float) -> Any:
+    """For each number in `kept`, the least c; infinite where S(bound) is not positive definite."""
     form = np.empty((g.shape[1], g.shape[1]))
-    found = np.empty(len(kept), dtype=np.bool_)
+    found = np.full(len(kept), np.inf)
     for place in range(len(kept)):
-        found[place] = _definite(theta, g, kept[place], bound, missed, form)
+        if _definite(theta, g, kept[place], bound, missed, form):
+            found[place] = least_outside(theta, g, kept[place], missed)
     return found
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from inilora_kernels.kernels.cpu.outside import definite_at, least_outside
+from inilora_kernels.kernels.cpu.outside import least_outside, outside_below
 
 Array = NDArray[np.float64]
 
@@ -32,7 +32,7 @@ def test_the_least_bound(m: int, b: int, size: float) -> None:
             assert bound >= max(missed, theta[kept])
             assert smallest_eigenvalue(theta, g, kept, bound, missed) >= -1e-12
             low = max(missed, float(theta[kept]))
-            step = 1.01 * float(np.linalg.norm(g[kept:])) / 4096 + 2e-6 * low
+            step = 1.01 * float(np.linalg.norm(g[kept:])) / 512 + 2e-6 * low
             below = bound - step
             if below > low:
                 assert smallest_eigenvalue(theta, g, kept, below, missed) < 0
@@ -43,12 +43,13 @@ def test_nothing_beyond_the_space() -> None:
     assert least_outside(theta, g, 5, 0.4) == 0.4
 
 
-def test_definite_for_each_number_kept() -> None:
+def test_outside_for_each_number_kept() -> None:
     theta, g = parts(40, 4, 0.2, seed=1)
     highest, missed, kept = float(theta[2]), 0.5, np.arange(3, 40)
-    found = definite_at(theta, g, kept, highest, missed)
-    expected = [smallest_eigenvalue(theta, g, int(one), highest, missed) > 0 for one in kept]
-    assert found.tolist() == expected
-    assert 0 < sum(expected) < len(expected)
+    found = outside_below(theta, g, kept, highest, missed)
+    for one, bound in zip(kept, found, strict=True):
+        assert np.isfinite(bound) == (smallest_eigenvalue(theta, g, int(one), highest, missed) > 0)
+        assert not np.isfinite(bound) or bound == least_outside(theta, g, int(one), missed)
+    assert 0 < np.isfinite(found).sum() < len(found)
     # θ itself is no bound.
-    assert not definite_at(theta, g, np.array([2]), highest, missed)[0]
+    assert outside_below(theta, g, np.array([2]), highest, missed)[0] == np.inf

@@ -1,0 +1,80 @@
+"""Several steps in one compiled call: MQᵀ = QᵀT + Xᵀβ against float64, and the same bits as one step at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from inilora_kernels.kernels.streaming import gram_multiplier
+from inilora_kernels.solvers.krylov_space import KrylovSpace
+
+# Of products of float32 over some hundred entries, as a share of ||W||².
+ERROR = 1e-6
+
+
+def decaying(d: int, k: int, dtype: torch.dtype) -> Tensor:
+    W = torch.randn(d, k, generator=torch.Generator().manual_seed(0))
+    return (W * torch.arange(1, k + 1) ** -0.5).to(dtype)
+
+
+def space(W: Tensor, width: int, threads: int = 1, fixed: Tensor | None = None) -> KrylovSpace:
+    start = torch.randn(width, W.shape[1], generator=torch.Generator().manual_seed(1))
+    return KrylovSpace(gram_multiplier(W, torch.float32, threads), start, torch.Generator().manual_seed(2), fixed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 4, 8])
+@pytest.mark.parametrize("upright", [True, False])
+def test_the_recurrence_holds(dtype: torch.dtype, width: int, upright: bool) -> None:
+    W = decaying(411, 301, dtype) if upright else decaying(301, 411, dtype).T
+    grown = space(W, width)
+    grown.grow(math.inf, passes=6)
+    M = W.double().T @ W.double()
+    Q, energy = grown.Q.double(), float(W.double().square().sum())
+    assert grown.size == 6 * width
+    assert grown.passes == 6
+    assert float((Q @ Q.T - torch.eye(len(Q))).abs().max()) < 2e-6
+    assert float((Q @ M @ Q.T - grown.T).abs().max()) < ERROR * energy
+    pairs = grown.ritz()
+    residuals = M @ Q.T @ pairs.vectors - Q.T @ pairs.vectors * pairs.values
+    lengths = pairs.coupling.square().sum(0).sqrt()
+    torch.testing.assert_close(residuals.square().sum(0).sqrt(), lengths, rtol=1e-3, atol=10 * ERROR * energy)
+
+
+def test_the_same_bits_one_step_at_a_time_and_on_two_threads() -> None:
+    """1,000 by 800 has two parts, which two threads share where they are there."""
+    W = decaying(1000, 800, torch.float32)
+    at_once, stepwise, shared = space(W, 4), space(W, 4), space(W, 4, threads=2)
+    at_once.grow(math.inf, passes=5)
+    for _ in range(5):
+        stepwise.expand()
+    shared.grow(math.inf, passes=5)
+    for other in (stepwise, shared):
+        assert torch.equal(at_once.Q, other.Q)
+        assert torch.equal(at_once.T, other.T)
+        assert torch.equal(at_once.ritz().coupling, other.ritz().coupling)
+
+
+def test_stays_orthogonal_to_what_is_fixed_and_grows_no_further_than_there_is_room() -> None:
+    W = decaying(90, 40, torch.float32)
+    first = space(W, 4)
+    first.grow(17, passes=100)
+    assert first.size == 20
+    other = space(W, 4, fixed=first.Q)
+    other.grow(math.inf, passes=100)
+    assert other.size == 16
+    assert float((other.Q @ first.Q.T).abs().max()) < 2e-6
+
+
+def test_directions_that_run_out_are_replaced() -> None:
+    """W of rank 6: the second block has two directions of its own, and all that follow none."""
+    W = decaying(200, 6, torch.float32) @ decaying(6, 150, torch.float32)
+    grown = space(W, 4)
+    grown.grow(math.inf, passes=6)
+    Q, M = grown.Q.double(), W.double().T @ W.double()
+    assert grown.size == 24
+    assert float((Q @ Q.T - torch.eye(24)).abs().max()) < 2e-6
+    assert float((Q @ M @ Q.T - grown.T).abs().max()) < ERROR * float(M.trace())
