@@ -34,9 +34,11 @@ Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j. C = (I − QQᵀ)M(I − QQᵀ) is what
 
 Rounding. X is orthonormal, and Θ = (WX)ᵀ(WX) computed, in float64: Θ enters the sum linearly, and in float32 its
 error, about 1e-7·λ_1, would be what two nearly equal singular values differ by. T, L and ϑ come from products with M in
-the space's own arithmetic. Those are exact for some M + E; a product is off by about u·σ_1·||W||_F at most (partial
-sums of a row of W with a unit vector are about as large as the row, and their roundings are independent), which
-`rounding` states with some room. It is added to c and c', and its square to RᵀR.
+the space's own arithmetic. Those are exact for some M + E, and E has two parts. A product is off by about
+u·σ_1·||W||_F at most: partial sums of a row of W with a unit vector are about as large as the row, and their roundings
+are independent. A projection takes m rows of Q from a vector of length λ_1 at most, in m sums that are each rounded:
+√m·u·λ_1, which is the larger part where W is little more than one direction. `rounding` is their sum with
+2u for u. It is added to c and c', and its square to RᵀR.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ from .krylov_space import RitzPairs
 FAILURE_PROBABILITY = 1e-12
 # How many Ritz vectors beyond r may go into X.
 _BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+# By which share a bound without eigenvalues may be above the one with them.
+_CLOSE = 0.1
 # Another number is tried where it could bring the shortfall below this share of the best so far.
 _WORTH_TRYING = 0.5
 
@@ -96,6 +100,10 @@ def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, 
     if gap > 0 and len(values) == rank:
         # None of the upper values is below θ_r = c' + t, so that the r largest are theirs, and their sum the trace.
         return max(0.0, 2.0 / gap * (float(residual_gram.trace()) + rank * rounding**2))
+    if gap > 0:
+        separate = _separate(values, residual_gram, rank, gap)
+        if separate is not None:
+            return separate + 2.0 * len(values) * rounding**2 / gap
     # Without a gap, a little of everything outside may outweigh the last of the θ.
     splits = [gap] if gap > 0 else []
     splits += [outside * 10.0**-power for power in range(1, 13) if outside > 0]
@@ -109,6 +117,21 @@ def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, 
         if split == gap:
             break
     return max(0.0, best)
+
+
+def _separate(values: Tensor, residual_gram: Tensor, rank: int, gap: float) -> float | None:
+    """The sum of the r largest eigenvalues of Θ + P, P = 2RᵀR/t, less Σθ_i, where the r leading ones are far apart.
+
+    Step 3 once more, with [[P_11, P_12], [P_21, P_22]] for the first r and the others of X: what lies among the others
+    is at most θ_{r+1} + tr P_22, so the sum is below tr P_11 + |P_12|²/(θ_r − θ_{r+1} − tr P_22). None where that is
+    not close to its least, tr P_11.
+    """
+    P = (2.0 / gap) * residual_gram.numpy()
+    diagonal = P.diagonal()
+    own, others = float(diagonal[:rank].sum()), float(diagonal[rank:].sum())
+    apart = float(values[rank - 1] - values[rank]) - others
+    mixed = float((P[:rank, rank:] ** 2).sum())
+    return own + mixed / apart if apart > 0 and mixed <= _CLOSE * own * apart else None
 
 
 def promise(

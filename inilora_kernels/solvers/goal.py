@@ -38,9 +38,9 @@ class Goal:
         return max(self.ranks)
 
     def rounding(self, pairs: RitzPairs) -> float:
-        """By how much a product of M with a unit vector can be off; see certificate.py."""
-        largest = math.sqrt(max(0.0, float(pairs.values[0])) * self.energy)
-        return self.unit * largest
+        """By how much a step of the space, MX = QT + NL, can be off for a unit vector; see certificate.py."""
+        largest = max(0.0, float(pairs.values[0]))
+        return self.unit * (math.sqrt(largest * self.energy) + math.sqrt(len(pairs.values)) * largest)
 
     def allowed(self, pairs: RitzPairs, rank: int) -> float:
         """How much energy may be missed: `tolerance` of f*, and never less than float32 factors can show."""

@@ -236,7 +236,6 @@ def combined(rows: Tensor, coefficients: Tensor) -> Tensor:
     coefficients = coefficients.to(X.device)
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         X.addmm_(rows[first : first + _ROWS_AT_ONCE].double().T, coefficients[first : first + _ROWS_AT_ONCE])
-    for _ in range(2):
-        triangle = torch.linalg.cholesky(X.T @ X, upper=True)
-        X = torch.linalg.solve_triangular(triangle, X, upper=True, left=False)
-    return X
+    # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the columns so to float64's.
+    triangle = torch.linalg.cholesky(X.T @ X, upper=True)
+    return torch.linalg.solve_triangular(triangle, X, upper=True, left=False)

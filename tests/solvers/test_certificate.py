@@ -43,8 +43,8 @@ SPECTRA = {
 
 
 @st.composite
-def matrices(draw: st.DrawFn) -> tuple[Tensor, int, str]:
-    n, more = draw(st.integers(90, 230)), draw(st.integers(0, 120))
+def matrices(draw: st.DrawFn, least: int = 90, most: int = 230, longer: int = 120) -> tuple[Tensor, int, str]:
+    n, more = draw(st.integers(least, most)), draw(st.integers(0, longer))
     rank = draw(st.sampled_from([1, 2, 4, 8, 12, 20]))
     name = draw(st.sampled_from(sorted(SPECTRA)))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]))
@@ -90,6 +90,14 @@ def test_the_certificate_is_never_wrong_on_two_thousand(case: tuple[Tensor, int,
 
 
 @pytest.mark.slow
+@given(matrices(least=350, most=1100, longer=400))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_certificate_is_never_wrong_on_larger_ones(case: tuple[Tensor, int, str]) -> None:
+    W, rank, what = case
+    require_honest(W, rank, principal(W, [rank]), what)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 1e-12, 1e-8, 1e-6, 1e-4, 1e-3])
 def test_low_rank_matrices_with_both_sides_above_1024(noise: float) -> None:
     """kohya-ss/sd-scripts #2001: a LoRA's product, or the difference of two models, lost up to half of its energy."""
@@ -114,6 +122,15 @@ def test_no_matrix_can_be_chosen_against_a_fixed_seed() -> None:
     found = principal(W, [4])
     require_honest(W, 4, found, "hidden direction")
     assert float(found.S[0]) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("seed", [17, 38, 172, 240])
+def test_little_more_than_one_direction(seed: int) -> None:
+    """What float32's projections lose of σ_1² was taken for 4e-14 of ||W||² and is up to 3e-13 here."""
+    n, generator = 94, torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(size, n, generator=generator, dtype=torch.float64)).Q for size in (2 * n, n))
+    W = ((U * 10.0 ** (-6 * torch.arange(1, n + 1, dtype=torch.float64))) @ V.T).half()
+    require_honest(W, 1, principal(W, [1]), f"float16's smallest numbers, seed {seed}")
 
 
 def test_what_cannot_be_certified_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from .jit import njit
 
-# c is found to a 512th of the range that it may lie in, and no finer than this share of itself.
-_HALVINGS, _FINEST = 9, 1e-6
+# c is found to a 4096th of the range that it may lie in, and no finer than this share of itself.
+_HALVINGS, _FINEST = 12, 1e-6
 
 
 @njit(cache=True, nogil=True)
