@@ -238,4 +238,5 @@ def combined(rows: Tensor, coefficients: Tensor) -> Tensor:
         X.addmm_(rows[first : first + _ROWS_AT_ONCE].double().T, coefficients[first : first + _ROWS_AT_ONCE])
     # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the columns so to float64's.
     triangle = torch.linalg.cholesky(X.T @ X, upper=True)
-    return torch.linalg.solve_triangular(triangle, X, upper=True, left=False)
+    columns: Tensor = torch.linalg.solve_triangular(triangle, X, upper=True, left=False)
+    return columns
