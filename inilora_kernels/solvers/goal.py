@@ -13,6 +13,8 @@ from .krylov_space import RitzPairs
 _EXPECTED_OUTSIDE = 0.93
 # The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to this little of the energy.
 _COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
+# Projections are float32's own, also where products are less exact.
+_FLOAT32_UNIT = 2.0**-23
 # A proof of this share of what is allowed survives that the last products are float64's.
 _AMPLE = 0.5
 
@@ -40,7 +42,8 @@ class Goal:
     def rounding(self, pairs: RitzPairs) -> float:
         """By how much a step of the space, MX = QT + NL, can be off for a unit vector; see certificate.py."""
         largest = max(0.0, float(pairs.values[0]))
-        return self.unit * (math.sqrt(largest * self.energy) + math.sqrt(len(pairs.values)) * largest)
+        projecting = min(self.unit, _FLOAT32_UNIT) * math.sqrt(len(pairs.values)) * largest
+        return self.unit * math.sqrt(largest * self.energy) + projecting
 
     def allowed(self, pairs: RitzPairs, rank: int) -> float:
         """How much energy may be missed: `tolerance` of f*, and never less than float32 factors can show."""
