@@ -2,7 +2,7 @@
 
     python -m bench.plain_numba         prints a table: the four shapes of the step benchmark, rank 8, ms a step
 
-`loops` is the best plain form for numba that we found: fastmath, slices of known origin, the innermost loop over
+`loops` is the simplest plain form: fastmath, slices of known origin, the innermost loop over
 neighbours. Each variant runs in a process of its own with a cache of its own, since numba's files do not know which
 functions a kernel has called.
 """

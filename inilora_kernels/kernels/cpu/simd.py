@@ -1,7 +1,7 @@
 """The two register-blocked products that every CPU kernel is built from, as LLVM vector code.
 
-numba's own loop vectorizer does not keep a block of accumulators in registers across a loop; these intrinsics spell
-that block out. Widths follow the machine: LANES float32 in a vector, PANEL columns in a packed panel (VECTORS vectors),
+numba's own loop vectorizer makes no block of accumulators in registers from simple loops; these intrinsics spell that
+block out. Widths follow the machine: LANES float32 in a vector, PANEL columns in a packed panel (VECTORS vectors),
 ROWS rows and GROUP ranks a register block, so that the accumulators fill the register file without spilling.
 """
 
