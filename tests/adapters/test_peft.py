@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(minilm: Path, minilm_f
 
     refuses(OptionError, "form='both'", lora(load(minilm)), form="both")
     refuses(OptionError, "no adapter 'other' in this model; there is default", lora(load(minilm)), name="other")
-    refuses(OptionError, "call get_peft_model first", load(minilm))
+    refuses(OptionError, "is no PeftModel; give what get_peft_model returns", load(minilm))
     refuses(OptionError, r"sets rank 4, the factors .* have 8; set r=8", lora(load(minilm), r=4))
     refuses(OptionError, "plain LoRA, not DoRA", lora(load(minilm), use_dora=True))
     refuses(OptionError, "init_lora_weights='pissa' has set up", lora(load(minilm), init_lora_weights="pissa"))
