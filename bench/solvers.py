@@ -20,6 +20,7 @@ import itertools
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,8 @@ CASES: dict[str, tuple[tuple[int, int], int] | None] = {
     "14336×4096": ((14336, 4096), 1),
 }
 TURNS = 5
+# Between turns: the threads of one solver's libraries wait busily for a while before they sleep.
+REST = 0.2
 # A solver whose turn takes longer has fewer turns.
 SECONDS_EACH = 6.0
 # What the certificate promises; a solver that reaches it is drawn filled.
@@ -84,6 +87,7 @@ def measure(case: str, rank: int, dtype: str) -> list[Row]:
     times: dict[str, list[float]] = {name: [] for name in solvers}
 
     def turn(name: str) -> float:
+        time.sleep(REST)
         return seconds(lambda: found.update({name: solvers[name](matrices, rank)}))
 
     for name in solvers:
@@ -152,6 +156,23 @@ def cells(cases: Sequence[str], ranks: Sequence[int], dtypes: Sequence[str]) -> 
                 chosen = ["--case", case, "--rank", str(rank), "--dtype", dtype]
                 rows += in_own_process("bench.solvers", "measure", *chosen)
     return rows
+
+
+def in_short(rows: Sequence[Row]) -> list[Row]:
+    """A row for each case, rank and dtype: our milliseconds, and each drawn peer's time over ours.
+
+    A peer's excess stands beside it where it is above AS_GOOD: such a time is not of the same work.
+    """
+    short: dict[tuple[str, int, str], Row] = {}
+    for row in rows:
+        case = row["case"], row["rank"], row["dtype"]
+        own = short.setdefault(case, dict(zip(("case", "rank", "dtype"), case, strict=True)))
+        if row["solver"] == OURS:
+            own |= {"ours, ms a matrix": f"{row['ms']:.3g}", "excess": f"{row['excess']:.0e}"}
+        elif row["solver"] in DRAWN:
+            worse = "" if row["excess"] <= AS_GOOD else f" ({row['excess']:.0e})"
+            own[row["solver"]] = f"{row['over ours']:.2f}{worse}"
+    return list(short.values())
 
 
 def table5_row(model: Model, sample: int | None) -> Row:
@@ -236,6 +257,7 @@ def main() -> None:
     note = f"Synthetic matrices: σ_i ∝ i^−{decay():.2f}, see bench/spectra.py."
     if options.part in ("all", "cells"):
         rows = cells(options.case or list(CASES), options.rank or RANKS, options.dtype or DTYPES)
+        publish("solvers", "cells in short", in_short(rows), command, note=f"{note} Peers: their time over ours.")
         publish("solvers", "cells", rows, command, note=note, figure=_plot(rows))
     if options.part in ("all", "files"):
         models = [name for name in file_to_file.MODELS if not options.models or name in options.models]

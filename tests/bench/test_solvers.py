@@ -19,6 +19,9 @@ def test_every_solver_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp
     assert excess["PROPACK"] < 1e-8
     assert excess[solvers.OURS] < 1e-8
     assert excess["pissa_niter_4"] > 1e-8
+    [short] = solvers.in_short(rows)
+    assert short["PROPACK"] == f"{next(row['over ours'] for row in rows if row['solver'] == 'PROPACK'):.2f}"
+    assert f"({excess['pissa_niter_16']:.0e})" in short["pissa_niter_16"]
     solvers._plot(rows).savefig(tmp_path / "small.png")
 
 
