@@ -39,7 +39,6 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
         return
     experts = {name for name, (A, _) in plan.adapter.factors.items() if A.dim() == 3}
     model = copy.deepcopy(plan.architecture.model)
-    require_called(model, plan.adapter.factors.keys() - experts)
     where = f"{plan.checkpoint.path}: {type(model).__name__}"
     with warnings.catch_warnings(record=True) as caught, quiet_transformers():
         warnings.simplefilter("always")
@@ -50,6 +49,7 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
                 f"{where}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make the factors "
                 f"again without them, or train with `attach`, which needs no PEFT"
             ) from error
+    require_called(plan.architecture.model, plan.adapter.factors.keys() - experts)
     layers = {
         name_of(layer, name): layer
         for name, layer in loaded.get_base_model().named_modules()
