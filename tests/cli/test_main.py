@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def test_a_refused_process_ends_with_status_2(model: Path, tmp_path: Path) -> No
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
+    # Otherwise typer looks for the shell among the parents, and under `make` finds sh, which has no completion.
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     helps = [[*name.split(), "--help"] for name in (*COMMANDS, "cache prune")]
     for arguments in (["--help"], ["--version"], ["--show-completion", "bash"], *helps):
         program = (
@@ -67,7 +70,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
             f"sys.argv = ['inilora', *{arguments}]\n"
             "try: main()\nfinally: print(json.dumps(list(sys.modules)), file=sys.stderr)"
         )
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         assert not {"torch", "numpy", "transformers", "numba", "matplotlib"} & set(json.loads(result.stderr)), arguments
         assert result.stdout.strip()
     assert re.fullmatch(r"inilora \d+\.\d+\.\d+\S*\n", in_a_process("--version").stdout)
