@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from inilora_kernels import approximate_model
 
 from .harness import Row, seconds
-from .peers import PEERS, ours
+from .peers import PEERS, linear, ours
 from .spectra import like_the_real
 
 TURNS = 3
@@ -115,8 +115,6 @@ def _peft(folder: Path, output: Path, rank: int) -> None:
 
     layers = nn.ModuleDict()
     for module, W in _stored(folder):
-        linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(W, requires_grad=False)
-        layers[module.replace(".", "_")] = linear
+        layers[module.replace(".", "_")] = linear(W)
     config = LoraConfig(r=rank, target_modules=list(layers), init_lora_weights="pissa_niter_16")
     save_file(get_peft_model_state_dict(get_peft_model(layers, config)), output)

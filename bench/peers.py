@@ -40,15 +40,20 @@ def _of_arrays(U: np.ndarray, S: np.ndarray, Vh: np.ndarray, rank: int) -> Produ
     return _split(*(torch.from_numpy(part.copy()) for part in (U, S, Vh.T)), rank)
 
 
+def linear(W: Tensor) -> nn.Linear:
+    """A frozen layer that holds W itself."""
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(W, requires_grad=False)
+    return layer
+
+
 def _peft(init: str) -> Solver:
     def solve(W: Tensor, rank: int) -> Product:
         from peft import LoraConfig, get_peft_model
 
-        linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-        # PEFT overwrites the weight that it is given.
-        linear.weight = nn.Parameter(W.clone(), requires_grad=False)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=init)
-        layer = get_peft_model(nn.Sequential(linear), config).base_model.model[0]
+        # PEFT overwrites the weight that it is given.
+        layer = get_peft_model(nn.Sequential(linear(W.clone())), config).base_model.model[0]
         return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
     return solve

@@ -141,9 +141,14 @@ def _fastest(solve: Solver, matrices: Sequence[Tensor], rank: int) -> Callable[[
         with threadpool_limits(1):
             return in_turn(matrices, rank)
 
-    ways = [in_turn, side_by_side, by_one] if len(matrices) > 1 else [in_turn]
+    if len(matrices) == 1:
+        return in_turn
     few = list(matrices[: 2 * threads])
-    return min(ways, key=lambda way: min(seconds(lambda: way(few, rank)) for _ in range(2))) if ways[1:] else in_turn
+
+    def quickest(way: Callable[[list[Tensor], int], list[Product]]) -> float:
+        return min(seconds(lambda: way(few, rank)) for _ in range(2))
+
+    return min((in_turn, side_by_side, by_one), key=quickest)
 
 
 def cells(cases: Sequence[str], ranks: Sequence[int], dtypes: Sequence[str]) -> list[Row]:

@@ -180,8 +180,7 @@ def find_original(
 
 
 def sha256_of_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashlib.sha256(read_bytes(file, FactorFileError)).hexdigest()
 
 
 def residual_record(folder: Path | None) -> ResidualRecord | None:

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FactorFileError, TargetError
+from ..errors import FactorFileError
 from ..factor_set import FactorSet
 from ..model.checkpoint import Checkpoint
 from ..storage.atomic import save_tensors
@@ -32,6 +31,7 @@ from ..storage.reading import is_there, read_json, require_regular
 from ..suggestions import some
 from .expert_folder import wrapped
 from .folder import Adapter, pattern_value, write_adapter, write_card
+from .modules import without
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
@@ -78,18 +78,16 @@ def loaded_by_pipeline(checkpoint: Checkpoint, factors: FactorSet) -> FactorSet:
     if parts is None:
         return factors
     left_out = [name for name in factors if name.partition(".")[0] not in parts]
-    if len(left_out) == len(factors):
-        raise TargetError(
-            f"{checkpoint.path}: {pipeline} loads adapters for {', '.join(parts)} alone, and the factors are of other "
-            f"models ({left_out[0]}, …); give that model's own folder as the base"
-        )
-    if left_out:
-        warnings.warn(
-            f"{checkpoint.path}: left out {some(left_out, most=1)}: {pipeline} loads adapters for {', '.join(parts)} "
-            f"alone",
-            stacklevel=4,
-        )
-    return FactorSet({name: part for name, part in factors.items() if name not in set(left_out)}, factors.options)
+    if not left_out:
+        return factors
+    loads = f"{pipeline} loads adapters for {', '.join(parts)} alone"
+    return without(
+        factors,
+        set(left_out),
+        f"{checkpoint.path}: left out {some(left_out, most=1)}: {loads}",
+        f"{checkpoint.path}: {loads}, and the factors are of other models ({left_out[0]}, …); give that model's own "
+        f"folder as the base",
+    )
 
 
 def _write(folder: Path, adapter: Adapter, prefixed: bool) -> None:

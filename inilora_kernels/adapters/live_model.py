@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,28 +139,28 @@ def called_layers(model: nn.Module, names: Collection[str], inputs: Mapping[str,
 
 
 def _called(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tensor], training: bool) -> frozenset[str]:
-    seen: set[str] = set()
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: seen.add(name)) for name in names
-    ]
-    try:
+    with _seen(names, lambda name: model.get_submodule(name).register_forward_pre_hook) as seen:
         _run(model, inputs, training)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return frozenset(seen)
 
 
 def _completed(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tensor]) -> frozenset[str]:
     """Which of these modules finish their forward pass on these inputs."""
-    seen: set[str] = set()
-    hooks = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.add(name)) for name in names]
-    try:
+    with _seen(names, lambda name: model.get_submodule(name).register_forward_hook) as seen:
         _run(model, inputs)
+    return frozenset(seen)
+
+
+@contextmanager
+def _seen(names: Collection[str], register: Callable[[str], Callable[..., Any]]) -> Iterator[set[str]]:
+    """Collects the names whose hooks run within. register: a module's method that adds the kind of hook."""
+    seen: set[str] = set()
+    hooks = [register(name)(lambda *_, name=name: seen.add(name)) for name in names]
+    try:
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
-    return frozenset(seen)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,14 @@ def find_starts(
         for module, its_parts in parts.items()
         if module in live_names
     }
+
+
+def without(factors: FactorSet, left_out: Collection[str], warning: str, nothing_left: str) -> FactorSet:
+    """The factors but some, with a warning to whoever called an export. Raises TargetError if none would be left."""
+    if len(left_out) == len(factors):
+        raise TargetError(nothing_left)
+    warnings.warn(warning, stacklevel=5)
+    return FactorSet({name: part for name, part in factors.items() if name not in left_out}, factors.options)
 
 
 def _of_shared(parts: Mapping[str, dict[str, Factors]], config: Mapping[str, Any]) -> dict[str, dict[str, Factors]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from .diffusers_folder import is_diffusers, loaded_by_pipeline
 from .experts import expert_shapes
 from .folder import KEY_PREFIX, Adapter
 from .model_copy import size_of_copy
-from .modules import Start, find_starts, linear_shape, module_of
+from .modules import Start, find_starts, linear_shape, module_of, without
+from .weights import with_shared
 
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -87,7 +87,7 @@ def plan_export(
     }
     starts = _starts(checkpoint, factors, tensors, live_names)
     if architecture:
-        starts |= _of_shared(architecture, starts)
+        starts = with_shared(starts, architecture.model, _linear_layers(architecture))
     ranks = {module: start.rank for module, start in starts.items()}
     scaling = common_scaling(ranks, lora_alpha, use_rslora)
     if is_diffusers(checkpoint) and scaling != 1:
@@ -205,16 +205,16 @@ def _loaded(
         return factors
     stored = {module: tensor.removesuffix(".weight") for module, tensor in tensors.items()}
     left_out = [name for name in factors if stored[module_of(name)] in architecture.unloaded]
+    if not left_out:
+        return factors
     model = type(architecture.model).__name__
-    if len(left_out) == len(factors):
-        raise TargetError(f"{checkpoint.path}: {model} loads none of the modules that have factors ({left_out[0]}, …)")
-    if left_out:
-        warnings.warn(
-            f"{checkpoint.path}: left out {some(left_out, most=1)}, which {model} does not load; "
-            f"its own modules get adapters, and the rest of the model stays as it is",
-            stacklevel=4,
-        )
-    return FactorSet({name: part for name, part in factors.items() if name not in set(left_out)}, factors.options)
+    return without(
+        factors,
+        set(left_out),
+        f"{checkpoint.path}: left out {some(left_out, most=1)}, which {model} does not load; its own modules get "
+        f"adapters, and the rest of the model stays as it is",
+        f"{checkpoint.path}: {model} loads none of the modules that have factors ({left_out[0]}, …)",
+    )
 
 
 def _live_name(checkpoint: Checkpoint, module: str, architecture: Architecture | None, changes_weights: bool) -> str:
@@ -271,15 +271,8 @@ def _starts(
     return find_starts(shapes, live, str(checkpoint.path))
 
 
-def _of_shared(architecture: Architecture, starts: Mapping[str, Start]) -> dict[str, Start]:
-    """The starts of further linear layers that the model gives the same weight; see `with_shared`."""
-    return {
-        other: starts[layer.name]
-        for layer in architecture.layers.values()
-        if layer.name in starts
-        for other in layer.shared_with
-        if linear_shape(architecture.model.get_submodule(other))
-    }
+def _linear_layers(architecture: Architecture) -> set[str]:
+    return {name for name, module in architecture.model.named_modules() if linear_shape(module)}
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:

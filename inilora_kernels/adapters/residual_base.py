@@ -29,8 +29,7 @@ def subtract(layer: Layer, adapter_name: str, name: str) -> None:
 
     name: the layer's, for a warning.
     """
-    A, B = layer.lora_A[adapter_name].weight.detach().float(), layer.lora_B[adapter_name].weight.detach().float()
-    scaled_B = layer.scaling[adapter_name] * B
+    A, scaled_B = _update(layer, adapter_name)
     base_layer = layer.get_base_layer()
     weight: Tensor = base_layer.weight.data
     residual = plus(weight, -oriented(base_layer, scaled_B @ A))
@@ -42,8 +41,7 @@ def subtract(layer: Layer, adapter_name: str, name: str) -> None:
 @torch.no_grad()
 def take_for_residual(layer: Layer, adapter_name: str) -> None:
     """Let a layer whose base weight is R of this adapter's A and B stand in for W."""
-    A, B = layer.lora_A[adapter_name].weight.detach().float(), layer.lora_B[adapter_name].weight.detach().float()
-    scaled_B = layer.scaling[adapter_name] * B
+    A, scaled_B = _update(layer, adapter_name)
     layer.register_buffer("subtracted_A", A.clone(), persistent=False)
     layer.register_buffer("subtracted_B", scaled_B.clone(), persistent=False)
     layer.subtracted_scaling = layer.scaling[adapter_name]
@@ -51,6 +49,12 @@ def take_for_residual(layer: Layer, adapter_name: str) -> None:
     layer._check_forward_args = partial(_check_forward_args, layer)
     layer.unload_and_optionally_merge_module = partial(_unload, layer)
     layer.supports_lora_conversion = _no_conversion
+
+
+def _update(layer: Layer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A and sB of an adapter, in float32."""
+    A, B = layer.lora_A[adapter_name].weight.detach().float(), layer.lora_B[adapter_name].weight.detach().float()
+    return A, layer.scaling[adapter_name] * B
 
 
 def is_residual(layer: Layer) -> bool:

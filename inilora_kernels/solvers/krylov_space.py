@@ -71,10 +71,13 @@ class KrylovSpace:
             held = 0 if self._fixed is None else len(self._fixed)
             fitting = (self._rows.shape[1] - self.size - held) // block - 1
             wanted = int(min(passes, fitting, ceil((min(size, self._rows.shape[1]) - self.size) / block)))
-            passes -= self._expand_compiled(wanted) or self.expand()
+            taken = self._expand_compiled(wanted)
+            if taken == 0:
+                self.expand()
+            passes -= max(1, taken)
 
-    def expand(self) -> int:
-        """Take the next block into the basis: one pass over W. Returns 1."""
+    def expand(self) -> None:
+        """Take the next block into the basis: one pass over W."""
         block = self._next
         first, last = self.size, self.size + len(block)
         self._hold(last)
@@ -82,7 +85,6 @@ class KrylovSpace:
         self.size = last
         _, image = self._multiply(block)
         self._follow(image, first)
-        return 1
 
     def _follow(self, image: Tensor, first: int) -> None:
         """The end of a step: make MX of the basis's last rows, `first` on, the next block, and keep QMQᵀ."""

@@ -6,9 +6,6 @@ A new architecture is one line of ARCHITECTURES.
 
 from __future__ import annotations
 
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +25,8 @@ from inilora_kernels import (
     export_residual,
     load_delta,
 )
+
+from .drawing import runs
 
 TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -346,14 +345,7 @@ architecture is one line in tests/adapters/architectures.py.
 
 def main() -> None:
     """Write the page."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    results = {}
-    for architecture in ARCHITECTURES:
-        if len(sys.argv) > 1 and not any(part in architecture.title for part in sys.argv[1:]):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            results[architecture.title] = round_trip(architecture, Path(folder))
+    results = {architecture.title: result for architecture, result in runs(ARCHITECTURES, round_trip)}
     file = Path("docs/compatibility.md")
     stored = file.read_text(encoding="utf-8").partition("\n## Stored weights")
     file.write_text(page(results) + stored[1] + stored[2], encoding="utf-8")

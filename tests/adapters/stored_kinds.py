@@ -3,9 +3,6 @@ draws the table of docs/compatibility.md from these runs."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +35,7 @@ from inilora_kernels.errors import InitializationError
 from inilora_kernels.lora_start import lora_model
 from inilora_kernels.model.checkpoint import open_checkpoint
 
+from .drawing import runs
 from .models import IDS, logits, train
 from .packed_layers import fp8_kernel, gptqmodel, load_fp8, load_packed
 from .quantized_checkpoints import (
@@ -263,14 +261,8 @@ def _cell(result: Outcome, step: str) -> str:
 
 def main() -> None:
     """Write the table into docs/compatibility.md."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
     rows: list[str] = []
-    for kind in KINDS:
-        if len(sys.argv) > 1 and not any(part in kind.title for part in sys.argv[1:]):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            result = outcome(kind, Path(folder))
+    for kind, result in runs(KINDS, outcome):
         rows.append(row(kind, result))
         print(rows[-1], *(f"  {step}: {reason}" for step, reason in result.refused.items()), sep="\n", flush=True)
     if len(rows) == len(KINDS):

@@ -59,6 +59,17 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
+def started_by_its_loaders(pipe: Any, delta: Path, compute: Any) -> Tensor:
+    """Load both adapters of a delta folder: together they change nothing. Returns the original's output."""
+    expected: Tensor = compute(pipe).detach()
+    pipe.load_lora_weights(delta / "adapter", adapter_name="default")
+    assert not close(compute(pipe), expected)
+    pipe.load_lora_weights(delta / "initial", adapter_name="initial")
+    pipe.set_adapters(["default", "initial"])
+    assert close(compute(pipe), expected)
+    return expected
+
+
 @pytest.mark.parametrize("script", ["today", "older"])
 def test_a_pipeline_by_its_own_loaders_and_back(
     pipeline: Path, factors: FactorSet, tmp_path: Path, script: str
@@ -67,12 +78,7 @@ def test_a_pipeline_by_its_own_loaders_and_back(
     assert {name.partition(".")[0] for name in factors} == {"unet", "text_encoder"}
     export_delta(pipeline, factors, tmp_path / "delta")
     pipe = load_pipeline(pipeline)
-    expected = output(pipe).detach()
-    pipe.load_lora_weights(tmp_path / "delta/adapter", adapter_name="default")
-    assert not close(output(pipe), expected)
-    pipe.load_lora_weights(tmp_path / "delta/initial", adapter_name="initial")
-    pipe.set_adapters(["default", "initial"])
-    assert close(output(pipe), expected)
+    expected = started_by_its_loaders(pipe, tmp_path / "delta", output)
     train(dict(pipe.unet.named_parameters()) | dict(pipe.text_encoder.named_parameters()), lambda: output(pipe))
     trained = output(pipe).detach()
     assert not close(trained, expected)
@@ -127,12 +133,7 @@ def test_flux_and_stable_diffusion_3(tmp_path: Path, save: Any, compute: Any, mo
         return diffusers.DiffusionPipeline.from_pretrained(base, **none)
 
     pipe = load()
-    expected = compute(pipe).detach()
-    pipe.load_lora_weights(tmp_path / "delta/adapter", adapter_name="default")
-    assert not close(compute(pipe), expected)
-    pipe.load_lora_weights(tmp_path / "delta/initial", adapter_name="initial")
-    pipe.set_adapters(["default", "initial"])
-    assert close(compute(pipe), expected)
+    expected = started_by_its_loaders(pipe, tmp_path / "delta", compute)
     parts = {name: getattr(pipe, name) for name in models}
     train(
         {f"{part}.{name}": one for part, model in parts.items() for name, one in model.named_parameters()},

@@ -55,6 +55,15 @@ def originals(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def copied(originals: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "inputs"
+    shutil.copytree(originals, folder)
+    # The residual's adapter names its base by its full path.
+    config = folder / "residual/adapter/adapter_config.json"
+    config.write_text(config.read_text().replace(str(originals), str(folder)))
+    return folder
+
+
 def remove(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.unlink(missing_ok=True)
@@ -116,11 +125,7 @@ def judged(action: Callable[[], Any], out: Path) -> str:
 @pytest.mark.parametrize("name", READERS)
 def test_spoiled_inputs(originals: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder, out = tmp_path / "inputs", tmp_path / "out"
-    shutil.copytree(originals, folder)
-    # The residual's adapter names its base by its full path.
-    config = folder / "residual/adapter/adapter_config.json"
-    config.write_text(config.read_text().replace(str(originals), str(folder)))
+    folder, out = copied(originals, tmp_path), tmp_path / "out"
     whole, before = (folder / name).read_bytes(), set(tmp_path.iterdir())
     expected = {}
     for reader in READERS[name]:
@@ -180,8 +185,7 @@ def test_the_command_line_on_spoiled_inputs(
     """Exit 0, or 2 with one line about it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    folder, out = tmp_path / "inputs", tmp_path / "out"
-    shutil.copytree(originals, folder)
+    folder, out = copied(originals, tmp_path), tmp_path / "out"
     whole = (folder / name).read_bytes()
     every = list(spoiled(folder / name, random.Random(f"{name} once more"), 12))
     counts: Counter[int] = Counter()
@@ -233,8 +237,7 @@ def read_all(folder: Path, name: str) -> Any:
 )
 def test_any_bytes(originals: Path, tmp_path: Path, name: str) -> None:
     """Bytes and fields that hypothesis chooses: refused, or, of a file with checksums, what was written."""
-    folder = tmp_path / "inputs"
-    shutil.copytree(originals, folder)
+    folder = copied(originals, tmp_path)
     whole = (folder / name).read_bytes()
     before = read_all(folder, name)
     counts: Counter[str] = Counter()
