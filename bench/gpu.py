@@ -32,7 +32,7 @@ from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_pro
 from . import gpu_direct
 from .gpu_timing import distance, duration
 from .harness import RESULTS, Row, publish, seconds
-from .table5 import MODELS, Model, synthetic
+from .six_models import MODELS, Model, synthetic
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 Shape = tuple[int, int]

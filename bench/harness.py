@@ -161,10 +161,15 @@ def publish(
     write_whole(file, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     write_whole(folder / f"{name}.md", document(name, content).encode())
     if figure is not None:
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=130)
-        write_whole(folder / f"{name}.png", picture.getvalue())
+        save_figure(name, figure, folder)
     show(part, rows)
+
+
+def save_figure(name: str, figure: Figure, folder: Path = RESULTS) -> None:
+    """Store {name}.png."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    write_whole(folder / f"{name}.png", picture.getvalue())
 
 
 def document(name: str, content: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from inilora_kernels.kernels.gpu.gpus import gpu_named
 from inilora_kernels.processes import shared_run, shares
 
 from .harness import RESULTS, Row, publish
-from .table5 import synthetic
+from .six_models import synthetic
 
 REPEATS = 5
 # About five seconds of work for one process: the side of a square matrix, how many, and the options.

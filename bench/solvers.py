@@ -10,7 +10,7 @@ turns, its memory the high-water mark of one over what was resident before. Smal
 takes them in one call, a peer in a loop, or side by side on threads of its own where that is faster. The excess
 f/f* − 1 is from the float64 residual and the f* of a certified solve at 1e-11. files: bench/file_to_file.py. table5:
 krylov is measured over every matrix of the row (with --sample N, over N of each shape, and the total says that it is
-extrapolated); Adam as bench/table5.py measures it. The results are results/solvers.json, .md and .png.
+extrapolated); Adam as bench/six_models.py measures it. The results are results/solvers.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from inilora_kernels.solvers.krylov import principal
 from . import file_to_file
 from .harness import PeakMemory, Row, in_own_process, publish, seconds
 from .peers import PEERS, Product, Solver, ours_together
+from .six_models import MODELS, Model
+from .six_models import measure as measure_adam
 from .spectra import decay, like_the_real, real_matrices
-from .table5 import MODELS, Model
-from .table5 import measure as measure_adam
 
 OURS = "inilora krylov"
 RANKS = (8, 32, 64, 128)
@@ -201,7 +201,7 @@ def table5_row(model: Model, sample: int | None) -> Row:
             lambda: found.append(approximate_model(folder, TABLE5_RANK, solver="krylov", cache=False, progress=False))
         )
     total = taken * len(shapes) / len(chosen)
-    adam = measure_adam(model, "ours", "cpu", None, None).minutes
+    adam = measure_adam(model, "ours", "cpu").minutes
     return {
         "model": model.name,
         "matrices": len(shapes),

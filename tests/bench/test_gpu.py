@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from bench import gpu, gpu_direct, gpu_report
 from bench.harness import Row
-from bench.table5 import MODELS
+from bench.six_models import MODELS
 from inilora_kernels.kernels.gpu import gram_run
 from inilora_kernels.kernels.gpu.backend import TritonBackend
 from inilora_kernels.kernels.gpu.tiles import GramTile

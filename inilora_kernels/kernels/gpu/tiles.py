@@ -135,8 +135,9 @@ _BLOCKS: dict[int, tuple[int, int, int, int]] = {
     64: (32, 4, 16, 8),
     128: (32, 2, 16, 8),
 }
-# Ampere's and Ada's tensor cores take both operands from registers: half the width, or rank 128 spills.
-_NARROW_BLOCK = (16, 2, 16, 8)
+# Ampere's and Ada's tensor cores take both operands from registers: half the width, or rank 128 spills. With 8 warps
+# at rank 64 ptxas stops at 128 registers (triton 3.9, sm_80) and spills 20 bytes; with 4 it takes 168 to 220.
+_AMPERE_BLOCKS = {64: (32, 4, 16, 4), 128: (16, 2, 16, 8)}
 # own, inner, warps, stages. 32 rows make 128 programs of a 4096² matrix, one a multiprocessor; Hopper's and Blackwell's
 # asynchronous products want 64.
 _GRAMS: dict[tuple[str, int], tuple[int, int, int, int]] = {
@@ -179,7 +180,7 @@ def tiles(architecture: str, itemsize: int, rank: int) -> Tiles:
         # Eight columns alone would go to the 4×4 matrix instruction, at a quarter of the other ones' pace.
         padded = max(padded, 16)
     precision, options = _arithmetic(group)
-    block = _NARROW_BLOCK if (group, padded) == ("ampere", 128) else _BLOCKS[padded]
+    block = _AMPERE_BLOCKS.get(padded, _BLOCKS[padded]) if group == "ampere" else _BLOCKS[padded]
     return Tiles(
         rank=padded,
         strip=StripTile(*_STRIPS[group, itemsize][padded]),

@@ -42,7 +42,7 @@ QUICK = {
     ("sm_100", torch.float32, 128),
     ("gfx942", torch.float16, 16),
 }
-QUICK_ADAM = {("sm_80", 128), ("sm_89", 8), ("sm_90", 16), ("sm_100", 64), ("gfx942", 32)}
+QUICK_ADAM = {("sm_80", 64), ("sm_80", 128), ("sm_89", 8), ("sm_90", 16), ("sm_100", 64), ("gfx942", 32)}
 
 
 def triton_version() -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.table5 import MODELS, predicted
+from bench.six_models import MODELS, predicted
 from inilora_kernels.kernels.gpu.cost_model import (
     PARTIAL_SHARE,
     REACHED_CACHE,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from bench.table5 import MODELS, Model, predicted
+from bench.six_models import MODELS, Model, predicted
 from inilora_kernels import estimate
 from inilora_kernels.cli.main import application
 from inilora_kernels.errors import OptionError
