@@ -7,7 +7,6 @@ tensor; quantized weights are dequantized one at a time.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..storage.reading import MOST_JSON, absolute, read_bytes, read_json, reporting, require_regular
-from ..storage.schema import ModelConfig, parse
+from ..storage.reading import absolute, reporting, require_regular
 from ..suggestions import some
+from .config import read_config
 from .files.distributed import open_distributed
 from .files.gguf import open_gguf
 from .files.safetensors import open_safetensors
@@ -28,10 +27,6 @@ from .formats.find import find_weights
 from .formats.weight import StoredWeight
 from .hub import Choose, fetch
 from .layout import Component, find_components
-
-# The names of counts in config.json.
-_COUNT = re.compile(r".*(layers?|experts?|depths?|heads?|labels?|blocks?|stages?)")
-_MOST_COUNTED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -108,28 +103,9 @@ def open_checkpoint(
     return replace(whole, path=folder, name=name or str(absolute(folder)))
 
 
-def _config(file: Path) -> dict[str, Any]:
-    config = read_json(file)
-    _require_counts(file, config)
-    parse(ModelConfig, read_bytes(file, most=MOST_JSON), str(file), CheckpointError)
-    return config
-
-
-def _require_counts(file: Path, content: Any, name: str = "") -> None:
-    """Refuse counts that no model has, before transformers makes lists of that length."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            _require_counts(file, value, str(key))
-    elif isinstance(content, list):
-        for value in content:
-            _require_counts(file, value, name)
-    elif isinstance(content, (int, float)) and content > _MOST_COUNTED and _COUNT.fullmatch(name):
-        raise CheckpointError(f"{file}: {name} is {str(content)[:20]}, which no model has; download config.json again")
-
-
 def _open_component(component: Component) -> Checkpoint:
     """One model of a layout; names are those in its files."""
-    config = _config(component.config) if component.config is not None else None
+    config = read_config(component.config) if component.config is not None else None
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for file in component.files:
