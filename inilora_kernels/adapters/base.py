@@ -17,6 +17,7 @@ from ..factor_set import FactorSet
 from ..model.architecture import describe
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.experts import ExpertParameter, find_expert_parameters, parameter_of_expert
+from ..model.location import located, near_names
 from ..model.names import match_names
 from ..storage.reading import MOST_JSON, is_there, read_bytes
 from ..storage.schema import ResidualRecord, parse
@@ -163,13 +164,13 @@ def find_original(
             f"{trained_on}: the adapter was trained on the residual of other factors than these; "
             f"give the factor file that `inilora export` read"
         )
-    original = Path(base) if base is not None else Path(record.base) if record is not None else trained_on
+    original = located(base) if base is not None else Path(record.base) if record is not None else trained_on
     # A path that is not absolute may be the id of a model on the hub, which open_checkpoint looks up.
     may_be_id = original is not None and not original.is_absolute()
     if original is None or not (may_be_id or os.path.exists(original)):
         raise OptionError(
-            f"cannot find the original model ({original or named or 'the adapter names none'}); give its "
-            f"folder, or its id on the hub, as base"
+            f"cannot find the original model ({original or named or 'the adapter names none'})"
+            f"{near_names(original) if original else ''}; give its folder, or its id on the hub, as base"
         )
     given = residual_record(original)
     if given is not None:

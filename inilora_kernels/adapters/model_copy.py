@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError, WeightError
 from ..model.checkpoint import Checkpoint
 from ..model.files.tensor import StoredTensor, tensor_bytes
-from ..model.files.torch_file import SUFFIXES
+from ..model.location import TORCH_SUFFIXES
 from ..storage.atomic import save_tensors
 from ..storage.reading import MOST_JSON, is_there, read_bytes, read_json, reporting
 
@@ -96,7 +96,7 @@ def _shards(checkpoint: Checkpoint) -> tuple[list[Path], bool]:
     if elsewhere is not None:
         raise CheckpointError(f"{source}: its weights are in {elsewhere}; give that folder as the base")
     in_place = all(shard.suffix == ".safetensors" for shard in shards)
-    if not in_place and not all(shard.suffix in SUFFIXES for shard in shards):
+    if not in_place and not all(shard.suffix in TORCH_SUFFIXES for shard in shards):
         raise CheckpointError(
             f"{shards[0]}: neither safetensors nor a torch file; save the model with save_pretrained first"
         )

@@ -13,11 +13,17 @@ import typer
 
 from ..choices import Form, TaskType
 from ..errors import OptionError
+from ..model.location import located
 from .arguments import Every, FactorFile, Json
 
 Format = Literal["peft", "inilora-pt"]
 Base = Annotated[
-    Path | None, typer.Option(help="The original model, a folder or hub id, which the factors were computed from.")
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        parser=located,
+        help="The original model, a folder or hub id: the one that the factors were computed from.",
+    ),
 ]
 Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
 Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")]

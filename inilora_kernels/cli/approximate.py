@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .arguments import Every, Json, Plot, with_options
+from .arguments import Every, Json, ModelPath, Plot, with_options
 
 
 @with_options
 def approximate(
-    model: Annotated[Path, typer.Argument(help="A model's folder, a weight file, or its hub id (org/name@revision).")],
+    model: ModelPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="The factor file to write (.safetensors).")],
     plot: Plot = None,
     every: Every = False,

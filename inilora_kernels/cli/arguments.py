@@ -15,11 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..errors import OptionError
+from ..model.location import located
 from ..options import ModelOptions, meaning
 
 if TYPE_CHECKING:
     from ..factor_set import FactorSet
 
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", parser=located, help="A model's folder, a weight file, or its hub id (org/name@revision)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]
 Plot = Annotated[
     Path | None, typer.Option(help="Draw error by layer, spectra and convergence into this .png, .svg or .pdf.")

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
+from ..model.location import located
 from .arguments import Every, FactorFile, Json, Plot
 
 
 def inspect(
     file: FactorFile,
     base: Annotated[
-        Path | None, typer.Option(help="For an authors' folder: the model's folder, to compare with.")
+        Path | None,
+        typer.Option(metavar="PATH", parser=located, help="For an authors' folder: the model, to compare with."),
     ] = None,
     plot: Plot = None,
     every: Every = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -11,12 +10,12 @@ import typer
 from ..errors import OptionError
 from ..kernels.gpu.gpus import GPUS, gpu_named
 from ..options import ModelOptions, Options, meaning_of, require_count
-from .arguments import CHOOSING, Json, options_from, with_options
+from .arguments import CHOOSING, Json, ModelPath, options_from, with_options
 
 
 @partial(with_options, only=CHOOSING)
 def plan(
-    model: Annotated[Path, typer.Argument(help="A model's folder, a weight file, or its hub id (org/name@revision).")],
+    model: ModelPath,
     *,
     gpu: Annotated[str | None, typer.Option(help=f"Predict for a GPU too: {', '.join(GPUS)}.")] = None,
     gpus: Annotated[int, typer.Option(help="How many of them, with one torchrun process on each.")] = 1,

@@ -22,11 +22,12 @@ from .files.distributed import open_distributed
 from .files.gguf import open_gguf
 from .files.safetensors import open_safetensors
 from .files.tensor import StoredTensor
-from .files.torch_file import SUFFIXES, open_torch_file
+from .files.torch_file import open_torch_file
 from .formats.find import find_weights
 from .formats.weight import StoredWeight
 from .hub import Choose, fetch
 from .layout import Component, find_components
+from .location import TORCH_SUFFIXES, located
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def open_checkpoint(
     Raises CheckpointError if the path does not exist, a folder has no weights, a file is truncated or corrupt or holds
     code, a shard is missing or lacks a tensor of the index, or config.json is not a JSON object.
     """
-    folder, name, kept = Path(path), "", None
+    folder, name, kept = located(path), "", None
     if not os.path.exists(folder) or revision is not None:
-        download = fetch(path, revision, token, choose)
+        download = fetch(folder, revision, token, choose)
         folder, name, kept = download.folder, download.name, download.files
     with reporting(folder):
         components = find_components(folder, kept)
@@ -133,7 +134,7 @@ def _open_file(file: Path) -> tuple[Mapping[str, StoredTensor], dict[str, str], 
     if file.suffix == ".gguf":
         found, config = open_gguf(file)
         return found, {}, config
-    if file.suffix in SUFFIXES:
+    if file.suffix in TORCH_SUFFIXES:
         return open_torch_file(file), {}, None
     return *open_safetensors(file), None
 

@@ -13,11 +13,13 @@ from typing import Any, TypeAlias
 from ..errors import CheckpointError
 from ..storage.reading import read_json
 from .layout import read_weight_map, trained_components, weight_files
+from .location import hub_id, near_names
 
 # (names of all tensors, config.json) ↦ the tensors that will be read.
 Choose: TypeAlias = Callable[[Collection[str], Mapping[str, Any] | None], Collection[str]]
 
-_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+# Seconds for the hub to answer, as huggingface_hub allows for a file's.
+_PATIENCE = 10.0
 # Small files that say what a repository is.
 _DESCRIBES = re.compile(r"(.*/)?(config|model_index|modules|params|adapter_config|[\w.-]+\.index(\.[\w-]+)?)\.json")
 # Weights for other libraries, and pictures: no copy of a model needs them.
@@ -37,25 +39,24 @@ class Download:
     files: frozenset[str] | None
 
 
-def fetch(path: str | Path, revision: str | None, token: str | None, choose: Choose | None) -> Download:
+def fetch(path: Path, revision: str | None, token: str | None, choose: Choose | None) -> Download:
     """Download what is not in the cache yet; parameters as for `open_checkpoint`. Raises CheckpointError."""
-    text = path.as_posix() if isinstance(path, Path) else path
-    match = _ID.fullmatch(text)
-    if match is None or text.startswith((".", "/")) or text.endswith((".safetensors", ".bin", ".gguf")):
+    asked = hub_id(path)
+    if asked is None:
         raise CheckpointError(
-            f"{path}: no such file or folder; give a Hugging Face model folder, a .safetensors file, or the id of a "
-            f"model on the hub, org/name"
+            f"{path}: no such file or folder{near_names(path)}; give a Hugging Face model folder, a .safetensors file, "
+            f"or the id of a model on the hub, org/name"
         )
-    name, revision = match["id"], revision or match["revision"]
+    name, revision = asked[0], revision or asked[1]
     try:
         if choose is None:
             return _whole(name, revision, token)
         return _parts(name, revision, token, choose)
     except _network_errors() as error:
-        raise CheckpointError(f"{text}: {_reason(error, name, revision)}") from error
+        raise CheckpointError(f"{path}: {_reason(error, name, revision)}{near_names(path)}") from error
     except _library().errors.HFValidationError as error:
         raise CheckpointError(
-            f"{text}: no such file or folder, and not the id of a model on the hub ({error})"
+            f"{path}: no such file or folder{near_names(path)}; nor is it the id of a model on the hub ({error})"
         ) from error
 
 
@@ -65,10 +66,11 @@ def _whole(name: str, revision: str | None, token: str | None) -> Download:
 
 
 def _parts(name: str, revision: str | None, token: str | None, choose: Choose) -> Download:
-    names = _listed(name, revision, token)
+    names, cached = _listed(name, revision, token)
 
     def get(file: str) -> Path:
-        return Path(_library().hf_hub_download(name, file, revision=revision, token=token))
+        options = {"revision": revision, "token": token, "local_files_only": cached}
+        return Path(_library().hf_hub_download(name, file, **options))
 
     described = {file: get(file) for file in names if _DESCRIBES.fullmatch(file)}
     if not described and not names:
@@ -89,21 +91,28 @@ def _parts(name: str, revision: str | None, token: str | None, choose: Choose) -
     return Download(root, name, frozenset(PurePosixPath(file).name for file in chosen))
 
 
-def _listed(name: str, revision: str | None, token: str | None) -> list[str]:
-    """The files of a repository; offline, those in the cache and those that its indexes name."""
+def _listed(name: str, revision: str | None, token: str | None) -> tuple[list[str], bool]:
+    """The files of a repository, and whether they are those in the cache: offline, or where the hub does not answer."""
     try:
-        return list(_library().list_repo_files(name, revision=revision, token=token))
+        # One request: list_repo_files tries six times, for half a minute, where there is no network.
+        found = _library().model_info(name, revision=revision, token=token, timeout=_PATIENCE)
     except (_library().errors.RepositoryNotFoundError, _library().errors.RevisionNotFoundError):
         raise
     except _network_errors():
-        # Offline, or the hub cannot be reached: what is in the cache may be enough.
-        config = None
-        for file in ("config.json", "model_index.json", "modules.json", "model.safetensors"):
-            config = config or _library().try_to_load_from_cache(name, file, revision=revision)
-        if not isinstance(config, str):
+        kept = _in_the_cache(name, revision)
+        if not kept:
             raise
-        root = Path(config).parent
-        return [file.relative_to(root).as_posix() for file in sorted(root.rglob("*")) if file.is_file()]
+        return kept, True
+    return [one.rfilename for one in found.siblings or ()], False
+
+
+def _in_the_cache(name: str, revision: str | None) -> list[str]:
+    """The files of a repository that huggingface_hub's cache holds."""
+    some = None
+    for file in ("config.json", "model_index.json", "modules.json", "model.safetensors"):
+        some = some or _library().try_to_load_from_cache(name, file, revision=revision)
+    root = Path(some).parent if isinstance(some, str) else None
+    return [file.relative_to(root).as_posix() for file in sorted(root.rglob("*")) if file.is_file()] if root else []
 
 
 def _folders(names: Sequence[str], described: Mapping[str, Path]) -> list[str]:
@@ -144,6 +153,11 @@ def _reason(error: Exception, name: str, revision: str | None) -> str:
         return "no such file or folder here, and no such model on the hub; a private one needs a token"
     if isinstance(error, _library().errors.OfflineModeIsEnabled):
         return "no such file or folder here, not in the hub's cache, and HF_HUB_OFFLINE is set; download it first"
+    if isinstance(error, _library().errors.LocalEntryNotFoundError):
+        return (
+            "no such file or folder here; the hub cannot be reached, and not all files that are needed are in its "
+            "cache: download it first"
+        )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return f"no such file or folder here, and it cannot be downloaded from the hub ({reason})"
 

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..storage.reading import MOST_JSON, is_there, read_bytes, read_json
 from ..suggestions import some
 from .files.distributed import METADATA
-from .files.torch_file import SUFFIXES
+from .location import WEIGHT_SUFFIXES
 
 INDEX_SUFFIX = ".index.json"
 
@@ -71,7 +71,7 @@ def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Co
     Raises CheckpointError if there are no weights, a shard is missing, or the folder holds something else.
     """
     if not os.path.isdir(path):
-        if path.suffix not in (".safetensors", ".gguf", *SUFFIXES):
+        if path.suffix not in WEIGHT_SUFFIXES:
             raise CheckpointError(
                 f"{path}: neither a folder nor a .safetensors, .gguf, .bin, .pt, .pth or .ckpt file; give the model's "
                 f"folder or its weight file"

@@ -19,6 +19,7 @@ from .files.live import LiveTensor
 from .files.tensor import StoredTensor
 from .formats.find import find_weights
 from .hub import Choose
+from .location import located
 
 # A model's folder, weight file or hub id; or the model itself, or its state dict.
 Model: TypeAlias = str | PathLike[str] | nn.Module | Mapping[str, Tensor]
@@ -29,7 +30,7 @@ def open_model(model: Model, revision: str | None, token: str | None, choose: Ch
     if isinstance(model, (nn.Module, Mapping)):
         return open_live(model, choose)
     if isinstance(model, (str, PathLike)):
-        return open_checkpoint(Path(model), revision, token, choose)
+        return open_checkpoint(located(model), revision, token, choose)
     raise CheckpointError(
         f"approximate_model was given a {type(model).__name__}; give a model's path or hub id, the live model, or its "
         f"state dict; approximate takes matrices in memory"

@@ -21,6 +21,7 @@ from ..factors import Certificate, Factors
 from ..kernels.streaming import losses
 from ..model.checkpoint import open_checkpoint
 from ..model.files.torch_file import require_stored
+from ..model.location import located
 from ..model.names import match_names
 from ..solvers.optimum import optimum
 from .atomic import whole_folder, write_whole
@@ -69,7 +70,7 @@ def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> tuple
         raise FactorFileError(f"{folder}: no *{SUFFIX} in it; give the folder that the authors' decomposition wrote")
     modules = {file.name.removesuffix(SUFFIX): _load(file) for file in files}
     options = {"method": "inilora", "source": "inilora-pt"}
-    return (modules if base is None else _certified(modules, Path(base))), options
+    return (modules if base is None else _certified(modules, located(base))), options
 
 
 def _certified(factors: Mapping[str, Factors], base: Path) -> dict[str, Factors]:

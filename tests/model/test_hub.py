@@ -110,7 +110,7 @@ def test_shards_without_targets_are_not_needed(tmp_path: Path, offline: Path) ->
     targets = find_targets(checkpoint, asked)
     assert [target.module for target in targets] == asked
     assert set(checkpoint.absent) == tensors.keys() - layer
-    with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE|cannot be downloaded"):
+    with pytest.raises(CheckpointError, match=r"not all files that are needed"):
         open_checkpoint("org/model", choose=tensors_of(None))
 
 
@@ -182,7 +182,7 @@ def test_no_network(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> list[str]:
         raise client.ConnectError("Name or service not known")
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
     model = bert(cached(offline))
     checkpoint = open_checkpoint("org/model", choose=tensors_of(None))
     assert torch.equal(checkpoint.read("pooler.dense.weight"), model.pooler.dense.weight)
@@ -197,10 +197,32 @@ def test_folders_go_before_ids(tmp_path: Path, offline: Path, monkeypatch: pytes
     assert torch.equal(open_checkpoint("org/model").read("pooler.dense.weight"), local.pooler.dense.weight)
 
 
-@pytest.mark.parametrize("path", ["./org/model", "/org/model", "a/b/c", "model.safetensors", "org/model.gguf"])
-def test_paths_are_not_asked_for_on_the_hub(path: str) -> None:
-    with pytest.raises(CheckpointError, match="or the id of a model on the hub"):
-        open_checkpoint(path)
+@pytest.mark.parametrize(
+    "path",
+    ["./org/model", "/org/model", "../nothing", "~/model", "modle/", "org/modle/", "a/b/c", "model.pt", "org/a.gguf"],
+)
+def test_paths_are_not_asked_for_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("asked"))
+    result = CliRunner().invoke(application, ["plan", path])
+    assert isinstance(result.exception, CheckpointError)
+    for ask in (open_checkpoint, approximate_model):
+        with pytest.raises(CheckpointError, match="or the id of a model on the hub"):
+            ask(path)
+
+
+def test_a_slip_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    for given, meant in (
+        ("modles/llama/", "models"),
+        ("./models/lama", "llama"),
+        ("models/lama", "llama"),
+        ("modells", "models"),
+        ("~/models/llama", str(tmp_path / "models/llama")),
+    ):
+        with pytest.raises(CheckpointError, match=f'did you mean "{meant}"'):
+            open_checkpoint(given)
 
 
 @pytest.mark.parametrize("name", ["org/model", "model"])

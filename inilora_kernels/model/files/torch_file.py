@@ -22,8 +22,6 @@ from ...storage.reading import Refusal, opened, reporting
 from ...suggestions import some
 from .tensor import tensor_sha256, what_it_is
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
 # Buffers may be expanded, position ids for one. In bytes.
 _MOST_REPEATED = 1 << 24
 
