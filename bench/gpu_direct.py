@@ -1,4 +1,4 @@
-"""What bench.gpu asks of the direct solver on a GPU."""
+"""What bench.gpu measures of the direct solver on a GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def unit_blocks(batch: GramBatch) -> Tensor:
 
 
 def products(backend: TritonBackend, weights: Sequence[Tensor]) -> Row:
-    """Relative errors of XWᵀ and XWᵀW; and the latter's in the unit that the certificate grants it."""
+    """Relative errors of XWᵀ and XWᵀW, and the latter's as a share of what the certificate allows for."""
     batch = gram_batch_of(weights, backend)
     X = unit_blocks(batch)
     batch(X)

@@ -1,4 +1,4 @@
-"""What bench.gpu has measured, as the tables and the plot of docs/performance.md: prediction next to measurement.
+"""Tables and the plot of what bench.gpu has measured: prediction next to measurement.
 
 python -m bench.gpu_report results/gpu-NAME.json [--output FOLDER]
 """
@@ -29,7 +29,7 @@ STEP_COLUMNS = (
 
 
 def report(content: dict[str, Any]) -> str:
-    """A Markdown section for each part; of a step's row only what a reader compares."""
+    """A Markdown section for each part; a step's row has only what a reader compares."""
     lines: list[str] = []
     for part, one in content.items():
         header = list(STEP_COLUMNS) if part == "steps" else columns(one["rows"])
@@ -53,7 +53,7 @@ def direct_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Measured against predicted microseconds, both logarithmic; on the line the model is right."""
+    """Measured against predicted microseconds, both logarithmic; on the line they are equal."""
     figure = Figure(figsize=(5, 5))
     axes = figure.subplots()
     points = [row for row in rows if "predicted µs" in row]

@@ -16,7 +16,7 @@ def distance(found: Tensor, true: Tensor, scale: Tensor) -> float:
 
 
 def duration(launch: Callable[[], None], backend: TritonBackend, window: float) -> float:
-    """Seconds of one call of `launch`, over as many calls as fill the window, after a window of warming up."""
+    """Seconds a call of `launch`, over as many calls as fill the window, after a window of warming up."""
     once = max(seconds(launch, backend.device.type), 1e-9)
     count = max(1, int(window / once))
 

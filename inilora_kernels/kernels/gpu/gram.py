@@ -3,9 +3,9 @@
 `gradient_products_kernel` is its sister, but here the second product needs the first one whole: Z = YW with Y = XWᵀ.
 A strip of W would have to wait on the chip for its row of Y, and each strip would write a share of Z of 4·16 bytes a
 column: an H100 holds 16 to 24 rows of a 4096² bfloat16 matrix a multiprocessor, whose shares would be 1.3 to 2 times
-W's bytes. Reading W a second time is cheaper, writes nothing besides the results, and comes from the cache wherever a
-group of matrices fits it: W is then read from memory once. So the kernel is launched twice for each group: its programs
-own rows of W in the first launch and columns in the second.
+W's bytes. Reading W a second time is cheaper, writes nothing but the results, and comes from the cache wherever a
+group of matrices fits into it: then W is read from memory once. So the kernel is launched twice for each group: its
+programs own rows of W in the first launch and columns in the second.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -46,9 +46,9 @@ def gram_kernel(
     INTERPRETED: tl.constexpr,
     W_POLICY: tl.constexpr,
 ):
-    """OWN rows of W times the block `given` (16×n): 16 columns of XWᵀ's rows. Or OWN columns: of YW's.
+    """XWᵀ for OWN rows of W and the block `given`, X (16×n); or YW for OWN columns of W, where `given` is Y.
 
-    A program goes through the other side of W in steps of INNER. Reads its OWN rows (columns) of W once and `given`
+    A program walks along the other side of W in steps of INNER. Reads its OWN rows (columns) of W once and `given`
     once, 4·16·n bytes, from the cache; writes 4·16·OWN bytes. No program writes what another one reads or writes, and
     no sum crosses programs. FLOPs: 2·16 an entry of W and a part of `given`.
 
@@ -72,8 +72,8 @@ def gram_kernel(
 
     own = tl.arange(0, OWN)
     vector = tl.arange(0, GRAM_WIDTH)
-    # Padding is read and written like the rest, so that every load of a contiguous side is 128 bits wide: W's columns
-    # are padded with zeros, and so are the results.
+    # Padding is read and written like the rest, so that every load along a contiguous side is 128 bits wide. W's
+    # columns are padded with zeros, and so are the results.
     padded_through = (through + 15) // 16 * 16
     inside_padded = own < (owned + 15) // 16 * 16
     total = tl.full((OWN, GRAM_WIDTH), 0.0, tl.float32)

@@ -1,4 +1,4 @@
-"""A batch of matrices on the GPU that the direct solver multiplies with blocks of vectors, two launches a group."""
+"""A batch of matrices on the GPU, which the direct solver multiplies with blocks of vectors, two launches a group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .gram import gram_kernel
 from .gram_layout import BATCH, WIDTH, GramField, GramLayout
 
-# float16 ends at 2¹⁶: unit vectors, and images of them of at most ||W||, are brought just below.
+# float16 ends at 2¹⁶: unit vectors, and their images of norm at most ||W||, are scaled to just below that.
 _FLOAT16_EXPONENT = 14
 
 
@@ -61,7 +61,7 @@ class GramBatch:
         return self.tall(index).T if self.layout.places[index].transposed else self.tall(index)
 
     def measure(self) -> None:
-        """Take ||W||² of every matrix, which is in place now, without waiting for the device."""
+        """Compute ||W||_F² of every matrix, all of which are in place by now, without waiting for the device."""
         for index in range(len(self.layout.places)):
             self.energies[index] = torch.linalg.vector_norm(self.padded(index), dtype=torch.float64).square()
         if self.weights.dtype == torch.float16:
@@ -70,7 +70,7 @@ class GramBatch:
             self.exponents[1] = (_FLOAT16_EXPONENT - norms.log2().ceil()).clamp(-60, 60)
 
     def keep(self, active: Collection[int]) -> None:
-        """Go on with these matrices alone; the grid stays, so that a captured graph stays good."""
+        """Go on with these matrices alone; the grid stays the same, so that a captured graph stays valid."""
         for (work, _), buffer in zip(self._whole, self._work, strict=True):
             rest = work.copy()
             idle = [index for index in range(len(self.layout.places)) if index not in active]

@@ -1,9 +1,9 @@
-"""Where a batch of the direct solver lies, and which matrices make one: arithmetic alone, without triton or a GPU.
+"""Which matrices make a batch of the direct solver, and where they lie: arithmetic alone, without triton or a GPU.
 
 Every W lies tall, d ≥ n, its rows padded to a multiple of 16 elements; a wide one is transposed when it arrives. So the
-solver's vectors belong to the columns. They lie in one dense tensor for all matrices, (BATCH, WIDTH, N), for torch's
-batched algebra: N is n rounded up to a quarter of an octave, and missing matrices are zeros, so that the shapes of that
-algebra, and with them its bits, follow from a matrix alone and not from its neighbours.
+solver's vectors have an entry for each column. They lie in one dense tensor for all matrices, (BATCH, WIDTH, N), for
+torch's batched algebra: N is n rounded up to a quarter of an octave, and missing matrices are zeros, so that the shapes
+of that algebra, and with them its bits, follow from a matrix alone and not from its neighbours.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .gpus import Gpu
 from .layout import WorkList, weight_bytes
 from .tiles import ALIGNMENT, GramTile, aligned
 
-# Vectors that W is multiplied with at a time: what the matrix instructions want, and free where memory is the limit.
+# Vectors that W is multiplied with at a time: as many as the matrix instructions want, free where memory is the limit.
 WIDTH = 16
 # Matrices whose dense algebra is one call.
 BATCH = 16
 
 
 class GramField(IntEnum):
-    """A program's row: OWNED rows (or columns) of one tall W, and how many of the other side it goes through."""
+    """A program's row: OWNED rows (or columns) of one tall W, and how many of the other side it walks through."""
 
     W_OFFSET = 0
     STRIDE = 1
@@ -68,7 +68,7 @@ class GramLayout:
     tile: GramTile
 
     def work(self, *, along_rows: bool) -> tuple[WorkList, tuple[int, ...]]:
-        """The programs' rows, matrix by matrix, and where each group's begin, the end included."""
+        """The programs' rows, matrix by matrix, and where those of each group begin, with the end as the last."""
         pieces, starts = [], [0]
         for first, last in self.groups:
             pieces += [self._of(index, along_rows) for index in range(first, last)]

@@ -1,4 +1,4 @@
-"""The direct solver's batches on a GPU: read and copied in a thread while the batch before is worked on."""
+"""The direct solver's batches on a GPU: each is read and copied by a thread while the one before it is solved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHARE = 0.5
 def visit_batches(
     place: Device, gpu: Gpu, matrices: Sequence[Stored], dtypes: Sequence[torch.dtype], visit: Visit
 ) -> None:
-    """Call `visit` with each batch of those matrices that may take vectors and fit the memory. See `Backend`."""
+    """Call `visit` with each batch of the matrices that may take vectors and fit in memory. See `Backend`."""
     taken = [index for index, one in enumerate(matrices) if one.vectors]
     wanted = [Wanted(matrices[i].shape, dtypes[i].itemsize, matrices[i].vectors) for i in taken]
     found = batches(wanted, [dtypes[i] for i in taken], _SHARE * place.free_memory())
@@ -64,7 +64,7 @@ def _padded_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
 
 
 def _read(place: Device, batch: GramBatch, matrices: Sequence[Stored], staging: Sequence[Tensor]) -> None:
-    """Load a batch's weights onto the device, by two host buffers in turns; in the reader's thread."""
+    """Load a batch's weights onto the device through two host buffers in turn; runs in the reader's thread."""
     copied: list[object] = [None, None]
     for number, matrix in enumerate(matrices):
         W = matrix.load()
@@ -86,7 +86,7 @@ def _read(place: Device, batch: GramBatch, matrices: Sequence[Stored], staging: 
 
 
 def _launched(place: Device, batch: GramBatch) -> Callable[[], None]:
-    """The batch's launches as a graph, where they can be captured; compiled before."""
+    """The batch's launches, compiled; as a graph where they can be captured."""
     first_launch(batch.launch)
     return (place.captured(batch.launch) if place.captures else None) or batch.launch
 
