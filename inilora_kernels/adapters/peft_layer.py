@@ -36,8 +36,8 @@ class StartedLoraConfig(LoraConfig):
     started_from: the adapter that has the factors. form: its form.
     """
 
-    started_from: str | None = field(default=None, init=False, metadata={"is_lora_variant": True})
-    form: Form | None = field(default=None, init=False)
+    started_from: str | None = field(default=None, metadata={"is_lora_variant": True})
+    form: Form | None = field(default=None)
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""What a PeftModel that started from factors does differently: saving, and combining adapters."""
+"""What a PeftModel that started from factors does differently: saving, and putting adapters to use and together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,27 +12,33 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .started import Started
+from .residual_base import Layer
+from .started import Started, unwrapped
 
 # What PEFT's initializations do to A and B alone.
 _LEAVES_THE_BASE = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 
 
 def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
-    """Let the model's own `save_pretrained`, `state_dict` and `add_weighted_adapter` take s(BA − B0A0) for an adapter.
+    """Let the model's own `save_pretrained`, `state_dict` and `add_weighted_adapter` take s(BA − B0A0) for an adapter,
+    and let no plain LoRA with a copy of A and B come into use.
 
     `save_pretrained`, which every trainer calls, writes [A; A0] and [B, −B0] of rank 2r. Their product is what was
     learned in both forms, and belongs to W: it is fit for any program that loads LoRAs. A and B alone would be mistaken
     for a LoRA of W, and add W's own low-rank part a second time. `state_dict` is where PEFT's
     `get_peft_model_state_dict` takes A and B from, for programs that save or send them by themselves.
     """
-    for owner, method in (
-        (peft_model, partial(_save_pretrained, peft_model)),
-        (peft_model, partial(_state_dict, peft_model)),
-        (peft_model.base_model, partial(_add_weighted_adapter, peft_model.base_model)),
-        (peft_model.base_model, partial(_inject_adapter, peft_model.base_model)),
-    ):
-        setattr(owner, method.func.__name__.removeprefix("_"), method)
+    model: Any = peft_model  # methods of one object, for which there is no type
+    model.save_pretrained = partial(_save_pretrained, model)
+    model.state_dict = partial(_state_dict, model)
+    model.load_state_dict = partial(_load_state_dict, model)
+    tuner: Any = peft_model.base_model
+    tuner.add_weighted_adapter = partial(_add_weighted_adapter, tuner)
+    tuner.inject_adapter = partial(_inject_adapter, tuner)
+    tuner.set_adapter = partial(_set_adapter, tuner)
+    tuner.merge_adapter = partial(_merge_adapter, tuner)
+    tuner._unload_and_optionally_merge = partial(_unload_and_optionally_merge, tuner)
+    tuner._enable_peft_forward_hooks = partial(_enable_peft_forward_hooks, tuner)
 
 
 def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **options: Any) -> None:
@@ -60,6 +66,13 @@ def _state_dict(peft_model: PeftModel, *args: Any, **options: Any) -> Any:
     if not (args or options.get("destination") is not None or options.get("prefix")):
         _double(peft_model, state_dict)
     return state_dict
+
+
+def _load_state_dict(peft_model: PeftModel, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+    """nn.Module.load_state_dict, which loads nothing where a weight has started elsewhere."""
+    for key, started in _started(peft_model).items():
+        started.require_loadable(state_dict, f"{key}.")
+    return type(peft_model).load_state_dict(peft_model, state_dict, *args, **options)
 
 
 def _double(peft_model: PeftModel, state_dict: MutableMapping[str, Any]) -> None:
@@ -92,8 +105,62 @@ def _inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any,
     type(tuner).inject_adapter(tuner, model, adapter_name, *args, **options)
 
 
+def _set_adapter(tuner: Any, adapter_name: str | list[str], *args: Any, **options: Any) -> None:
+    _require_no_copies(tuner, adapter_name)
+    type(tuner).set_adapter(tuner, adapter_name, *args, **options)
+
+
+def _merge_adapter(tuner: Any, adapter_names: list[str] | None = None, *args: Any, **options: Any) -> None:
+    _require_no_copies(tuner, adapter_names or tuner.active_adapters)
+    type(tuner).merge_adapter(tuner, adapter_names, *args, **options)
+
+
+def _unload_and_optionally_merge(tuner: Any, merge: bool = True, *args: Any, **options: Any) -> Any:
+    """What merge_and_unload and unload do."""
+    if merge:
+        _require_no_copies(tuner, options.get("adapter_names") or tuner.active_adapters)
+    return type(tuner)._unload_and_optionally_merge(tuner, merge, *args, **options)
+
+
+def _enable_peft_forward_hooks(tuner: Any, *args: Any, **options: Any) -> Any:
+    """What PeftModel enters for the adapters of a mixed batch."""
+    _require_no_copies(tuner, options.get("adapter_names") or ())
+    return type(tuner)._enable_peft_forward_hooks(tuner, *args, **options)
+
+
+def _require_no_copies(tuner: Any, names: str | Iterable[str]) -> None:
+    """Raise OptionError if one of these adapters is a plain LoRA into which A and B of a started one were copied.
+
+    Its BA is near W's own low-rank part, which it would add a second time.
+    """
+    for name in {names} if isinstance(names, str) else dict.fromkeys(names):
+        if getattr(tuner.peft_config.get(name), "started_from", None) is not None:
+            continue
+        for layer in tuner.model.modules():
+            if isinstance(layer, LoraLayer) and name in layer.lora_A:
+                source = _copied(layer, name)
+                if source is not None:
+                    raise OptionError(
+                        f"adapter {name!r}: a plain LoRA that holds A and B of {source!r}, which started from factors, "
+                        f"so it would add W's own low-rank part once more; add it with the config that has the start, "
+                        f"model.add_adapter({name!r}, model.peft_config[{source!r}]), and copy then"
+                    )
+
+
+def _copied(layer: Layer, name: str) -> str | None:
+    """The started adapter of which this one is a copy, as far as both have the same shape."""
+    sources: list[str] = list(layer.lora_A)
+    for source in sources:
+        started = unwrapped(layer.lora_A[source]), unwrapped(layer.lora_B[source])
+        pairs = zip(started, (layer.lora_A[name], layer.lora_B[name]), strict=True)
+        if all(one is not None and one.resembles(other.weight) for one, other in pairs):
+            return source
+    return None
+
+
 def _add_weighted_adapter(tuner: Any, adapters: list[str], *args: Any, **options: Any) -> None:
     """LoraModel.add_weighted_adapter of the plain LoRAs that `save_pretrained` would write of these adapters."""
+    _require_no_copies(tuner, adapters)
     with _as_plain_loras(tuner, adapters):
         type(tuner).add_weighted_adapter(tuner, adapters, *args, **options)
 

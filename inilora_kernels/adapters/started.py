@@ -7,6 +7,7 @@ pass: FSDP and ZeRO may shard each of the two modules by itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ STARTS = ("delta_start", "residual_start")
 
 # A cosine below which an A has not started from A0: random ones of rank 8 and 1,000 columns are within 0.03.
 _UNRELATED = 0.1
+
+# A cosine above which a weight was copied from one that started at A0, or trained since: five standard deviations of
+# random ones as small as 4×32.
+_NEAR = 0.5
 
 
 class Started(nn.Linear):
@@ -80,37 +85,60 @@ class Started(nn.Linear):
         self._unseen = True
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    def require_loadable(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise FactorFileError if a state dict's weight has not started where this one did."""
         key = f"{prefix}weight"
         found = state_dict.get(key)
-        rank = self.initial.shape[self.axis]
-        if isinstance(found, Tensor) and found.dim() == 2 and found.shape[self.axis] == 2 * rank:
-            halves = torch.split(self._each(found), rank // self.blocks, dim=self.axis + 1)
-            own, start = (half.flatten(self.axis, self.axis + 1) for half in halves)
-            if not _is_same(start, self.sign * self.initial):
+        if isinstance(found, Tensor) and self._is_doubled(found):
+            if not _is_same(self._halves(found)[1], self.sign * self.initial):
                 raise FactorFileError(
                     f"{key}: this adapter was trained from other factors than the model was started from; start the "
                     f"model from the same factors, or load the adapter under another name, as the plain LoRA that it is"
                 )
-            state_dict[key] = own.contiguous()
         elif f"{prefix}{self.start_name}" not in state_dict:
             self._require_related(found, key)
+        if self.start_name not in self._non_persistent_buffers_set:
+            self._require_own_start(state_dict.get(f"{prefix}{self.start_name}", self.initial), key)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        self.require_loadable(state_dict, prefix)
+        key = f"{prefix}weight"
+        found = state_dict.get(key)
+        if isinstance(found, Tensor) and self._is_doubled(found):
+            state_dict[key] = self._halves(found)[0].contiguous()
         # Checkpoints without it, such as those that hold A and B alone, are complete.
         if self.start_name not in self._non_persistent_buffers_set:
             state_dict.setdefault(f"{prefix}{self.start_name}", self.initial)
-            self._require_own_start(state_dict[f"{prefix}{self.start_name}"], key)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _is_doubled(self, found: Tensor) -> bool:
+        return found.dim() == 2 and found.shape[self.axis] == 2 * self.initial.shape[self.axis]
+
+    def _halves(self, doubled: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight and, with its sign, the start that `doubled` has put side by side."""
+        rank = self.initial.shape[self.axis]
+        own, start = torch.split(self._each(doubled), rank // self.blocks, dim=self.axis + 1)
+        return own.flatten(self.axis, self.axis + 1), start.flatten(self.axis, self.axis + 1)
 
     def _require_related(self, found: Any, key: str) -> None:
         """Raise FactorFileError if an A alone is nowhere near A0: a LoRA that has not started from these factors."""
         if self.axis or not isinstance(found, Tensor) or found.shape != self.initial.shape or found.is_meta:
             return
-        A, A0 = found.detach().float().flatten(), self.initial.float().flatten().to(found.device)
-        if float(F.cosine_similarity(A, A0, dim=0)) < _UNRELATED:
+        if self._cosine(found) < _UNRELATED:
             raise FactorFileError(
                 f"{key}: this adapter has not started from the factors that the model was started from; load it under "
                 f"another name, as the plain LoRA that it is"
             )
+
+    def resembles(self, weight: Tensor) -> bool:
+        """Whether a weight of the same shape is near where this one started, as one copied from it is."""
+        if weight.shape != self.initial.shape or weight.is_meta or type(weight.data) is not Tensor:
+            return False
+        return self._cosine(weight) > _NEAR
+
+    def _cosine(self, weight: Tensor) -> float:
+        one, other = weight.detach().float().flatten(), self.initial.float().flatten().to(weight.device)
+        return float(F.cosine_similarity(one, other, dim=0))
 
     def _require_own_start(self, found: Tensor, key: str) -> None:
         """Raise FactorFileError if the base weight is R of other factors than a state dict says; zero: hotswapped."""

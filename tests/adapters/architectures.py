@@ -306,16 +306,19 @@ def _train(model: Any) -> Tensor:
     return _output(model)
 
 
+def row(title: str, result: RoundTrip) -> str:
+    """A row of the table."""
+    cells = []
+    for form in ("residual", "delta"):
+        steps = [result.errors.get(f"{form} {step}") for step in ("start", "convert", "merge")]
+        refused = result.refused.get(form)
+        cells.append("refused" if refused else " / ".join(f"{step:.0e}" for step in steps if step is not None))
+    return f"| {title} | {result.matrices} | {' | '.join(cells)} |"
+
+
 def page(results: dict[str, RoundTrip]) -> str:
-    """docs/compatibility.md."""
-    lines = []
-    for title, result in results.items():
-        cells = []
-        for form in ("residual", "delta"):
-            steps = [result.errors.get(f"{form} {step}") for step in ("start", "convert", "merge")]
-            refused = result.refused.get(form)
-            cells.append("refused" if refused else " / ".join(f"{step:.0e}" for step in steps if step is not None))
-        lines.append(f"| {title} | {result.matrices} | {' | '.join(cells)} |")
+    """docs/compatibility.md up to its stored weights."""
+    lines = [row(title, result) for title, result in results.items()]
     refusals = [
         f"- {title}: {reason.partition(': ')[2]}"
         for title, result in results.items()
@@ -344,11 +347,20 @@ architecture is one line in tests/adapters/architectures.py.
 
 
 def main() -> None:
-    """Write the page."""
-    results = {architecture.title: result for architecture, result in runs(ARCHITECTURES, round_trip)}
-    file = Path("docs/compatibility.md")
-    stored = file.read_text(encoding="utf-8").partition("\n## Stored weights")
-    file.write_text(page(results) + stored[1] + stored[2], encoding="utf-8")
+    """Write the page, or print the table of some of the architectures."""
+    results: dict[str, RoundTrip] = {}
+    for architecture, result in runs(ARCHITECTURES, round_trip):
+        results[architecture.title] = result
+        print(row(architecture.title, result), *result.refused.values(), sep="\n", flush=True)
+    if len(results) == len(ARCHITECTURES):
+        write(results)
+
+
+def write(results: dict[str, RoundTrip], file: Path = Path("docs/compatibility.md")) -> None:
+    """Put these results in place of the page's."""
+    _, heading, after = file.read_text(encoding="utf-8").partition("\n## Stored weights")
+    assert heading, f"{file} has lost the heading after the refusals"
+    file.write_text(page(results) + heading + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,51 @@ def test_a_copy_of_the_adapter_is_right_by_itself(llama: Path, factors: FactorSe
     model = started(llama, factors, form)
     expected = change(model) if trained else logits(model)
     model.add_adapter("ref", model.peft_config["default"])
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    _copy(model, "ref")
     change(model)
     model.set_adapter("ref")
     assert torch.allclose(logits(model), expected, rtol=0, atol=0 if form == "delta" else 1e-5)
+
+
+def _copy(model: PeftModel, name: str) -> None:
+    for key, parameter in model.named_parameters():
+        if ".default." in key:
+            model.get_parameter(key.replace(".default.", f".{name}.")).data.copy_(parameter.data)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_by_a_copied_config_is_right_too(llama: Path, factors: FactorSet, form: Form) -> None:
+    """trl 3196, by other trainers."""
+    model = started(llama, factors, form)
+    expected = change(model)
+    for name, copied in (("deep", copy.deepcopy), ("replaced", dataclasses.replace)):
+        model.add_adapter(name, copied(model.peft_config["default"]))
+        _copy(model, name)
+        model.set_adapter(name)
+        assert torch.allclose(logits(model), expected, rtol=0, atol=0 if form == "delta" else 1e-5)
+        model.set_adapter("default")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_in_a_plain_lora_is_refused_where_it_comes_into_use(llama: Path, factors: FactorSet, form: Form) -> None:
+    """trl 3196, with a config that says nothing of the start: the copy would compute W + BA."""
+    model = started(llama, factors, form)
+    change(model)
+    model.add_adapter("ref", LoraConfig(**model.peft_config["default"].to_dict()))
+    model.set_adapter("ref")  # a LoRA like any other, so far
+    model.set_adapter("default")
+    _copy(model, "ref")
+    uses = (
+        lambda: model.set_adapter("ref"),
+        lambda: model.merge_adapter(["ref"]),
+        lambda: model.merge_and_unload(adapter_names=["ref"]),
+        lambda: model.add_weighted_adapter(["ref"], [1.0], "weighted"),
+        lambda: model(torch.arange(1, 4)[None], adapter_names=["ref"]),
+    )
+    for use in uses:
+        with pytest.raises(OptionError, match=r"'ref': a plain LoRA that holds A and B of 'default'"):
+            use()
+    assert model.active_adapters == ["default"]
 
 
 @pytest.mark.parametrize("form", FORMS)
