@@ -1,20 +1,23 @@
 """Everything worth asking a GPU, in under ten minutes, without a network; one JSON file to send back.
 
-    python -m bench.gpu                 writes results/gpu-NAME.json and .md, after each row
-    python -m bench.gpu_report          makes tables and plots from it, the prediction next to the measurement
+    python -m bench.gpu                           writes results/gpu-NAME.json and .md, after each row
+    python -m bench.gpu --only correctness steps  these parts alone: several short runs add up in one file
+    python -m bench.gpu_report                    makes tables and plots from it, prediction next to measurement
 
 Each part runs in its own process with its own time limit, so that a CUDA error or a hang costs that part alone; its
-rows so far are kept. The parts are in order of importance.
+rows so far are kept. The parts are in order of importance. Needs torch, triton, numpy, safetensors, rich and
+matplotlib; `whole` needs pydantic and platformdirs as well, and its row says so where they are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,10 +32,10 @@ from inilora_kernels.kernels.gpu.tiles import RANKS, tiles
 from inilora_kernels.kernels.gpu.wave import Wave, padded_view, rate_table, start_of
 from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_products, residual_loss
 
-from . import gpu_direct
+from . import gpu_direct, gpu_whole
 from .gpu_timing import distance, duration
 from .harness import RESULTS, Row, publish, seconds
-from .six_models import MODELS, Model, synthetic
+from .six_models import MODELS, Model, measure, synthetic
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 Shape = tuple[int, int]
@@ -40,7 +43,11 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large each question is. window: seconds that a timing lasts, with clocks warm. most: matrices in a wave."""
+    """How large each question is.
+
+    window: seconds that a timing lasts, with clocks warm. most: matrices in a wave. whole: shape, dtype, how many
+    matrices, and Adam's steps.
+    """
 
     ragged: tuple[Shape, ...]
     steps: tuple[tuple[Shape, torch.dtype], ...]
@@ -51,6 +58,7 @@ class Sizes:
     most: int
     direct: tuple[tuple[Shape, torch.dtype], ...]
     batch: int
+    whole: tuple[Shape, torch.dtype, int, int]
     table5: tuple[Model, ...]
 
 
@@ -70,6 +78,7 @@ FULL = Sizes(
     most=64,
     direct=(((4096, 4096), torch.bfloat16), ((1024, 1024), torch.float32), ((1024, 4096), torch.float16)),
     batch=16,
+    whole=((4096, 4096), torch.bfloat16, 16, 2_000),
     table5=MODELS,
 )
 TOY = Sizes(
@@ -82,6 +91,7 @@ TOY = Sizes(
     most=2,
     direct=(((530, 520), torch.bfloat16),),
     batch=1,
+    whole=((40, 24), torch.bfloat16, 2, 1),
     table5=(),
 )
 
@@ -188,8 +198,9 @@ def steps(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
     """A step as the backend runs it: by graph, launch by launch, kernel by kernel; next to the prediction."""
     gpu, place = backend.gpu(), backend.place()
     block = GRAPH_STEPS[0] if place.captures else 1
-    for rank in sizes.ranks[:3]:
-        for shape, dtype in sizes.steps:
+    for rank in sizes.ranks:
+        # The rank of the paper's table on every shape; the others on one of each size of weights.
+        for shape, dtype in sizes.steps if rank == sizes.ranks[0] else sizes.steps[:2]:
             matrix = Matrix(shape, dtype.itemsize, rank)
             choice = choose(matrix, gpu)
             W, count = synthetic(shape, dtype, 0), min(choice.wave, sizes.most)
@@ -259,7 +270,9 @@ def direct(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
     for shape, dtype in sizes.direct:
         weights = [synthetic(shape, dtype, seed) for seed in range(sizes.batch)]
         yield gpu_direct.one_pass(backend, weights, sizes.window)
-        yield from gpu_direct.whole_batch(backend, weights)
+        yield gpu_direct.whole_batch(backend, weights)
+    shape, dtype = sizes.direct[0]
+    yield gpu_direct.on_the_processor(synthetic(shape, dtype, 0))
 
 
 def processes(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
@@ -277,32 +290,28 @@ def processes(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
         yield {"process": number, "same bits": same, "s": time.perf_counter() - start}
 
 
+def whole(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """The public function from a file, next to what `inilora plan` says."""
+    shape, dtype, count, adam_steps = sizes.whole
+    weights = [synthetic(shape, dtype, seed) for seed in range(count)]
+    yield from gpu_whole.public_function(backend, weights, adam_steps)
+
+
 def table5(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
     """Table 5: each row by ours and by the paper's way, with fewer steps and extrapolated, which the rows say."""
-    for model in sizes.table5:
-        for way in ("ours", "paper's way"):
-            command = [sys.executable, "-m", "bench.table5", "--worker", model.name, way]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-            if done.returncode or not done.stdout:
-                yield {"model": model.name, "way": way, "error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-                continue
-            yield {
-                "model": model.name,
-                "way": way,
-                "paper min": model.minutes,
-                "measured": done.stdout.splitlines()[-1],
-            }
+    yield from gpu_whole.table5_rows(sizes.table5)
 
 
-# Seconds each may take: 9 minutes in all.
+# Seconds each may take: nine and a half minutes in all.
 PARTS: dict[str, tuple[Callable[[TritonBackend, Sizes], Iterator[Row]], int]] = {
     "correctness": (correctness, 90),
-    "steps": (steps, 120),
+    "steps": (steps, 105),
     "repeats": (repeats, 30),
     "uploads": (uploads, 45),
     "processes": (processes, 45),
     "direct": (direct, 60),
-    "table5": (table5, 180),
+    "whole": (whole, 45),
+    "table5": (table5, 150),
 }
 
 
@@ -338,8 +347,11 @@ def note(backend: TritonBackend) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--part", choices=PARTS, help="only this one, in this process")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts; all if left out")
     parser.add_argument("--toy", action="store_true", help="tiny matrices, to see whether it runs")
+    # What the processes that this one starts are asked for.
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--row", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
     parser.add_argument("--checksum", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -351,15 +363,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shape, dtype = sizes.steps[0]
         (A, _), *_ = final(backend, problems_of([synthetic(shape, dtype, 0)], 8), sizes.repeated_steps).values()
         print(float(A.double().sum()))
+    elif given.row:
+        name, way = given.row
+        model = next(model for model in MODELS if model.name == name)
+        print(json.dumps(asdict(measure(model, way, backend.device.type))))
     elif given.part:
         run_part(given.part, backend, sizes, file, given.output)
     else:
-        run_all(file, given.output, ["--toy"] if given.toy else [])
+        run_apart(given.only, file, given.output, ["--toy"] if given.toy else [])
 
 
-def run_all(file: str, folder: Path, options: Sequence[str]) -> None:
-    """Every part in a process of its own, within its limit."""
-    for name, (_, limit) in PARTS.items():
+def run_apart(parts: Sequence[str], file: str, folder: Path, options: Sequence[str]) -> None:
+    """Each part in a process of its own, within its limit."""
+    for name in parts:
+        limit = PARTS[name][1]
         command = [sys.executable, "-m", "bench.gpu", "--part", name, "--output", str(folder), *options]
         try:
             subprocess.run(command, check=False, timeout=limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,8 +80,8 @@ def one_pass(backend: TritonBackend, weights: Sequence[Tensor], window: float) -
     }
 
 
-def whole_batch(backend: TritonBackend, weights: Sequence[Tensor]) -> Iterator[Row]:
-    """The leading 8 triplets of every matrix with their certificates, and one of them on the CPU."""
+def whole_batch(backend: TritonBackend, weights: Sequence[Tensor]) -> Row:
+    """The leading 8 triplets of every matrix with their certificates."""
     ranks, W = [8], weights[0]
     shape = (W.shape[0], W.shape[1])
     vectors = room(min(shape), ranks)
@@ -100,7 +100,7 @@ def whole_batch(backend: TritonBackend, weights: Sequence[Tensor]) -> Iterator[R
     taken = seconds(run, backend.device.type)
     work = DirectWork(shape, W.element_size(), vectors, passes_expected(8), 16)
     model = direct_seconds([work] * len(weights), backend.gpu(), factors=False)
-    yield {
+    return {
         "solve": f"{len(weights)}×{shape[0]}×{shape[1]} {W.dtype}",
         "s": taken,
         "predicted s": model,
@@ -108,7 +108,11 @@ def whole_batch(backend: TritonBackend, weights: Sequence[Tensor]) -> Iterator[R
         "certified": sum(one is not None for one in found),
         "passes": max((one.passes for one in found if one is not None), default=None),
     }
-    yield {
-        "solve": f"one of them on the CPU, {torch.get_num_threads()} threads",
+
+
+def on_the_processor(W: Tensor) -> Row:
+    """The same for one matrix on the CPU."""
+    return {
+        "solve": f"one {W.shape[0]}×{W.shape[1]} {W.dtype} on the CPU, {torch.get_num_threads()} threads",
         "s": seconds(lambda: principal(W, [8])),
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ pytest.importorskip("triton")
 
 from bench import gpu, gpu_direct, gpu_report
 from bench.harness import Row
-from bench.six_models import MODELS
+from bench.six_models import MODELS, WAYS
 from inilora_kernels.kernels.gpu import gram_run
 from inilora_kernels.kernels.gpu.backend import TritonBackend
 from inilora_kernels.kernels.gpu.tiles import GramTile
@@ -72,6 +74,9 @@ def test_every_part_runs_and_is_written(
     assert max(row["of what is granted"] for row in direct if "products" in row) < 1
     assert all(row["predicted µs"] > 0 for row in direct if "a pass" in row)
     assert [row["certified"] for row in direct if "certified" in row] == [1]
+    krylov, adam = content["whole"]["rows"]
+    assert krylov["certified"] == adam["certified"] == 2
+    assert krylov["worst excess"] < 1e-8 < adam["worst excess"]
 
     gpu_report.main([str(tmp_path / "gpu-toy.json")])
     assert "| measured / predicted |" in (tmp_path / "gpu-toy-report.md").read_text(encoding="utf-8")
@@ -116,9 +121,9 @@ def test_a_hanging_part_does_not_stop_the_others(
             raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", run)
-    gpu.run_all("gpu-toy", tmp_path, [])
-    assert started == list(gpu.PARTS)
-    assert "steps: stopped after 120 s" in capsys.readouterr().err
+    gpu.run_apart(["correctness", "steps", "table5"], "gpu-toy", tmp_path, [])
+    assert started == ["correctness", "steps", "table5"]
+    assert "steps: stopped after 105 s" in capsys.readouterr().err
 
 
 def test_a_killed_worker_of_table_5_is_a_row(backend: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +134,35 @@ def test_a_killed_worker_of_table_5_is_a_row(backend: TritonBackend, monkeypatch
     assert [row["error"] for row in gpu.table5(backend, sizes)] == ["killed", "killed"]
 
 
+def test_a_row_of_table_5_is_what_its_process_measured(backend: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout='a warning\n{"steps": 200, "extrapolated": true}\n')
+
+    monkeypatch.setattr(subprocess, "run", run)
+    rows = list(gpu.table5(backend, gpu.Sizes(**{**vars(gpu.TOY), "table5": MODELS[:1]})))
+    assert [row["steps"] for row in rows] == [200, 200]
+    assert all(row["extrapolated"] for row in rows)
+    assert [command[-3:] for command in commands] == [["--row", "RoBERTa Base", way] for way in WAYS]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(SystemExit, match="needs a GPU"):
         gpu.main([])
+
+
+def test_it_needs_little_besides_torch_and_triton() -> None:
+    """A bare CUDA image lacks pydantic, platformdirs and git; a part's file is written all the same."""
+    missing = "import sys; sys.modules.update(dict.fromkeys(['pydantic', 'platformdirs', 'numba', 'typer', 'peft']))"
+    code = f"{missing}; import bench.gpu; from bench.harness import machine; print(machine())"
+    environment = {**os.environ, "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'commit': ''" in done.stdout
+
+
+def test_the_parts_fit_ten_minutes() -> None:
+    assert sum(limit for _, limit in gpu.PARTS.values()) <= 600 - 30
