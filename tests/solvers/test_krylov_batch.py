@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from inilora_kernels.solvers import krylov, krylov_batch
+from inilora_kernels.solvers import krylov, krylov_batch, krylov_spaces
 from inilora_kernels.solvers.goal import Goal
 from inilora_kernels.solvers.krylov import Principal
 from inilora_kernels.solvers.krylov_batch import principals, room
@@ -92,6 +93,84 @@ def test_finished_matrices_are_left_out_of_the_products() -> None:
     assert {0, 1} in told
     assert {1} in told
     assert told[-1] == set()
+
+
+# What a host cannot say of a tensor on a GPU without waiting for it.
+READS = {
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "nonzero",
+    "unique",
+    "equal",
+}
+
+
+class Reads(TorchFunctionMode):
+    """Notes every read of a tensor in `events`."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        masked = name in ("__getitem__", "__setitem__") and getattr(arguments[1], "dtype", None) == torch.bool
+        if masked or name in READS:
+            self.events.append(name)
+        return function(*arguments, **(options or {}))
+
+
+class Noting(TorchBatch):
+    """Notes every product in `events`."""
+
+    events: list[str]
+
+    def __call__(self, X: Tensor) -> Tensor:
+        self.events.append("product")
+        return super().__call__(X)
+
+
+def test_the_host_waits_for_the_device_only_where_a_look_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted over whole searches, the second space's included: from look to look, the host reads nothing."""
+    batch = Noting([SPECTRA["decaying, wide"], SPECTRA["decaying slowly"]], count=4, length=576)
+    batch.events = events = []
+    here = krylov_batch.KrylovSpaces.here
+    monkeypatch.setattr(krylov_batch.KrylovSpaces, "here", lambda self: (events.append("look"), here(self))[1])
+    with Reads(events):
+        found = principals(batch, [[8], [8]], 1e-8, [digest] * 2, 256)
+    assert all(one is not None for one in found)
+    passes = " ".join(events).split("product")[1:]
+    quiet = [one for one in passes if "look" not in one]
+    # What follows the last look of either space is not a pass any more: the next space's start, and the last product.
+    assert [one.strip() for one in quiet] == [""] * len(quiet)
+    # The first look at rank 8 comes after seven passes, the certificate's after three; then every second one.
+    assert "look" in passes[6]
+    assert not any("look" in one for one in passes[:6])
+    assert len(quiet) >= 8
+    assert len(passes) - len(quiet) <= 2 + (len(passes) - 10 + 1) // 2
+
+
+def test_a_read_within_a_pass_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Noting([SPECTRA["decaying slowly"]], count=4, length=576)
+    batch.events = events = []
+    rows = krylov_spaces._orthonormal_rows
+
+    def asking(Z: Tensor) -> tuple[Tensor, Tensor]:
+        assert not bool(Z.isnan().any())
+        return rows(Z)
+
+    monkeypatch.setattr(krylov_spaces, "_orthonormal_rows", asking)
+    with Reads(events):
+        principals(batch, [[8]], 1e-8, [digest], 256)
+    assert "product __bool__" in " ".join(events)
 
 
 def test_the_stream_of_the_certificate_is_the_matrixs_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from inilora_kernels.kernels.gpu.gram_layout import BATCH
+from inilora_kernels.kernels.gpu.gram_batch import GramBatch
+from inilora_kernels.kernels.gpu.gram_layout import BATCH, gram_layout
+from inilora_kernels.solvers.krylov_spaces import KrylovSpaces
 
-from .gram_cases import SHAPES, batch_of, check, matrices, unit_vectors
+from .gram_cases import SHAPES, SMALL, batch_of, check, matrices, unit_vectors
 from .interpreter import interpreted
 
 
@@ -42,3 +44,19 @@ def test_a_finished_matrix_costs_no_reading() -> None:
         batch.keep(range(3))
         batch(X)
     check(batch, X, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_pass_waits_for_nothing(dtype: torch.dtype) -> None:
+    """On the meta device, which has shapes and no numbers: whatever asks for a number raises."""
+    layout = gram_layout(SHAPES, dtype.itemsize, SMALL, math.inf)
+    batch = GramBatch(layout, dtype, torch.device("meta"))
+    launched: list[int] = []
+    batch.run = lambda: launched.append(1)
+    batch.measure()
+    spaces = KrylovSpaces(batch, torch.ones(batch.shape, device="meta"), 64)
+    for _ in range(3):
+        spaces.expand()
+    assert launched == [1] * 3
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        spaces.here()[0].tolist()
