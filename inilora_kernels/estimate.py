@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .display.sentences import duration_in_words
 from .kernels.cpu import cost_model as cpu
 from .kernels.gpu import forecast
-from .kernels.gpu.cost_model import CONCURRENCY, Matrix
+from .kernels.gpu.cost_model import WAVE_MATRICES, Matrix
 from .kernels.gpu.gpus import Gpu
 
 # Runs that are predicted to be shorter are not announced.
@@ -97,7 +97,7 @@ def costs(matrices: Sequence[Sequence[Work]], solver: str, steps: int, card: Gpu
     >>> costs([[large], [small, small]], "krylov", 0)[0] > 5 * costs([[large], [small, small]], "krylov", 0)[1]
     True
     """
-    among = CONCURRENCY if card is not None else 1
+    among = WAVE_MATRICES if card is not None else 1
     known: dict[Work, float] = {}
     for work in {work for works in matrices for work in works}:
         known[work] = seconds([work] * among, solver, steps, speed=USUAL_SPEED, card=card) / among

@@ -15,6 +15,7 @@ from .display import tables
 from .display.html import as_html
 from .errors import OptionError, UnknownModuleError
 from .factors import Factors
+from .foreign_factors import certified
 from .storage import factor_file
 from .storage.atomic import write_whole
 from .storage.authors_folder import load_inilora_pt
@@ -102,7 +103,10 @@ class FactorSet(Mapping[str, Factors]):
         Raises FactorFileError if the file is missing, damaged or of a newer format, or belongs to another model.
         """
         path = Path(path)
-        return cls(*(load_inilora_pt(path, base) if os.path.isdir(path) else factor_file.read(path)))
+        if not os.path.isdir(path):
+            return cls(*factor_file.read(path))
+        modules, options = load_inilora_pt(path)
+        return cls(modules if base is None else certified(modules, base), options)
 
     def __repr__(self) -> str:
         count = f"{len(self)} matrix" if len(self) == 1 else f"{len(self)} matrices"

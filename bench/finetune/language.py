@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,10 +59,11 @@ def finetune_language(run: Run, model: Path) -> Row:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     assert run.train_size is not None
     assert run.evaluation_size is not None
-    options = (model, run.dtype, run.attention, run.first_layer, run.max_length)
-    train = _examples("train", run.train_size, *options)
-    validation = _examples("validation", run.evaluation_size, *options)
-    test = _examples("test", run.evaluation_size, *options) if run.test else []
+    limits = {"first_layer": run.first_layer, "max_length": run.max_length}
+    examples = partial(_examples, model, dtype=run.dtype, attention=run.attention, **limits)
+    train = examples("train", run.train_size)
+    validation = examples("validation", run.evaluation_size)
+    test = examples("test", run.evaluation_size) if run.test else []
     network, found = prepare(run, model, 0)
     network.config.use_cache = False
     prepared = time.monotonic()
@@ -95,7 +96,7 @@ def finetune_language(run: Run, model: Path) -> Row:
 
 @lru_cache(maxsize=4)
 def _examples(
-    part: str, size: int, model: Path, dtype: str, attention: str | None, first_layer: int, max_length: int
+    model: Path, part: str, size: int, *, dtype: str, attention: str | None, first_layer: int, max_length: int
 ) -> list[Example]:
     """Problems of at most max_length tokens, with the activations below first_layer."""
     tokenizer = _tokenizer(model)

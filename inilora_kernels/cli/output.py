@@ -8,11 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..display.plots import plot as plot_into
-from ..display.plots import require_plot_path
+from ..display.plots import picture, require_plot_path
 from ..display.reports import json_report
 from ..factor_set import FactorSet
-from ..storage.atomic import require_writable
+from ..storage.atomic import require_writable, write_whole
 from ..storage.reading import absolute
 
 
@@ -32,7 +31,7 @@ def require_plot(path: Path | None) -> None:
 
 def draw(factors: FactorSet, path: Path | None, model: Path) -> None:
     if path is not None:
-        plot_into(factors, factors.options, path, absolute(model).stem)
+        write_whole(path, picture(factors, factors.options, absolute(model).stem, path.suffix))
 
 
 def show(results: list[FactorSet], as_json: bool, every: bool) -> None:

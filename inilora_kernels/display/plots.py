@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..factors import Factors
-from ..storage.atomic import write_whole
 from .names import places_of
 from .sentences import run_in_words, worth_in_words
 
@@ -59,14 +58,14 @@ class Matrix:
         return 100 * certificate.optimum / certificate.energy if certificate.energy else 0.0
 
 
-def plot(factors: Mapping[str, Factors], options: Mapping[str, Any], path: Path, model: str) -> None:
-    """Draw the error by layer, compared with the least at this rank, the spectra and the convergence into `path`.
+def picture(factors: Mapping[str, Factors], options: Mapping[str, Any], model: str, suffix: str) -> bytes:
+    """The error by layer, compared with the least at this rank, the spectra and the convergence, as a file's content.
 
-    options: the run's, as the factor file records them. model: its name for the title.
+    options: the run's, as the factor file records them. model: its name for the title. suffix: one of SUFFIXES.
     """
-    picture = io.BytesIO()
-    draw(factors, options, model).savefig(picture, format=path.suffix[1:].lower(), dpi=150)
-    write_whole(path, picture.getvalue())
+    content = io.BytesIO()
+    draw(factors, options, model).savefig(content, format=suffix[1:].lower(), dpi=150)
+    return content.getvalue()
 
 
 def draw(factors: Mapping[str, Factors], options: Mapping[str, Any], model: str) -> Figure:

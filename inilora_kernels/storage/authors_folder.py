@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FactorFileError, OptionError, TargetError
+from ..errors import FactorFileError, OptionError
 from ..factors import Certificate, Factors
-from ..kernels.streaming import losses
-from ..model.checkpoint import open_checkpoint
-from ..model.files.torch_file import require_stored
-from ..model.location import located
-from ..model.names import match_names
-from ..solvers.optimum import optimum
 from .atomic import whole_folder, write_whole
-from .reading import is_there, require_regular
+from .reading import is_there, require_regular, require_stored
 
 SUFFIX = ".weight.pt"
 LOSS_SUFFIX = ".weight.loss.pt"
@@ -55,14 +48,13 @@ def save_inilora_pt(factors: Mapping[str, Factors], folder: str | Path) -> None:
                 _save(whole / f"{name}{LOSS_SUFFIX}", content)
 
 
-def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> tuple[dict[str, Factors], dict[str, Any]]:
+def load_inilora_pt(folder: str | Path) -> tuple[dict[str, Factors], dict[str, Any]]:
     """The factors by module, and the options, from such a folder; only tensors are loaded, and no code is run.
 
-    base: the model that the factors were computed from. With it, the certificates and the sha256 of the weights are
-        computed, so that `convert` and the exports can check that factors and model belong together; without it, the
-        certificates are NaN and both refuse the factors.
+    The certificates are NaN and the sha256 of the weights is empty, since the folder has neither; `certified` computes
+    them from the model.
 
-    Raises FactorFileError (no such files, a damaged one, one without A and B, or another base) and CheckpointError.
+    Raises FactorFileError: no such files, a damaged one, or one without A and B.
     """
     folder = Path(folder)
     files = sorted(file for file in folder.glob(f"*{SUFFIX}"))
@@ -70,30 +62,7 @@ def load_inilora_pt(folder: str | Path, base: str | Path | None = None) -> tuple
         raise FactorFileError(f"{folder}: no *{SUFFIX} in it; give the folder that the authors' decomposition wrote")
     modules = {file.name.removesuffix(SUFFIX): _load(file) for file in files}
     options = {"method": "inilora", "source": "inilora-pt"}
-    return (modules if base is None else _certified(modules, located(base))), options
-
-
-def _certified(factors: Mapping[str, Factors], base: Path) -> dict[str, Factors]:
-    checkpoint = open_checkpoint(base)
-    weights = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
-    try:
-        names = match_names(list(factors), weights, str(base))
-    except TargetError as error:
-        raise FactorFileError(f"the factors are not of this model: {error}") from error
-    certified = {}
-    for module, part in factors.items():
-        tensor = f"{names[module]}.weight"
-        W = checkpoint.read(tensor)
-        shape = (part.B.shape[0], part.A.shape[1])
-        if W.shape != shape:
-            raise FactorFileError(
-                f"{base}: {tensor} is {tuple(W.shape)}, but the factors' product is {shape}; give their base"
-            )
-        energy, (loss,) = losses(W, [(part.A, part.B)])
-        least = optimum(W, part.rank)
-        certificate = Certificate(loss, least.loss, energy, part.certificate.steps, least.certified)
-        certified[names[module]] = replace(part, certificate=certificate, source_sha256=checkpoint.sha256(tensor))
-    return certified
+    return modules, options
 
 
 def _load(file: Path) -> Factors:

@@ -32,6 +32,9 @@ _ALIGNMENT = 64
 # Opening must not wait for a pipe's other end; on regular files this changes nothing.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
+# Buffers may be expanded, position ids for one. In bytes.
+_MOST_REPEATED = 1 << 24
+
 Refusal = type[InitializationError]
 
 
@@ -74,6 +77,18 @@ def require_regular(path: Path, refusal: Refusal = CheckpointError) -> None:
     """Raise `refusal` unless this is a regular file that may be read; for files that another library opens."""
     with opened(path, refusal):
         pass
+
+
+def require_stored(tensor: Tensor, file: Path, name: str, refusal: Refusal = CheckpointError) -> None:
+    """Refuse a tensor without an array of values, and a large one that repeats the few values that the file holds."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise refusal(f"{file}: {name} is sparse, quantized by torch or without values; save it as a plain tensor")
+    held = tensor.untyped_storage().nbytes()
+    if tensor.nbytes > held + _MOST_REPEATED:
+        raise refusal(
+            f"{file}: {name} would take {tensor.nbytes / 1e9:.1f} GB and the file holds {held / 1e9:.1g} GB of it, "
+            f"repeated; save the tensor itself, contiguous"
+        )
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ REACHED_CACHE = 0.70
 REACHED_TENSOR = 0.60
 # Partial sums written may not exceed this share of W's bytes where the columns are divided.
 PARTIAL_SHARE = 0.15
-CONCURRENCY = 64
+# Matrices of a wave at most, whatever a run has in memory: at 64 the launches' own time no longer counts.
+WAVE_MATRICES = 64
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,12 @@ def choose(matrix: Matrix, gpu: Gpu) -> Choice:
     True
     """
     streamed_parts = _parts(matrix, gpu, 8, resident=False)
-    streamed = Choice(streamed_parts, CONCURRENCY, resident=False)
+    streamed = Choice(streamed_parts, WAVE_MATRICES, resident=False)
     working = _weight_bytes(matrix) + layout_of(matrix, gpu, 1).state_bytes
-    wave = min(CONCURRENCY, int(gpu.cache * gpu.cache_usable // working))
+    wave = min(WAVE_MATRICES, int(gpu.cache * gpu.cache_usable // working))
     if wave == 0:
         return streamed
     parts = _parts(matrix, gpu, wave, resident=True)
     in_cache = step_of(matrix, gpu, parts, wave, resident=True).seconds / wave
-    at_once = step_of(matrix, gpu, streamed_parts, CONCURRENCY, resident=False).seconds / CONCURRENCY
+    at_once = step_of(matrix, gpu, streamed_parts, WAVE_MATRICES, resident=False).seconds / WAVE_MATRICES
     return Choice(parts, wave, resident=True) if in_cache < at_once else streamed

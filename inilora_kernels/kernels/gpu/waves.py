@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from ...errors import BackendError
-from .cost_model import CONCURRENCY, Choice, Matrix, choose
+from .cost_model import WAVE_MATRICES, Choice, Matrix, choose
 from .gpus import Gpu
 from .layout import Layout, lay_out, weight_bytes
 from .tiles import padded_rank, tiles
@@ -38,7 +38,7 @@ class _Member:
 
     def share(self, resident: bool) -> float:
         """Of a full wave."""
-        return max(self.cached if resident else 0.0, 1 / CONCURRENCY)
+        return max(self.cached if resident else 0.0, 1 / WAVE_MATRICES)
 
 
 def divide(
@@ -48,7 +48,7 @@ def divide(
 
     Matrices of one kind (the weights' dtype) and padded rank share waves, whatever their shapes; those that stay in the
     cache and those that stream are kept apart, unless all fit the cache.
-    Waves that stay in the cache fill its usable share; none has more than CONCURRENCY matrices or more than `memory`
+    Waves that stay in the cache fill its usable share; none has more than WAVE_MATRICES matrices or more than `memory`
     bytes. Waves are filled evenly: 24 matrices of which 22 would fit run as 12 and 12.
     Raises BackendError for a matrix that does not fit by itself.
     """
@@ -68,7 +68,7 @@ def divide(
         groups[kinds[index], padded_rank(matrix.rank)].append(_Member(index, choice, cached, alone.bytes))
     waves = []
     for together in groups.values():
-        if len(together) <= CONCURRENCY and sum(member.cached for member in together) <= 1:
+        if len(together) <= WAVE_MATRICES and sum(member.cached for member in together) <= 1:
             places = [(True, together)]
         else:
             places = [(at, [one for one in together if one.choice.resident == at]) for at in (True, False)]

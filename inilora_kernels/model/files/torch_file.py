@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, is_out_of_memory
-from ...storage.reading import Refusal, opened, reporting
+from ...storage.reading import opened, reporting, require_stored
 from ...suggestions import some
 from .tensor import tensor_sha256, what_it_is
-
-# Buffers may be expanded, position ids for one. In bytes.
-_MOST_REPEATED = 1 << 24
 
 # Where trainers put the model's state_dict when the file holds more: Lightning, open_clip, timm, DeepSpeed.
 _STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
@@ -77,18 +74,6 @@ def open_torch_file(file: Path) -> dict[str, TorchTensor]:
         name: TorchTensor(name, file, tensor.dtype, tuple(tensor.shape), _type(tensor))
         for name, tensor in _load(file).items()
     }
-
-
-def require_stored(tensor: Tensor, file: Path, name: str, refusal: Refusal = CheckpointError) -> None:
-    """Refuse a tensor without an array of values, and a large one that repeats the few values that the file holds."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise refusal(f"{file}: {name} is sparse, quantized by torch or without values; save it as a plain tensor")
-    held = tensor.untyped_storage().nbytes()
-    if tensor.nbytes > held + _MOST_REPEATED:
-        raise refusal(
-            f"{file}: {name} would take {tensor.nbytes / 1e9:.1f} GB and the file holds {held / 1e9:.1g} GB of it, "
-            f"repeated; save the tensor itself, contiguous"
-        )
 
 
 def _type(tensor: Tensor) -> str:

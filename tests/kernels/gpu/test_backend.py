@@ -171,7 +171,7 @@ def test_replays_give_the_bits_of_plain_launches_and_one_capture_serves_all_wave
     """Also after a matrix has left, as with a tolerance, and for the waves that follow."""
     _, problems = make([(20, 24)] * 4, [4] * 4, torch.float32)
     schedule = Schedule(steps=9, lr=1e-3, step_size=4, gamma=0.9, loss="mse")
-    monkeypatch.setattr(waves, "CONCURRENCY", 2)
+    monkeypatch.setattr(waves, "WAVE_MATRICES", 2)
     place = Graphs()
 
     def final() -> dict[tuple[int, int], Tensor]:

@@ -61,7 +61,7 @@ class Simulated(HostDevice):
 def device(monkeypatch: pytest.MonkeyPatch) -> Simulated:
     place = Simulated()
     monkeypatch.setattr(TritonBackend, "place", lambda self: place)
-    monkeypatch.setattr(waves, "CONCURRENCY", 1)
+    monkeypatch.setattr(waves, "WAVE_MATRICES", 1)
     monkeypatch.setattr(triton_backend, "GRAPH_STEPS", (3, 1))
 
     def advance(self: Wave, steps: int) -> None:

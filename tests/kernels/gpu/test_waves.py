@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inilora_kernels.errors import BackendError
-from inilora_kernels.kernels.gpu.cost_model import CONCURRENCY, Matrix
+from inilora_kernels.kernels.gpu.cost_model import WAVE_MATRICES, Matrix
 from inilora_kernels.kernels.gpu.gpus import GPUS
 from inilora_kernels.kernels.gpu.waves import divide
 
@@ -31,7 +31,7 @@ def test_every_matrix_once_with_its_like_within_cache_and_memory(
     assert Counter(index for wave in waves for index in wave.members) == Counter(range(len(batch)))
     for wave in waves:
         assert len({(batch[index][1], batch[index][2]) for index in wave.members}) == 1
-        assert len(wave.members) <= CONCURRENCY
+        assert len(wave.members) <= WAVE_MATRICES
         assert wave.bytes <= memory
         if wave.resident:
             assert wave.weight_bytes + wave.layout.state_bytes <= ADA.cache * ADA.cache_usable
