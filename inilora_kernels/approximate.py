@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast, overload
 from .announcements import announce_found, announce_reading, announce_solving, costs, stopped
 from .display.progress import ProgressBar
 from .errors import OptionError, WeightError
-from .factor_set import FactorSet
+from .factor_set import FactorSet, loaded
 from .factors import Factors
 from .initializations import settled, solver_of
 from .kernels.loading import load_backend
@@ -89,7 +89,7 @@ def approximate_each(
     with shared_run() as job:
         targets = _targets(path, options)
         room(size_of_factors(targets, options))
-        return _factorize(targets, options, options.start, job, keeps=True)
+        return _factorize(targets, options, loaded(options.start), job, keeps=True)
 
 
 class _Approximate(Protocol[P]):
@@ -117,7 +117,7 @@ def _approximate(W: Any, options: Options) -> Any:
     targets = [target_in_memory(_name(place), matrix) for place, matrix in enumerate(matrices)]
     if not targets:
         raise WeightError("no matrix was given; give a tensor or a list of them")
-    starts = [options.start] if isinstance(options.start, Factors) else options.start
+    starts: Any = [options.start] if isinstance(options.start, Factors) else options.start
     named = None if starts is None else {_name(place): one for place, one in enumerate(starts)}
     found = list(_factorize(targets, options, named, Job(), keeps=False)[0].values())
     return found[0] if alone else found

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from .display import tables
 from .display.html import as_html
-from .errors import OptionError, UnknownModuleError
+from .errors import FactorFileError, OptionError, UnknownModuleError
 from .factors import Factors
 from .foreign_factors import certified
 from .storage import factor_file
@@ -67,9 +68,9 @@ class FactorSet(Mapping[str, Factors]):
         modules = {}
         for name, factors in self.modules.items():
             if step not in factors.checkpoints:
+                kept = f"only at {sorted(factors.checkpoints)}" if factors.checkpoints else "nor at any other"
                 raise OptionError(
-                    f"{name}: no factors were kept at step {step}; "
-                    f"there are {sorted(factors.checkpoints)}; ask for it in checkpoint_steps"
+                    f"{name}: no factors were kept at step {step}, {kept}; ask for it in checkpoint_steps"
                 )
             A, B = factors.checkpoints[step]
             history = tuple(sample for sample in factors.history if sample[0] <= step)
@@ -102,6 +103,8 @@ class FactorSet(Mapping[str, Factors]):
 
         Raises FactorFileError if the file is missing, damaged or of a newer format, or belongs to another model.
         """
+        if not isinstance(path, (str, PathLike)):
+            raise FactorFileError(f"FactorSet.load was given a {type(path).__name__}; give a factor file's path")
         path = Path(path)
         if not os.path.isdir(path):
             return cls(*factor_file.read(path))
@@ -137,3 +140,8 @@ def factor_set(factors: FactorSet | str | Path, base: str | Path | None = None) 
         f"factors: was given a {type(factors).__name__}; give what approximate_model or FactorSet.load returns, or the "
         f"path of a factor file"
     )
+
+
+def loaded(factors: Any) -> Any:
+    """The FactorSet of a file, if this is its path; anything else as it is. Raises what `FactorSet.load` raises."""
+    return FactorSet.load(factors) if isinstance(factors, (str, Path)) else factors

@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import OptionError
 from .factors import Factors
 from .kernels.backend import Backend
-from .options import Options, require_choice
+from .options import Options
 from .solvers.krylov import TOLERANCE, Principal, dense
 from .solvers.run import (
     Choose,
@@ -38,6 +38,7 @@ from .solvers.run import (
     directly,
 )
 from .solvers.smallest import minor
+from .suggestions import require_choice
 
 # PiSSA promises more than the loss: the product BA of the full SVD itself. Its error is of the order of the square
 # root of the excess, where the gap behind σ_r is small.

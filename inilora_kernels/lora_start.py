@@ -9,6 +9,7 @@ import peft
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from .adapters.base import require_original
 from .adapters.experts import expert_shapes
 from .adapters.live_model import model_config
 from .adapters.modules import find_starts, is_conv1d, linear_shape
@@ -16,9 +17,10 @@ from .adapters.peft import initialize_peft
 from .adapters.plan import common_scaling, lora_config
 from .adapters.weights import require_unpacked, with_shared
 from .approximate import approximate_model
-from .choices import Form
+from .choices import TASK_TYPES, Form
 from .errors import InitializationError, OptionError
 from .factor_set import FactorSet, factor_set
+from .suggestions import require_choice
 
 
 def lora_model(
@@ -90,6 +92,9 @@ def lora_config_of(
     """
     if lora_alpha is not None and not lora_alpha > 0:
         raise OptionError(f"lora_alpha={lora_alpha}: give a number above 0, or leave it out for a scaling of 1")
+    if task_type is not None:
+        require_choice("task_type", task_type, TASK_TYPES)
+    require_original(model)
     modules = dict(model.named_modules())
     shapes: dict[str, tuple[int, ...]] = {
         name: shape for name, module in modules.items() if name and (shape := linear_shape(module))

@@ -12,13 +12,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 from .errors import OptionError
 from .factors import Factors
 from .kernels.backend import Schedule
 from .kernels.loading import load_backend
-from .suggestions import did_you_mean
+from .suggestions import did_you_mean, require_choice
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +80,9 @@ class Options:
         'to the random start; "svd", B = U√Σ and A = √ΣVᵀ, which is PiSSA.',
         ignored_by=("adam",),
     )
-    start: Mapping[str, Factors] | Sequence[Factors] | Factors | None = option(
+    start: Mapping[str, Factors] | Sequence[Factors] | Factors | str | Path | None = option(
         None,
-        'Factors that gauge="nearest" comes close to, such as those of a short Adam run.',
+        'Factors that gauge="nearest" comes close to, such as those of a short Adam run, or the path of their file.',
         ignored_by=("adam",),
     )
     steps: int = option(20_000, "Adam steps for each matrix.", ignored_by=_NOT_ADAM)
@@ -181,6 +182,8 @@ class Options:
             _require_integer("rank", self.rank, least=1)
 
     def _check_rank_pattern(self) -> None:
+        if not isinstance(self.rank_pattern, (Mapping, type(None))):
+            raise OptionError(f'rank_pattern={self.rank_pattern!r}: give ranks by name, such as {{"value": 4}}')
         for pattern, rank in (self.rank_pattern or {}).items():
             _require_integer(f"rank_pattern[{pattern!r}]", rank, least=1)
             try:
@@ -289,6 +292,9 @@ def takes(
 
         @functools.wraps(function)
         def keywords(*args: Any, **kwargs: Any) -> _Result:
+            for name in kwargs.keys() - signature.parameters.keys():
+                near = did_you_mean(name, signature.parameters)
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{near}")
             arguments = signature.bind(*args, **kwargs).arguments
             return function(arguments.pop(given.name), cast(Any, options)(**arguments))
 
@@ -329,13 +335,6 @@ def fits(pattern: str, module: str) -> bool:
 def require_count(name: str, value: object) -> None:
     """Raise OptionError unless value is a whole number of at least 1."""
     _require_integer(name, value, least=1)
-
-
-def require_choice(name: str, value: object, choices: Collection[str], more: str = "") -> None:
-    """Raise OptionError unless value is one of the choices."""
-    if value not in choices:
-        chosen = f"choose one of {', '.join(filter(None, choices))} {more}".rstrip()
-        raise OptionError(f"{name}={value!r}: {chosen}{did_you_mean(value, choices)}")
 
 
 def _require_integer(name: str, value: object, least: int) -> None:

@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..choices import Form
+from ..choices import FORMS, Form
 from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet, factor_set
 from ..model.experts import parameter_of_expert
+from ..suggestions import require_choice
 from .base import require_original
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
@@ -67,8 +68,7 @@ def attach(
     >>> torch.equal(attached(x), expected), sum(p.numel() for p in trainable_parameters(model))
     (True, 7)
     """
-    if form not in ("delta", "residual"):
-        raise OptionError(f'form={form!r}: choose "delta" or "residual"')
+    require_choice("form", form, FORMS)
     if not 0.0 <= dropout < 1.0:
         raise OptionError(f"dropout={dropout}: it must be at least 0 and below 1")
     require_original(model)

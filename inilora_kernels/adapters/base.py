@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from torch import nn
 
 from ..errors import FactorFileError, OptionError, TargetError
 from ..factor_set import FactorSet
 from ..model.architecture import describe
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.experts import ExpertParameter, find_expert_parameters, parameter_of_expert
-from ..model.location import located, near_names
+from ..model.location import WEIGHT_SUFFIXES, located
 from ..model.names import match_names
 from ..storage.reading import MOST_JSON, is_there, read_bytes
 from ..storage.schema import ResidualRecord, parse
+from ..suggestions import near_names
 from .folder import named_base
 from .model_copy import RESIDUAL_RECORD
 from .modules import module_of
@@ -98,7 +100,9 @@ def factors_sha256(factors: FactorSet) -> str:
 
 
 def require_original(model: Any) -> None:
-    """Raise OptionError if a live model was loaded from a residual folder, so that it holds R where W is expected."""
+    """Raise OptionError if this is no model, or one loaded from a residual folder, that holds R where W is expected."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model: was given a {type(model).__name__}; give the model first, then its factors")
     record = residual_record(_loaded_from(model))
     if record is not None:
         raise OptionError(
@@ -170,7 +174,8 @@ def find_original(
     if original is None or not (may_be_id or os.path.exists(original)):
         raise OptionError(
             f"cannot find the original model ({original or named or 'the adapter names none'})"
-            f"{near_names(original) if original else ''}; give its folder, or its id on the hub, as base"
+            f"{near_names(original, WEIGHT_SUFFIXES) if original else ''}; give its folder, or its id on the hub, as "
+            f"base"
         )
     given = residual_record(original)
     if given is not None:

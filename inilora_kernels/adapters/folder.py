@@ -20,6 +20,7 @@ from ..options import fits
 from ..storage.atomic import save_tensors
 from ..storage.reading import MOST_JSON, absolute, is_there, read_bytes, require_regular
 from ..storage.schema import AdapterConfig, parse
+from ..suggestions import near_names
 from .started import STARTS
 
 CONFIG = "adapter_config.json"
@@ -78,7 +79,8 @@ def read_adapter(folder: Path) -> Adapter:
         for name in (CONFIG, WEIGHTS):
             if not is_there(folder / name):
                 raise FactorFileError(
-                    f"{folder / name}: no such file; give the folder with {CONFIG} and {WEIGHTS} that the trainer saved"
+                    f"{folder / name}: no such file{near_names(folder, ())}; give the folder with {CONFIG} and "
+                    f"{WEIGHTS} that the trainer saved"
                 )
         text = read_bytes(folder / CONFIG, FactorFileError, MOST_JSON)
         require_regular(folder / WEIGHTS, FactorFileError)

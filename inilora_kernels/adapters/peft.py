@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
-from ..choices import Form
+from ..choices import FORMS, Form
 from ..errors import OptionError, TargetError, WeightError
 from ..factor_set import FactorSet, factor_set
-from ..suggestions import some
+from ..suggestions import require_choice, some
 from .base import require_original, require_residual, sha256_of_file
 from .experts import expert_shapes, name_of, require_expert_parameter, stacks, start_experts
 from .folder import KEY_PREFIX, WEIGHTS, named_base
@@ -74,8 +74,7 @@ def initialize_peft(
     >>> torch.equal(initialize_peft(model, FactorSet({"0": start}, {}))(x), expected)
     True
     """
-    if form not in ("delta", "residual"):
-        raise OptionError(f'form={form!r}: choose "delta" or "residual"')
+    require_choice("form", form, FORMS)
     config = _config(peft_model, adapter_name)
     if form == "delta":
         _require_forward_of_peft(peft_model)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..choices import TaskType
+from ..choices import TASK_TYPES, TaskType
 from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet
 from ..model.architecture import AUTO_CLASSES, HEADS, Architecture, describe, has_class
@@ -20,7 +20,7 @@ from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.experts import parameter_of_expert
 from ..model.names import shortest_endings
 from ..storage.atomic import require_new_folder
-from ..suggestions import some
+from ..suggestions import require_choice, some
 from .base import require_same_base
 from .diffusers_folder import is_diffusers, loaded_by_pipeline
 from .experts import expert_shapes
@@ -66,8 +66,8 @@ def plan_export(
     """
     if not 0.0 <= lora_dropout < 1.0:
         raise OptionError(f"lora_dropout={lora_dropout}: it must be at least 0 and below 1")
-    if task_type is not None and task_type not in AUTO_CLASSES:
-        raise OptionError(f"task_type={task_type!r}: it is one of {', '.join(AUTO_CLASSES)}")
+    if task_type is not None:
+        require_choice("task_type", task_type, TASK_TYPES)
     require_new_folder(out)
     if changes_weights and (expert := next((name for name in factors if parameter_of_expert(name)), None)):
         raise OptionError(

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, cast
 
 import typer
 
-from ..choices import Form, TaskType
+from ..choices import FORMS, TASK_TYPES, TaskType
 from ..errors import OptionError
 from ..model.location import located
+from ..suggestions import require_choice
 from .arguments import Every, FactorFile, Json
 
-Format = Literal["peft", "inilora-pt"]
+FORMATS = ("peft", "inilora-pt")
 Base = Annotated[
     Path | None,
     typer.Option(
@@ -40,14 +41,22 @@ def export(
     output: Folder,
     base: Base = None,
     form: Annotated[
-        Form,
+        str,
         typer.Option(
+            metavar="|".join(FORMS),
+            autocompletion=lambda: list(FORMS),
             help="residual: a base folder with R = W − BA and an adapter, which any trainer takes; "
-            "delta: the adapter, and its frozen copy to subtract, for the untouched base."
+            "delta: the adapter, and its frozen copy to subtract, for the untouched base.",
         ),
     ] = "residual",
     file_format: Annotated[
-        Format, typer.Option("--format", help="peft: folders for trainers; inilora-pt: the authors' factor files.")
+        str,
+        typer.Option(
+            "--format",
+            metavar="|".join(FORMATS),
+            autocompletion=lambda: list(FORMATS),
+            help="peft: folders for trainers; inilora-pt: the authors' factor files.",
+        ),
     ] = "peft",
     lora_alpha: Annotated[
         float | None, typer.Option(help="PEFT's lora_alpha. Default: the rank, a scaling of 1.")
@@ -55,7 +64,11 @@ def export(
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by lora_alpha / √r.")] = False,
     lora_dropout: Annotated[float, typer.Option(help="PEFT's lora_dropout.")] = 0.0,
     task_type: Annotated[
-        TaskType | None, typer.Option(help="PEFT's task_type. Default: the model's own class, from config.json.")
+        str | None,
+        typer.Option(
+            autocompletion=lambda: list(TASK_TYPES),
+            help=f"PEFT's task_type: {', '.join(TASK_TYPES)}. Default: the model's own class, from config.json.",
+        ),
     ] = None,
 ) -> None:
     """Write factors as folders that a trainer reads."""
@@ -64,6 +77,10 @@ def export(
     from ..storage.authors_folder import save_inilora_pt
     from .output import say
 
+    require_choice("form", form, FORMS)
+    require_choice("format", file_format, FORMATS)
+    if task_type is not None:
+        require_choice("task_type", task_type, TASK_TYPES)
     if file_format == "inilora-pt":
         if lora_alpha is not None or rslora or lora_dropout or task_type is not None:
             raise OptionError("the authors' files hold A and B alone: --lora-alpha and the like go with --format peft")
@@ -80,7 +97,7 @@ def export(
         lora_alpha=lora_alpha,
         use_rslora=rslora,
         lora_dropout=lora_dropout,
-        task_type=task_type,
+        task_type=cast("TaskType | None", task_type),
     )
     if form == "residual":
         say(f"wrote {output / 'base'}, the model to train on, and {output / 'adapter'}, the adapter to continue from")

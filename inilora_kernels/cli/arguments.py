@@ -141,7 +141,7 @@ _PLAIN: Mapping[str, Any] = {
 _SPELLED: Mapping[str, _Spelled] = {
     "rank": _Spelled(str, "8", _rank, " 8,16,32: a file for each, from the same passes over W."),
     "rank_pattern": _Spelled(list[str] | None, None, _rank_pattern, " PATTERN=RANK; repeat for more."),
-    "start": _Spelled(Path | None, None, _factors, " A factor file."),
+    "start": _Spelled(Path | None, None, _factors, ""),
     "init_std": _Spelled(str | None, None, _number_or_name),
     "checkpoint_steps": _Spelled(list[int] | None, None, lambda steps: tuple(steps or ()), " Repeat for more."),
     "target_modules": _Spelled(

@@ -55,6 +55,7 @@ class Commands(TyperGroup):
 application = typer.Typer(
     name="inilora",
     cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="LoRA factors that start from the pretrained weights: B·A ≈ W, with a certificate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from ..errors import BackendError, OptionError
-from ..suggestions import did_you_mean
+from ..suggestions import did_you_mean, require_choice
 from .backend import Backend
 from .gpu.gpus import Gpu
 
@@ -24,13 +24,13 @@ def load_backend(name: str, device: str | torch.device | None = None) -> Backend
     """
     import torch
 
-    if name not in ("auto", *BACKENDS):
-        known = ("auto", *BACKENDS)
-        raise OptionError(f"backend={name!r}: choose one of {', '.join(known)}{did_you_mean(name, known)}")
+    require_choice("backend", name, ("auto", *BACKENDS))
     try:
         chosen = torch.device(device) if device is not None else None
     except (RuntimeError, TypeError) as error:
-        raise OptionError(f"device={device!r}: choose one of cpu, cuda, cuda:0, …") from error
+        kind = "cuda" if str(device).lower() == "gpu" else str(device).partition(":")[0]
+        near = did_you_mean(kind, ("cpu", "cuda"))
+        raise OptionError(f"device={device!r}: choose one of cpu, cuda, cuda:0, …{near}") from error
     if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device={str(device)!r}: torch {torch.__version__} finds no GPU here; leave device out")
     if name == "auto":

@@ -92,6 +92,8 @@ def open_checkpoint(
     Raises CheckpointError if the path does not exist, a folder has no weights, a file is truncated or corrupt or holds
     code, a shard is missing or lacks a tensor of the index, or config.json is not a JSON object.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"the model is given by its path or hub id, not as a {type(path).__name__}")
     folder, name, kept = located(path), "", None
     if not os.path.exists(folder) or revision is not None:
         download = fetch(folder, revision, token, choose)

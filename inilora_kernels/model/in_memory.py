@@ -42,7 +42,7 @@ def _tensor(name: str, matrix: MatrixLike) -> Tensor:
         return matrix.weight
     if isinstance(matrix, np.ndarray) and matrix.dtype.kind == "f":
         return torch.from_numpy(np.ascontiguousarray(matrix))
-    what = f"an array of {matrix.dtype}" if isinstance(matrix, np.ndarray) else f"a {type(matrix).__name__}"
+    what = f"an array of {matrix.dtype}" if isinstance(matrix, np.ndarray) else f"of type {type(matrix).__name__}"
     raise WeightError(f"{name} is {what}; give a float tensor, a float array or a linear layer")
 
 

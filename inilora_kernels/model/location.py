@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from ..suggestions import did_you_mean
-
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 
@@ -37,19 +35,3 @@ def hub_id(path: Path) -> tuple[str, str | None] | None:
     if match is None or path.name.startswith(".") or path.suffix in WEIGHT_SUFFIXES:
         return None
     return match["id"], match["revision"]
-
-
-def near_names(path: Path) -> str:
-    """'; did you mean "model"?' if next to the first part of a path that is missing something has nearly its name."""
-    if "~" in path.parts:
-        home = Path(os.path.expanduser(Path(*path.parts[path.parts.index("~") :])))
-        return f'; did you mean "{home}"?' if os.path.exists(home) else ""
-    for part in [*reversed(path.parents), path]:
-        if not os.path.lexists(part):
-            try:
-                with os.scandir(part.parent) as found:
-                    names = [one.name for one in found if one.is_dir() or Path(one.name).suffix in WEIGHT_SUFFIXES]
-            except OSError:
-                return ""
-            return did_you_mean(part.name, names)
-    return ""

@@ -387,7 +387,7 @@ def _nothing_found(
         )
     asked = "no query and value projections found" if target_modules is None else "nothing selected"
     shown = "" if target_modules is None else f" by target_modules={target_modules!r}"
-    near = did_you_mean_names(target_modules, {last_part(name) for name in linear})
+    near = did_you_mean_names(target_modules, {"all-linear", *map(last_part, linear)})
     return TargetError(f"{checkpoint.path}: {asked}{shown}{near}; {there}. In target_modules {how}")
 
 

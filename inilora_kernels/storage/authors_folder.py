@@ -59,7 +59,9 @@ def load_inilora_pt(folder: str | Path) -> tuple[dict[str, Factors], dict[str, A
     folder = Path(folder)
     files = sorted(file for file in folder.glob(f"*{SUFFIX}"))
     if not files:
-        raise FactorFileError(f"{folder}: no *{SUFFIX} in it; give the folder that the authors' decomposition wrote")
+        raise FactorFileError(
+            f"{folder}: a folder without factors (*{SUFFIX}); give a factor file, or what the authors' code wrote"
+        )
     modules = {file.name.removesuffix(SUFFIX): _load(file) for file in files}
     options = {"method": "inilora", "source": "inilora-pt"}
     return modules, options

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import FactorFileError
 from ..factors import Certificate, Factors
+from ..suggestions import near_names
 from .atomic import unshared
 from .reading import is_there, read_bytes
 from .schema import FactorFileHeader, FormatVersion, ModuleRecord, parse
@@ -94,7 +95,10 @@ def read(path: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
     Raises FactorFileError if the file is missing, is no factor file, is damaged, or is of a newer format.
     """
     if not is_there(path):
-        raise FactorFileError(f"{path}: no such factor file; `inilora approximate MODEL -o FILE` writes one")
+        raise FactorFileError(
+            f"{path}: no such factor file{near_names(path, ('.safetensors',))}; "
+            f"`inilora approximate MODEL -o FILE` writes one"
+        )
     return decode(read_bytes(path, FactorFileError), str(path))
 
 

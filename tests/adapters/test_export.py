@@ -118,7 +118,7 @@ def test_bad_options_and_places_are_refused_before_anything_is_written(
         (OptionError, "lora_dropout=1", {"lora_dropout": 1.0}),
         (OptionError, "scaling=-0.5", {"lora_alpha": -4}),
         (OptionError, "scaling=nan", {"lora_alpha": float("nan")}),
-        (OptionError, "task_type='SFT': it is one of CAUSAL_LM", {"task_type": "SFT"}),
+        (OptionError, "task_type='SFT': choose one of CAUSAL_LM", {"task_type": "SFT"}),
         (OptionError, "no such model for model_type 'bert'", {"task_type": "SEQ_2_SEQ_LM"}),
     ):
         with pytest.raises(error, match=match):

@@ -129,8 +129,8 @@ def test_bad_input_gives_one_clear_line_and_leaves_nothing(
     for arguments, message in (
         (["export", file, *out], "as --base"),
         (["export", file, "--base", other, *out], "is not the weight that these factors were computed from (sha256"),
-        (["export", file, "--base", minilm, *out, "--form", "both"], "'both' is not one of"),
-        (["export", file, "--base", minilm, *out, "--task-type", "SFT"], "'SFT' is not one of"),
+        (["export", file, "--base", minilm, *out, "--form", "detla"], 'did you mean "delta"'),
+        (["export", file, "--base", minilm, *out, "--task-type", "CAUSAL"], 'did you mean "CAUSAL_LM"'),
         (["export", file, "--base", minilm, "-o", trained], "already there"),
         (["convert", trained, "--init", tmp_path / "other.safetensors", *out], "is not the weight that these factors"),
         (["merge", trained, "--init", tmp_path / "other.safetensors", *out], "is not the weight that these factors"),

@@ -62,7 +62,7 @@ def test_there_and_back_and_into_peft(minilm: Path, minilm_alpha: FactorSet, tmp
 def test_what_is_no_such_folder_is_refused(gpt2_factors: FactorSet, minilm_factors: FactorSet, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="does not fit into the authors' format"):
         save_inilora_pt(gpt2_factors, tmp_path / "pt")
-    with pytest.raises(FactorFileError, match=r"no \*\.weight\.pt in it"):
+    with pytest.raises(FactorFileError, match="a folder without factors"):
         FactorSet.load(tmp_path)
     save_inilora_pt(minilm_factors, tmp_path / "pt")
     file = tmp_path / "pt" / f"{QUERY}.weight.pt"
