@@ -9,12 +9,13 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from torch import Tensor
 
 from ..errors import CheckpointError, WeightError
 from ..model.checkpoint import Checkpoint
+from ..model.files.safetensors import open_safetensors, write_empty_safetensors
 from ..model.files.tensor import StoredTensor, tensor_bytes
 from ..model.location import TORCH_SUFFIXES
 from ..storage.atomic import save_tensors
@@ -47,7 +48,7 @@ def copy_model(
         them so far. config.json then says that nothing is shared.
 
     A safetensors shard is copied as a file and then overwritten in the places of the changed tensors, so everything
-    else stays the same to the byte. A torch file becomes safetensors, with one shard in memory at a time.
+    else stays the same to the byte. A torch file becomes safetensors. Memory holds a strip of one tensor.
 
     Raises CheckpointError for a single file, weights in another folder than the config, other kinds of file, and a
     folder that holds links to folders, pipes or devices.
@@ -140,9 +141,7 @@ def _overwrite(
         entry = checkpoint.tensors[name]
         assert entry.offset is not None
         with (folder / entry.file.name).open("r+b") as stream:
-            stream.seek(entry.offset)
-            for start, strip in _strips(checkpoint, name):
-                stream.write(tensor_bytes(_checked(change, name, start, strip)))
+            _fill(stream, entry.offset, checkpoint, name, change)
     return {name: entry.file.name for name, entry in checkpoint.tensors.items()}
 
 
@@ -151,16 +150,22 @@ def _rewrite(checkpoint: Checkpoint, shards: list[Path], folder: Path, changes: 
     files: dict[str, str] = {}
     for place, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{place:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for name, entry in checkpoint.tensors.items():
-            if entry.file == shard:
-                tensor = entry.read()
-                tensors[name] = _checked(changes[name], name, 0, tensor) if name in changes else tensor
-        save_tensors(folder / file, tensors)
-        files.update(dict.fromkeys(tensors, file))
+        entries = {name: entry for name, entry in checkpoint.tensors.items() if entry.file == shard}
+        write_empty_safetensors(folder / file, entries)
+        with (folder / file).open("r+b") as stream:
+            for name, new in open_safetensors(folder / file)[0].items():
+                _fill(stream, new.offset, checkpoint, name, changes.get(name))
+        files.update(dict.fromkeys(entries, file))
     if len(shards) > 1:
         _write_index(checkpoint, folder, files)
     return files
+
+
+def _fill(stream: IO[bytes], offset: int, checkpoint: Checkpoint, name: str, change: Change | None) -> None:
+    """Write a tensor at its place in a file, changed or as it is, strip by strip."""
+    stream.seek(offset)
+    for start, strip in _strips(checkpoint, name):
+        stream.write(tensor_bytes(strip if change is None else _checked(change, name, start, strip)))
 
 
 def _untie(checkpoint: Checkpoint, folder: Path, files: Mapping[str, str], untied: Mapping[str, Tensor | str]) -> None:

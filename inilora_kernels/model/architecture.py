@@ -317,7 +317,7 @@ def _layers(model: PreTrainedModel) -> dict[str, Layer]:
 
 
 @contextlib.contextmanager
-def _modules_for(weights: int) -> Iterator[None]:
+def modules_for(weights: int) -> Iterator[None]:
     """End the building of a model by an error once it has far more modules than weights: a config may ask for any."""
     count, most = 0, _MOST_MODULES + 20 * weights
 
@@ -363,7 +363,7 @@ def _build(config: Mapping[str, Any], kind: str, weights: int) -> PreTrainedMode
             if type(settings) is not model_class.config_class and model_class.config_class in _sub_configs(settings):
                 settings = settings.get_text_config()
             build = model_class
-        with torch.device("meta"), quiet_transformers(), _modules_for(weights):
+        with torch.device("meta"), quiet_transformers(), modules_for(weights):
             model: PreTrainedModel = build(settings)
         model.get_output_embeddings()  # type: ignore[no-untyped-call]
         model.eval()  # type: ignore[no-untyped-call]

@@ -5,7 +5,11 @@ Values are read as bytes; `formats.gguf` turns them into a matrix.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,9 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
+from ..architecture import modules_for
+from ..config import require_counts
+from .gguf_header import read_header
 from .tensor import ContiguousTensor
 
 
@@ -37,37 +44,55 @@ def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
     installed.
     """
     gguf, loading = _libraries(file)
+    header = read_header(file, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     try:
-        reader = gguf.GGUFReader(file)
-        config = loading.load_gguf_checkpoint(str(file), return_tensors=False)["config"]
+        with _as_file(header.without_values()) as path:
+            config = loading.load_gguf_checkpoint(path, return_tensors=False)["config"]
+        require_counts(config, file)
         processor = loading.TENSOR_PROCESSORS.get(config["model_type"], loading.TensorProcessor)(config=config)
-        model = _model(config)
+        model = _model(config, len(header.tensors))
         names = loading.get_gguf_hf_weights_map(model, processor)
+    except CheckpointError:
+        raise
     except Exception as error:
-        # The reader slices at whatever offsets a damaged file states, and raises what numpy raises.
+        # transformers takes the metadata as it comes, and raises whatever that leads to.
         raise CheckpointError(f"{file}: not a GGUF file that transformers {_version()} loads ({error})") from error
     tensors = {}
-    for stored in reader.tensors:
-        values = tuple(int(side) for side in reversed(stored.shape))
-        rows = values[0] if values else 1
+    for stored in header.tensors:
+        rows = stored.shape[0] if stored.shape else 1
         tensors[names.get(stored.name, stored.name)] = GGUFTensor(
             name=stored.name,
             file=file,
             dtype=torch.uint8,
-            shape=(rows, int(stored.n_bytes) // max(1, rows)),
-            offset=int(stored.data_offset),
-            type=stored.tensor_type.name,
-            values=values,
+            shape=(rows, stored.size // max(1, rows)),
+            offset=stored.offset,
+            type=gguf.GGMLQuantizationType(stored.type).name,
+            values=stored.shape,
             processor=processor,
         )
     # A GGUF file does not name the class; without, an adapter would be named for the model without its head.
     return tensors, {**config, "architectures": [type(model).__name__]}
 
 
-def _model(config: dict[str, Any]) -> Any:
+@contextlib.contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """The path of a file with this content, in memory where there are such files: no folder may be writable."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("header.gguf"), "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            yield f"/proc/self/fd/{stream.fileno()}"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "header.gguf"
+        file.write_bytes(content)
+        yield str(file)
+
+
+def _model(config: dict[str, Any], weights: int) -> Any:
     transformers = importlib.import_module("transformers")
     settings = transformers.AutoConfig.for_model(**config)
-    with torch.device("meta"):
+    with torch.device("meta"), modules_for(weights):
         return transformers.AutoModelForCausalLM.from_config(settings)
 
 

@@ -1,12 +1,13 @@
-"""Safetensors files: headers only when opened; a tensor's own bytes when read."""
+"""Safetensors files: headers only when opened; a tensor's own bytes when read; room for tensors when written."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...errors import CheckpointError
 from ...storage.reading import opened
 from ...storage.schema import parse
-from .tensor import ContiguousTensor, what_it_is
+from .tensor import ContiguousTensor, StoredTensor, what_it_is
 
 # safetensors' names of the dtypes. Others (packed 4- and 6-bit floats, say) count as bytes: nothing reads them, and as
 # integers they are refused as targets.
@@ -38,7 +39,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8} | {
     name: 8 * dtype.itemsize for name, dtype in _DTYPES.items()
 }
@@ -87,6 +88,26 @@ def open_safetensors(file: Path) -> tuple[dict[str, ContiguousTensor], dict[str,
         for name, entry in entries
     }
     return tensors, dict(header.metadata or {})
+
+
+def write_empty_safetensors(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """A new safetensors file with room for these tensors, to be filled at the offsets that `open_safetensors` gives.
+
+    Raises CheckpointError for a dtype that safetensors does not know, and OSError.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # The widest dtype first, as in safetensors' own files, so that every tensor is aligned.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"{tensor.file}: {name} is {tensor.dtype}, which safetensors cannot hold; convert it")
+        begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    content += b" " * (-len(content) % 8)
+    with file.open("xb") as stream:
+        stream.write(len(content).to_bytes(8, "little") + content)
+        stream.truncate(8 + len(content) + end)
 
 
 def _require_whole(file: Path, entries: Iterable[tuple[str, _Entry]], size: int) -> None:

@@ -1,7 +1,8 @@
 """Files that torch.save wrote: .bin, .pt, .pth, and Lightning's .ckpt. Only ever loaded with `weights_only=True`.
 
-A file in torch's format since 1.6 is memory-mapped for each read and closed again; a file in the older format is loaded
-whole, and the last one is kept.
+Of a file in torch's format since 1.6, a zip archive, the description alone is read; a tensor is then read from its
+place in the archive. Tensors that are not stored row by row are taken from a memory map of the whole file. A file in
+the older format is loaded whole, and the last one is kept.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import struct
+import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +24,10 @@ from torch import Tensor
 from ...errors import CheckpointError, is_out_of_memory
 from ...storage.reading import opened, reporting, require_stored
 from ...suggestions import some
-from .tensor import tensor_sha256, what_it_is
+from .tensor import ContiguousTensor, tensor_sha256, what_it_is
+
+# What a zip archive has before a record's name, its extra field and its bytes; it ends with the lengths of those two.
+_LOCAL_HEADER = struct.Struct("<26xHH")
 
 # Where trainers put the model's state_dict when the file holds more: Lightning, open_clip, timm, DeepSpeed.
 _STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
@@ -63,16 +70,27 @@ class TorchTensor:
             raise CheckpointError(
                 f"{self.file}: cannot read {self.name}: the file has changed since it was opened"
             ) from error
-        if not self.type:
-            require_stored(stored, self.file, self.name)
-        return stored
+        if self.type:
+            return stored
+        require_stored(stored, self.file, self.name)
+        # What torch marks as a conjugate or a negative of its values.
+        return stored.resolve_conj().resolve_neg()
 
 
-def open_torch_file(file: Path) -> dict[str, TorchTensor]:
+def open_torch_file(file: Path) -> dict[str, ContiguousTensor | TorchTensor]:
     """The tensors of a torch file by name. Raises CheckpointError, also if the file holds code, and OSError."""
+    if not _is_zip(file):
+        return {name: _mapped(name, file, tensor) for name, tensor in _load(file).items()}
+    records = _records(file)
+    try:
+        # torch swaps bytes also where there are none, and crashes.
+        described = _load_checked(file, "meta") if records else _load(file)
+    except CheckpointError:
+        # Tensors that torch has quantized cannot be described without their values.
+        described = _load(file)
     return {
-        name: TorchTensor(name, file, tensor.dtype, tuple(tensor.shape), _type(tensor))
-        for name, tensor in _load(file).items()
+        name: _in_place(name, file, tensor, records) or _mapped(name, file, tensor)
+        for name, tensor in described.items()
     }
 
 
@@ -81,22 +99,75 @@ def _type(tensor: Tensor) -> str:
     return "" if own else type(tensor).__name__
 
 
-def _load(file: Path) -> Mapping[str, Tensor]:
+def _mapped(name: str, file: Path, tensor: Tensor) -> TorchTensor:
+    return TorchTensor(name, file, tensor.dtype, tuple(tensor.shape), _type(tensor))
+
+
+def _in_place(name: str, file: Path, tensor: Tensor, records: Mapping[int, int]) -> ContiguousTensor | None:
+    """A tensor that was loaded to the meta device, by its place in the file; None if its values are not there as such.
+
+    records: the size of each record of the archive by the offset of its bytes.
+    """
+    plain = not (_type(tensor) or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    if not (plain and tensor.layout == torch.strided and tensor.is_contiguous()):
+        return None
+    # torch sets it on what it loads to the meta device; tensors that were saved there have none.
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    first = tensor.storage_offset() * tensor.dtype.itemsize
+    if start is None or first + tensor.nbytes > records.get(start, -1):
+        return None
+    return ContiguousTensor(name, file, tensor.dtype, tuple(tensor.shape), start + first)
+
+
+def _records(file: Path) -> dict[int, int]:
+    """The sizes of the archive's records by the offsets of their bytes. Empty if those are in another byte order.
+
+    Raises CheckpointError if one is compressed: torch.save compresses none, and a map of the file would be of something
+    else.
+    """
+    records: dict[int, int] = {}
+    try:
+        with opened(file) as stream, zipfile.ZipFile(stream) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(
+                        f"{file}: {record.filename} is compressed in it, which torch.save does not do; load the file "
+                        f"with torch and save its state_dict again"
+                    )
+                if record.filename.endswith("byteorder") and (
+                    record.file_size > 6 or archive.read(record).decode() != sys.byteorder
+                ):
+                    return {}
+                stream.seek(record.header_offset)
+                header = stream.read(_LOCAL_HEADER.size)
+                if len(header) == _LOCAL_HEADER.size:
+                    name, extra = _LOCAL_HEADER.unpack(header)
+                    records[record.header_offset + _LOCAL_HEADER.size + name + extra] = record.file_size
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+        # A damaged archive, which torch then says more about.
+        return {}
+    return records
+
+
+def _is_zip(file: Path) -> bool:
     with opened(file) as stream:
-        zipped = stream.read(4) == b"PK\x03\x04"
-    if zipped:
-        return _load_checked(file, mmap=True)
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def _load(file: Path) -> Mapping[str, Tensor]:
+    if _is_zip(file):
+        return _load_checked(file, "cpu", mmap=True)
     return _load_old(file, file.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
 def _load_old(file: Path, modified: int) -> Mapping[str, Tensor]:
-    return _load_checked(file, mmap=False)
+    return _load_checked(file, "cpu")
 
 
-def _load_checked(file: Path, mmap: bool) -> Mapping[str, Tensor]:
+def _load_checked(file: Path, device: str, mmap: bool = False) -> Mapping[str, Tensor]:
     try:
-        content = _torch_load(file, mmap)
+        content = _torch_load(file, device, mmap)
     except Exception as error:
         if is_out_of_memory(error):
             raise CheckpointError(
@@ -121,16 +192,17 @@ def _load_checked(file: Path, mmap: bool) -> Mapping[str, Tensor]:
     return {str(name): tensor for name, tensor in state_dict.items()}
 
 
-def _torch_load(file: Path, mmap: bool) -> Any:
+def _torch_load(file: Path, device: str, mmap: bool) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
     except Exception:
         # torchao's quantized tensors are safe to load once torchao has registered its classes.
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if mmap else []
+        zipped = mmap or device == "meta"
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipped else []
         if not unknown or not all(name.startswith(("torchao.", "torch.")) for name in unknown):
             raise
         importlib.import_module("torchao")
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
 
 
 def _state_dict(content: dict[Any, Any]) -> dict[Any, Any]:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.files.safetensors import open_safetensors, write_empty_safetensors
 
 from ..checkpoints import MIXED, assert_holds, refusal
 
@@ -33,3 +34,10 @@ def test_corrupt_safetensors_header(tmp_path: Path) -> None:
     content[8:12] = b"\0\0\0\0"
     (tmp_path / "model.safetensors").write_bytes(content)
     assert "truncated or corrupt" in refusal(tmp_path)
+
+
+def test_room_for_tensors_is_laid_out_as_safetensors_does(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in MIXED.items()} | {'über "a"': torch.zeros(3, 0)}
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    write_empty_safetensors(tmp_path / "ours.safetensors", open_safetensors(tmp_path / "theirs.safetensors")[0])
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()

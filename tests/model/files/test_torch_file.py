@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,47 @@ def test_torch_file_that_is_no_state_dict(tmp_path: Path) -> None:
     assert "holds a list" in refusal(tmp_path)
     torch.save({"epoch": 3, "optimizer": {"w": torch.ones(2)}}, path)
     assert "epoch (int), optimizer (dict)" in refusal(tmp_path)
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], bytes] = lambda _, content: content, **options: int) -> None:
+    """The same archive by another writer."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in records.items():
+            archive.writestr(name, change(name, content))
+
+
+def test_values_are_read_from_their_place_in_the_file(tmp_path: Path) -> None:
+    path, whole = tmp_path / "model.bin", torch.randn(6, 4)
+    torch.save({"whole": whole, "tail": whole[2:], "scalar": torch.tensor(3.0), "turned": whole.T}, path)
+    tensors = open_checkpoint(path).tensors
+    assert {name for name, tensor in tensors.items() if tensor.offset is None} == {"turned"}
+    rewritten(path)
+    assert_holds(path, {"whole": whole, "tail": whole[2:], "scalar": torch.tensor(3.0), "turned": whole.T})
+
+
+def test_another_byte_order(tmp_path: Path) -> None:
+    path, whole = tmp_path / "model.bin", torch.arange(12).reshape(3, 4)
+    torch.save({"whole": whole}, path)
+
+    def swapped(name: str, content: bytes) -> bytes:
+        if name.endswith("byteorder"):
+            return b"big"
+        return whole.numpy().byteswap().tobytes() if "/data/" in name else content
+
+    rewritten(path, swapped)
+    assert_holds(path, {"whole": whole})
+
+
+def test_compressed_archives_are_refused(tmp_path: Path) -> None:
+    """torch's memory map of one would be of the compressed bytes."""
+    torch.save({"whole": torch.zeros(60, 40)}, tmp_path / "pytorch_model.bin")
+    rewritten(tmp_path / "pytorch_model.bin", compression=zipfile.ZIP_DEFLATED)
+    assert "is compressed in it" in refusal(tmp_path)
+
+
+def test_values_that_are_marked_as_negatives(tmp_path: Path) -> None:
+    whole = torch.randn(6, 4)
+    torch.save({"negative": torch._neg_view(whole)}, tmp_path / "model.bin")
+    assert_holds(tmp_path / "model.bin", {"negative": -whole})
