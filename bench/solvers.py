@@ -180,8 +180,11 @@ def in_short(rows: Sequence[Row]) -> list[Row]:
     return list(short.values())
 
 
-def table5_row(model: Model, sample: int | None) -> Row:
-    """A row of Table 5: a checkpoint of its shapes and dtype on disk, factorized by the public function."""
+def table5_row(model: Model, sample: int | None, models: Path | None) -> Row:
+    """A row of Table 5: a checkpoint of its shapes and dtype on disk, factorized by the public function.
+
+    models: a folder in which checkpoints stay, and are taken if they are there.
+    """
     shapes = model.shapes
     chosen = list(range(len(shapes))) if sample is None else []
     # Of queries and of values apart, since the default targets are both.
@@ -191,14 +194,17 @@ def table5_row(model: Model, sample: int | None) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         # A file a matrix, of which one is in memory at a time; the index makes them one checkpoint.
         index = {}
+        place = Path(folder) if models is None else models / model.name.replace(" ", "-")
+        place.mkdir(parents=True, exist_ok=True)
         for i in chosen:
-            name = f"layers.{i // 2}.self_attn.{'qv'[i % 2]}_proj.weight"
-            save_file({name: like_the_real(shapes[i], dtype, seed=i)}, Path(folder) / f"model-{i}.safetensors")
-            index[name] = f"model-{i}.safetensors"
-        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+            name, file = f"layers.{i // 2}.self_attn.{'qv'[i % 2]}_proj.weight", place / f"model-{i}.safetensors"
+            if not file.exists():
+                save_file({name: like_the_real(shapes[i], dtype, seed=i)}, file)
+            index[name] = file.name
+        (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         found: list[FactorSet] = []
         taken = seconds(
-            lambda: found.append(approximate_model(folder, TABLE5_RANK, solver="krylov", cache=False, progress=False))
+            lambda: found.append(approximate_model(place, TABLE5_RANK, solver="krylov", cache=False, progress=False))
         )
     total = taken * len(shapes) / len(chosen)
     adam = measure_adam(model, "ours", "cpu").minutes
@@ -254,6 +260,9 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="of cells; repeat for more")
     parser.add_argument("--models", nargs="+", help="of files and table5, by name")
     parser.add_argument("--sample", type=int, help="of table5: this many matrices of each shape, the rest extrapolated")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="of table5: keep the models in this folder, or take them there"
+    )
     options = parser.parse_args()
     if options.part == "measure":
         print(json.dumps(measure(options.case[0], options.rank[0], options.dtype[0])))
@@ -270,7 +279,13 @@ def main() -> None:
         publish("solvers", "files", rows, command, note=f"{note} {file_to_file.NOTE}")
     if options.part in ("all", "table5"):
         chosen = [model for model in MODELS if not options.models or model.name in options.models]
-        publish("solvers", "table5", [table5_row(model, options.sample) for model in chosen], command, note=note)
+        publish(
+            "solvers",
+            "table5",
+            [table5_row(model, options.sample, options.checkpoints) for model in chosen],
+            command,
+            note=note,
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from ...errors import BackendError
-from .cost_model import WAVE_MATRICES, Choice, Matrix, choose
+from .cost_model import WAVE_MATRICES, Choice, Matrix, choose, wave_step
 from .gpus import Gpu
 from .layout import Layout, lay_out, weight_bytes
 from .tiles import padded_rank, tiles
@@ -47,7 +47,7 @@ def divide(
     """The waves of a batch, in the order in which they run: larger shapes first.
 
     Matrices of one kind (the weights' dtype) and padded rank share waves, whatever their shapes; those that stay in the
-    cache and those that stream are kept apart, unless all fit the cache.
+    cache and those that stream are kept apart, unless all fit the cache, or streaming all is predicted to be faster.
     Waves that stay in the cache fill its usable share; none has more than WAVE_MATRICES matrices or more than `memory`
     bytes. Waves are filled evenly: 24 matrices of which 22 would fit run as 12 and 12.
     Raises BackendError for a matrix that does not fit by itself.
@@ -68,19 +68,37 @@ def divide(
         groups[kinds[index], padded_rank(matrix.rank)].append(_Member(index, choice, cached, alone.bytes))
     waves = []
     for together in groups.values():
-        if len(together) <= WAVE_MATRICES and sum(member.cached for member in together) <= 1:
-            places = [(True, together)]
-        else:
-            places = [(at, [one for one in together if one.choice.resident == at]) for at in (True, False)]
-        for resident, members in places:
-            if not members:
-                continue
-            count = len(_filled(members, 1.0, memory, resident))
-            even = sum(member.share(resident) for member in members) / count
-            for wave in _filled(members, even, memory, resident):
-                indices, parts = [member.index for member in wave], [member.choice.parts for member in wave]
-                waves.append(_planned(indices, parts, matrices, resident, gpu))
+        # The division of the columns stays, and with it the bits; only who steps with whom is decided here.
+        ways = [_divided(together, memory, cached=cached) for cached in (True, False)]
+        for resident, wave in min(ways, key=lambda way: _step_seconds(way, matrices, gpu)):
+            indices, parts = [member.index for member in wave], [member.choice.parts for member in wave]
+            waves.append(_planned(indices, parts, matrices, resident, gpu))
     return waves
+
+
+def _divided(members: Sequence[_Member], memory: float, *, cached: bool) -> list[tuple[bool, list[_Member]]]:
+    """Even waves, and whether each stays in the cache. cached: for those that may; otherwise all stream."""
+    if not cached:
+        places = [(False, list(members))]
+    elif len(members) <= WAVE_MATRICES and sum(member.cached for member in members) <= 1:
+        places = [(True, list(members))]
+    else:
+        places = [(at, [one for one in members if one.choice.resident == at]) for at in (True, False)]
+    waves = []
+    for resident, together in places:
+        if together:
+            count = len(_filled(together, 1.0, memory, resident))
+            even = sum(member.share(resident) for member in together) / count
+            waves += [(resident, wave) for wave in _filled(together, even, memory, resident)]
+    return waves
+
+
+def _step_seconds(waves: Sequence[tuple[bool, list[_Member]]], matrices: Sequence[Matrix], gpu: Gpu) -> float:
+    """Predicted, of one step of each wave."""
+    return sum(
+        wave_step([(matrices[member.index], member.choice.parts) for member in wave], gpu, resident).seconds
+        for resident, wave in waves
+    )
 
 
 def _filled(members: Sequence[_Member], target: float, memory: float, resident: bool) -> list[list[_Member]]:

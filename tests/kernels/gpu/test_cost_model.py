@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.six_models import MODELS, predicted
+from bench.six_models import MODELS, Model, predicted
 from inilora_kernels.kernels.gpu.cost_model import (
     PARTIAL_SHARE,
     REACHED_CACHE,
@@ -74,6 +74,17 @@ def test_a_mixed_wave_is_the_sum_of_its_members() -> None:
     assert both.matrices == 3
     for name in ("weight_bytes", "partial_bytes", "state_bytes", "flops"):
         assert getattr(both, name) == sum(getattr(step, name) for step in apart)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("model", MODELS[:2], ids=lambda model: model.name)
+def test_no_kernel_that_reads_W_from_the_cache_each_step_is_three_times_as_fast(model: Model, gpu: str) -> None:
+    """What docs/kernels.md says of the launch-bound rows: reading and multiplying alone take more than a third."""
+    plan = predicted(model, gpu)
+    step = sum(group.seconds for group in plan.groups) / plan.steps
+    cache = plan.weight_bytes / (GPUS[gpu].cache_bandwidth * REACHED_CACHE)
+    products = sum(group.waves * group.step.flops for group in plan.groups) / (GPUS[gpu].float32 * REACHED_TENSOR)
+    assert max(cache, products) > step / 3
 
 
 @pytest.mark.parametrize("rank", [8, 16])

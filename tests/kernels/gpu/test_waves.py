@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inilora_kernels.errors import BackendError
-from inilora_kernels.kernels.gpu.cost_model import WAVE_MATRICES, Matrix
-from inilora_kernels.kernels.gpu.gpus import GPUS
+from inilora_kernels.kernels.gpu.cost_model import WAVE_MATRICES, Matrix, choose, wave_step
+from inilora_kernels.kernels.gpu.gpus import GPUS, Gpu
 from inilora_kernels.kernels.gpu.waves import divide
 
 ADA, HOPPER = GPUS["rtx4090"], GPUS["h100"]
@@ -43,6 +43,25 @@ def test_equal_matrices_are_divided_evenly_and_share_a_layout() -> None:
     llama = divide([Matrix((4096, 4096), 2, 8)] * 64, [0] * 64, ADA)
     assert len(llama) == 64
     assert len({wave.layout for wave in llama}) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "matrix", "count"),
+    [(HOPPER, Matrix((384, 384), 2, 8), 64), (GPUS["mi300x"], Matrix((1280, 1280), 4, 32), 24)],
+)
+def test_many_that_would_take_two_waves_in_the_cache_stream_as_one_where_that_is_faster(
+    gpu: Gpu, matrix: Matrix, count: int
+) -> None:
+    (wave,) = divide([matrix] * count, [0] * count, gpu)
+    assert not wave.resident
+    choice = choose(matrix, gpu)
+    assert choice.resident
+    members = [(matrix, choice.parts)]
+    halves = 2 * wave_step(members * (count // 2), gpu, resident=True).seconds
+    assert wave_step(members * count, gpu, resident=False).seconds < 0.7 * halves
+    # The bits of each follow from the division of its columns, which is what it is for one alone.
+    (alone,) = divide([matrix], [0], gpu)
+    assert {place.chunk for place in wave.layout.places} == {alone.layout.places[0].chunk}
 
 
 def test_three_ragged_matrices_are_one_wave() -> None:
