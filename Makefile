@@ -115,7 +115,7 @@ bench-finetune-adapters: .venv-adapters/ready bench-finetune
 	.venv-adapters/bin/python -m bench.finetune reviews-adapters --workers 2
 
 clean:
-	rm -rf .venv .venv-adapters .venv-lowest build demo-output
+	rm -rf .venv .venv-adapters .venv-lowest .triton-versions .trainers build demo-output
 
 # For the slow tests that compile ahead under older versions; 700 MB.
 triton-versions: .venv/dev

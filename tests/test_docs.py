@@ -156,6 +156,13 @@ def test_contributing_lists_every_make_target() -> None:
     assert [target for target in targets if f"`make {target}`" not in listed] == []
 
 
+def test_every_benchmark_that_runs_by_itself_is_a_daily_command() -> None:
+    commands = [(DOCS.parent / name).read_text(encoding="utf-8") for name in ("Makefile", "CONTRIBUTING.md")]
+    for file in (DOCS.parent / "bench").glob("*.py"):
+        if "__main__" in file.read_text(encoding="utf-8"):
+            assert any(re.search(rf"-m bench\.{file.stem}\b", text) for text in commands), file.stem
+
+
 def test_peft(run: Run, minilm: Path, folder: Path) -> None:
     (folder / "model").symlink_to(minilm)
     done = [run(block) for block in blocks("peft.md")]
