@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .adapters.live_model import model_config
 from .adapters.modules import find_starts, is_conv1d, linear_shape
 from .adapters.peft import initialize_peft
 from .adapters.plan import common_scaling, lora_config
-from .adapters.weights import require_unpacked, with_shared
+from .adapters.weights import has_weight_of, require_unpacked, with_shared
 from .approximate import approximate_model
 from .choices import TASK_TYPES, Form
 from .errors import InitializationError, OptionError
@@ -100,7 +101,9 @@ def lora_config_of(
         name: shape for name, module in modules.items() if name and (shape := linear_shape(module))
     }
     experts = expert_shapes(model)
-    starts = find_starts(shapes | experts, factor_set(factors), type(model).__name__, model_config(model))
+    factors = factor_set(factors)
+    fits = partial(has_weight_of, model, factors)
+    starts = find_starts(shapes | experts, factors, type(model).__name__, model_config(model), fits=fits)
     starts = with_shared(starts, model, shapes)
     require_unpacked(model, starts)
     ranks = {name: start.rank for name, start in starts.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, is_conv1d, linear_shape
 from .weights import (
+    has_weight_of,
     require_gradients,
     require_own_weight,
     require_unshared_weight,
@@ -78,7 +80,9 @@ def attach(
     modules = dict(model.named_modules())
     shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
     _require_no_experts(factors := factor_set(factors))
-    starts = with_shared(find_starts(shapes, factors, where, model_config(model)), model, shapes)
+    fits = partial(has_weight_of, model, factors)
+    starts = find_starts(shapes, factors, where, model_config(model), fits=fits)
+    starts = with_shared(starts, model, shapes)
     scaled = {name: start.scaled(scaling) for name, start in starts.items()}
     require_called(model, starts)
     for name in starts:

@@ -30,7 +30,7 @@ from .diffusers_folder import named_as, read_diffusers, write_for
 from .expert_folder import unwrapped
 from .folder import CONFIG, KEY_PREFIX, Adapter, named_base, read_adapter
 from .model_copy import Change, copy_model, size_of_copy
-from .modules import find_starts, module_of
+from .modules import Start, find_starts, module_of
 from .started import difference
 from .trained_whole import find_trained_whole
 
@@ -265,7 +265,8 @@ def _updates(
     """
     shapes = {module: (*B.shape[:-1], A.shape[-1]) for module, (A, B) in adapter.factors.items()}
     try:
-        starts = find_starts(shapes, factors, str(trained), checkpoint.config, partial=True)
+        fits = functools.partial(_started_from, adapter)
+        starts = find_starts(shapes, factors, str(trained), checkpoint.config, partial=True, fits=fits)
     except TargetError as error:
         raise FactorFileError(f"the adapter did not start from these factors: {error}") from error
     updates = {}
@@ -304,6 +305,15 @@ def _updates(
             f"exported adapter, or export the factors of those modules alone"
         )
     return updates, modules
+
+
+def _started_from(adapter: Adapter, module: str, start: Start) -> bool:
+    """Whether a module's A is still near the one of these factors rather than that of others."""
+    A = adapter.factors[module][0][..., : start.rank, :]
+    if A.shape != start.A.shape:
+        return False
+    A, A0 = A.double(), start.A.double()
+    return _cosine(float((A * A0).sum()), float(A.norm() * A0.norm())) > _UNRELATED
 
 
 def _halves(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..factors import Factors
 from ..model.architecture import architectures
 from ..model.experts import parameter_of_expert
 from ..model.fused import row_count, row_index
-from ..model.names import match_names
+from ..model.names import endings, match_names
 from ..suggestions import some
 
 
@@ -89,6 +89,7 @@ def find_starts(
     where: str,
     config: Mapping[str, Any] | None = None,
     partial: bool = False,
+    fits: Callable[[str, Start], bool] | None = None,
 ) -> dict[str, Start]:
     """Return the start of each module that has factors, by the module's name in the model, in the FactorSet's order.
 
@@ -97,6 +98,8 @@ def find_starts(
     where: what messages call the model.
     config: the model's config.json, for modules to which transformers gives other names than the checkpoint.
     partial: every one of `shapes` has factors, but some factors may have no module.
+    fits: whether a module is the one that this start is for, as far as its values tell. Asked where the model is a part
+        of the checkpoint's, such as the text model of one for vision and language.
 
     Names in a checkpoint and in a model may differ by a prefix, `bert.` or `base_model.model.`, the same
     one for all. Two parts of one fused weight start one adapter together: their A stacked, each B in its
@@ -114,7 +117,19 @@ def find_starts(
         parts.setdefault(module_of(name), {})[name] = part
     if partial and config and not shapes.keys() <= parts.keys():
         parts |= _of_shared(parts, config)
-    live_names = _live_names(list(parts), shapes, where, config, partial)
+    try:
+        live_names = _live_names(list(parts), shapes, where, config, partial)
+    except TargetError:
+        live_names = _names_in_part(parts, shapes, fits, partial) if fits else {}
+        if not live_names:
+            raise
+        left_out = [module for module in parts if module not in live_names]
+        if not partial:
+            warnings.warn(
+                f"{where}: left out the factors of {some(left_out, most=1)}, which it does not have; its own modules "
+                f"get adapters",
+                stacklevel=3,
+            )
     return {
         live_names[module]: _combine(its_parts, shapes[live_names[module]], f"{where}: {live_names[module]}")
         for module, its_parts in parts.items()
@@ -163,6 +178,37 @@ def _live_names(
             except TargetError:
                 continue
         raise
+
+
+def _names_in_part(
+    parts: Mapping[str, Mapping[str, Factors]],
+    shapes: Mapping[str, tuple[int, ...]],
+    fits: Callable[[str, Start], bool],
+    every: bool,
+) -> dict[str, str]:
+    """The names in a model that is a part of the checkpoint's: what remains of the checkpoint's names after one prefix.
+
+    Empty unless there is exactly one prefix by which each module has the shape and the values that its factors say.
+    every: whether all of `shapes` must be named.
+    """
+    by_prefix: dict[str, dict[str, str]] = {}
+    for module in parts:
+        for end in endings(module):
+            if end in shapes:
+                by_prefix.setdefault(module.removesuffix(end), {})[module] = end
+
+    def fit(module: str, live: str) -> bool:
+        try:
+            return fits(live, _combine(parts[module], shapes[live], live))
+        except TargetError:
+            return False
+
+    found = [
+        names
+        for names in by_prefix.values()
+        if (len(names) == len(shapes) or not every) and all(fit(*pair) for pair in names.items())
+    ]
+    return found[0] if len(found) == 1 else {}
 
 
 def _match_part(wanted: Sequence[str], available: Collection[str], where: str) -> dict[str, str]:

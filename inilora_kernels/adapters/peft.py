@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,14 @@ from .peft_layer import DeltaVariant, start_layer, start_on_residual, started_co
 from .peft_model import save_and_combine_what_was_learned
 from .residual_base import Layer, is_residual
 from .started import StartedA
-from .weights import require_own_weight, require_unpacked, require_unshared_weight, users_of_weights, with_shared
+from .weights import (
+    has_weight_of,
+    require_own_weight,
+    require_unpacked,
+    require_unshared_weight,
+    users_of_weights,
+    with_shared,
+)
 
 _GO_ON = (
     "go on with it by initialize_peft on a new adapter, then peft_model.load_adapter(folder, adapter_name, "
@@ -78,14 +86,14 @@ def initialize_peft(
     config = _config(peft_model, adapter_name)
     if form == "delta":
         _require_forward_of_peft(peft_model)
-    elif config.target_parameters:
+    require_original(peft_model.get_base_model())
+    layers = _lora_layers(peft_model, adapter_name)
+    starts = _matched(peft_model, layers, factor_set(factors))
+    if form == "residual" and config.target_parameters:
         raise OptionError(
             "the residual form of experts would round R = W − sBA in every one of them, and saves nothing: PEFT adds "
             'their update to the parameter in either form; use form="delta"'
         )
-    require_original(peft_model.get_base_model())
-    layers = _lora_layers(peft_model, adapter_name)
-    starts = _matched(peft_model, layers, factor_set(factors))
     users = users_of_weights(peft_model.get_base_model())
     scaled = {}
     for name, start in starts.items():
@@ -256,12 +264,17 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
         for name, module in base.named_modules()
         if name and id(module) not in inside and (shape := linear_shape(getattr(module, "base_layer", module)))
     }
-    starts = find_starts(shapes | expert_shapes(base), factors, type(base).__name__, model_config(base))
+    fits = partial(has_weight_of, base, factors)
+    starts = find_starts(shapes | expert_shapes(base), factors, type(base).__name__, model_config(base), fits=fits)
     starts = with_shared(starts, base, shapes)
     without = [name for name in layers if name not in starts]
     if without:
+        experts = (
+            ", parameters of experts, into which PEFT turns the names of layers that they have too (gate_proj, say)"
+        )
         raise TargetError(
-            f"target_modules selects {some(without, most=1)} that have no factors; name the modules "
+            f"target_modules selects {some(without, most=1)} that have no factors"
+            f"{experts if isinstance(layers[without[0]], ParamWrapper) else ''}; name the modules "
             f"that were factorized, or factorize these too"
         )
     return {name: start for name, start in starts.items() if name in layers}

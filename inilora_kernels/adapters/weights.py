@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError, WeightError
+from ..factor_set import FactorSet
+from ..model.fused import row_index
 from .modules import Start, is_conv1d, linear_shape
 
 
@@ -65,6 +67,25 @@ def users_of_weights(model: nn.Module) -> dict[int, list[str]]:
         if weight is not None:
             users.setdefault(id(weight), []).append(name)
     return users
+
+
+def has_weight_of(model: nn.Module, factors: FactorSet, name: str, start: Start) -> bool:
+    """Whether the weight of a layer is as large as the one that a start's factors were computed from.
+
+    Up to the rounding of 16 bits. True where the values are not there to be looked at.
+    """
+    layer = model.get_submodule(name.rpartition(".")[0] if start.A.dim() == 3 else name)
+    base_layer = getattr(layer, "base_layer", layer)
+    weight = getattr(base_layer, "weight", None)
+    if start.A.dim() == 3 or not isinstance(weight, Tensor) or not is_plain(weight.data) or weight.is_meta:
+        return True
+    W = oriented(base_layer, weight.detach())  # its own inverse
+    for part in map(factors.__getitem__, start.names):
+        rows = W[row_index(part.rows, len(W))]
+        energy = float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2
+        if not math.isclose(energy, part.certificate.energy, rel_tol=0.01):
+            return False
+    return True
 
 
 def with_shared(starts: Mapping[str, Start], model: nn.Module, shapes: Collection[str]) -> dict[str, Start]:

@@ -21,7 +21,7 @@ def match_names(wanted: Sequence[str], available: Collection[str], where: str) -
     there = frozenset(available)
     first = wanted[0]
     added = sorted(name.removesuffix(first) for name in there if f".{name}".endswith(f".{first}"))
-    removed = [first.removesuffix(end) for end in _endings(first) if end != first and end in there]
+    removed = [first.removesuffix(end) for end in endings(first) if end != first and end in there]
     mappings = []
     for old, new in [("", prefix) for prefix in added] + [(prefix, "") for prefix in sorted(removed)]:
         if all(name.startswith(old) and new + name.removeprefix(old) in there for name in wanted):
@@ -54,9 +54,9 @@ def shortest_endings(chosen: Collection[str], available: Iterable[str]) -> list[
     chosen = frozenset(chosen)
     others = frozenset(available) - chosen
     for parts in (1, 2, 3):
-        endings = {_last_parts(name, parts) for name in chosen}
-        if not any(_last_parts(name, parts) in endings for name in others):
-            return sorted(endings)
+        ends = {_last_parts(name, parts) for name in chosen}
+        if not any(_last_parts(name, parts) in ends for name in others):
+            return sorted(ends)
     return None
 
 
@@ -64,8 +64,12 @@ def _last_parts(name: str, parts: int) -> str:
     return ".".join(name.split(".")[-parts:])
 
 
-def _endings(name: str) -> Iterator[str]:
-    """The name, then what remains of it after each dot."""
+def endings(name: str) -> Iterator[str]:
+    """The name, then what remains of it after each dot.
+
+    >>> list(endings("model.layers.0"))
+    ['model.layers.0', 'layers.0', '0']
+    """
     while name:
         yield name
         name = name.partition(".")[2]
@@ -73,7 +77,5 @@ def _endings(name: str) -> Iterator[str]:
 
 def _missing(wanted: Sequence[str], there: frozenset[str]) -> str:
     """The first name that no prefix could match, or else the first of all."""
-    endings = {end for name in there for end in _endings(name)}
-    return next(
-        (name for name in wanted if name not in endings and not any(e in there for e in _endings(name))), wanted[0]
-    )
+    ends = {end for name in there for end in endings(name)}
+    return next((name for name in wanted if name not in ends and not any(e in there for e in endings(name))), wanted[0])

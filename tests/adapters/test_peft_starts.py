@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.awq import AwqLoraLinear
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from inilora_kernels.adapters.convert import convert, export_merged
 from inilora_kernels.adapters.peft import initialize_peft
 from inilora_kernels.adapters.started import Started
 from inilora_kernels.choices import Form
@@ -19,7 +22,9 @@ from inilora_kernels.errors import OptionError, TargetError, WeightError
 from inilora_kernels.factor_set import FactorSet
 from inilora_kernels.factors import Factors
 
-from .models import NONE, small
+from ..factorized import factorize
+from .architectures import MLLAMA
+from .models import NONE, save, small, train
 from .started import FORMS, TARGETS, load, logits
 
 
@@ -122,6 +127,55 @@ def test_peft_on_a_submodule(llama: Path, factors: FactorSet, form: Form) -> Non
     whole.model = get_peft_model(whole.model, LoraConfig(r=4, target_modules=TARGETS))
     initialize_peft(whole.model, factors, form)
     assert torch.allclose(logits(whole), expected, rtol=0, atol=0 if form == "delta" else 1e-5)
+
+
+@pytest.fixture(scope="module")
+def vision_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its language_model has other names on disk, and its vision tower has layers of the same names and shapes."""
+    return save("MllamaForConditionalGeneration", tmp_path_factory.mktemp("vision_language"), **MLLAMA)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrapped", ["language_model", "text class"])
+def test_a_part_of_the_model_whose_checkpoint_has_factors(
+    vision_language: Path, form: Form, wrapped: str, tmp_path: Path
+) -> None:
+    """vllm 48019, LlamaFactory 10294: started, trained, saved, converted and merged by the factors of the whole."""
+    factors = factorize(vision_language, ("q_proj", "v_proj"), rank=2)
+
+    def load_whole(folder: Path = vision_language) -> nn.Module:
+        of_text = wrapped == "text class"
+        model_class = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
+        return model_class.from_pretrained(folder).requires_grad_(False)
+
+    def put(whole: nn.Module, adapt: Callable[[nn.Module], PeftModel]) -> nn.Module:
+        if wrapped == "text class":
+            return adapt(whole)
+        whole.model.language_model = adapt(whole.model.language_model)
+        return whole
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    expected = logits(load_whole())
+    with pytest.warns(UserWarning, match=r"left out the factors of vision_model\."):
+        model = put(load_whole(), lambda part: initialize_peft(get_peft_model(part, config), factors, form))
+    assert torch.allclose(logits(model), expected, rtol=0, atol=0 if form == "delta" else 1e-5)
+    trained = train(model)
+    saved = model if isinstance(model, PeftModel) else model.model.language_model
+    saved.save_pretrained(tmp_path / "trained")
+    convert(tmp_path / "trained", factors, tmp_path / "lora", vision_language)
+    for folder in (tmp_path / "trained", tmp_path / "lora"):
+        loaded = put(load_whole(), lambda part, folder=folder: PeftModel.from_pretrained(part, folder))
+        assert torch.allclose(logits(loaded), trained, rtol=0, atol=1e-5)
+    export_merged(tmp_path / "trained", factors, tmp_path / "merged", vision_language)
+    assert torch.allclose(logits(load_whole(tmp_path / "merged")), trained, rtol=0, atol=1e-5)
+
+
+def test_factors_of_the_other_part_are_refused(vision_language: Path) -> None:
+    """The vision model's have the names and shapes of the text model's layers, and belong to other weights."""
+    factors = factorize(vision_language, ("transformer.layers.0.self_attn.q_proj",), rank=2)
+    part = AutoModelForCausalLM.from_pretrained(vision_language).model
+    with pytest.raises(TargetError, match=r"no linear module vision_model"):
+        initialize_peft(get_peft_model(part, LoraConfig(r=2, target_modules=["layers.0.self_attn.q_proj"])), factors)
 
 
 @pytest.mark.parametrize("form", FORMS)
