@@ -119,6 +119,8 @@ class FactorSet(Mapping[str, Factors]):
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         certificates = [one.certificate for one in self.values()]
         energy, loss = (math.fsum(values) for values in zip(*((c.energy, c.loss) for c in certificates), strict=True))
+        if math.isnan(energy):
+            return f"FactorSet({count}, {self.options.get('method', 'unknown method')}, {rank}, not certified)"
         kept = f"keeps {1 - loss / energy if energy else 1:.2%} of the energy"
         excess = f"excess ≤ {max(certificate.excess for certificate in certificates):.1e}"
         return f"FactorSet({count}, {self.options.get('method', 'unknown method')}, {rank}, {kept}, {excess})"

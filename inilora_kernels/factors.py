@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING
@@ -92,4 +93,6 @@ class Factors:
     def __repr__(self) -> str:
         d, k = self.B.shape[0], self.A.shape[1]
         quality = f"keeps {self.certificate.kept:.2%} of the energy, excess {self.certificate.excess:.1e}"
+        if math.isnan(self.certificate.energy):
+            quality = "not certified"
         return f"Factors({d}×{k}, rank {self.rank}, {quality})"

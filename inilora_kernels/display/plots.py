@@ -69,9 +69,14 @@ def picture(factors: Mapping[str, Factors], options: Mapping[str, Any], model: s
 
 
 def draw(factors: Mapping[str, Factors], options: Mapping[str, Any], model: str) -> Figure:
-    """The figure itself. A panel is left out if the factors hold no data for it."""
+    """The figure itself. A panel is left out if the factors hold no data for it.
+
+    Raises OptionError for factors without certificates, as of an authors' folder without its model.
+    """
     from matplotlib.figure import Figure
 
+    if any(math.isnan(one.certificate.loss + one.certificate.energy) for one in factors.values()):
+        raise OptionError("--plot: factors without their model have no errors to draw; give the model as --base")
     places = places_of(list(factors))
     matrices = [Matrix(place.kind, place.layer, one) for place, one in zip(places, factors.values(), strict=True)]
     kinds = list(dict.fromkeys(matrix.kind for matrix in matrices))
@@ -84,8 +89,12 @@ def draw(factors: Mapping[str, Factors], options: Mapping[str, Any], model: str)
         panels.append(_draw_spectra)
     if any(_excesses(matrix.factors) for matrix in matrices):
         panels.append(_draw_convergence)
-    figure = Figure(figsize=(1.5 + 4.6 * len(panels), 5.0), layout="constrained")
-    axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
+    # Two panels across at most: on a page, a third would make the letters too small to read.
+    tall, across = len(panels) == 3, min(len(panels), 2)
+    figure = Figure(figsize=(1.5 + 4.6 * across, 8.4 if tall else 5.0), layout="constrained")
+    grid = figure.add_gridspec(2 if tall else 1, across)
+    cells = [grid[0, :], grid[1, 0], grid[1, 1]] if tall else [grid[0, place] for place in range(across)]
+    axes = [figure.add_subplot(cell) for cell in cells]
     for panel, one in zip(panels, axes, strict=True):
         panel(one, {kind: [m for m in matrices if m.kind == kind] for kind in kinds} if many else lines, colors)
     figure.suptitle(f"{model}: {run_in_words(factors, options)}\n{worth_in_words(factors)}", fontsize=10.5)

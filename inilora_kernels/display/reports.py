@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,12 @@ def json_report(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> d
             name: {
                 "shape": [one.B.shape[0], one.A.shape[1]],
                 "rank": one.rank,
-                "loss": one.certificate.loss,
-                "optimum": one.certificate.optimum,
-                "excess": one.certificate.excess,
-                "certified": one.certificate.certified,
-                "energy": one.certificate.energy,
-                "energy_kept": one.certificate.kept,
+                "loss": _number(one.certificate.loss),
+                "optimum": _number(one.certificate.optimum),
+                "excess": _number(one.certificate.excess),
+                "certified": one.certificate.certified and not math.isnan(one.certificate.loss),
+                "energy": _number(one.certificate.energy),
+                "energy_kept": _number(one.certificate.kept),
                 "steps": one.certificate.steps,
                 "singular_values": list(one.singular_values),
                 "source_sha256": one.source_sha256,
@@ -29,3 +30,8 @@ def json_report(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> d
             for name, one in factors.items()
         },
     }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: what is not known without the model is null."""
+    return None if math.isnan(value) else value

@@ -29,6 +29,8 @@ def worth_in_words(factors: Mapping[str, Factors]) -> str:
     energy = math.fsum(certificate.energy for certificate in certificates)
     loss = math.fsum(certificate.loss for certificate in certificates)
     best = energy - math.fsum(certificate.optimum for certificate in certificates)
+    if math.isnan(energy):
+        return "how good these factors are is not known without their model: inilora inspect --base MODEL"
     if not energy:
         return "every weight is zero"
     kept = energy - loss

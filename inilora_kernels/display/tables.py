@@ -96,6 +96,8 @@ def _worth(factors: Sequence[Factors]) -> tuple[str, str, str]:
     energy = math.fsum(certificate.energy for certificate in certificates) or 1.0
     error = math.fsum(certificate.loss for certificate in certificates) / energy
     least = math.fsum(certificate.optimum for certificate in certificates) / energy
+    if math.isnan(energy):
+        return "?", "?", "?"
     worst = max(certificate.excess for certificate in certificates)
     return (
         relative(error),

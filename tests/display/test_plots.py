@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import pytest
+
 from inilora_kernels.display.plots import MOST_LINES, draw
+from inilora_kernels.errors import OptionError
+from inilora_kernels.factors import Certificate
 
 from .synthetic import SEVEN, all_linear, one
 
@@ -44,3 +51,17 @@ def test_more_kinds_than_colors_are_a_map() -> None:
 def test_one_matrix_and_a_matrix_of_zeros_are_drawn() -> None:
     draw({"matrix 0": one()}, {}, "model").canvas.draw()
     draw({"h.0.q": one(0.0, 0.0), "h.0.v": one(0.0, 0.0)}, OPTIONS, "model").canvas.draw()
+
+
+def test_factors_without_their_model_are_not_drawn() -> None:
+    unknown = replace(one(), certificate=Certificate(math.nan, math.nan, math.nan, 0))
+    with pytest.raises(OptionError, match="give the model as --base"):
+        draw({"h.0.q": unknown}, OPTIONS, "authors")
+
+
+def test_no_more_than_two_panels_are_side_by_side() -> None:
+    figure = draw(all_linear(curve=True), OPTIONS, "SmolLM2")
+    figure.canvas.draw()
+    errors, spectra, convergence = (axes.get_position() for axes in figure.axes)
+    assert errors.y0 > max(spectra.y1, convergence.y1)
+    assert spectra.x1 < convergence.x0
