@@ -24,15 +24,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from inilora_kernels import FactorSet, approximate_model
+from inilora_kernels import FactorSet, approximate_model, processes
 from inilora_kernels.estimate import USUAL_SPEED, Work, costs, seconds
 from inilora_kernels.kernels.gpu.gpus import gpu_named
-from inilora_kernels.processes import shared_run, shares
+from inilora_kernels.processes import Job, shared_run, shares
 
 from .harness import RESULTS, Row, publish
 from .six_models import synthetic
 
-REPEATS = 5
+REPEATS = 7
 # About five seconds of work for one process: the side of a square matrix, how many, and the options.
 RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "adam": (1024, 8, {"solver": "adam", "steps": 1200}),
@@ -50,24 +50,37 @@ def model_of(solver: str, folder: Path) -> Path:
     return folder / f"{solver}.safetensors"
 
 
-def approximated(model: Path, solver: str) -> FactorSet:
-    return approximate_model(model, 8, "all-linear", cache=False, progress=False, **RUNS[solver][2])
+def approximated(model: Path, solver: str, modules: str | list[str] = "all-linear") -> FactorSet:
+    return approximate_model(model, 8, modules, cache=False, progress=False, **RUNS[solver][2])
 
 
 def worker(model: Path, solver: str, result: Path) -> None:
-    """One process: seconds of each whole run and of gathering the factors, on rank 0 alone and on every rank."""
+    """One of two processes: the median seconds of each way to run, in turn, and of gathering the factors.
+
+    alone: rank 0 has all matrices, and the other process waits. apart: each has half of them, and neither knows of the
+    other, which is what the machine's two cores can do. shared: as in a trainer's job.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    rank = dist.get_rank()
     factors = approximated(model, solver)
-    whole: list[float] = []
+    half = [name for place, name in enumerate(factors) if place % 2 == rank]
+    taken: dict[str, list[float]] = {"alone": [], "apart": [], "shared": []}
     for _ in range(REPEATS):
-        dist.barrier()
-        began = time.perf_counter()
-        approximated(model, solver)
-        whole.append(time.perf_counter() - began)
+        for way, runs in taken.items():
+            dist.barrier()
+            began = time.perf_counter()
+            if way == "shared":
+                approximated(model, solver)
+            elif way == "apart" or rank == 0:
+                token = processes._joined.set(Job())
+                approximated(model, solver, half if way == "apart" else "all-linear")
+                processes._joined.reset(token)
+            dist.barrier()
+            runs.append(time.perf_counter() - began)
     gathering = [statistics.median(_gatherings(factors, everywhere)) for everywhere in (False, True)]
-    if dist.get_rank() == 0:
-        result.write_text(json.dumps([statistics.median(whole), *gathering]))
+    if rank == 0:
+        result.write_text(json.dumps([*map(statistics.median, taken.values()), *gathering]))
     dist.destroy_process_group()
 
 
@@ -89,35 +102,37 @@ def _gatherings(factors: FactorSet, everywhere: bool) -> list[float]:
 
 
 def measure(folder: Path) -> None:
-    """Each solver by one process and by two, in turn."""
+    """Each solver by one process and by two."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         for solver, (side, count, _) in RUNS.items():
             model = model_of(solver, Path(scratch))
-            one, _, _ = _launched(1, model, solver)
-            two, on_one, on_all = _launched(2, model, solver)
+            one, apart, two, on_one, on_all = _launched(model, solver)
             rows.append(
                 {
                     "run": f"{solver}, {count} × {side}²",
                     "one process s": one,
                     "two processes s": two,
                     "ratio": one / two,
+                    "two that share nothing": one / apart,
                     "gathered on rank 0 s": on_one,
                     "share": on_one / two,
                     "gathered on both s": on_all,
                     "share of that": on_all / two,
                 }
             )
-    note = f"bfloat16, rank 8, a thread a process; the median of {REPEATS} runs, each with all factors on both."
+    note = (
+        f"bfloat16, rank 8, a thread a process; medians of {REPEATS} runs of each kind in turn, those of two processes "
+        "with all factors on both. Two that share nothing have half of the matrices each: that ratio is the machine's."
+    )
     publish("processes", "two against one", rows, "python -m bench.processes measure", note=note, folder=folder)
 
 
-def _launched(size: int, model: Path, solver: str) -> tuple[float, float, float]:
-    result = model.with_suffix(f".{size}")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+def _launched(model: Path, solver: str) -> list[float]:
+    result = model.with_suffix(".json")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launch, "-m", "bench.processes", "worker", str(model), solver, str(result)], check=True)
-    whole, on_one, on_all = json.loads(result.read_text())
-    return whole, on_one, on_all
+    return [float(seconds) for seconds in json.loads(result.read_text())]
 
 
 def simulate(folder: Path) -> None:
