@@ -79,16 +79,31 @@ def energy(W: Tensor) -> float:
     return sum(float(torch.linalg.vector_norm(W[rows].double())) ** 2 for rows in strips(W, _STRIP_ELEMENTS // 4))
 
 
-def product(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, float]:
-    """WX (d×s) and ||W||_F² in float64, from one pass over W in strips, which the threads share."""
+def products(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, Tensor, float]:
+    """WX (d×s), WᵀWX (k×s) and ||W||_F² in float64, from one pass over W in strips, which the threads share.
+
+    The same bits for any number of threads: the sums of WᵀWX are kept apart for runs of strips that the shape decides.
+
+    >>> products(2 * torch.eye(2), torch.ones(2, 1).double(), threads=1)[1:]
+    (tensor([[4.],
+            [4.]], dtype=torch.float64), 8.0)
+    """
     Y = X.new_empty(W.shape[0], X.shape[1])
+    parts = list(strips(W, _STRIP_ELEMENTS // 8))
+    # Together no more than a quarter of W in float64.
+    sums = X.new_zeros(min(len(parts), max(2, W.shape[0] // (4 * X.shape[1]))), *X.shape)
 
-    def multiply(rows: slice) -> float:
-        strip = W[rows].double()
-        torch.mm(strip, X, out=Y[rows])
-        return float(torch.linalg.vector_norm(strip)) ** 2
+    def multiply(place: int) -> float:
+        squares = 0.0
+        for rows in parts[len(parts) * place // len(sums) : len(parts) * (place + 1) // len(sums)]:
+            strip = W[rows].double()
+            torch.mm(strip, X, out=Y[rows])
+            sums[place].addmm_(strip.T, Y[rows])
+            squares += float(torch.linalg.vector_norm(strip)) ** 2
+        return squares
 
-    return Y, fsum(_shared(multiply, W, threads))
+    energy = fsum(_shared(multiply, range(len(sums)), threads if W.device.type == "cpu" else 1))
+    return Y, sums.sum(0), energy
 
 
 def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:
@@ -109,17 +124,19 @@ def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, 
         return squares
 
     with one_torch_thread() as threads:
-        energy, *reached = map(fsum, zip(*_shared(of_strip, W, threads), strict=True))
+        runs = list(strips(W, _STRIP_ELEMENTS // 8))
+        squares = _shared(of_strip, runs, threads if W.device.type == "cpu" else 1)
+        energy, *reached = map(fsum, zip(*squares, strict=True))
     return energy, reached
 
 
+_Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
 
 
-def _shared(work: Callable[[slice], _Result], W: Tensor, threads: int) -> list[_Result]:
-    """`work` on each strip of W's rows, in order; on a CPU the threads share the strips."""
-    runs = list(strips(W, _STRIP_ELEMENTS // 8))
-    if W.device.type != "cpu" or threads == 1 or len(runs) == 1:
-        return [work(rows) for rows in runs]
+def _shared(work: Callable[[_Part], _Result], parts: Sequence[_Part], threads: int) -> list[_Result]:
+    """`work` on each part, in order; the threads share the parts."""
+    if threads == 1 or len(parts) == 1:
+        return list(map(work, parts))
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(work, runs))
+        return list(pool.map(work, parts))

@@ -32,13 +32,14 @@ Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j. C = (I − QQᵀ)M(I − QQᵀ) is what
    With t = θ_r − c' > 0 these are those of Θ + RᵀR/t: what is missed is quadratic in the residual. Values nearly equal
    to σ_r belong in X, which is why s may exceed r: t then spans the gap behind them.
 
-Rounding. X is orthonormal, and Θ = (WX)ᵀ(WX) computed, in float64: Θ enters the sum linearly, and in float32 its
-error, about 1e-7·λ_1, would be what two nearly equal singular values differ by. T, L and ϑ come from products with M in
-the space's own arithmetic. Those are exact for some M + E, and E has two parts. A product is off by about
-u·σ_1·||W||_F at most: partial sums of a row of W with a unit vector are about as large as the row, and their roundings
-are independent. A projection takes m rows of Q from a vector of length λ_1 at most, in m sums that are each rounded:
-√m·u·λ_1, which is the larger part where W is little more than one direction. `rounding` is their sum with
-2u for u. It is added to c and c', and its square to RᵀR.
+Rounding. X is orthonormal, and Θ = (WX)ᵀ(WX) and R = MX − XΘ computed, in float64, by one last pass over W: Θ enters
+the sum linearly, and in float32 its error, about 1e-7·λ_1, would be what two nearly equal singular values differ by; R
+contains what float32 has done to X. T, L and ϑ come from products with M in the space's own arithmetic. Those are
+exact for some M + E, and E has two parts. A product is off by about u·σ_1·||W||_F at most: partial sums of a row of W
+with a unit vector are about as large as the row, and their roundings are independent. A projection takes m rows of Q
+from a vector of length λ_1 at most, in m sums that are each rounded: √m·u·λ_1, which is the larger part where W is
+little more than one direction. `rounding` is their sum with 2u for u. It is added to c and c', which enter through the
+gap alone.
 """
 
 from __future__ import annotations
@@ -89,31 +90,31 @@ def _as_rows(pairs: RitzPairs) -> tuple[NDArray[np.float64], NDArray[np.float64]
     return np.ascontiguousarray(pairs.values.numpy()), np.ascontiguousarray(pairs.coupling.T.numpy())
 
 
-def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, rounding: float = 0.0) -> float:
+def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, noise: float = 0.0) -> float:
     """The upper bound on Σ_{i≤r} λ_i − Σ_{i≤r} θ_i from Ritz values θ (s, descending), RᵀR (s×s) and c' = outside.
+
+    noise: what each of the residuals has besides those in RᵀR, at right angles to all of them and to each other.
 
     >>> values = torch.tensor([5.0, 3.0])
     >>> round(shortfall(values, torch.diag(torch.tensor([0.0, 0.01])), rank=2, outside=1.0), 6)
-    0.01
+    0.005
     """
     gap = float(values[rank - 1]) - outside
     if gap > 0 and len(values) == rank:
         # None of the upper values is below θ_r = c' + t, so that the r largest are theirs, and their sum the trace.
-        return max(0.0, 2.0 / gap * (float(residual_gram.trace()) + rank * rounding**2))
+        return max(0.0, (float(residual_gram.trace()) + rank * noise**2) / gap)
     if gap > 0:
         separate = _separate(values, residual_gram, rank, gap)
         if separate is not None:
-            return separate + 2.0 * len(values) * rounding**2 / gap
+            return separate + rank * noise**2 / gap
     # Without a gap, a little of everything outside may outweigh the last of the θ.
     splits = [gap] if gap > 0 else []
     splits += [outside * 10.0**-power for power in range(1, 13) if outside > 0]
     best = math.inf
     for split in splits:
-        # |g + e|² ≤ 2|g|² + 2|e|² for what rounding hides in each of the s residuals.
-        upper = torch.linalg.eigvalsh(torch.diag(values) + 2.0 / split * residual_gram)
+        upper = torch.linalg.eigvalsh(torch.diag(values) + residual_gram / split) + noise**2 / split
         highest = torch.cat([upper, upper.new_full((rank,), outside + split)]).topk(rank).values
-        hidden = 2.0 * len(values) * rounding**2 / split
-        best = min(best, float(highest.sum() - values[:rank].sum()) + hidden)
+        best = min(best, float(highest.sum() - values[:rank].sum()))
         if split == gap:
             break
     return max(0.0, best)
@@ -126,7 +127,7 @@ def _separate(values: Tensor, residual_gram: Tensor, rank: int, gap: float) -> f
     is at most θ_{r+1} + tr P_22, so the sum is below tr P_11 + |P_12|²/(θ_r − θ_{r+1} − tr P_22). None where that is
     not close to its least, tr P_11.
     """
-    P = (2.0 / gap) * residual_gram.numpy()
+    P = residual_gram.numpy() / gap
     diagonal = P.diagonal()
     own, others = float(diagonal[:rank].sum()), float(diagonal[rank:].sum())
     apart = float(values[rank - 1] - values[rank]) - others
@@ -135,15 +136,15 @@ def _separate(values: Tensor, residual_gram: Tensor, rank: int, gap: float) -> f
 
 
 def promise(
-    pairs: RitzPairs, rank: int, missed: float, rounding: float, enough: float = 0.0
+    pairs: RitzPairs, rank: int, missed: float, rounding: float, noise: float, enough: float = 0.0
 ) -> tuple[float, int, float]:
     """The least shortfall over the numbers s of Ritz vectors to keep, or the first found to be `enough`.
 
-    Returns that shortfall, its s, and c' with it.
+    noise: the part of a residual that the arithmetic is expected to add. Returns that shortfall, its s, and c' with it.
     """
     theta, lengths = pairs.values, pairs.coupling.square().sum(0)
     highest = float(theta[rank - 1])
-    least = 2.0 * float(lengths[:rank].sum())
+    least = float(lengths[:rank].sum())
     best, best_kept, best_outside = math.inf, rank, math.inf
     for kept, below in _with_a_gap(pairs, rank, missed):
         outside = below + rounding
@@ -151,7 +152,7 @@ def promise(
             # The sum of the r largest eigenvalues is no less than that of the first r diagonal entries.
             continue
         coupling = pairs.coupling[:, :kept]
-        found = shortfall(theta[:kept], coupling.T @ coupling, rank, outside, rounding)
+        found = shortfall(theta[:kept], coupling.T @ coupling, rank, outside, noise)
         if found < best:
             best, best_kept, best_outside = found, kept, outside
             if found <= enough:

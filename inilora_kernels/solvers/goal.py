@@ -15,6 +15,8 @@ _EXPECTED_OUTSIDE = 0.93
 _COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
 # Projections are float32's own, also where products are less exact.
 _FLOAT32_UNIT = 2.0**-23
+# Roundings are independent: what they leave in a residual was a 6th to a 50th of the most that `rounding` allows for.
+_EXPECTED_NOISE = 0.25
 # A proof of this share of what is allowed survives that the last products are float64's.
 _AMPLE = 0.5
 
@@ -45,6 +47,10 @@ class Goal:
         projecting = min(self.unit, _FLOAT32_UNIT) * math.sqrt(len(pairs.values)) * largest
         return self.unit * math.sqrt(largest * self.energy) + projecting
 
+    def noise(self, pairs: RitzPairs) -> float:
+        """What a Ritz pair's residual is expected to have of it; the last pass finds how much it really is."""
+        return _EXPECTED_NOISE * self.rounding(pairs)
+
     def allowed(self, pairs: RitzPairs, rank: int) -> float:
         """How much energy may be missed: `tolerance` of f*, and never less than float32 factors can show."""
         return max(self.tolerance * self.missing(pairs, rank), FLOAT32_FLOOR * self.energy)
@@ -59,16 +65,16 @@ class Goal:
         missed: a bound on λ_max outside of the space.
         enough: a multiple below which it does not matter how much better it could be.
         """
-        rounding = self.rounding(pairs)
+        rounding, noise = self.rounding(pairs), self.noise(pairs)
         worst = 0.0
         for rank in self.ranks:
             allowed = self.allowed(pairs, rank)
             if self.missing(pairs, rank) > allowed:
-                worst = max(worst, promise(pairs, rank, missed, rounding, enough * allowed)[0] / allowed)
+                worst = max(worst, promise(pairs, rank, missed, rounding, noise, enough * allowed)[0] / allowed)
         return worst
 
     def settled(self, pairs: RitzPairs, missed: float) -> bool:
-        """Whether every rank is proven."""
+        """Whether every rank is proven, if the last pass finds no more noise than is expected."""
         return self.promised(pairs, missed, enough=1.0) <= 1.0
 
     def expected_outside(self, pairs: RitzPairs) -> float:
@@ -84,7 +90,7 @@ class Goal:
             return False
         highest = float(pairs.values[self.rank - 1])
         rounding = self.rounding(pairs)
-        hidden = 2 * self.rank * rounding**2 / (_COARSE_GAP * max(highest, 1e-300))
+        hidden = self.rank * self.noise(pairs) ** 2 / (_COARSE_GAP * max(highest, 1e-300))
         return (
             rounding > _COARSE_GAP**2 * highest
             or any(self.missing(pairs, rank) < _COARSE_ENERGY * self.energy for rank in self.ranks)
@@ -93,6 +99,8 @@ class Goal:
 
     def kept(self, pairs: RitzPairs, missed: float) -> int:
         """How many Ritz vectors the proof of all ranks uses."""
-        rounding = self.rounding(pairs)
-        kept = max(promise(pairs, rank, missed, rounding, _AMPLE * self.allowed(pairs, rank))[1] for rank in self.ranks)
-        return min(kept, len(pairs.values))
+        rounding, noise = self.rounding(pairs), self.noise(pairs)
+        proofs = [
+            promise(pairs, rank, missed, rounding, noise, _AMPLE * self.allowed(pairs, rank)) for rank in self.ranks
+        ]
+        return min(max(kept for _, kept, _ in proofs), len(pairs.values))

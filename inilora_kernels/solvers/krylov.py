@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import WeightError
 from ..factors import FLOAT32_FLOOR
-from ..kernels.streaming import energy, gram_multiplier, product
+from ..kernels.streaming import energy, gram_multiplier, products
 from ..kernels.threads import one_torch_thread
 from .certificate import bound_outside, missed_factor, shortfall
 from .goal import Goal
@@ -256,7 +256,7 @@ class _Search:
         self._spent = 0
 
     def run(self) -> Principal | None:
-        """The triplets found; None if float32 is too coarse."""
+        """The triplets found; None if float32 turns out to be too coarse."""
         pairs = self._converge()
         while pairs is not None and not self._goal.settled(pairs, self._missed):
             other = self._look_outside(pairs)
@@ -266,7 +266,12 @@ class _Search:
             elif self._goal.settled(pairs, self._missed) or not self._growing():
                 break
             pairs = self._converge()
-        return None if pairs is None else self._finish(pairs)
+        if pairs is None:
+            return None
+        found = self._finish(pairs)
+        # What the last pass finds beyond what was promised is rounding.
+        coarse = not self._goal.exact and self._goal.settled(pairs, self._missed) and not all(found.certified.values())
+        return None if coarse else found
 
     def _random(self, rows: int, stream: torch.Generator) -> Tensor:
         return torch.randn(rows, self._size, generator=stream).to(self._W.device, self._dtype)
@@ -330,40 +335,52 @@ class _Search:
         """The triplets, from one more pass in float64, on which the loss and the certificate rest."""
         kept = self._goal.kept(pairs, self._missed)
         X = self._space.vectors(pairs.vectors[:, :kept])
-        Y, total = product(self._W, X, self._threads)
+        Y, image, total = products(self._W, X, self._threads)
         return concluded(
             self._goal,
             pairs,
             self._missed,
-            X,
-            Y,
-            total,
+            LastPass(X, Y, image, total),
             passes=self._space.passes + self._spent // _NARROW + 1,
             vectors=self._space.size + self._spent + kept,
         )
 
 
-def concluded(
-    goal: Goal, pairs: RitzPairs, missed: float, X: Tensor, Y: Tensor, total: float, *, passes: int, vectors: int
-) -> Principal:
+@dataclass(frozen=True, eq=False)
+class LastPass:
+    """What the proof rests on, all in float64.
+
+    X (k×s): the leading Ritz vectors of a space, orthonormal. Y (d×s): WX. image (k×s): MX. energy: ||W||².
+    """
+
+    X: Tensor
+    Y: Tensor
+    image: Tensor
+    energy: float
+
+
+def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, passes: int, vectors: int) -> Principal:
     """The triplets and their certificate.
 
     missed: the bound on λ_max outside of the space of `pairs`; infinite where there is none.
-    X (k×s): its leading Ritz vectors, orthonormal. Y (d×s): WX. total: ||W||². All in float64.
     """
-    kept, rank, rounding = X.shape[1], goal.rank, goal.rounding(pairs)
+    rank, total = goal.rank, last.energy
+    form = last.Y.T @ last.Y
     # On the CPU, where a matrix so small is decomposed at once.
-    values_here, rotation = torch.linalg.eigh((Y.T @ Y).cpu())
+    values_here, rotation = torch.linalg.eigh(form.cpu())
     values_here, rotation = values_here.flip(0).clamp(min=0.0), rotation.flip(1)
-    X, Y = X @ rotation.to(X.device), Y @ rotation.to(X.device)
-    coupling = pairs.coupling[:, :kept] @ rotation
-    outside = bound_outside(pairs, kept, missed, rounding) if math.isfinite(missed) else math.inf
+    turn = rotation.to(form.device)
+    X, Y, residuals = last.X @ turn, last.Y @ turn, (last.image - last.X @ form) @ turn
+    residual_gram = (residuals.T @ residuals).cpu()
+    outside = math.inf
+    if math.isfinite(missed):
+        outside = bound_outside(pairs, X.shape[1], missed, goal.rounding(pairs))
     shortfalls, certified = {}, {}
     for one in goal.ranks:
         missing = max(0.0, total - float(values_here[:one].sum()))
         bound = missing
         if math.isfinite(outside):
-            bound = min(bound, shortfall(values_here, coupling.T @ coupling, one, outside, rounding))
+            bound = min(bound, shortfall(values_here, residual_gram, one, outside))
         shortfalls[one] = bound
         certified[one] = bound <= max(goal.tolerance * (missing - bound), FLOAT32_FLOOR * total)
     S = values_here.sqrt()

@@ -22,7 +22,7 @@ from ..kernels.streaming import strips
 from ..kernels.threads import side_by_side
 from .certificate import missed_factor
 from .goal import Goal
-from .krylov import FLOAT32_RANGE, GRAM_SIZE, MISSED, PROMISED, Digest, Principal, concluded
+from .krylov import FLOAT32_RANGE, GRAM_SIZE, MISSED, PROMISED, Digest, LastPass, Principal, concluded
 from .krylov_space import RitzPairs, combined
 from .krylov_spaces import UNIT, KrylovSpaces, ritz_pairs
 
@@ -233,16 +233,16 @@ def _finished(batch: GramBatch, index: int, one: _Searched, Q: Tensor) -> Princi
     pairs, W = one.pairs, batch.tall(index)
     kept = one.goal.kept(pairs, one.missed)
     X = combined(Q[: one.vectors, : one.n], pairs.vectors[:, :kept])
-    Y = X.new_empty(len(W), kept)
+    Y, image = X.new_empty(len(W), kept), torch.zeros_like(X)
     for rows in strips(W, _WIDE_ELEMENTS):
-        torch.mm(W[rows].double(), X, out=Y[rows])
+        wide = W[rows].double()
+        torch.mm(wide, X, out=Y[rows])
+        image.addmm_(wide.T, Y[rows])
     found = concluded(
         one.goal,
         pairs,
         one.missed,
-        X,
-        Y,
-        one.goal.energy,
+        LastPass(X, Y, image, one.goal.energy),
         passes=(one.vectors + one.outside) // 16 + 1,
         vectors=one.vectors + one.outside + kept,
     )
