@@ -17,6 +17,8 @@ from .threads import one_torch_thread
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
 _STRIP_ELEMENTS = 1 << 21
+# Columns of X that are multiplied at a time in float64: W is read once more for others, rather than their sums be kept.
+_WIDE_COLUMNS = 32
 
 
 def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
@@ -32,8 +34,8 @@ GramReader = Callable[[Tensor], tuple[Tensor, Tensor]]
 def gram_multiplier(W: Tensor, dtype: torch.dtype, threads: int) -> GramReader:
     """X ↦ XWᵀ (b×d) and XWᵀW (b×k) in `dtype`, for any X (b×k): 4dkb FLOPs and one pass over W.
 
-    By the fused kernels of cpu/gram.py where W is on a CPU and the products in float32, otherwise in plain torch. The
-    same bits for any number of threads.
+    By the fused kernels of cpu/gram.py where W is on a CPU, otherwise in plain torch. The same bits for any number of
+    threads.
 
     >>> gram_multiplier(2 * torch.eye(2, dtype=torch.bfloat16), torch.float32, threads=1)(torch.tensor([[1.0, 3.0]]))
     (tensor([[2., 6.]]), tensor([[ 4., 12.]]))
@@ -41,16 +43,16 @@ def gram_multiplier(W: Tensor, dtype: torch.dtype, threads: int) -> GramReader:
     if _fused(W, dtype):
         from .cpu.gram import FusedGramReaders
 
-        return FusedGramReaders(W, threads)
+        return FusedGramReaders(W, threads, dtype)
     return lambda X: gram_product(W, X)
 
 
 def _fused(W: Tensor, dtype: torch.dtype) -> bool:
-    if W.device.type != "cpu" or dtype != torch.float32:
+    if W.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
         return False
     from .cpu.gram import takes
 
-    return takes(W)
+    return takes(W, dtype)
 
 
 def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,38 +74,23 @@ def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
 
 def energy(W: Tensor) -> float:
     """||W||_F², summed in float64."""
-    if _fused(W, torch.float32):
+    if _fused(W, torch.float64):
         from .cpu.gram import squares
 
         return squares(W)
     return sum(float(torch.linalg.vector_norm(W[rows].double())) ** 2 for rows in strips(W, _STRIP_ELEMENTS // 4))
 
 
-def products(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, Tensor, float]:
-    """WX (d×s), WᵀWX (k×s) and ||W||_F² in float64, from one pass over W in strips, which the threads share.
+def products(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+    """WX (d×s) and WᵀWX (k×s) in float64, for X (k×s) in float64: as `gram_multiplier`, some columns at a time.
 
-    The same bits for any number of threads: the sums of WᵀWX are kept apart for runs of strips that the shape decides.
-
-    >>> products(2 * torch.eye(2), torch.ones(2, 1).double(), threads=1)[1:]
-    (tensor([[4.],
-            [4.]], dtype=torch.float64), 8.0)
+    >>> products(2 * torch.eye(2), torch.ones(2, 1).double(), threads=1)[1]
+    tensor([[4.],
+            [4.]], dtype=torch.float64)
     """
-    Y = X.new_empty(W.shape[0], X.shape[1])
-    parts = list(strips(W, _STRIP_ELEMENTS // 8))
-    # Together no more than a quarter of W in float64.
-    sums = X.new_zeros(min(len(parts), max(2, W.shape[0] // (4 * X.shape[1]))), *X.shape)
-
-    def multiply(place: int) -> float:
-        squares = 0.0
-        for rows in parts[len(parts) * place // len(sums) : len(parts) * (place + 1) // len(sums)]:
-            strip = W[rows].double()
-            torch.mm(strip, X, out=Y[rows])
-            sums[place].addmm_(strip.T, Y[rows])
-            squares += float(torch.linalg.vector_norm(strip)) ** 2
-        return squares
-
-    energy = fsum(_shared(multiply, range(len(sums)), threads if W.device.type == "cpu" else 1))
-    return Y, sums.sum(0), energy
+    multiply = gram_multiplier(W, torch.float64, threads)
+    found = [multiply(columns.T.contiguous()) for columns in torch.split(X, _WIDE_COLUMNS, dim=1)]
+    return torch.cat([Y for Y, _ in found]).T, torch.cat([image for _, image in found]).T
 
 
 def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:

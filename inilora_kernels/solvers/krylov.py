@@ -335,12 +335,12 @@ class _Search:
         """The triplets, from one more pass in float64, on which the loss and the certificate rest."""
         kept = self._goal.kept(pairs, self._missed)
         X = self._space.vectors(pairs.vectors[:, :kept])
-        Y, image, total = products(self._W, X, self._threads)
+        Y, image = products(self._W, X, self._threads)
         return concluded(
             self._goal,
             pairs,
             self._missed,
-            LastPass(X, Y, image, total),
+            LastPass(X, Y, image),
             passes=self._space.passes + self._spent // _NARROW + 1,
             vectors=self._space.size + self._spent + kept,
         )
@@ -350,13 +350,12 @@ class _Search:
 class LastPass:
     """What the proof rests on, all in float64.
 
-    X (k×s): the leading Ritz vectors of a space, orthonormal. Y (d×s): WX. image (k×s): MX. energy: ||W||².
+    X (k×s): the leading Ritz vectors of a space, orthonormal. Y (d×s): WX. image (k×s): MX.
     """
 
     X: Tensor
     Y: Tensor
     image: Tensor
-    energy: float
 
 
 def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, passes: int, vectors: int) -> Principal:
@@ -364,7 +363,7 @@ def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, pa
 
     missed: the bound on λ_max outside of the space of `pairs`; infinite where there is none.
     """
-    rank, total = goal.rank, last.energy
+    rank, total = goal.rank, goal.energy
     form = last.Y.T @ last.Y
     # On the CPU, where a matrix so small is decomposed at once.
     values_here, rotation = torch.linalg.eigh(form.cpu())

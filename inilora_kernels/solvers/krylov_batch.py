@@ -242,7 +242,7 @@ def _finished(batch: GramBatch, index: int, one: _Searched, Q: Tensor) -> Princi
         one.goal,
         pairs,
         one.missed,
-        LastPass(X, Y, image, one.goal.energy),
+        LastPass(X, Y, image),
         passes=(one.vectors + one.outside) // 16 + 1,
         vectors=one.vectors + one.outside + kept,
     )

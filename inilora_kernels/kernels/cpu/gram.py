@@ -1,9 +1,9 @@
 """XWᵀ and XWᵀW from one pass over W on the CPU: a part of W comes from memory once, and a second time from the cache.
 
 W lies in the checkpoint's own dtype and place, its rows (or, where W is a transposed view, its columns) contiguous;
-X and the products are float32. Both kernels are made of in_place.py's two products, with four columns of X, whose sums
-stay in registers; what fills no such block takes two loops over four rows, which numba vectorizes as they stand. The
-sums over parts of W are kept in slots that depend on the shape alone, so any number of threads gives the same bits.
+X and the products are float32 or float64. In float32 both kernels are made of in_place.py's two products, with four
+columns of X, whose sums stay in registers; in float64 of plain_products.py's. The sums over parts of W are kept in
+slots that depend on the shape alone, so any number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -20,39 +20,42 @@ from torch import Tensor
 from ..rounding import round_up
 from .in_place import RUN, WIDE_ROWS, inner_runs, outer_run
 from .jit import njit
+from .plain_products import SUMS, add_inner_plain, add_outer_plain
 from .simd import LOADS_FLOAT16, entry, kernel_view
 
 MOST_SLOTS = 12
 # A strip of rows of W, or all rows of a tile of its columns, stays in a core's second cache between its two products.
 _STRIP_BYTES, _COLUMN_BYTES = 1 << 18, 1 << 19
 _LEAST_COLUMNS, _MOST_COLUMNS = 128, 1024
+# Columns of W at a time in float64.
+_WIDE_COLUMNS = 512
 # One slot per this many elements, up to MOST_SLOTS.
 _SLOT_ELEMENTS = 1 << 19
 # Columns of X in a loop, and rows of W.
 BLOCK = 4
 # Below this a second thread costs more than it saves.
 _FLOPS_A_THREAD = 1e7
-# Sums may be taken in any order, which is what the vector units need; nothing is assumed of NaN or Inf.
-SUMS = frozenset({"reassoc", "contract", "nsz"})
 
 
-def takes(W: Tensor) -> bool:
-    """Whether these kernels can read W (d×k, d ≥ k) as it lies."""
-    dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if LOADS_FLOAT16 else [])]
+def takes(W: Tensor, dtype: torch.dtype) -> bool:
+    """Whether these kernels can read W (d×k, d ≥ k) as it lies, for products in this dtype."""
+    dtypes = [torch.float32, torch.bfloat16]
+    dtypes += [torch.float16] if LOADS_FLOAT16 else []
+    dtypes += [torch.float64] if dtype == torch.float64 else []
     return W.device.type == "cpu" and W.dtype in dtypes and 1 in W.stride() and min(W.shape) >= 2 * BLOCK
 
 
 class FusedGramReaders:
     """A `FusedGramReader` for X of any width, one made for each width that is asked for."""
 
-    def __init__(self, W: Tensor, threads: int) -> None:
-        self._W, self._threads = W, threads
+    def __init__(self, W: Tensor, threads: int, dtype: torch.dtype = torch.float32) -> None:
+        self._W, self._threads, self._dtype = W, threads, dtype
         self._by_width: dict[int, FusedGramReader] = {}
 
     def of(self, width: int) -> FusedGramReader:
         """The reader for X of this many rows."""
         if width not in self._by_width:
-            self._by_width[width] = FusedGramReader(self._W, width, self._threads)
+            self._by_width[width] = FusedGramReader(self._W, width, self._threads, self._dtype)
         return self._by_width[width]
 
     def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,14 +63,14 @@ class FusedGramReaders:
 
 
 class FusedGramReader:
-    """X ↦ XWᵀ (b×d) and XWᵀW (b×k), float32, for any X (b×k) of one width b. Holds the work space that it needs.
+    """X ↦ XWᵀ (b×d) and XWᵀW (b×k), float32 or float64, for any X (b×k) of one width b, in work space of its own.
 
     >>> Y, Z = FusedGramReader(2 * torch.eye(48), width=1, threads=1)(torch.ones(1, 48))
     >>> float(Y[0, 0]), float(Z[0, 0])
     (2.0, 4.0)
     """
 
-    def __init__(self, W: Tensor, width: int, threads: int) -> None:
+    def __init__(self, W: Tensor, width: int, threads: int, dtype: torch.dtype = torch.float32) -> None:
         self._by_rows, self._width = W.stride(1) == 1, width
         self._flat, self._stride, self._shape = _stored(W)
         m, n = self._shape
@@ -85,9 +88,9 @@ class FusedGramReader:
         self._threads = max(1, min(threads, slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
         self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
         along_columns, along_rows = (b, n), (m, b)
-        self._given = torch.zeros(along_columns if self._by_rows else along_rows)
-        self._once = torch.empty(along_rows if self._by_rows else along_columns)
-        self._twice = torch.empty(slots, *self._given.shape)
+        self._given = torch.zeros(along_columns if self._by_rows else along_rows, dtype=dtype)
+        self._once = torch.empty(along_rows if self._by_rows else along_columns, dtype=dtype)
+        self._twice = torch.empty(slots, *self._given.shape, dtype=dtype)
 
     @property
     def alone(self) -> bool:
@@ -117,7 +120,10 @@ class FusedGramReader:
     def _read(self, member: int) -> None:
         slots = len(self._twice)
         m, n = self._shape
-        kernel = row_strips if self._by_rows else column_tiles
+        if self._given.dtype == torch.float32:
+            kernel = row_strips if self._by_rows else column_tiles
+        else:
+            kernel = wide_row_strips if self._by_rows else wide_column_tiles
         for slot in range(slots * member // self._threads, slots * (member + 1) // self._threads):
             first = slot * self._parts_a_slot
             kernel(
@@ -134,77 +140,6 @@ class FusedGramReader:
             )
 
 
-@njit(cache=True, nogil=True, fastmath=SUMS)
-def _add_inner(W: Any, at: int, stride: int, count: int, X: Any, column: int, left: int, out: Any, row: int) -> None:
-    """out[row + i, column + c] += Σ_j W_i[j]·X[column + c, left + j] for 4 rows W_i = W[at + i·stride…] and 4 c."""
-    W0, W1 = W[at : at + count], W[at + stride : at + stride + count]
-    W2, W3 = W[at + 2 * stride : at + 2 * stride + count], W[at + 3 * stride : at + 3 * stride + count]
-    X0, X1 = X[column, left : left + count], X[column + 1, left : left + count]
-    X2, X3 = X[column + 2, left : left + count], X[column + 3, left : left + count]
-    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = np.float32(0)
-    s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = np.float32(0)
-    for j in range(count):
-        w0, w1, w2, w3 = entry(W0, j), entry(W1, j), entry(W2, j), entry(W3, j)
-        x0, x1, x2, x3 = X0[j], X1[j], X2[j], X3[j]
-        s00 += w0 * x0
-        s01 += w0 * x1
-        s02 += w0 * x2
-        s03 += w0 * x3
-        s10 += w1 * x0
-        s11 += w1 * x1
-        s12 += w1 * x2
-        s13 += w1 * x3
-        s20 += w2 * x0
-        s21 += w2 * x1
-        s22 += w2 * x2
-        s23 += w2 * x3
-        s30 += w3 * x0
-        s31 += w3 * x1
-        s32 += w3 * x2
-        s33 += w3 * x3
-    for i, sums in enumerate(((s00, s01, s02, s03), (s10, s11, s12, s13), (s20, s21, s22, s23), (s30, s31, s32, s33))):
-        for c in range(4):
-            out[row + i, column + c] += sums[c]
-
-
-@njit(cache=True, nogil=True, fastmath=SUMS)
-def _add_outer(W: Any, at: int, stride: int, count: int, X: Any, row: int, column: int, out: Any, left: int) -> None:
-    """out[column + c, left + j] += Σ_{i<4} X[row + i, column + c]·W_i[j] for 4 rows W_i = W[at + i·stride…] and 4 c."""
-    W0, W1 = W[at : at + count], W[at + stride : at + stride + count]
-    W2, W3 = W[at + 2 * stride : at + 2 * stride + count], W[at + 3 * stride : at + 3 * stride + count]
-    out0, out1 = out[column, left : left + count], out[column + 1, left : left + count]
-    out2, out3 = out[column + 2, left : left + count], out[column + 3, left : left + count]
-    x00, x01, x02, x03 = X[row, column], X[row, column + 1], X[row, column + 2], X[row, column + 3]
-    x10, x11, x12, x13 = X[row + 1, column], X[row + 1, column + 1], X[row + 1, column + 2], X[row + 1, column + 3]
-    x20, x21, x22, x23 = X[row + 2, column], X[row + 2, column + 1], X[row + 2, column + 2], X[row + 2, column + 3]
-    x30, x31, x32, x33 = X[row + 3, column], X[row + 3, column + 1], X[row + 3, column + 2], X[row + 3, column + 3]
-    for j in range(count):
-        w0, w1, w2, w3 = entry(W0, j), entry(W1, j), entry(W2, j), entry(W3, j)
-        out0[j] += x00 * w0 + x10 * w1 + x20 * w2 + x30 * w3
-        out1[j] += x01 * w0 + x11 * w1 + x21 * w2 + x31 * w3
-        out2[j] += x02 * w0 + x12 * w1 + x22 * w2 + x32 * w3
-        out3[j] += x03 * w0 + x13 * w1 + x23 * w2 + x33 * w3
-
-
-@njit(cache=True, nogil=True, fastmath=SUMS)
-def _add_inner_row(W: Any, at: int, count: int, X: Any, column: int, left: int, out: Any, row: int) -> None:
-    """`_add_inner` for a single row, where fewer than four are left."""
-    for c in range(column, column + 4):
-        total = np.float32(0)
-        for j in range(count):
-            total += entry(W, at + j) * X[c, left + j]
-        out[row, c] += total
-
-
-@njit(cache=True, nogil=True, fastmath=SUMS)
-def _add_outer_row(W: Any, at: int, count: int, X: Any, row: int, column: int, out: Any, left: int) -> None:
-    """`_add_outer` for a single row, where fewer than four are left."""
-    for c in range(column, column + 4):
-        x = X[row, c]
-        for j in range(count):
-            out[c, left + j] += x * entry(W, at + j)
-
-
 @njit(cache=True, nogil=True)
 def add_inner_products(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
     """out[i, c] += Σ_j W[i, left + j]·X[c, left + j] for rows [top, bottom) of W and all c."""
@@ -215,20 +150,8 @@ def add_inner_products(W: Any, stride: int, top: int, bottom: int, left: int, co
     for i in range(top, blocks, WIDE_ROWS):
         for column in range(0, b, BLOCK):
             inner_runs(out_flat, i * b + column, b, W, i * stride + left, stride, X_flat, column * n + left, n, runs)
-    _add_inner_edge(W, stride, top, blocks, left + runs * RUN, count - runs * RUN, X, out)
-    _add_inner_edge(W, stride, blocks, bottom, left, count, X, out)
-
-
-@njit(cache=True, nogil=True)
-def _add_inner_edge(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
-    """`add_inner_products` for the rows and columns that fill no block."""
-    whole = top + (bottom - top) // 4 * 4
-    for i in range(top, whole, 4):
-        for column in range(0, X.shape[0], 4):
-            _add_inner(W, i * stride + left, stride, count, X, column, left, out, i)
-    for i in range(whole, bottom):
-        for column in range(0, X.shape[0], 4):
-            _add_inner_row(W, i * stride + left, count, X, column, left, out, i)
+    add_inner_plain(W, stride, top, blocks, left + runs * RUN, count - runs * RUN, X, out)
+    add_inner_plain(W, stride, blocks, bottom, left, count, X, out)
 
 
 @njit(cache=True, nogil=True)
@@ -242,14 +165,7 @@ def add_outer_products(W: Any, stride: int, top: int, bottom: int, left: int, co
             outer_run(
                 out_flat, column * n + j, n, X_flat, top * b + column, b, W, top * stride + j, stride, bottom - top
             )
-    left, count = left + runs * RUN, count - runs * RUN
-    whole = top + (bottom - top) // 4 * 4
-    for i in range(top, whole, 4):
-        for column in range(0, b, 4):
-            _add_outer(W, i * stride + left, stride, count, X, i, column, out, left)
-    for i in range(whole, bottom):
-        for column in range(0, b, 4):
-            _add_outer_row(W, i * stride + left, count, X, i, column, out, left)
+    add_outer_plain(W, stride, top, bottom, left + runs * RUN, count - runs * RUN, X, out)
 
 
 @njit(cache=True, nogil=True)
@@ -281,6 +197,35 @@ def column_tiles(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, ti
         Y[:, left : left + count] = 0
         add_outer_products(W, stride, 0, m, left, count, X, Y)
         add_inner_products(W, stride, 0, m, left, count, Y, Z)
+
+
+@njit(cache=True, nogil=True)
+def wide_row_strips(
+    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, strip: int, first: int, last: int
+) -> None:  # fmt: skip
+    """`row_strips` in float64, by runs of columns of W whose part of X stays in the second cache."""
+    Z[:] = 0
+    for part in range(first, last):
+        top, bottom = part * strip, min((part + 1) * strip, m)
+        Y[top:bottom] = 0
+        for left in range(0, n, _WIDE_COLUMNS):
+            add_inner_plain(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), X, Y)
+        for left in range(0, n, _WIDE_COLUMNS):
+            add_outer_plain(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), Y, Z)
+
+
+@njit(cache=True, nogil=True)
+def wide_column_tiles(
+    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, tile: int, first: int, last: int
+) -> None:  # fmt: skip
+    """`column_tiles` in float64."""
+    Z[:] = 0
+    for part in range(first, last):
+        left = part * tile
+        count = min(tile, n - left)
+        Y[:, left : left + count] = 0
+        add_outer_plain(W, stride, 0, m, left, count, X, Y)
+        add_inner_plain(W, stride, 0, m, left, count, Y, Z)
 
 
 def squares(W: Tensor) -> float:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..rounding import round_up
-from .gram import BLOCK, SUMS, add_inner_products, add_outer_products
+from .gram import BLOCK, add_inner_products, add_outer_products
 from .jit import njit
+from .plain_products import SUMS
 
 
 def orthonormal_against(

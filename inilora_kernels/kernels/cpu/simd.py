@@ -79,7 +79,10 @@ def _load(builder: Any, address: Any, index: Any, lanes: int, dtype: Any) -> Any
 
 @_intrinsic
 def entry(typing: Any, array: Any, index: Any) -> Any:
-    """array[index] as float32; uint16 holds bfloat16's bits, int16 float16's. Loops over it are vectorized by LLVM."""
+    """array[index]: float64's as it is, others as float32; uint16 holds bfloat16's bits, int16 float16's.
+
+    Loops over it are vectorized by LLVM.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         # By a pointer that LLVM can follow, so that it can prove what does not overlap.
@@ -91,7 +94,8 @@ def entry(typing: Any, array: Any, index: Any) -> Any:
             return builder.fpext(builder.bitcast(value, ir.HalfType()), _FLOAT)
         return value
 
-    return types.float32(array, types.intp), generate
+    kind = types.float64 if array.dtype == types.float64 else types.float32
+    return kind(array, types.intp), generate
 
 
 def _store(builder: Any, address: Any, index: Any, value: Any) -> None:

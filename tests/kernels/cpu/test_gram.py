@@ -8,8 +8,8 @@ from torch import Tensor
 
 from inilora_kernels.kernels.cpu.gram import MOST_SLOTS, FusedGramReader, takes
 
-# A float32 sum of n ≤ 2^13 products, each rounded once: far below n·2^-24 of ‖W‖·‖X‖ where the signs are random.
-TOLERANCE = 4e-6
+# A sum of n ≤ 2^13 products, each rounded once: far below n·u of ‖W‖·‖X‖ where the signs are random.
+TOLERANCE = {torch.float32: 4e-6, torch.float64: 4e-6 * 2.0**-29}
 
 
 def _amid_nan(d: int, k: int, dtype: torch.dtype, by_columns: bool, seed: int) -> Tensor:
@@ -21,19 +21,19 @@ def _amid_nan(d: int, k: int, dtype: torch.dtype, by_columns: bool, seed: int) -
     return stored.T if by_columns else stored
 
 
-def _check(W: Tensor, width: int, threads: int) -> None:
-    assert takes(W)
-    read = FusedGramReader(W, width, threads)
+def _check(W: Tensor, width: int, threads: int, arithmetic: torch.dtype) -> None:
+    assert takes(W, arithmetic)
+    read = FusedGramReader(W, width, threads, arithmetic)
     # Twice: what the first reading leaves in the work space must not show in the second.
     for seed in (1, 2):
-        X = torch.randn(width, W.shape[1], generator=torch.Generator().manual_seed(seed))
+        X = torch.randn(width, W.shape[1], generator=torch.Generator().manual_seed(seed)).to(arithmetic)
         Y, Z = read(X)
         wide_Y = X.double() @ W.double().T
         wide_Z = wide_Y @ W.double()
-        assert Y.shape == wide_Y.shape
-        assert Z.shape == wide_Z.shape
-        assert float((Y - wide_Y).norm() / wide_Y.norm()) < TOLERANCE
-        assert float((Z - wide_Z).norm() / wide_Z.norm()) < TOLERANCE
+        assert (Y.shape, Y.dtype) == (wide_Y.shape, arithmetic)
+        assert (Z.shape, Z.dtype) == (wide_Z.shape, arithmetic)
+        assert float((Y - wide_Y).norm() / wide_Y.norm()) < TOLERANCE[arithmetic]
+        assert float((Z - wide_Z).norm() / wide_Z.norm()) < TOLERANCE[arithmetic]
 
 
 @settings(deadline=None, max_examples=60)
@@ -41,37 +41,40 @@ def _check(W: Tensor, width: int, threads: int) -> None:
     d=st.integers(8, 700),
     k=st.integers(8, 700),
     width=st.integers(1, 40),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    arithmetic=st.sampled_from([torch.float32, torch.float64]),
     by_columns=st.booleans(),
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_products_against_float64(
-    d: int, k: int, width: int, dtype: torch.dtype, by_columns: bool, threads: int, seed: int
+    d: int, k: int, width: int, dtype: torch.dtype, arithmetic: torch.dtype, by_columns: bool, threads: int, seed: int
 ) -> None:
     W = _amid_nan(d, k, dtype, by_columns, seed)
-    if takes(W):
-        _check(W, width, threads)
+    if takes(W, arithmetic):
+        _check(W, width, threads, arithmetic)
 
 
+@pytest.mark.parametrize("arithmetic", [torch.float32, torch.float64])
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize(("d", "k"), [(2600, 1100), (1100, 2600), (49, 5000), (5000, 49)])
-def test_many_strips(d: int, k: int, by_columns: bool) -> None:
+def test_many_strips(d: int, k: int, by_columns: bool, arithmetic: torch.dtype) -> None:
     """More parts than slots, and strips that hold the fewest rows."""
-    _check(_amid_nan(d, k, torch.float32, by_columns, seed=0), width=24, threads=2)
+    _check(_amid_nan(d, k, torch.float32, by_columns, seed=0), width=24, threads=2, arithmetic=arithmetic)
 
 
+@pytest.mark.parametrize("arithmetic", [torch.float32, torch.float64])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_bits_do_not_depend_on_the_number_of_threads(by_columns: bool) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(by_columns: bool, arithmetic: torch.dtype) -> None:
     W = _amid_nan(1999, 777, torch.bfloat16, by_columns, seed=0)
-    X = torch.randn(16, 777, generator=torch.Generator().manual_seed(1))
-    one, *others = (FusedGramReader(W, 16, threads)(X) for threads in (1, 2, 3, MOST_SLOTS + 5))
+    X = torch.randn(16, 777, generator=torch.Generator().manual_seed(1)).to(arithmetic)
+    one, *others = (FusedGramReader(W, 16, threads, arithmetic)(X) for threads in (1, 2, 3, MOST_SLOTS + 5))
     for other in others:
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
 
 
 def test_what_it_does_not_take() -> None:
-    assert not takes(torch.ones(64, 64, dtype=torch.float64))
-    assert not takes(torch.ones(64, 128)[:, ::2])
-    assert not takes(torch.ones(64, 7))
+    assert not takes(torch.ones(64, 64, dtype=torch.float64), torch.float32)
+    assert not takes(torch.ones(64, 128)[:, ::2], torch.float32)
+    assert not takes(torch.ones(64, 7), torch.float64)
