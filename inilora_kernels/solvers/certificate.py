@@ -57,10 +57,6 @@ from .krylov_space import RitzPairs
 FAILURE_PROBABILITY = 1e-12
 # How many Ritz vectors beyond r may go into X.
 _BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
-# By which share a bound without eigenvalues may be above the one with them.
-_CLOSE = 0.1
-# Another number is tried where it could bring the shortfall below this share of the best so far.
-_WORTH_TRYING = 0.5
 
 
 def missed_factor(n: int, block: int, passes: int) -> float:
@@ -103,36 +99,14 @@ def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, 
     if gap > 0 and len(values) == rank:
         # None of the upper values is below θ_r = c' + t, so that the r largest are theirs, and their sum the trace.
         return max(0.0, (float(residual_gram.trace()) + rank * noise**2) / gap)
-    if gap > 0:
-        separate = _separate(values, residual_gram, rank, gap)
-        if separate is not None:
-            return separate + rank * noise**2 / gap
     # Without a gap, a little of everything outside may outweigh the last of the θ.
-    splits = [gap] if gap > 0 else []
-    splits += [outside * 10.0**-power for power in range(1, 13) if outside > 0]
+    splits = [gap] if gap > 0 else [outside * 10.0**-power for power in range(1, 13) if outside > 0]
     best = math.inf
     for split in splits:
         upper = torch.linalg.eigvalsh(torch.diag(values) + residual_gram / split) + noise**2 / split
         highest = torch.cat([upper, upper.new_full((rank,), outside + split)]).topk(rank).values
         best = min(best, float(highest.sum() - values[:rank].sum()))
-        if split == gap:
-            break
     return max(0.0, best)
-
-
-def _separate(values: Tensor, residual_gram: Tensor, rank: int, gap: float) -> float | None:
-    """The sum of the r largest eigenvalues of Θ + P, P = 2RᵀR/t, less Σθ_i, where the r leading ones are far apart.
-
-    Step 3 once more, with [[P_11, P_12], [P_21, P_22]] for the first r and the others of X: what lies among the others
-    is at most θ_{r+1} + tr P_22, so the sum is below tr P_11 + |P_12|²/(θ_r − θ_{r+1} − tr P_22). None where that is
-    not close to its least, tr P_11.
-    """
-    P = residual_gram.numpy() / gap
-    diagonal = P.diagonal()
-    own, others = float(diagonal[:rank].sum()), float(diagonal[rank:].sum())
-    apart = float(values[rank - 1] - values[rank]) - others
-    mixed = float((P[:rank, rank:] ** 2).sum())
-    return own + mixed / apart if apart > 0 and mixed <= _CLOSE * own * apart else None
 
 
 def promise(
@@ -142,34 +116,22 @@ def promise(
 
     noise: the part of a residual that the arithmetic is expected to add. Returns that shortfall, its s, and c' with it.
     """
-    theta, lengths = pairs.values, pairs.coupling.square().sum(0)
-    highest = float(theta[rank - 1])
-    least = float(lengths[:rank].sum())
-    best, best_kept, best_outside = math.inf, rank, math.inf
-    for kept, below in _with_a_gap(pairs, rank, missed):
-        outside = below + rounding
-        if highest - outside <= 0 or least / (highest - outside) > _WORTH_TRYING * best:
-            # The sum of the r largest eigenvalues is no less than that of the first r diagonal entries.
-            continue
-        coupling = pairs.coupling[:, :kept]
-        found = shortfall(theta[:kept], coupling.T @ coupling, rank, outside, noise)
-        if found < best:
-            best, best_kept, best_outside = found, kept, outside
-            if found <= enough:
-                break
-        elif found > 4 * best:
-            break
-    return best, best_kept, best_outside
-
-
-def _with_a_gap(pairs: RitzPairs, rank: int, missed: float) -> list[tuple[int, float]]:
-    """The numbers s of Ritz vectors to keep with which c' comes below θ_r, and c' without its rounding."""
-    from ..kernels.cpu.outside import outside_below
+    from ..kernels.cpu.outside import least_shortfall
 
     theta, g = _as_rows(pairs)
     highest = float(theta[rank - 1])
     candidates = [rank + beyond for beyond in _BEYOND if rank + beyond < len(theta) and theta[rank + beyond] < highest]
     if highest <= missed or not candidates:
-        return []
-    found = outside_below(theta, g, np.array(candidates), highest, missed).tolist()
-    return [(kept, outside) for kept, outside in zip(candidates, found, strict=True) if outside < math.inf]
+        return math.inf, rank, math.inf
+    best, kept, outside, loose = least_shortfall(theta, g, rank, np.array(candidates), missed, rounding, noise, enough)
+    if best > enough and loose:
+        for other in candidates:
+            beyond = bound_outside(pairs, other, missed, rounding)
+            coupling = pairs.coupling[:, :other]
+            if beyond < highest:
+                found = shortfall(pairs.values[:other], coupling.T @ coupling, rank, beyond, noise)
+                if found < best:
+                    best, kept, outside = found, other, beyond
+                if best <= enough:
+                    break
+    return float(best), int(kept), float(outside)

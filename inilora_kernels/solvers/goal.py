@@ -9,8 +9,9 @@ from ..factors import FLOAT32_FLOOR
 from .certificate import promise
 from .krylov_space import RitzPairs
 
-# The second space's bound is assumed to be at most this share of θ_r before it is known.
-_EXPECTED_OUTSIDE = 0.93
+# Before the second space has bounded λ_max outside of the first: this share of the Ritz values beyond θ_r is above it
+# (0.15 to 0.3 where it pays to look); and the bound is at most this share of θ_r.
+_REACHED, _EXPECTED_OUTSIDE = 0.17, 0.93
 # The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to this little of the energy.
 _COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
 # Projections are float32's own, also where products are less exact.
@@ -77,11 +78,14 @@ class Goal:
         """Whether every rank is proven, if the last pass finds no more noise than is expected."""
         return self.promised(pairs, missed, enough=1.0) <= 1.0
 
-    def expected_outside(self, pairs: RitzPairs) -> float:
-        """Roughly how a second space will bound λ_max outside of this one, judging by how far the Ritz values reach."""
+    def expected_outside(self, pairs: RitzPairs, factor: float) -> float:
+        """Roughly how a second space will bound λ_max outside of this one, judging by how far the Ritz values reach.
+
+        factor: `missed_factor` of as many passes as the second space may reasonably take.
+        """
         highest = max(0.0, float(pairs.values[self.rank - 1]))
-        place = self.rank + (len(pairs.values) - self.rank) // 4
-        reached = 1.3 * max(0.0, float(pairs.values[min(place, len(pairs.values) - 1)]))
+        place = self.rank + int(_REACHED * (len(pairs.values) - self.rank))
+        reached = factor * max(0.0, float(pairs.values[min(place, len(pairs.values) - 1)]))
         return min(_EXPECTED_OUTSIDE * highest, reached)
 
     def too_coarse(self, pairs: RitzPairs) -> bool:

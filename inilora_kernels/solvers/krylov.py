@@ -33,17 +33,17 @@ from .krylov_space import KrylovSpace, RitzPairs
 TOLERANCE = 1e-8
 # At most this many singular values are kept for the picture of the spectrum.
 LEADING = 64
-# Up to the first size all eigenvectors of WᵀW take less time than a search; up to the second, where a search would need
-# as many vectors as a third of them.
-TINY_SIZE, GRAM_SIZE = 300, 512
+# Up to the first size all eigenvectors of WᵀW take less time than a search; up to the second, where they are no more
+# than so many times what a search would need; and beyond that, all singular vectors up to so many times.
+TINY_SIZE, GRAM_SIZE, _GRAM_BELOW, _DENSE_BELOW = 300, 512, 2.4, 1.1
 # Up to this size a full decomposition is the answer if the certificate is not reached.
 DENSE_SIZE = 2048
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
 # faster and converge more slowly, which pays where the space is large anyway.
 _NARROW, _WIDE, _WIDE_RANK = 4, 8, 48
-# Vectors that a real spectrum takes to converge: about this many times the rank, plus a constant. The first look comes
-# at a share of that; a look costs an eigenvalue problem of the space's size.
-_VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 2.7, 40, 1.0
+# Vectors that a real spectrum takes to converge: about this many times the rank, plus a constant. They decide when to
+# look, since a look costs an eigenvalue problem of the space's size.
+_VECTORS_A_RANK, _VECTORS_MORE = 3.75, 34
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate must reach.
@@ -52,6 +52,8 @@ PROMISED = 0.5
 MISSED = 0.985
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
+# As many as are worth having for a first space that need not grow on.
+_EXPECTED_PASSES = 18
 _MOST_CERTIFYING = 64
 # Squares of squares stay in float32's range.
 FLOAT32_RANGE = (1e-16, 1e16)
@@ -133,7 +135,8 @@ def _principal(
     upright = W.shape[0] >= W.shape[1]
     tall = W if upright else W.T
     size = tall.shape[1]
-    if size > GRAM_SIZE and size <= 3 * _expected_vectors(max(ranks)) / 2:
+    expected = _expected_vectors(max(ranks))
+    if GRAM_SIZE < size <= _DENSE_BELOW * expected:
         return dense(W, ranks)
     total = energy(tall)
     if not math.isfinite(total):
@@ -142,7 +145,7 @@ def _principal(
         )
     if total == 0.0:
         return _nothing(W, ranks)
-    if size <= TINY_SIZE or (size <= GRAM_SIZE and 3 * _expected_vectors(max(ranks)) > size):
+    if size <= TINY_SIZE or size <= min(GRAM_SIZE, _GRAM_BELOW * expected):
         found = _by_gram(tall, ranks, total)
         return found if upright else replace(found, U=found.V, V=found.U)
     if W.dtype == torch.float64 or not FLOAT32_RANGE[0] < total < FLOAT32_RANGE[1]:
@@ -287,7 +290,8 @@ class _Search:
 
     def _converge(self) -> RitzPairs | None:
         """Grow the space until it promises enough or is full. None if float32 is too coarse."""
-        target = max(self._space.size + 1, _FIRST_LOOK * _expected_vectors(self._rank))
+        target = max(self._space.size + 1, _expected_vectors(self._rank))
+        factor = missed_factor(self._size, _NARROW, _EXPECTED_PASSES)
         last: tuple[int, float] | None = None
         while True:
             self._space.grow(min(target, self._most), passes=self._size)
@@ -296,7 +300,7 @@ class _Search:
                 return None
             missed = self._missed
             if missed == math.inf:
-                missed = self._goal.expected_outside(pairs)
+                missed = self._goal.expected_outside(pairs, factor)
             promised = self._goal.promised(pairs, missed, enough=PROMISED)
             if promised <= PROMISED or not self._growing():
                 return pairs

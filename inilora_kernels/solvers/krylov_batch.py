@@ -35,6 +35,8 @@ _VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 3.4, 100, 0.85
 _GROWTH = 2
 _LOOK_EVERY = 2
 _FIRST_LOOK_OUTSIDE, _MOST_PASSES_OUTSIDE = 3, 17
+# `missed_factor` of about seven passes of 16 columns.
+_FACTOR_OUTSIDE = 1.25
 # Elements of W held in float64 at a time.
 _WIDE_ELEMENTS = 1 << 24
 
@@ -86,7 +88,7 @@ class _Searched:
         """Whether no more vectors are needed: these promise enough, or float32 does not suffice."""
         if self.goal.too_coarse(pairs):
             self.lost = True
-        elif self.goal.promised(pairs, self.goal.expected_outside(pairs)) <= PROMISED:
+        elif self.goal.promised(pairs, self.goal.expected_outside(pairs, _FACTOR_OUTSIDE)) <= PROMISED:
             self.pairs = pairs
         return self.lost or self.pairs is not None
 

@@ -234,11 +234,12 @@ class KrylovSpace:
 
 def combined(rows: Tensor, coefficients: Tensor) -> Tensor:
     """The combinations of orthonormal rows (m×n) with these coefficients (m×s), orthonormal columns (n×s), float64."""
-    X = torch.zeros(rows.shape[1], coefficients.shape[1], dtype=torch.float64, device=rows.device)
-    coefficients = coefficients.to(X.device)
+    weights = coefficients.to(rows.device).T
+    X = torch.zeros(len(weights), rows.shape[1], dtype=torch.float64, device=rows.device)
     for first in range(0, len(rows), _ROWS_AT_ONCE):
-        X.addmm_(rows[first : first + _ROWS_AT_ONCE].double().T, coefficients[first : first + _ROWS_AT_ONCE])
-    # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the columns so to float64's.
-    triangle = torch.linalg.cholesky(X.T @ X, upper=True)
-    columns: Tensor = torch.linalg.solve_triangular(triangle, X, upper=True, left=False)
+        several = slice(first, first + _ROWS_AT_ONCE)
+        X.addmm_(weights[:, several], rows[several].double())
+    # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the combinations so to float64's.
+    triangle = torch.linalg.cholesky(X @ X.T)
+    columns: Tensor = torch.linalg.solve_triangular(triangle, X, upper=False).T
     return columns

@@ -1,7 +1,9 @@
-"""Where S(c) = (c − missed)·I − Σ_{j ≥ kept} g_j·g_jᵀ/(c − θ_j) is positive definite: the bound c' of certificate.py.
+"""The parts of certificate.py's bound that are taken for many numbers s of Ritz vectors, in compiled loops.
+
+Where S(c) = (c − missed)·I − Σ_{j ≥ kept} g_j·g_jᵀ/(c − θ_j) is positive definite: the bound c' of certificate.py.
 
 θ (m) descends, g (m×b) has a row for each; both float64. S grows with c above θ_kept, so that a bisection finds the
-least c. S counts as definite if its Cholesky factorization succeeds, which takes no eigenvalues.
+least c = c'. S counts as definite if its Cholesky factorization succeeds, which takes no eigenvalues.
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ from .jit import njit
 
 # c is found to a 4096th of the range that it may lie in, and no finer than this share of itself.
 _HALVINGS, _FINEST = 12, 1e-6
+# By which share a bound without eigenvalues may be above the one with them.
+_CLOSE = 0.1
+# Another number is tried where it could bring the shortfall below this share of the best so far, and none after one
+# that is so many times it.
+_WORTH_TRYING, _NO_BETTER = 0.5, 4
 
 
 @njit(cache=True, nogil=True)
@@ -49,6 +56,71 @@ def outside_below(theta: Any, g: Any, kept: Any, bound: float, missed: float) ->
         if _definite(theta, g, kept[place], bound, missed, form):
             found[place] = least_outside(theta, g, kept[place], missed)
     return found
+
+
+@njit(cache=True, nogil=True)
+def least_shortfall(
+    theta: Any, g: Any, rank: int, kept: Any, missed: float, rounding: float, noise: float, enough: float
+) -> Any:  # fmt: skip
+    """The least of the shortfalls of certificate.py over the numbers in `kept`, or the first that is `enough`.
+
+    Returns it, its number and its c', and whether eigenvalues, which are not used here, might make one `enough`: see
+    `apart_shortfall`. Infinite where c' stays above θ_rank, or the leading θ are not apart.
+    """
+    highest = theta[rank - 1]
+    least = 0.0
+    for i in range(rank):
+        for c in range(g.shape[1]):
+            least += g[i, c] ** 2
+    best, best_kept, best_outside, loose = np.inf, rank, np.inf, False
+    form = np.empty((g.shape[1], g.shape[1]))
+    for one in kept:
+        if not _definite(theta, g, one, highest - rounding, missed, form):
+            continue
+        outside = least_outside(theta, g, one, missed) + rounding
+        gap = highest - outside
+        # The sum of the r largest eigenvalues is no less than that of the first r diagonal entries.
+        if gap <= 0 or least / gap > _WORTH_TRYING * best:
+            continue
+        found, close = apart_shortfall(theta, g, rank, one, gap, noise)
+        loose = loose or (not close and least / gap <= enough)
+        if found < best:
+            best, best_kept, best_outside = found, one, outside
+            if found <= enough:
+                break
+        elif close and found > _NO_BETTER * best:
+            break
+    return best, best_kept, best_outside, loose
+
+
+@njit(cache=True, nogil=True)
+def apart_shortfall(theta: Any, g: Any, rank: int, kept: int, gap: float, noise: float) -> Any:
+    """A bound on the sum of the r largest eigenvalues of Θ + P, less Σθ_i, and whether it is close to the least one.
+
+    P = (RᵀR + noise²·I)/t, R's columns g_i for i < kept, t = gap. With [[P_11, P_12], [P_21, P_22]] for the first r and
+    the others, what lies among the others is at most θ_{r+1} + tr P_22, so the sum is below
+    tr P_11 + |P_12|²/(θ_r − θ_{r+1} − tr P_22); close where the second term is small.
+    """
+    own = others = mixed = 0.0
+    for i in range(kept):
+        for c in range(g.shape[1]):
+            if i < rank:
+                own += g[i, c] ** 2
+            else:
+                others += g[i, c] ** 2
+    own, others = (own + rank * noise**2) / gap, (others + (kept - rank) * noise**2) / gap
+    if kept == rank:
+        return own, True
+    apart = theta[rank - 1] - theta[rank] - others
+    if apart <= 0:
+        return np.inf, False
+    for i in range(rank):
+        for j in range(rank, kept):
+            inner = 0.0
+            for c in range(g.shape[1]):
+                inner += g[i, c] * g[j, c]
+            mixed += (inner / gap) ** 2
+    return own + mixed / apart, mixed <= _CLOSE * own * apart
 
 
 @njit(cache=True, nogil=True)
