@@ -86,7 +86,8 @@ class FusedGramReader:
         self._parts_a_slot = ceil(self._parts / wanted)
         slots = ceil(self._parts / self._parts_a_slot)
         self._threads = max(1, min(threads, slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
-        self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
+        # The caller's thread takes a share itself: waking another takes as long as a small W's product.
+        self._pool = ThreadPoolExecutor(self._threads - 1) if self._threads > 1 else None
         along_columns, along_rows = (b, n), (m, b)
         self._given = torch.zeros(along_columns if self._by_rows else along_rows, dtype=dtype)
         self._once = torch.empty(along_rows if self._by_rows else along_columns, dtype=dtype)
@@ -108,10 +109,10 @@ class FusedGramReader:
             self._given[: self._width] = X
         else:
             self._given[:, : self._width] = X.T
-        if self._pool is None:
-            self._read(0)
-        else:
-            list(self._pool.map(self._read, range(self._threads)))
+        others = [] if self._pool is None else [self._pool.submit(self._read, i) for i in range(1, self._threads)]
+        self._read(0)
+        for other in others:
+            other.result()
         total = self._twice[0] if len(self._twice) == 1 else self._twice.sum(0)
         if self._by_rows:
             return self._once[:, : self._width].T.contiguous(), total[: self._width].clone()
