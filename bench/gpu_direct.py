@@ -14,8 +14,9 @@ from inilora_kernels.kernels.gpu.forecast import DirectWork, direct_seconds, pas
 from inilora_kernels.kernels.gpu.gram_batch import GramBatch
 from inilora_kernels.kernels.gpu.gram_layout import cached_bytes, gram_layout
 from inilora_kernels.kernels.gpu.tiles import gram_tile
-from inilora_kernels.solvers.krylov import TOLERANCE, Principal, principal
+from inilora_kernels.solvers.krylov import TOLERANCE, principal
 from inilora_kernels.solvers.krylov_batch import PRODUCT_UNIT, passes_expected, principals, room
+from inilora_kernels.solvers.triplets import Principal
 
 from .gpu_timing import distance, duration
 from .harness import Row, seconds

@@ -23,7 +23,7 @@ from .errors import OptionError
 from .factors import Factors
 from .kernels.backend import Backend
 from .options import Options
-from .solvers.krylov import TOLERANCE, Principal, dense
+from .solvers.krylov import TOLERANCE, dense
 from .solvers.run import (
     Choose,
     Pair,
@@ -38,6 +38,7 @@ from .solvers.run import (
     directly,
 )
 from .solvers.smallest import minor
+from .solvers.triplets import Principal
 from .suggestions import require_choice
 
 # PiSSA promises more than the loss: the product BA of the full SVD itself. Its error is of the order of the square

@@ -22,9 +22,10 @@ from ..kernels.streaming import strips
 from ..kernels.threads import side_by_side
 from .certificate import missed_factor
 from .goal import Goal
-from .krylov import FLOAT32_RANGE, GRAM_SIZE, MISSED, PROMISED, Digest, LastPass, Principal, concluded
+from .krylov import FLOAT32_RANGE, GRAM_SIZE, MISSED, PROMISED, Digest
 from .krylov_space import RitzPairs, combined
 from .krylov_spaces import UNIT, KrylovSpaces, ritz_pairs
+from .triplets import LastPass, Principal, concluded
 
 # A tensor core's product of float32 parts, with what it drops and truncates, is within a few units of float32's; one
 # more is the random part of krylov_spaces.py. bench/gpu.py measures it.

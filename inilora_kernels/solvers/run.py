@@ -24,9 +24,10 @@ from ..model.survey import together
 from ..model.targets import Target
 from ..options import Options
 from .adam import Checkpoints, History, adam
-from .krylov import TOLERANCE, Principal, principal
+from .krylov import TOLERANCE, principal
 from .krylov_batch import principals, room
 from .optimum import Optimum, loss_near, optima, optima_from
+from .triplets import Principal
 
 Shape = tuple[int, int]
 Pair = tuple[Tensor, Tensor]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from inilora_kernels.factors import FLOAT32_FLOOR
 from inilora_kernels.solvers.certificate import bound_outside, missed_factor, shortfall
-from inilora_kernels.solvers.krylov import ROUNDING_SHARE, TOLERANCE, Principal, principal
+from inilora_kernels.solvers.krylov import TOLERANCE, principal
 from inilora_kernels.solvers.krylov_space import RitzPairs
 from inilora_kernels.solvers.optimum import optima
+from inilora_kernels.solvers.triplets import ROUNDING_SHARE, Principal
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,10 @@ from inilora_kernels import Factors, approximate
 from inilora_kernels.factors import FLOAT32_FLOOR
 from inilora_kernels.kernels.streaming import gram_multiplier
 from inilora_kernels.solvers import certificate, krylov
-from inilora_kernels.solvers.krylov import Principal, principal
+from inilora_kernels.solvers.krylov import principal
 from inilora_kernels.solvers.krylov_space import KrylovSpace
 from inilora_kernels.solvers.optimum import optima, rank_for_energy
+from inilora_kernels.solvers.triplets import Principal
 
 
 def with_spectrum(d: int, k: int, spectrum: Callable[[Tensor], Tensor], seed: int = 0) -> Tensor:

@@ -16,6 +16,8 @@ from .jit import njit
 
 # c is found to a 4096th of the range that it may lie in, and no finer than this share of itself.
 _HALVINGS, _FINEST = 12, 1e-6
+# How far below θ_r what lies among other Ritz vectors may end, as a share of the way to θ_{r+1}.
+_SHARES_APART = (0.9, 0.6, 0.3)
 # By which share a bound without eigenvalues may be above the one with them.
 _CLOSE = 0.1
 # Another number is tried where it could bring the shortfall below this share of the best so far, and none after one
@@ -82,7 +84,7 @@ def least_shortfall(
         # The sum of the r largest eigenvalues is no less than that of the first r diagonal entries.
         if gap <= 0 or least / gap > _WORTH_TRYING * best:
             continue
-        found, close = apart_shortfall(theta, g, rank, one, gap, noise)
+        found, close = apart_shortfall(theta, g, rank, one, gap, noise, enough)
         loose = loose or (not close and least / gap <= enough)
         if found < best:
             best, best_kept, best_outside = found, one, outside
@@ -94,25 +96,33 @@ def least_shortfall(
 
 
 @njit(cache=True, nogil=True)
-def apart_shortfall(theta: Any, g: Any, rank: int, kept: int, gap: float, noise: float) -> Any:
-    """A bound on the sum of the r largest eigenvalues of Θ + P, less Σθ_i, and whether it is close to the least one.
+def apart_shortfall(theta: Any, g: Any, rank: int, kept: int, gap: float, noise: float, enough: float) -> Any:
+    """A bound on the sum of the r largest eigenvalues of Θ + P, less Σθ_i, and whether no other could be `enough`.
 
     P = (RᵀR + noise²·I)/t, R's columns g_i for i < kept, t = gap. With [[P_11, P_12], [P_21, P_22]] for the first r and
-    the others, what lies among the others is at most θ_{r+1} + tr P_22, so the sum is below
-    tr P_11 + |P_12|²/(θ_r − θ_{r+1} − tr P_22); close where the second term is small.
+    the others, what lies among the others is at most x, a number between θ_{r+1} and θ_r, if x − Θ_2 − P_22 is positive
+    definite; so the sum is below tr P_11 + |P_12|²/(θ_r − x), and close to it where the second term is small. Where x
+    would have to be above θ_r + enough, the largest of the others takes θ_r's place, and the sum is more than enough.
     """
-    own = others = mixed = 0.0
-    for i in range(kept):
+    own = mixed = 0.0
+    for i in range(rank):
         for c in range(g.shape[1]):
-            if i < rank:
-                own += g[i, c] ** 2
-            else:
-                others += g[i, c] ** 2
-    own, others = (own + rank * noise**2) / gap, (others + (kept - rank) * noise**2) / gap
+            own += g[i, c] ** 2
+    own = (own + rank * noise**2) / gap
     if kept == rank:
         return own, True
-    apart = theta[rank - 1] - theta[rank] - others
-    if apart <= 0:
+    form = np.empty((g.shape[1], g.shape[1]))
+    others, residuals, highest = theta[rank:kept], g[rank:kept], theta[rank - 1] - noise**2 / gap
+    # By Schur's complement, as for c'.
+    if not _definite(others, residuals, 0, highest + enough, highest + enough - gap, form):
+        return np.inf, True
+    apart = 0.0
+    for share in _SHARES_APART:
+        below = share * (theta[rank - 1] - theta[rank])
+        if _definite(others, residuals, 0, highest - below, highest - below - gap, form):
+            apart = below
+            break
+    if apart == 0.0:
         return np.inf, False
     for i in range(rank):
         for j in range(rank, kept):
