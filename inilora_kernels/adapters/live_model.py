@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,10 @@ from .modules import linear_shape
 _QUESTIONS = frozenset(
     {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "size", "dim", "numel"}
 )
+# A name as source has it: ("self", "layers", "*", "q_proj") for `self.layers[0].q_proj`.
+Chain = tuple[str, ...]
+_NONE: dict[str, list[Chain]] = {}
+
 _NOT_THE_FORWARD_PASS = ("__init__", "_init", "init_", "reset_", "_reset", "tie_", "_tie", "set_", "get_", "extra_repr")
 
 
@@ -28,12 +32,15 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
 
     An adapter on such a layer has no effect: `MultiheadAttention.out_proj`, `dt_proj` of Mamba. The source of the
     modules around each layer says where its weight is read; where the model can be run on random input, that decides
-    whether the layer is called after all.
+    whether the layer is called after all, and finds what the source does not show.
     """
     suspects = {name: reader for name in names if (reader := _reader(model, name))}
+    inputs = random_inputs(model)
+    if inputs is not None:
+        for name in _bypassed(model, [name for name in names if name not in suspects], inputs):
+            suspects[name] = ("", "the code around it")
     if not suspects:
         return
-    inputs = random_inputs(model)
     called = frozenset[str]() if inputs is None else called_layers(model, suspects, inputs)
     bypassed = {name for name in suspects if name not in called}
     if bypassed and inputs is not None and _is_on_meta(model):
@@ -72,17 +79,61 @@ def _reader(model: nn.Module, name: str) -> tuple[str, str] | None:
     )
 
 
+def _bypassed(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tensor]) -> list[str]:
+    """The layers among these that are not called on these inputs, and whose weight changes the output all the same."""
+    layers = {name: model.get_submodule(name) for name in names}
+    with _seen(names, lambda name: layers[name].register_forward_pre_hook) as called, _reads(layers) as read:
+        expected = output_of(model, inputs)
+    if expected is None:
+        return []
+    found = []
+    for name in sorted(read - called):
+        weight: Any = layers[name].weight
+        if isinstance(weight, Tensor) and weight.is_floating_point() and type(weight.data) is Tensor:
+            before = weight.data
+            weight.data = before + before.abs().mean()
+            output = output_of(model, inputs)
+            weight.data = before
+            if output is None or not torch.equal(output, expected):
+                found.append(name)
+    return found
+
+
+@contextmanager
+def _reads(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Collects the names of layers whose `weight` something outside asks for within."""
+    read: set[str] = set()
+    classes = {name: type(layer) for name, layer in layers.items()}
+
+    def watched(name: str, of: Any) -> Any:
+        class Watched(of):  # type: ignore[misc]
+            @property
+            def weight(self) -> Any:
+                read.add(name)
+                return super().weight  # no class has it where it is a parameter: nn.Module then looks it up
+
+        return Watched
+
+    try:
+        for name, layer in layers.items():
+            layer.__class__ = watched(name, classes[name])
+        yield read
+    finally:
+        for name, layer in layers.items():
+            layer.__class__ = classes[name]
+
+
 def _is_called_somewhere(model: nn.Module, name: str) -> bool:
     return any(chain in _layers_called_by(function) for *_, function, chain in _around(model, name))
 
 
-def _around(model: nn.Module, name: str) -> Iterator[tuple[str, str, Any, tuple[str, ...]]]:
+def _around(model: nn.Module, name: str) -> Iterator[tuple[str, str, Any, Chain]]:
     """The methods of the modules around a layer: the module, class and name, function, how it would name the layer."""
     path = name.split(".")
     for depth in range(len(path)):
         module = ".".join(path[:depth])
         for owner, function in _methods(model.get_submodule(module)).items():
-            yield module, owner, function, ("self", *path[depth:])
+            yield module, owner, function, ("self", *("*" if part.isdecimal() else part for part in path[depth:]))
 
 
 def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
@@ -220,21 +271,50 @@ def _methods(module: nn.Module) -> dict[str, Any]:
 
 
 @functools.cache
-def _weights_computed_with(function: Any) -> frozenset[tuple[str, ...]]:
-    """Each attribute chain, ("self", "out_proj"), whose `.weight` the function computes with."""
+def _weights_computed_with(function: Any) -> frozenset[Chain]:
+    """Each attribute chain, ("self", "out_proj"), whose `.weight` the function computes with; "*" for any index."""
     if "weight" not in getattr(getattr(function, "__code__", None), "co_names", ()):
         return frozenset()
+    nodes = _nodes(function)
+    variables = _variables(nodes)
     return frozenset(
-        _chain(node.value)
-        for node, around in _nodes(function)
+        chain
+        for node, around in nodes
         if isinstance(node, ast.Attribute) and node.attr == "weight" and _computes(node, around)
+        for chain in _chains(node.value, variables)
     )
 
 
 @functools.cache
-def _layers_called_by(function: Any) -> frozenset[tuple[str, ...]]:
+def _layers_called_by(function: Any) -> frozenset[Chain]:
     """Each attribute chain, ("self", "out_proj"), that the function calls."""
-    return frozenset(_chain(node.func) for node, _ in _nodes(function) if isinstance(node, ast.Call))
+    nodes = _nodes(function)
+    variables = _variables(nodes)
+    return frozenset(
+        chain for node, _ in nodes if isinstance(node, ast.Call) for chain in _chains(node.func, variables)
+    )
+
+
+def _variables(nodes: Sequence[tuple[ast.AST, ast.AST]]) -> dict[str, list[Chain]]:
+    """The chains that local variables stand for somewhere: `layer = self.q`, `for layer in self.layers`."""
+    variables: dict[str, list[Chain]] = {}
+    for node, _ in nodes:
+        if isinstance(node, ast.Assign):
+            target, chains = node.targets[0], _chains(node.value, variables)
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            target, every = node.target, node.iter
+            if (
+                isinstance(every, ast.Call)
+                and isinstance(target, ast.Tuple)
+                and _chains(every.func) == [("enumerate",)]
+            ):
+                target, every = target.elts[-1], every.args[0]
+            chains = [(*chain, "*") for chain in _chains(every, variables)]
+        else:
+            continue
+        if isinstance(target, ast.Name):
+            variables.setdefault(target.id, []).extend(chain for chain in chains if chain[0] == "self")
+    return variables
 
 
 def _nodes(function: Any) -> list[tuple[ast.AST, ast.AST]]:
@@ -256,9 +336,11 @@ def _computes(node: ast.Attribute, around: ast.AST) -> bool:
     return isinstance(node.ctx, ast.Load) and not asks and not isinstance(around, ast.Compare)
 
 
-def _chain(node: ast.AST) -> tuple[str, ...]:
+def _chains(node: ast.AST, variables: Mapping[str, list[Chain]] = _NONE) -> list[Chain]:
     names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        names.append(node.attr if isinstance(node, ast.Attribute) else "*")
         node = node.value
-    return (node.id, *reversed(names)) if isinstance(node, ast.Name) else ()
+    if not isinstance(node, ast.Name):
+        return []
+    return [(*start, *reversed(names)) for start in [(node.id,), *variables.get(node.id, ())]]

@@ -34,6 +34,32 @@ class Fused(nn.Module):
         return self.called(F.linear(x, self.passed_by.weight))
 
 
+class Hidden(nn.Module):
+    """Multiplies with weights that no `self.layer.weight` names, and calls the layer of the same kind next to them."""
+
+    main_input_name = "input_ids"
+    config = SimpleNamespace(vocab_size=8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.local, self.called = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.listed, self.numbered = (nn.ModuleList([nn.Linear(4, 4)]) for _ in range(2))
+        self.given, self.asked, self.unused = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.called(self.embedding(input_ids))
+        layer = self.local
+        x = x @ layer.weight
+        for layer in self.listed:
+            x = x @ layer.weight
+        x = x @ self.numbered[0].weight
+        return multiplied(x.to(getattr(self.asked, "weight").dtype), self.given)  # noqa: B009
+
+
+def multiplied(x: Tensor, layer: nn.Module) -> Tensor:
+    return x @ layer.weight  # type: ignore[operator]
+
+
 class InTraining(nn.Module):
     """Takes a fused path in evaluation alone, as nn.TransformerEncoderLayer does."""
 
@@ -55,6 +81,21 @@ def test_a_layer_that_is_passed_by_is_refused_with_who_reads_its_weight() -> Non
         require_called(model, ["block.called", "block.passed_by"])
     with pytest.raises(TargetError, match=r"attention\.out_proj: MultiheadAttention"):
         require_called(model, ["attention.out_proj"])
+
+
+def test_a_weight_is_found_to_be_read_by_whatever_name() -> None:
+    """By the source, also of models whose inputs are not known, or by a run in which the weight changes the output."""
+    model = Hidden()
+    for name in ("local", "listed.0", "numbered.0"):
+        assert reads_weight(model, name) == "Hidden.forward", name
+    for name in ("called", "asked", "unused", "given"):
+        assert reads_weight(model, name) is None, name
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    require_called(model, ["called", "asked", "unused"])
+    with pytest.raises(TargetError, match=r"given: the code around it reads its weight and does not call"):
+        require_called(model, ["called", "given"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {type(module) for module in model.modules()} == {Hidden, nn.Embedding, nn.Linear, nn.ModuleList}
 
 
 class OnCpu(nn.Module):
