@@ -26,6 +26,7 @@ from .weights import (
     require_unshared_weight,
     users_of_weights,
     warn_if_rounded_away,
+    warn_of_dropout,
     with_shared,
 )
 
@@ -88,6 +89,7 @@ def attach(
     for name in starts:
         require_gradients(modules[name], name)
     if form == "residual":
+        warn_of_dropout(dropout)
         users = users_of_weights(model)
         for name, start in starts.items():
             _require_residual(name, modules[name], start, users)

@@ -32,6 +32,7 @@ from .weights import (
     require_unpacked,
     require_unshared_weight,
     users_of_weights,
+    warn_of_dropout,
     with_shared,
 )
 
@@ -94,6 +95,8 @@ def initialize_peft(
             "the residual form of experts would round R = W − sBA in every one of them, and saves nothing: PEFT adds "
             'their update to the parameter in either form; use form="delta"'
         )
+    if form == "residual":
+        warn_of_dropout(config.lora_dropout)
     users = users_of_weights(peft_model.get_base_model())
     scaled = {}
     for name, start in starts.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from .residual_base import Layer
 from .started import Started, unwrapped
+from .weights import require_unshared_weight, users_of_weights
 
 # What PEFT's initializations do to A and B alone.
 _LEAVES_THE_BASE = frozenset({"gaussian", "orthogonal", "eva", "mica"})
@@ -105,20 +106,36 @@ def _inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any,
     type(tuner).inject_adapter(tuner, model, adapter_name, *args, **options)
 
 
+def _require_unshared(tuner: Any, names: Iterable[str]) -> None:
+    """Raise TargetError if the weight into which one of these adapters would be merged is another module's too."""
+    users = users_of_weights(tuner.model)
+    for name, layer in tuner.model.named_modules():
+        if isinstance(layer, LoraLayer) and any(adapter in getattr(layer, "started_as", {}) for adapter in names):
+            base_layer = layer.get_base_layer()
+            if isinstance(getattr(base_layer, "weight", None), nn.Parameter):
+                require_unshared_weight(
+                    users, name, base_layer, "merging", "load what save_pretrained writes next to the model"
+                )
+
+
 def _set_adapter(tuner: Any, adapter_name: str | list[str], *args: Any, **options: Any) -> None:
     _require_no_copies(tuner, adapter_name)
     type(tuner).set_adapter(tuner, adapter_name, *args, **options)
 
 
 def _merge_adapter(tuner: Any, adapter_names: list[str] | None = None, *args: Any, **options: Any) -> None:
-    _require_no_copies(tuner, adapter_names or tuner.active_adapters)
+    names = adapter_names or tuner.active_adapters
+    _require_no_copies(tuner, names)
+    _require_unshared(tuner, names)
     type(tuner).merge_adapter(tuner, adapter_names, *args, **options)
 
 
 def _unload_and_optionally_merge(tuner: Any, merge: bool = True, *args: Any, **options: Any) -> Any:
     """What merge_and_unload and unload do."""
     if merge:
-        _require_no_copies(tuner, options.get("adapter_names") or tuner.active_adapters)
+        names = options.get("adapter_names") or tuner.active_adapters
+        _require_no_copies(tuner, names)
+        _require_unshared(tuner, names)
     return type(tuner)._unload_and_optionally_merge(tuner, merge, *args, **options)
 
 

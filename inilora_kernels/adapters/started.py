@@ -51,8 +51,9 @@ class Started(nn.Linear):
     ) -> None:
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features, bias=False, device="meta")
-        self.weight = weight
-        self.bias = bias  # type: ignore[assignment]
+        # Not by assignment, which accelerate's init_empty_weights (low_cpu_mem_usage=True) turns to the meta device.
+        self._parameters["weight"] = weight
+        self._parameters["bias"] = bias
         self.register_buffer(self.start_name, initial.to(weight, copy=True), persistent)
         self._swapped = self._unseen = False
 

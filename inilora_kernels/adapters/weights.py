@@ -150,6 +150,16 @@ def warn_if_rounded_away(weight: Tensor, residual: Tensor, name: str) -> None:
         )
 
 
+def warn_of_dropout(dropout: float) -> None:
+    """Warn of dropout in the residual form, where BA is a part of W."""
+    if dropout:
+        warnings.warn(
+            f"dropout of {dropout} in the residual form drops BA, a part of the original weight, so the model that "
+            f'trains is another one; leave it out, or use form="delta", where it drops nothing but what is learned',
+            stacklevel=4,
+        )
+
+
 def require_gradients(base_layer: nn.Module, name: str) -> None:
     """Raise TargetError if a quantized layer passes no gradient to its input: what comes before it would not train.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inilora_kernels.adapters.peft import initialize_peft
 from inilora_kernels.choices import Form
-from inilora_kernels.errors import OptionError
+from inilora_kernels.errors import OptionError, TargetError
 from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import factorize
@@ -153,3 +153,22 @@ def test_deepcopied_it_stands_alone(llama: Path, factors: FactorSet, tmp_path: P
     twin.save_pretrained(tmp_path)
     assert torch.equal(logits(model), logits(load(llama)))
     assert torch.allclose(logits(PeftModel.from_pretrained(load(llama), tmp_path)), trained, rtol=0, atol=1e-5)
+
+
+def test_a_tied_output_layer_is_not_merged(llama: Path, tmp_path: Path) -> None:
+    """peft 2777: merged into a weight that it shares, lm_head's update changes the embedding too."""
+    tied = load(llama)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    tied.config.tie_word_embeddings = True
+    tied.save_pretrained(tmp_path / "tied")
+    embedding = factorize(tmp_path / "tied", ("embed_tokens",), rank=4)
+    factors = FactorSet({"lm_head": embedding["model.embed_tokens"]}, {})
+    model = get_peft_model(load(tmp_path / "tied"), LoraConfig(r=4, target_modules=["lm_head"])).eval()
+    trained = change(initialize_peft(model, factors))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TargetError, match=r"also model\.embed_tokens\.weight, which merging would change"):
+            merge()
+    assert torch.equal(logits(model), trained)
+    model.save_pretrained(tmp_path / "trained")
+    loaded = PeftModel.from_pretrained(load(tmp_path / "tied"), tmp_path / "trained")
+    assert torch.allclose(logits(loaded), trained, rtol=0, atol=1e-5)

@@ -60,12 +60,25 @@ def test_adapters_on_meta_are_made_where_the_base_is(llama: Path, factors: Facto
     model = initialize_peft(get_peft_model(load(llama), config, low_cpu_mem_usage=True), factors, form)
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert torch.allclose(logits(model), expected, rtol=0, atol=0 if form == "delta" else 1e-5)
+    model.add_adapter("ref", model.peft_config["default"], low_cpu_mem_usage=True)
+    model.set_adapter("ref")
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert torch.allclose(logits(model), expected, rtol=0, atol=0 if form == "delta" else 1e-5)
     offloaded = get_peft_model(cpu_offload(load(llama), execution_device="cpu"), config)
     if form == "residual":
         with pytest.raises(WeightError, match="offloaded"):
             initialize_peft(offloaded, factors, form)
         return
     assert torch.equal(logits(initialize_peft(offloaded, factors)), expected)
+
+
+def test_dropout_in_the_residual_form_is_warned_of(llama: Path, factors: FactorSet) -> None:
+    """BA is a part of W there, and dropout drops it; the delta form starts exactly, dropout or not."""
+    config = LoraConfig(r=4, target_modules=TARGETS, lora_dropout=0.5)
+    with pytest.warns(UserWarning, match="drops BA, a part of the original weight"):
+        initialize_peft(get_peft_model(load(llama), config), factors, "residual")
+    model = initialize_peft(get_peft_model(load(llama), config), factors).train()
+    assert torch.equal(logits(model), logits(load(llama)))
 
 
 @pytest.mark.parametrize("form", FORMS)
