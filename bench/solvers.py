@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import tempfile
 import time
@@ -222,12 +223,19 @@ def table5_row(model: Model, sample: int | None, models: Path | None) -> Row:
 
 
 def _plot(rows: list[Row]) -> Figure:
-    """Time over rank of six solvers, a panel for each case; hollow where the excess is above AS_GOOD."""
+    """Time over rank of six solvers, a panel for each case; hollow where the excess is above AS_GOOD.
+
+    Three panels a row, so that they can be read at the width of a page.
+    """
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"] and row["solver"] in DRAWN]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = Figure(figsize=(max(6.0, 3.1 * len(cases)), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(cases), squeeze=False)[0]
-    for axes, case in zip(panels, cases, strict=True):
+    across = min(3, len(cases))
+    down = math.ceil(len(cases) / across)
+    figure = Figure(figsize=(max(6.0, 3.1 * across), 0.6 + 3.3 * down), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for unused in panels[len(cases) :]:
+        unused.remove()
+    for axes, case in zip(panels, cases, strict=False):
         for place, (solver, marker) in enumerate(zip(DRAWN, "oPsDv^", strict=True)):
             own = [row for row in rows if row["case"] == case and row["solver"] == solver]
             ranks, times = [row["rank"] for row in own], [row["ms"] for row in own]
@@ -245,9 +253,9 @@ def _plot(rows: list[Row]) -> Figure:
         axes.set_title(case)
         axes.set_xlabel("rank")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    panels[0].set_ylabel(f"time a matrix (ms), {rows[0]['dtype']}")
+    figure.supylabel(f"time a matrix (ms), {rows[0]['dtype']}", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
