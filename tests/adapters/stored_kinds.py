@@ -153,10 +153,15 @@ KINDS = [
 
 @dataclass
 class Outcome:
-    """errors: the largest difference after each step, relative to the largest value. refused: what was said instead."""
+    """What came of one kind.
+
+    errors: the largest difference after each step, relative to the largest value. refused: what was said instead.
+    noise: what computing in its dtype does to the original's own outputs, compared with the same weights in float64.
+    """
 
     errors: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    noise: float = 0.0
 
     def try_(self, step: str, run: Callable[[], float]) -> None:
         try:
@@ -182,6 +187,8 @@ def _outcome(kind: Kind, folder: Path) -> Outcome:
 
     expected = logits(load())
     result = Outcome()
+    if "residual live" not in kind.refused:
+        result.noise = _difference(expected, logits(load().double()))
     result.try_("read", lambda: _read(base, load(), factors))
     result.try_("start live", lambda: _difference(logits(lora_model(load(), factors)), expected))
     result.try_("residual live", lambda: _difference(logits(lora_model(load(), factors, "residual")), expected))

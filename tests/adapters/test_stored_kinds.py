@@ -46,8 +46,13 @@ def test_from_its_folder_to_a_trained_adapter_and_back(kind: Kind, tmp_path: Pat
     assert set(result.errors) == set(tried) - kind.refused
     starts = [result.errors[step] for step in ("start live", "delta") if step in result.errors]
     assert set(starts) <= {0.0}
-    # A few roundings of the outputs to the dtype in which the model computes.
-    assert {step: error for step, error in result.errors.items() if error > 8 * kind.eps} == {}
+    # A few roundings of the outputs to the dtype in which the model computes, or where R and A, B compute what W did:
+    # Rx + sB(Ax) has the error of two products in place of one, at most (‖R‖ + ‖sBA‖)/‖W‖ ≤ √2 times the error of Wx,
+    # since R is orthogonal to BA. R itself is rounded once, each of its entries, which is less than the sum over a row
+    # is. So the outputs differ by at most the original's own noise (1), this form's (√2) and R's rounding (1). Merging
+    # is the same with ΔW.
+    allowed = dict.fromkeys(("residual", "residual live", "merge"), max(8 * kind.eps, (2 + 2**0.5) * result.noise))
+    assert {step: e for step, e in result.errors.items() if e > allowed.get(step, 8 * kind.eps)} == {}
 
 
 def test_the_page_has_every_kind() -> None:
