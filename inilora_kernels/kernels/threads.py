@@ -42,6 +42,26 @@ def at_once(elements: int, itemsize: int, threads: int) -> int:
     return min(threads, max(2 if itemsize <= 2 else 1, _ROOM // max(1, elements * itemsize)))
 
 
+def share(work: Callable[[Iterator[Item]], object], items: Sequence[Item], count: int) -> None:
+    """Call `work` on this many threads, this one among them, each with one of torch's own; they share the items.
+
+    Each call takes the next item whenever it is done with one. When one raises, the others take no more.
+    """
+    todo = iter(items)
+    if count <= 1:
+        work(todo)
+        return
+    with one_torch_thread(), ThreadPoolExecutor(count - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        others = [pool.submit(work, todo) for _ in range(count - 1)]
+        try:
+            work(todo)
+            for other in others:
+                other.result()
+        finally:
+            for _ in todo:
+                pass
+
+
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: int) -> Generator[Result, None, None]:
     """`work` on each item, `count` of them at a time with a share of torch's threads each; in order.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import float32, int32, uint8
+from numba import float32, int32
 
 from .elements import from_bits, get, put, rounded
 from .jit import njit
@@ -80,15 +80,23 @@ def decode_integers(packed: Any, bits: int, group_of: Any, offset: Any, scale: A
     k = out.shape[1]
     flat, result = packed.reshape(packed.size), out.reshape(out.size)
     codes, less, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
+    # Both numbers of a group side by side, so that a column's are fetched at once.
+    pairs, fetched = np.empty(groups, np.float64), np.empty(k if len(group_of) else 0, np.float64)
+    both, both_fetched = pairs.view(np.float32), fetched.view(np.float32)
     for i in range(rows):
-        if len(group_of):
-            for j in range(k):
-                put(less, j, offset[i, group_of[j]])
-                put(wide, j, scale[i, group_of[j]])
-        else:
-            _spread(offset, i, k // groups, less)
-            _spread(scale, i, k // groups, wide)
         _unpack(flat, i, bits, codes)
+        if len(group_of):
+            for g in range(groups):
+                both[2 * g] = offset[i, g]
+                both[2 * g + 1] = scale[i, g]
+            for j in range(k):
+                fetched[j] = get(pairs, get(group_of, j))
+            for j in range(k):
+                value = (float32(get(codes, j)) - get(both_fetched, 2 * j)) * get(both_fetched, 2 * j + 1)
+                put(result, i * k + j, value)
+            continue
+        _spread(offset, i, k // groups, less)
+        _spread(scale, i, k // groups, wide)
         for j in range(k):
             put(result, i * k + j, (float32(get(codes, j)) - get(less, j)) * get(wide, j))
 
@@ -113,25 +121,56 @@ def decode_affine(packed: Any, bits: int, scale: Any, bias: Any, out: Any) -> No
 
 
 @njit(cache=True, nogil=True)
+def decode_words(words: Any, shifts: Any, skip: int, offset: Any, scale: Any, out: Any) -> None:
+    """AWQ: out[i, j] = (code[i, j] − offset[i, g]) · scale[i, g], with row i + skip's codes in words of eight rows.
+
+    words: (words, at least k) int32, (i + skip) // 8 is row i's. shifts: (8,), the bit at which each row's code begins.
+    offset, scale: (rows, groups), for k / groups neighbours each. Reads four bytes, in the cache but for every eighth
+    row, for each value that it writes.
+    """
+    rows, groups = scale.shape
+    k = out.shape[1]
+    flat, result = words.reshape(words.size), out.reshape(out.size)
+    less, wide = np.empty(k, np.float32), np.empty(k, np.float32)
+    for i in range(rows):
+        _spread(offset, i, k // groups, less)
+        _spread(scale, i, k // groups, wide)
+        first, shift = (i + skip) // 8 * words.shape[1], int32(shifts[(i + skip) % 8])
+        for j in range(k):
+            code = int32(int32(get(flat, first + j) >> shift) & int32(15))
+            put(result, i * k + j, (float32(code) - get(less, j)) * get(wide, j))
+
+
+@njit(cache=True, nogil=True)
+def decode_pairs(packed: Any, table: Any, width: int, scale: Any, out: Any) -> None:
+    """bitsandbytes: out[i, j] = value[code[i, j]] · scale[i, j // width], two codes a byte, the high half first.
+
+    packed: (rows, k / 2) uint8. table: (256,) float64, each the two float32 values of a byte. scale: (rows, k / width).
+    Reads half a byte for each value that it writes.
+    """
+    rows, half = packed.shape
+    flat, result, wide = packed.reshape(packed.size), out.reshape(out.size), np.empty(2 * half, np.float32)
+    pairs = np.empty(half, np.float64)
+    values = pairs.view(np.float32)
+    for i in range(rows):
+        _spread(scale, i, width, wide)
+        for j in range(half):
+            pairs[j] = get(table, get(flat, i * half + j))
+        for j in range(2 * half):
+            put(result, 2 * i * half + j, get(values, j) * get(wide, j))
+
+
+@njit(cache=True, nogil=True)
 def transpose_words(words: Any, first: int, out: Any) -> None:
-    """out[j, i] = words[i, first + j], int32: whole lines of the cache are read, and as many rows written at a time."""
-    count, rows = out.shape
+    """out[j, i] = words[i, first + j], int32: whole lines of the cache are read, and as many rows written at a time.
+
+    out: (count, at least the rows of words). Rows whose length is not a power of two do not displace one another.
+    """
+    count, rows = out.shape[0], words.shape[0]
     for block in range(0, count, 16):
         for i in range(rows):
             for j in range(block, min(block + 16, count)):
                 out[j, i] = words[i, first + j]
-
-
-@njit(cache=True, nogil=True)
-def unpack_words(words: Any, shifts: Any, out: Any) -> None:
-    """AWQ: out[8p + n, i] = (words[p, i] >> shifts[n]) & 15, the eight codes of a word on rows of their own; uint8."""
-    count, k = words.shape
-    flat, result = words.reshape(words.size), out.reshape(out.size)
-    for p in range(count):
-        for n in range(8):
-            shift, row = shifts[n], (8 * p + n) * k
-            for i in range(k):
-                result[row + i] = uint8((get(flat, p * k + i) >> shift) & 15)
 
 
 @njit(nogil=True, inline="always")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -62,16 +65,41 @@ class ContiguousTensor:
     offset: int
 
     def read(self, rows: slice = slice(None)) -> Tensor:
-        shape, start = self.shape, 0
-        if shape:
-            start, stop, _ = rows.indices(shape[0])
-            shape = (max(stop - start, 0), *shape[1:])
+        start, shape = self._range(rows)
         tensor = empty_tensor(self.file, self.name, shape, self.dtype)
-        skipped = start * math.prod(shape[1:]) * self.dtype.itemsize
         with opened(self.file, part=self.name) as stream:
-            stream.seek(self.offset + skipped)
+            stream.seek(start)
             self._fill(stream, tensor_bytes(tensor))
         return tensor
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Callable[[slice], Tensor]]:
+        """`read`, for one range of rows after another: the file stays open, and each range takes the last one's memory.
+
+        A thread that opens files waits for the others each time.
+        """
+        memory = torch.empty(0, dtype=torch.uint8)
+        with opened(self.file, part=self.name) as stream:
+
+            def read(rows: slice) -> Tensor:
+                nonlocal memory
+                start, shape = self._range(rows)
+                count = math.prod(shape) * self.dtype.itemsize
+                if len(memory) < count:
+                    memory = empty_tensor(self.file, self.name, (count,), torch.uint8)
+                stream.seek(start)
+                self._fill(stream, tensor_bytes(memory[:count]))
+                return memory[:count].view(self.dtype).view(shape)
+
+            yield read
+
+    def _range(self, rows: slice) -> tuple[int, tuple[int, ...]]:
+        """Where in the file these rows begin, and their shape."""
+        if not self.shape:
+            return self.offset, ()
+        start, stop, _ = rows.indices(self.shape[0])
+        shape = (max(stop - start, 0), *self.shape[1:])
+        return self.offset + start * math.prod(shape[1:]) * self.dtype.itemsize, shape
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
@@ -92,6 +120,11 @@ class ContiguousTensor:
             if not count:
                 raise CheckpointError(f"{self.file}: ends within {self.name}; the file has changed since it was opened")
             buffer = buffer[count:]
+
+
+def reader(tensor: StoredTensor) -> AbstractContextManager[Callable[[slice], Tensor]]:
+    """`tensor.read`, for one range of rows after another; what it returns may be overwritten by the next range."""
+    return tensor.reader() if isinstance(tensor, ContiguousTensor) else contextlib.nullcontext(tensor.read)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -1,17 +1,19 @@
 """bitsandbytes' 4 bits (NF4 and FP4, with or without double quantization) and 8 bits.
 
-4 bits   by the library's own dequantize_4bit, with the state that it stores next to the weight
+4 bits   W = code[weight] · absmax, a scale for each block of a row; absmax, which double quantization stores in 8
+         bits itself, by the library's own functions, as everything is where blocks cross rows
 8 bits   W = weight · SCB / 127, a scale for each row
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .weight import StoredModule, StoredWeight, decode_bytes, in_strips, library, unreadable
+from .weight import StoredModule, StoredWeight, as_bytes, decode_bytes, decode_pairs, in_strips, library, unreadable
 
 _STATE = "weight.quant_state.bitsandbytes__"
 # The library multiplies by the float nearest to 1/127.
@@ -36,12 +38,27 @@ def _four_bits(module: StoredModule) -> StoredWeight:
     if len(shape) != 2:
         return unreadable(module, f"its quant_state says it has the shape {shape}")
 
+    weight = module.tensors["weight"]
+    words = shape[1] // 2 // weight.dtype.itemsize  # of the stored values, in a row
+
     def dequantize(rows: slice) -> Tensor:
         functional = library("bitsandbytes.functional", module)
         companions = {f"{part}": module.tensors[part].read() for part in module.tensors if part.startswith("weight.")}
         quant_state = functional.QuantState.from_dict(companions, device=torch.device("cpu"))
-        values: Tensor = functional.dequantize_4bit(module.tensors["weight"].read(), quant_state)
-        return values[rows] if rows != slice(0, shape[0]) else values
+        size = quant_state.blocksize
+        if shape[1] % size or weight.shape != (shape[0] * words, 1):
+            values: Tensor = functional.dequantize_4bit(weight.read(), quant_state)
+            return values[rows] if rows != slice(0, shape[0]) else values
+        scale = quant_state.absmax
+        if quant_state.nested:
+            scale = functional.dequantize_blockwise(scale, quant_state.state2) + quant_state.offset
+        scale = scale.view(shape[0], -1)
+
+        def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor]) -> None:
+            packed = as_bytes(read(slice(own.start * words, own.stop * words))).view(len(out), -1)
+            decode_pairs(packed, quant_state.code, size, scale[own], out)
+
+        return in_strips(rows, shape[1], dtype, fill, [weight])
 
     nested = ", double quantization" if module.has("weight.nested_absmax") else ""
     return StoredWeight(
@@ -60,10 +77,10 @@ def _eight_bits(module: StoredModule) -> StoredWeight:
         return unreadable(module, f"its weight {weight.shape} and SCB {scale.shape} are not bitsandbytes' 8 bits")
     shape = (weight.shape[0], weight.shape[1])
 
-    def fill(rows: slice, out: Tensor) -> None:
+    def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor], read_scale: Callable[[slice], Tensor]) -> None:
         # The library multiplies by the row's scale first, then by 1/127.
         values = torch.empty(out.shape)
-        decode_bytes(weight.read(rows), scale.read(rows).unsqueeze(1), shape[1], values)
+        decode_bytes(read(own), read_scale(own).unsqueeze(1), shape[1], values)
         out.copy_(values.mul_(_ONE_127TH))
 
     return StoredWeight(
@@ -72,5 +89,5 @@ def _eight_bits(module: StoredModule) -> StoredWeight:
         dtype=module.dtype,
         dequantization="bitsandbytes int8",
         stored={"weight": weight, "SCB": scale},
-        dequantize=in_strips(shape, module.dtype, fill),
+        dequantize=lambda rows: in_strips(rows, shape[1], module.dtype, fill, [weight, scale]),
     )

@@ -8,9 +8,12 @@ Despite its name, `weight_scale_inv` is multiplied with. A scale without dimensi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ..files.tensor import StoredTensor
 from .weight import StoredModule, StoredWeight, decode_bytes, exponents, in_strips, unreadable
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -30,8 +33,8 @@ def find(module: StoredModule) -> StoredWeight | None:
         )
     shape = (weight.shape[0], weight.shape[1])
 
-    def fill(rows: slice, out: Tensor) -> None:
-        decode_bytes(weight.read(rows), block_scales(exponents(scale.read()), rows, block), block[1], out)
+    def dequantize(rows: slice) -> Tensor:
+        return bytes_in_blocks(weight, scale, block, rows, module.dtype)
 
     return StoredWeight(
         name=f"{module.name}.weight",
@@ -39,8 +42,20 @@ def find(module: StoredModule) -> StoredWeight | None:
         dtype=module.dtype,
         dequantization=f"fp8 in blocks of {block[0]}×{block[1]}",
         stored={"weight": weight, "weight_scale_inv": scale},
-        dequantize=in_strips(shape, module.dtype, fill),
+        dequantize=dequantize,
     )
+
+
+def bytes_in_blocks(
+    weight: StoredTensor, scale: StoredTensor, block: tuple[int, int], rows: slice, dtype: torch.dtype
+) -> Tensor:
+    """8-bit values times their block's scale; some rows of the matrix."""
+    factors = exponents(scale.read())
+
+    def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor]) -> None:
+        decode_bytes(read(own), block_scales(factors, own, block), block[1], out)
+
+    return in_strips(rows, weight.shape[1], dtype, fill, [weight])
 
 
 def block_scales(scale: Tensor, rows: slice, block: tuple[int, int]) -> Tensor:

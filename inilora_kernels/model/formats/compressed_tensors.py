@@ -8,18 +8,19 @@ The scale is one number, one for each row, one for each group of columns, or one
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .block_fp8 import FLOAT8, block_scales
+from ...kernels.threads import one_torch_thread
+from .block_fp8 import FLOAT8, bytes_in_blocks
 from .weight import (
     StoredModule,
     StoredWeight,
     as_bytes,
     codes,
-    decode_bytes,
     decode_integers,
-    exponents,
     in_strips,
     unreadable,
 )
@@ -45,17 +46,19 @@ def _one_byte_each(module: StoredModule) -> StoredWeight:
         return unreadable(module, f"its weight_scale of shape {scale.shape} does not fit a weight of shape {shape}")
     dtype = scale.dtype if scale.dtype in (torch.float16, torch.bfloat16) else module.dtype
 
-    def fill(rows: slice, out: Tensor) -> None:
-        values = weight.read(rows)
+    def dequantize(rows: slice) -> Tensor:
         if zero_point is None:
-            decode_bytes(values, block_scales(exponents(scale.read()), rows, block), block[1], out)
-            return
-        # (values − zero) · scale, each rounded as the library does: integers below 2⁸ are exact.
-        own = torch.arange(rows.start, rows.stop) // block[0]
-        each = torch.arange(shape[1]) // block[1]
+            return bytes_in_blocks(weight, scale, block, rows, dtype)
         zeros, scales = (tensor.read().to(torch.float32) for tensor in (zero_point, scale))
-        zeros, scales = (one.reshape(len(one), -1)[own][:, each] for one in (zeros, scales))
-        out.copy_((values.to(torch.float32) - zeros) * scales)
+        each = torch.arange(shape[1]) // block[1]
+
+        def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor]) -> None:
+            # (values − zero) · scale, each rounded as the library does: integers below 2⁸ are exact.
+            block_row = torch.arange(own.start, own.stop) // block[0]
+            zero, factor = (one.reshape(len(one), -1)[block_row][:, each] for one in (zeros, scales))
+            out.copy_((read(own).to(torch.float32) - zero) * factor)
+
+        return in_strips(rows, shape[1], dtype, fill, [weight])
 
     kind = "int8" if weight.dtype == torch.int8 else "fp8"
     stored = {"weight": weight, "weight_scale": scale} | ({"weight_zero_point": zero_point} if zero_point else {})
@@ -65,7 +68,7 @@ def _one_byte_each(module: StoredModule) -> StoredWeight:
         dtype=dtype,
         dequantization=f"{kind}, a scale for {block[0]}×{block[1]}",
         stored=stored,
-        dequantize=in_strips(shape, dtype, fill),
+        dequantize=dequantize,
     )
 
 
@@ -92,21 +95,25 @@ def _packed(module: StoredModule) -> StoredWeight:
         return unreadable(module, f"its weight_packed {packed.shape} and weight_scale {scale.shape} do not fit {d}×{k}")
     dtype, half = scale.dtype if scale.dtype.itemsize > 1 else module.dtype, 1 << bits - 1
 
-    def fill(rows: slice, out: Tensor) -> None:
-        own, zeros = _rows_of(scale.read(), rows), None
-        if zero_point is not None:
+    def dequantize(rows: slice) -> Tensor:
+        with one_torch_thread():
+            scales = scale.read().to(torch.float32)
             # Packed along the rows: (words of d values, groups).
-            zeros = _rows_of(codes(as_bytes(zero_point.read().T), bits, d).T.to(torch.float32) - half, rows)
-        own = own.expand(rows.stop - rows.start, -1)
-        if bits == 4 and g_idx is None and k % (2 * groups) == 0 and packed.shape[1] * 8 == k:
-            offset = torch.zeros(own.shape) if zeros is None else zeros
-            decode_integers(as_bytes(packed.read(rows)), bits, own, offset + half, out)
-            return
-        values = codes(as_bytes(packed.read(rows)), bits, k).to(torch.float32) - half
+            stored_zeros = None if zero_point is None else codes(as_bytes(zero_point.read().T), bits, d)
+            all_zeros = None if stored_zeros is None else stored_zeros.T.to(torch.float32) - half
         group = g_idx.read().long() if g_idx is not None else torch.arange(k) // (k // groups)
-        if zeros is not None:
-            values -= zeros[:, group]
-        out.copy_(values.mul_(own.to(torch.float32)[:, group]))
+        simple = bits == 4 and g_idx is None and k % (2 * groups) == 0 and packed.shape[1] * 8 == k
+
+        def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor]) -> None:
+            factors = _rows_of(scales, own).expand(len(out), -1)
+            zeros = torch.zeros(factors.shape) if all_zeros is None else _rows_of(all_zeros, own)
+            if simple:
+                decode_integers(as_bytes(read(own)), bits, factors, zeros + half, out)
+                return
+            values = codes(as_bytes(read(own)), bits, k).to(torch.float32) - half
+            out.copy_((values - zeros[:, group]).mul_(factors[:, group]))
+
+        return in_strips(rows, k, dtype, fill, [packed])
 
     stored = {"weight_packed": packed, "weight_scale": scale}
     stored |= {part: module.tensors[part] for part in ("weight_zero_point", "weight_g_idx") if part in module.tensors}
@@ -116,7 +123,7 @@ def _packed(module: StoredModule) -> StoredWeight:
         dtype=dtype,
         dequantization=f"compressed-tensors int{bits}, {groups} groups a row",
         stored=stored,
-        dequantize=in_strips((d, k), dtype, fill),
+        dequantize=dequantize,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...storage.reading import empty
 from ..files.tensor import StoredTensor
 from .block_fp8 import FLOAT8
-from .weight import StoredModule, StoredWeight, decode_floats, exponents, in_strips, unreadable
+from .weight import StoredModule, StoredWeight, decode_floats, exponents, float32, in_strips, unreadable
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -31,14 +31,13 @@ def find(module: StoredModule) -> StoredWeight | None:
     if scale.dtype in FLOAT8 and over is not None:
         divides = "weight_global_scale" in tensors
 
-        def group_scale(rows: slice) -> Tensor:
+        def group_scale(own: Tensor) -> Tensor:
             factor = over.read().to(torch.float32)
-            own = scale.read(rows).to(torch.float32)
-            return own / factor if divides else own * factor
+            return float32(own) / factor if divides else float32(own) * factor
 
         return _matrix(module, packed, scale, over, group_scale, "nvfp4")
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu) and over is None:
-        return _matrix(module, packed, scale, None, lambda rows: exponents(scale.read(rows)), "mxfp4")
+        return _matrix(module, packed, scale, None, exponents, "mxfp4")
     return None
 
 
@@ -47,7 +46,7 @@ def _matrix(
     packed: StoredTensor,
     scale: StoredTensor,
     over: StoredTensor | None,
-    group_scale: Callable[[slice], Tensor],
+    group_scale: Callable[[Tensor], Tensor],
     kind: str,
 ) -> StoredWeight:
     size = 16 if kind == "nvfp4" else 32
@@ -55,8 +54,11 @@ def _matrix(
     if len(packed.shape) != 2 or scale.shape != (d, k // size) or k % size:
         return unreadable(module, f"its packed weight {packed.shape} and weight_scale {scale.shape} do not fit {kind}")
 
-    def fill(rows: slice, out: Tensor) -> None:
-        decode_floats(packed.read(rows), group_scale(rows), out)
+    def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor], read_scale: Callable[[slice], Tensor]) -> None:
+        decode_floats(read(own), group_scale(read_scale(own)), out)
+
+    def dequantize(rows: slice) -> Tensor:
+        return in_strips(rows, k, module.dtype, fill, [packed, scale])
 
     return StoredWeight(
         name=f"{module.name}.weight",
@@ -64,7 +66,7 @@ def _matrix(
         dtype=module.dtype,
         dequantization=kind,
         stored={tensor.name.rpartition(".")[2]: tensor for tensor in (packed, scale, over) if tensor is not None},
-        dequantize=in_strips((d, k), module.dtype, fill),
+        dequantize=dequantize,
     )
 
 

@@ -8,6 +8,7 @@ here, moves them back. The result is the matrices of the model that transformers
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,11 @@ def find(module: StoredModule) -> StoredWeight | None:
         values = _processed(stored, _dequantized(stored.read(), stored).reshape(stored.values))
         return torch.from_numpy(values[rows]).contiguous()
 
-    def fill(rows: slice, out: Tensor) -> None:
+    def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor]) -> None:
         assert order is not None
-        pick = order[rows]
+        pick = order[own]
         first = int(pick.min())
-        raw, pick = stored.read(slice(first, int(pick.max()) + 1)), pick - first
+        raw, pick = read(slice(first, int(pick.max()) + 1)), pick - first
         kernels: Any = importlib.import_module("...kernels.cpu.dequantize_gguf", __package__)
         decode = kernels.decoder(stored.type)
         if decode is not None:
@@ -49,7 +50,7 @@ def find(module: StoredModule) -> StoredWeight | None:
         stored={"weight": stored},
         dequantize=dequantize_all
         if order is None
-        else in_strips((stored.values[0], stored.values[1]), torch.float32, fill),
+        else lambda rows: in_strips(rows, stored.values[1], torch.float32, fill, [stored]),
     )
 
 

@@ -19,15 +19,18 @@ from .weight import (
     as_bytes,
     codes,
     decode_integers,
+    decode_words,
     in_strips,
     nibbles,
     transposed_words,
-    unpacked_words,
     unreadable,
 )
 
 # The position within its word of each of eight neighbours.
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+_AWQ_SHIFTS = [4 * place for place in _AWQ_ORDER]
+# Words in a line of the cache: where rows are as long as a power of two, transposing them would use a few lines of it.
+_LINE = 16
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -79,7 +82,7 @@ def _gptq(module: StoredModule) -> StoredWeight:
             values = codes(as_bytes(words[:, own].T), bits, k).to(torch.float32)
             out.copy_(values.sub_(own_zeros[:, group]).mul_(own_scale[:, group]))
 
-        return in_strips((d, k), scales.dtype, fill)(rows)
+        return in_strips(rows, k, scales.dtype, fill)
 
     parts = ("qweight", "qzeros", "scales", "g_idx")
     return StoredWeight(
@@ -106,11 +109,10 @@ def _awq(module: StoredModule) -> StoredWeight:
         def fill(own: slice, out: Tensor) -> None:
             # Whole words of eight rows each.
             first, last = own.start // 8, -(-own.stop // 8)
-            unpacked = unpacked_words(transposed_words(words, slice(first, last)), [4 * place for place in _AWQ_ORDER])
-            packed = unpacked[own.start - 8 * first : own.stop - 8 * first]
-            decode_integers(packed, 8, scale[:, own].T, zeros[:, own].T, out)
+            eights = transposed_words(words, slice(first, last), room=_LINE)
+            decode_words(eights, _AWQ_SHIFTS, own.start - 8 * first, scale[:, own].T, zeros[:, own].T, out)
 
-        return in_strips((d, k), scales.dtype, fill)(rows)
+        return in_strips(rows, k, scales.dtype, fill)
 
     return StoredWeight(
         name=f"{module.name}.weight",

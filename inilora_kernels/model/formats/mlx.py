@@ -5,6 +5,8 @@ W = codes(weight) · scales + biases                                   rounded t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,9 @@ def find(module: StoredModule) -> StoredWeight | None:
     if rest or not 2 <= bits <= 8:
         return unreadable(module, f"its weight {weight.shape} and scales {scales.shape} do not fit groups of {size}")
 
-    def fill(rows: slice, out: Tensor) -> None:
-        packed, scale, bias = as_bytes(weight.read(rows)), scales.read(rows), biases.read(rows)
+    def fill(own: slice, out: Tensor, *read: Callable[[slice], Tensor]) -> None:
+        words, scale, bias = (each(own) for each in read)
+        packed = as_bytes(words)
         if bits in (4, 8):
             decode_affine(packed, bits, scale, bias, out)
             return
@@ -42,5 +45,5 @@ def find(module: StoredModule) -> StoredWeight | None:
         dtype=scales.dtype,
         dequantization=f"mlx int{bits}, groups of {size}",
         stored={"weight": weight, "scales": scales, "biases": biases},
-        dequantize=in_strips((d, k), scales.dtype, fill),
+        dequantize=lambda rows: in_strips(rows, k, scales.dtype, fill, [weight, scales, biases]),
     )

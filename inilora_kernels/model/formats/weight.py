@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, InitializationError, WeightError
-from ...kernels.threads import side_by_side
+from ...kernels.threads import share
 from ...storage.reading import empty
-from ..files.tensor import StoredTensor
+from ..files.tensor import StoredTensor, reader
 
-# Values dequantized at a time: few enough for a core's cache, together with everything else the arithmetic needs.
-STRIP_VALUES = 1 << 20
-_STRIPS_FOR_THREADS = 4
+# Values dequantized at a time: at least what keeps a thread busy for as long as another takes to wake up, or the two
+# wait for each other; and no more than a few MiB, but few enough for every thread to have some.
+LEAST_IN_STRIP, MOST_IN_STRIP = 1 << 19, 1 << 21
+_STRIPS_A_THREAD = 4
 
 
 @dataclass(frozen=True)
@@ -107,29 +108,29 @@ Format: TypeAlias = Callable[[StoredModule], "StoredWeight | None"]
 
 
 def in_strips(
-    shape: tuple[int, int], dtype: torch.dtype, fill: Callable[[slice, Tensor], None]
-) -> Callable[[slice], Tensor]:
-    """Dequantize rows a strip at a time, on torch's threads, each straight into its place in the result.
+    rows: slice, k: int, dtype: torch.dtype, fill: Callable[..., None], stored: Sequence[StoredTensor] = ()
+) -> Tensor:
+    """The values (rows, k), dequantized a strip of rows at a time, on torch's threads, each straight into its place.
 
     Nothing else of the result's size is in memory.
 
-    fill: (rows, their place in the result, contiguous and of `dtype`) ↦ writes their values there.
+    fill: (rows, their place in the result, contiguous and of `dtype`, a function for each of `stored` that reads a
+        range of its rows) ↦ writes their values there.
     """
-    step = max(1, STRIP_VALUES // max(1, shape[1]))
+    values = empty((rows.stop - rows.start, k), dtype)
+    threads = torch.get_num_threads()
+    most = max(LEAST_IN_STRIP, min(MOST_IN_STRIP, values.numel() // (threads * _STRIPS_A_THREAD)))
+    step = max(1, most // max(1, k))
+    strips = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
-    def read(rows: slice) -> Tensor:
-        values = empty((rows.stop - rows.start, shape[1]), dtype)
-        strips = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+    def filled(todo: Iterator[slice]) -> None:
+        with contextlib.ExitStack() as files:
+            reads = [files.enter_context(reader(tensor)) for tensor in stored]
+            for strip in todo:
+                fill(strip, values[strip.start - rows.start : strip.stop - rows.start], *reads)
 
-        def filled(strip: slice) -> None:
-            fill(strip, values[strip.start - rows.start : strip.stop - rows.start])
-
-        # Starting a thread takes as long as a strip.
-        for _ in side_by_side(filled, strips, torch.get_num_threads() if len(strips) >= _STRIPS_FOR_THREADS else 1):
-            pass
-        return values
-
-    return read
+    share(filled, strips, threads if len(strips) >= _STRIPS_A_THREAD * threads else 1)
+    return values
 
 
 def scaled(values: Tensor, scale: Tensor) -> Tensor:
@@ -180,18 +181,40 @@ def decode_affine(packed: Tensor, bits: int, scale: Tensor, bias: Tensor, out: T
         _kernels().decode_affine(packed.numpy(), bits, _float32(scale).numpy(), _float32(bias).numpy(), result)
 
 
-def transposed_words(words: Tensor, columns: slice) -> Tensor:
-    """Columns of 32-bit words (rows, columns), each as a row."""
-    out = torch.empty(columns.stop - columns.start, words.shape[0], dtype=torch.int32)
+def decode_words(words: Tensor, shifts: Sequence[int], skip: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+    """(code − offset) · scale of 4-bit codes in words of eight rows each, which begin at these bits of the word.
+
+    words: (words, at least k). skip: rows of the first word that are left out. scale, offset: (rows, groups).
+    """
+    bits = torch.tensor(shifts, dtype=torch.int32).numpy()
+    with _rounding(out) as result:
+        _kernels().decode_words(words.numpy(), bits, skip, _float32(offset).numpy(), _float32(scale).numpy(), result)
+
+
+def decode_pairs(packed: Tensor, values: Tensor, width: int, scale: Tensor, out: Tensor) -> None:
+    """values[code] · scale of 4-bit codes, bytes (rows, k/2), high half first.
+
+    values: (16,). scale: (rows, groups), each for `width` columns.
+    """
+    both = torch.stack((values.repeat_interleave(16), values.repeat(16)), 1).to(torch.float32).view(torch.float64)
+    with _rounding(out) as result:
+        _kernels().decode_pairs(packed.numpy(), both.view(-1).numpy(), width, _float32(scale).numpy(), result)
+
+
+def transposed_words(words: Tensor, columns: slice, room: int = 0) -> Tensor:
+    """Columns of 32-bit words (rows, columns), each as a row, with room for some more words at its end."""
+    out = torch.empty(columns.stop - columns.start, words.shape[0] + room, dtype=torch.int32)
     _kernels().transpose_words(words.numpy(), columns.start, out.numpy())
     return out
 
 
-def unpacked_words(words: Tensor, shifts: Sequence[int]) -> Tensor:
-    """The eight 4-bit codes of each word (rows, k), from these bits on, each on a row of its own; uint8 (8·rows, k)."""
-    out = torch.empty(8 * words.shape[0], words.shape[1], dtype=torch.uint8)
-    _kernels().unpack_words(words.numpy(), torch.tensor(shifts).numpy(), out.numpy())
-    return out
+def float32(scale: Tensor) -> Tensor:
+    """8-bit floats, or any others, as float32; torch takes 20 ns for each of the former."""
+    if scale.dtype != torch.float8_e4m3fn or scale.ndim != 2:
+        return scale.to(torch.float32)
+    values = torch.empty(scale.shape)
+    decode_bytes(scale, torch.ones(len(scale), 1), scale.shape[1], values)
+    return values
 
 
 @contextlib.contextmanager

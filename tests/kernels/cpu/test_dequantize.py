@@ -17,9 +17,10 @@ from inilora_kernels.kernels.cpu.dequantize import (
     decode_e2m1,
     decode_e4m3,
     decode_integers,
+    decode_pairs,
+    decode_words,
     rounds_to,
     transpose_words,
-    unpack_words,
 )
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -128,18 +129,41 @@ def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     assert torch.equal(out[kept].view(torch.int16), expected[kept].view(torch.int16))
 
 
-@settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 20), columns=st.integers(1, 40), first=st.integers(0, 20), seed=counts)
-def test_words_are_transposed_and_unpacked(rows: int, columns: int, first: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    bounds = torch.iinfo(torch.int32)
-    words = torch.randint(bounds.min, bounds.max, (rows, first + columns), dtype=torch.int32, generator=generator)
-    out = torch.empty(columns, rows, dtype=torch.int32)
-    transpose_words(words.numpy(), first, out.numpy())
-    assert torch.equal(out, words[:, first:].T)
-    codes, shifts = torch.empty(8 * columns, rows, dtype=torch.uint8), torch.tensor([0, 16, 4, 20, 8, 24, 12, 28])
-    unpack_words(out.numpy(), shifts.numpy(), codes.numpy())
-    assert torch.equal(codes.view(columns, 8, rows), (out.unsqueeze(1) >> shifts.view(-1, 1) & 15).to(torch.uint8))
+@settings(max_examples=40, deadline=None)
+@given(
+    words=counts,
+    groups=counts,
+    width=st.integers(1, 9),
+    room=st.integers(0, 3),
+    skip=st.integers(0, 7),
+    dtype=dtypes,
+    seed=counts,
+)
+def test_words(words: int, groups: int, width: int, room: int, skip: int, dtype: torch.dtype, seed: int) -> None:
+    generator, shifts = torch.Generator().manual_seed(seed), torch.tensor([0, 16, 4, 20, 8, 24, 12, 28])
+    bounds, k, rows = torch.iinfo(torch.int32), groups * width, 8 * words - skip
+    stored = torch.randint(bounds.min, bounds.max, (k, words + 2), dtype=torch.int32, generator=generator)
+    turned = torch.empty(words, k + room, dtype=torch.int32)
+    transpose_words(stored.numpy(), 2, turned.numpy())
+    assert torch.equal(turned[:, :k], stored[:, 2:].T)
+    offset, scale = torch.randn(2, rows, groups, generator=generator)
+    out = torch.empty(rows, k, dtype=dtype)
+    decode_words(turned.numpy(), shifts.int().numpy(), skip, offset.numpy(), scale.numpy(), as_written(out))
+    codes = (stored[:, 2:].T.unsqueeze(1) >> shifts.view(-1, 1) & 15).reshape(8 * words, k)[skip:]
+    each = torch.arange(k) // width
+    assert torch.equal(out, ((codes.float() - offset[:, each]) * scale[:, each]).to(dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=counts, groups=counts, half=st.integers(1, 9), dtype=dtypes, seed=counts)
+def test_tables_of_pairs(rows: int, groups: int, half: int, dtype: torch.dtype, seed: int) -> None:
+    generator, codes = random_codes(rows, 2 * half * groups, 16, seed)
+    values, scale = torch.randn(16, generator=generator), torch.randn(rows, groups, generator=generator)
+    table = torch.stack((values.repeat_interleave(16), values.repeat(16)), 1).view(torch.float64).view(-1)
+    packed = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+    out = torch.empty(codes.shape, dtype=dtype)
+    decode_pairs(packed.numpy(), table.numpy(), 2 * half, scale.numpy(), as_written(out))
+    assert torch.equal(out, (values[codes.long()] * scale.repeat_interleave(2 * half, 1)).to(dtype))
 
 
 def test_float64_is_for_others_to_round_to() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.formats.weight import (
-    STRIP_VALUES,
+    LEAST_IN_STRIP,
     StoredWeight,
     codes,
     exponents,
@@ -51,7 +51,7 @@ def test_bare_exponents_are_powers_of_two() -> None:
 
 @pytest.mark.parametrize("rows", [slice(0, 41), slice(3, 40), slice(4, 4)])
 def test_strips_are_put_together_in_order(rows: slice) -> None:
-    k = STRIP_VALUES // 5
+    k = LEAST_IN_STRIP // 5
     whole = torch.randn(41, k)
     asked: list[slice] = []
 
@@ -59,9 +59,9 @@ def test_strips_are_put_together_in_order(rows: slice) -> None:
         asked.append(strip)
         out.copy_(whole[strip])
 
-    values = in_strips((41, k), torch.float32, fill)(rows)
+    values = in_strips(rows, k, torch.float32, fill)
     assert torch.equal(values, whole[rows])
-    assert all((strip.stop - strip.start) * k <= STRIP_VALUES for strip in asked)
+    assert all((strip.stop - strip.start) * k <= LEAST_IN_STRIP for strip in asked)
     assert sorted(row for strip in asked for row in range(strip.start, strip.stop)) == list(range(41))[rows]
 
 
