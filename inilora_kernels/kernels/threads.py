@@ -48,18 +48,23 @@ def share(work: Callable[[Iterator[Item]], object], items: Sequence[Item], count
     Each call takes the next item whenever it is done with one. When one raises, the others take no more.
     """
     todo = iter(items)
-    if count <= 1:
-        work(todo)
-        return
-    with one_torch_thread(), ThreadPoolExecutor(count - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        others = [pool.submit(work, todo) for _ in range(count - 1)]
+
+    def call() -> None:
         try:
             work(todo)
-            for other in others:
-                other.result()
-        finally:
+        except BaseException:
             for _ in todo:
                 pass
+            raise
+
+    if count <= 1:
+        call()
+        return
+    with one_torch_thread(), ThreadPoolExecutor(count - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        others = [pool.submit(call) for _ in range(count - 1)]
+        call()
+        for other in others:
+            other.result()
 
 
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: int) -> Generator[Result, None, None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
 import torch
 
-from inilora_kernels.kernels.threads import in_groups, one_torch_thread, side_by_side
+from inilora_kernels.kernels.threads import in_groups, one_torch_thread, share, side_by_side
 
 
 def test_torch_has_its_threads_back_after_an_error() -> None:
@@ -66,3 +67,38 @@ def test_nothing_is_begun_after_the_end() -> None:
 
 def test_groups_keep_their_order() -> None:
     assert in_groups([3, 5, 1, 4, 2], lambda number: number % 2) == [(1, [3, 5, 1]), (0, [4, 2])]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_threads_share_the_items(count: int) -> None:
+    done: list[tuple[int, int]] = []
+    calls: list[int] = []
+
+    def work(todo: Iterator[int]) -> None:
+        calls.append(threading.get_ident())
+        done.extend((item, torch.get_num_threads()) for item in todo)
+
+    threads = torch.get_num_threads()
+    share(work, range(20), count)
+    assert sorted(item for item, _ in done) == list(range(20))
+    assert threading.get_ident() in calls
+    assert len(calls) == count
+    assert count == 1 or {each for _, each in done} == {1}
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("in_this_thread", [True, False])
+def test_when_one_raises_the_others_take_no_more(in_this_thread: bool) -> None:
+    here, begun, taken = threading.get_ident(), threading.Event(), []
+
+    def work(todo: Iterator[int]) -> None:
+        for item in todo:
+            taken.append(item)
+            if (threading.get_ident() == here) == in_this_thread:
+                begun.set()
+                raise ValueError("it")
+            begun.wait()
+
+    with pytest.raises(ValueError, match="it"):
+        share(work, range(10**6), 2)
+    assert len(taken) < 10**6

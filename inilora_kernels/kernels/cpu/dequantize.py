@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import float32, int32
 
-from .elements import from_bits, get, put, rounded
+from .elements import TILE, from_bits, get, put, rounded, transpose_tile
 from .jit import njit
 from .simd import LOADS_FLOAT16
 
@@ -124,7 +124,7 @@ def decode_affine(packed: Any, bits: int, scale: Any, bias: Any, out: Any) -> No
 def decode_words(words: Any, shifts: Any, skip: int, offset: Any, scale: Any, out: Any) -> None:
     """AWQ: out[i, j] = (code[i, j] − offset[i, g]) · scale[i, g], with row i + skip's codes in words of eight rows.
 
-    words: (words, at least k) int32, (i + skip) // 8 is row i's. shifts: (8,), the bit at which each row's code begins.
+    words: (words, k) int32, (i + skip) // 8 is row i's. shifts: (8,), the bit at which each row's code begins.
     offset, scale: (rows, groups), for k / groups neighbours each. Reads four bytes, in the cache but for every eighth
     row, for each value that it writes.
     """
@@ -135,7 +135,7 @@ def decode_words(words: Any, shifts: Any, skip: int, offset: Any, scale: Any, ou
     for i in range(rows):
         _spread(offset, i, k // groups, less)
         _spread(scale, i, k // groups, wide)
-        first, shift = (i + skip) // 8 * words.shape[1], int32(shifts[(i + skip) % 8])
+        first, shift = (i + skip) // 8 * k, int32(shifts[(i + skip) % 8])
         for j in range(k):
             code = int32(int32(get(flat, first + j) >> shift) & int32(15))
             put(result, i * k + j, (float32(code) - get(less, j)) * get(wide, j))
@@ -162,15 +162,16 @@ def decode_pairs(packed: Any, table: Any, width: int, scale: Any, out: Any) -> N
 
 @njit(cache=True, nogil=True)
 def transpose_words(words: Any, first: int, out: Any) -> None:
-    """out[j, i] = words[i, first + j], int32: whole lines of the cache are read, and as many rows written at a time.
-
-    out: (count, at least the rows of words). Rows whose length is not a power of two do not displace one another.
-    """
-    count, rows = out.shape[0], words.shape[0]
-    for block in range(0, count, 16):
-        for i in range(rows):
-            for j in range(block, min(block + 16, count)):
-                out[j, i] = words[i, first + j]
+    """out[j, i] = words[i, first + j], int32, in tiles of TILE×TILE words; what is left at the edges, one by one."""
+    count, rows = out.shape
+    flat, result = words.reshape(words.size), out.reshape(out.size)
+    wide, high = count - count % TILE, rows - rows % TILE
+    for j in range(0, wide, TILE):
+        for i in range(0, high, TILE):
+            transpose_tile(flat, i * words.shape[1] + first + j, words.shape[1], result, j * rows + i, rows)
+    for j in range(count):
+        for i in range(high if j < wide else 0, rows):
+            out[j, i] = words[i, first + j]
 
 
 @njit(nogil=True, inline="always")

@@ -11,6 +11,8 @@ from numba.extending import intrinsic
 _FLOAT = ir.FloatType()
 _INT32 = ir.IntType(32)
 _INT16 = ir.IntType(16)
+# int32 in a line of the cache.
+TILE = 16
 
 
 def _intrinsic(function: Any) -> Any:
@@ -76,6 +78,41 @@ def from_half(typing: Any, low: Any, high: Any) -> Any:
         return builder.fpext(builder.bitcast(bits, ir.HalfType()), _FLOAT)
 
     return types.float32(types.uint8, types.uint8), generate
+
+
+@_intrinsic
+def transpose_tile(typing: Any, source: Any, first: Any, stride: Any, result: Any, to: Any, result_stride: Any) -> Any:
+    """result[to + j · result_stride + i] = source[first + i · stride + j] for i, j < TILE, of flat arrays of int32.
+
+    Rows are vectors; in log₂ TILE rounds each pair of rows whose numbers differ in one bit swaps the elements whose
+    places differ in it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source_array, at, step, result_array, place, result_step = arguments
+        vector = ir.VectorType(_INT32, TILE)
+
+        def row(kind: Any, array: Any, first: Any, step: Any, i: int) -> Any:
+            index = builder.add(first, builder.mul(step, ir.Constant(step.type, i)))
+            return builder.bitcast(_place(context, builder, kind, array, index), vector.as_pointer())
+
+        rows = [builder.load(row(source, source_array, at, step, i), align=4) for i in range(TILE)]
+        bit = 1
+        while bit < TILE:
+            kept = [lane if not lane & bit else TILE + lane - bit for lane in range(TILE)]
+            moved = [lane + bit if not lane & bit else TILE + lane for lane in range(TILE)]
+            for i in range(TILE):
+                if not i & bit:
+                    rows[i], rows[i | bit] = (
+                        builder.shuffle_vector(rows[i], rows[i | bit], ir.Constant(ir.VectorType(_INT32, TILE), lanes))
+                        for lanes in (kept, moved)
+                    )
+            bit *= 2
+        for j in range(TILE):
+            builder.store(rows[j], row(result, result_array, place, result_step, j), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, result, types.intp, types.intp), generate
 
 
 def _rounded(builder: Any, dtype: Any, number: Any) -> Any:

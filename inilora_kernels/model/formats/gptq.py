@@ -29,8 +29,6 @@ from .weight import (
 # The position within its word of each of eight neighbours.
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 _AWQ_SHIFTS = [4 * place for place in _AWQ_ORDER]
-# Words in a line of the cache: where rows are as long as a power of two, transposing them would use a few lines of it.
-_LINE = 16
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -109,7 +107,7 @@ def _awq(module: StoredModule) -> StoredWeight:
         def fill(own: slice, out: Tensor) -> None:
             # Whole words of eight rows each.
             first, last = own.start // 8, -(-own.stop // 8)
-            eights = transposed_words(words, slice(first, last), room=_LINE)
+            eights = transposed_words(words, slice(first, last))
             decode_words(eights, _AWQ_SHIFTS, own.start - 8 * first, scale[:, own].T, zeros[:, own].T, out)
 
         return in_strips(rows, k, scales.dtype, fill)

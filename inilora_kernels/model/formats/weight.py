@@ -184,7 +184,7 @@ def decode_affine(packed: Tensor, bits: int, scale: Tensor, bias: Tensor, out: T
 def decode_words(words: Tensor, shifts: Sequence[int], skip: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
     """(code − offset) · scale of 4-bit codes in words of eight rows each, which begin at these bits of the word.
 
-    words: (words, at least k). skip: rows of the first word that are left out. scale, offset: (rows, groups).
+    words: (words, k). skip: rows of the first word that are left out. scale, offset: (rows, groups).
     """
     bits = torch.tensor(shifts, dtype=torch.int32).numpy()
     with _rounding(out) as result:
@@ -201,9 +201,9 @@ def decode_pairs(packed: Tensor, values: Tensor, width: int, scale: Tensor, out:
         _kernels().decode_pairs(packed.numpy(), both.view(-1).numpy(), width, _float32(scale).numpy(), result)
 
 
-def transposed_words(words: Tensor, columns: slice, room: int = 0) -> Tensor:
-    """Columns of 32-bit words (rows, columns), each as a row, with room for some more words at its end."""
-    out = torch.empty(columns.stop - columns.start, words.shape[0] + room, dtype=torch.int32)
+def transposed_words(words: Tensor, columns: slice) -> Tensor:
+    """Columns of 32-bit words (rows, columns), each as a row."""
+    out = torch.empty(columns.stop - columns.start, words.shape[0], dtype=torch.int32)
     _kernels().transpose_words(words.numpy(), columns.start, out.numpy())
     return out
 
