@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
-from inilora_kernels import approximate_model
+from inilora_kernels import FactorSet, approximate_model
 from inilora_kernels.adapters.convert import convert, export_merged
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.cli.main import application
@@ -112,6 +112,10 @@ def test_shards_without_targets_are_not_needed(tmp_path: Path, offline: Path) ->
     assert set(checkpoint.absent) == tensors.keys() - layer
     with pytest.raises(CheckpointError, match=r"not all files that are needed"):
         open_checkpoint("org/model", choose=tensors_of(None))
+    factors = approximate_model("org/model", rank=2, target_modules=asked, solver="krylov", cache=False, progress=False)
+    save_inilora_pt(factors, tmp_path / "authors")
+    (certified,) = FactorSet.load(tmp_path / "authors", "org/model").values()
+    assert certified.source_sha256 == checkpoint.sha256("encoder.layer.0.attention.self.query.weight")
 
 
 def test_pipeline(offline: Path) -> None:
