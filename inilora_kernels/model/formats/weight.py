@@ -17,10 +17,10 @@ from ...kernels.threads import share
 from ...storage.reading import empty
 from ..files.tensor import StoredTensor, reader
 
-# Values dequantized at a time: at least what keeps a thread busy for as long as another takes to wake up, or the two
-# wait for each other; and no more than a few MiB, but few enough for every thread to have some.
-LEAST_IN_STRIP, MOST_IN_STRIP = 1 << 19, 1 << 21
-_STRIPS_A_THREAD = 4
+# Values dequantized at a time: no more than a few MiB of packed ones, but as many as that allows, since between strips a
+# thread waits for Python's lock, and some schedulers leave one that was waiting on a busy core for milliseconds.
+LEAST_IN_STRIP, MOST_IN_STRIP = 1 << 19, 1 << 22
+_STRIPS_A_THREAD = 2
 
 
 @dataclass(frozen=True)
