@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +24,20 @@ def certified(factors: Mapping[str, Factors], base: str | Path) -> dict[str, Fac
     Raises FactorFileError if they are another model's, and CheckpointError.
     """
     base = located(base)
-    checkpoint = open_checkpoint(base)
-    weights = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
-    try:
-        names = match_names(list(factors), weights, str(base))
-    except TargetError as error:
-        raise FactorFileError(f"the factors are not of this model: {error}") from error
+
+    def names_in(tensors: Collection[str]) -> dict[str, str]:
+        weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+        try:
+            return match_names(list(factors), weights, str(base))
+        except TargetError as error:
+            raise FactorFileError(f"the factors are not of this model: {error}") from error
+
+    def tensors_read(tensors: Collection[str], config: object) -> list[str]:
+        return [f"{name}.weight" for name in names_in(tensors).values()]
+
+    # Of a sharded model on the hub, the shards that hold these weights, and no others.
+    checkpoint = open_checkpoint(base, choose=tensors_read)
+    names = names_in(checkpoint.tensors)
     found = {}
     for module, part in factors.items():
         tensor = f"{names[module]}.weight"

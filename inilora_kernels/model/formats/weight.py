@@ -17,8 +17,8 @@ from ...kernels.threads import share
 from ...storage.reading import empty
 from ..files.tensor import StoredTensor, reader
 
-# Values dequantized at a time: no more than a few MiB of packed ones, but as many as that allows, since between strips a
-# thread waits for Python's lock, and some schedulers leave one that was waiting on a busy core for milliseconds.
+# Values dequantized at a time: no more than a few MiB of packed ones, but as many as that allows: between strips
+# a thread waits for Python's lock, and some schedulers leave one that was waiting on a busy core for milliseconds.
 LEAST_IN_STRIP, MOST_IN_STRIP = 1 << 19, 1 << 22
 _STRIPS_A_THREAD = 2
 
