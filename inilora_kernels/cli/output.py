@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -14,13 +15,38 @@ from ..factor_set import FactorSet
 from ..storage.atomic import require_writable, write_whole
 from ..storage.reading import absolute
 
+# Names and sentences may be folded into lines of this length, but no shorter ones.
+_LEAST_FOLDED = 10
+
 
 def say(text: str) -> None:
     Console(stderr=True, markup=False).print(text, highlight=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
-    Console(markup=False).print(table)
+    """Print a table, or its rows as lists where the terminal is too narrow for it: rich would cut the numbers off."""
+    console = Console(markup=False)
+    if _least_width(table) <= console.width:
+        console.print(table)
+        return
+    console.print(table.title, highlight=False)
+    first, *others = ([column.header, *column.cells, *filter(None, [column.footer])] for column in table.columns)
+    for row, label in enumerate(first[1:], start=1):
+        console.print(f"\n{label}", highlight=False)
+        for cells in others:
+            if row < len(cells) and cells[row]:
+                console.print(f"  {cells[0]}: {cells[row]}", highlight=False)
+    if table.caption:
+        console.print(f"\n{table.caption}", highlight=False)
+
+
+def _least_width(table: Table) -> int:
+    """Columns of the terminal below which cells would be cut off, or names folded into pieces."""
+    widths = (
+        (max(cell_len(str(cell)) for cell in [column.header, column.footer, *column.cells]), column.no_wrap)
+        for column in table.columns
+    )
+    return 1 + sum(3 + (width if whole else min(width, _LEAST_FOLDED)) for width, whole in widths)
 
 
 def require_plot(path: Path | None) -> None:

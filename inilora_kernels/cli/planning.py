@@ -114,7 +114,7 @@ def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards |
         if on_cards is not None:
             taken = {"adam": on_cards.seconds, "krylov": on_cards.direct}.get(solver)
             row.append(duration_in_words(max(taken)) if taken else "")
-            memory += f" + {size_in_words(on_cards.first.memory)}" if own else ""
+            memory += f"\n+ {size_in_words(on_cards.first.memory)}" if own else ""
         table.add_row(*row, memory)
     return table
 

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from inilora_kernels import FactorSet
-from inilora_kernels.cli.output import draw, require_plot, show
+from inilora_kernels.cli.output import draw, print_table, require_plot, show
+from inilora_kernels.display.tables import result_table
 from inilora_kernels.errors import InitializationError
 
-from ..display.synthetic import one
+from ..display.synthetic import all_linear, one
 
 
 def sets(*ranks: int) -> list[FactorSet]:
@@ -42,3 +44,18 @@ def test_a_plot_is_asked_for_or_there_is_none(tmp_path: Path) -> None:
     require_plot(tmp_path / "plot.png")
     draw(sets(2)[0], tmp_path / "plot.png", tmp_path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 80, 200])
+def test_no_number_is_cut_off_however_narrow_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    factors = all_linear(252.0, 0.6)
+    for every in (False, True):
+        table = result_table(factors, {"method": "inilora-alpha"}, every=every)
+        print_table(table)
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        assert shown.count("252") >= (210 if every else 7)
+        assert all(cell_len(line) <= width for line in shown.splitlines())
