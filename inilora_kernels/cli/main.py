@@ -100,6 +100,11 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         application()
+    except SystemExit as ended:
+        # typer makes an exit of Ctrl-C, and says nothing.
+        if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
+            print("inilora: stopped", file=sys.stderr)
+        raise
     except ProcessError:
         # The process that failed has said why.
         sys.exit(2)

@@ -59,7 +59,7 @@ def _approximate(
     try:
         results = approximate_each(model, ModelOptions(**options), functools.partial(require_writable, output))
     except KeyboardInterrupt as interrupted:
-        print(f"inilora: {interrupted or 'stopped'}", file=sys.stderr)
+        print(f"inilora: {str(interrupted) or 'stopped before any matrix was solved'}", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
     for one, factors in results.items():
         factors.save(outputs[one])

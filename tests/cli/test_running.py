@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from inilora_kernels.cli.main import application
 from inilora_kernels.errors import OptionError, OutputError
 
+from .commands import Inilora
+
 
 def test_ctrl_c_says_what_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
@@ -52,3 +54,17 @@ def test_a_full_disk_is_refused_before_the_run(model: Path, tmp_path: Path, monk
     assert isinstance(result.exception, OutputError)
     assert "free some space" in str(result.exception)
     assert list(tmp_path.iterdir()) == [model]
+
+
+def test_ctrl_c_before_the_solver_says_so(
+    model: Path, tmp_path: Path, inilora: Inilora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inilora_kernels.cli.running.approximate_each", interrupted)
+    done = inilora("approximate", model, "-o", tmp_path / "f.safetensors", "-t", "q_proj")
+    assert (done.returncode, done.stderr) == (130, "inilora: stopped before any matrix was solved\n")
+    monkeypatch.setattr("inilora_kernels.cli.planning.find_targets", interrupted)
+    done = inilora("plan", model)
+    assert (done.returncode, done.stderr) == (130, "inilora: stopped\n")
