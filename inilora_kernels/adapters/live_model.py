@@ -57,6 +57,28 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
             )
 
 
+def require_called_by_kernels(model: nn.Module, names: Collection[str]) -> None:
+    """Raise TargetError if training hands a layer's weight to code that another machine may have a fused kernel for.
+
+    Mamba's mixers offer weights to a kernel, and call their layers where there is none: an adapter that is right here
+    has no effect there. For models that will be loaded elsewhere; `require_called` is right about this machine.
+    """
+    suspects = {name: reader for name in names if (reader := _reader(model, name))}
+    inputs = random_inputs(model) if suspects else None
+    if inputs is None:
+        return
+    without_cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    with _reads({name: model.get_submodule(name) for name in suspects}) as read:
+        _run(model, {**inputs, **without_cache}, training=True)
+    for name in suspects:
+        if name in read:
+            raise TargetError(
+                f"{name}: in training, {suspects[name][1]} hands its weight to a fused kernel where there is one (on a "
+                f"GPU, say), so an adapter on it would have no effect there; leave this module out of the factors, or "
+                f"start by lora_model on the machine that trains, which tries whether it does"
+            )
+
+
 def reads_weight(model: nn.Module, name: str) -> str | None:
     """The class and method around a module whose source computes with `module.weight` itself; None if there is none.
 
@@ -103,13 +125,22 @@ def _bypassed(model: nn.Module, names: Collection[str], inputs: Mapping[str, Ten
 def _reads(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     """Collects the names of layers whose `weight` something outside asks for within."""
     read: set[str] = set()
+    inside: set[str] = set()
     classes = {name: type(layer) for name, layer in layers.items()}
 
     def watched(name: str, of: Any) -> Any:
         class Watched(of):  # type: ignore[misc]
+            def __call__(self, *args: Any, **options: Any) -> Any:
+                inside.add(name)
+                try:
+                    return super().__call__(*args, **options)
+                finally:
+                    inside.discard(name)
+
             @property
             def weight(self) -> Any:
-                read.add(name)
+                if name not in inside:
+                    read.add(name)
                 return super().weight  # no class has it where it is a parameter: nn.Module then looks it up
 
         return Watched
@@ -229,7 +260,7 @@ def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = F
 
 
 @torch.no_grad()
-def _run(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = False) -> Any:
+def _run(model: nn.Module, inputs: Mapping[str, Any], training: bool = False) -> Any:
     with _mode(model, training), torch.random.fork_rng(devices=[]):
         try:
             return model(**inputs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError, TargetError
 from ..model.architecture import quiet_transformers
 from .experts import name_of
-from .live_model import require_called
+from .live_model import require_called, require_called_by_kernels
 from .plan import Plan
 
 # Loading and running a model of this size takes a second or two; of larger ones the structure alone is tried.
@@ -49,7 +49,8 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
                 f"{where}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make the factors "
                 f"again without them, or train with `attach`, which needs no PEFT"
             ) from error
-    require_called(plan.architecture.model, plan.adapter.factors.keys() - experts)
+    for require in (require_called, require_called_by_kernels):
+        require(plan.architecture.model, plan.adapter.factors.keys() - experts)
     layers = {
         name_of(layer, name): layer
         for name, layer in loaded.get_base_model().named_modules()

@@ -191,6 +191,7 @@ ARCHITECTURES = [
     Architecture("DeepseekV3ForCausalLM", {**DEEPSEEK, "n_group": 1, "topk_group": 1}, ["q_b_proj", "o_proj"]),
     Architecture("DeepseekV3ForCausalLM", {**DEEPSEEK, "n_group": 1, "topk_group": 1}, ALL),
     Architecture("GptOssForCausalLM", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    Architecture("MambaForCausalLM", MAMBA, ["in_proj"]),
     Architecture("MambaForCausalLM", MAMBA, ["in_proj", "x_proj"]),
     Architecture("MambaForCausalLM", MAMBA, ALL),
     Architecture("JambaForCausalLM", JAMBA),

@@ -12,6 +12,7 @@ from .architectures import ALL, ARCHITECTURES, Architecture, round_trip
 REFUSED = {
     ("DeepseekV3ForCausalLM", ALL): "parameters of the experts",
     ("MambaForCausalLM", ALL): "out_proj",
+    ("MambaForCausalLM", str(["in_proj", "x_proj"])): "fused kernel",
     ("FalconH1ForCausalLM", ALL): "out_proj",
 }
 

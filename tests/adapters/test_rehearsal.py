@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
+from inilora_kernels import lora_model
 from inilora_kernels.adapters import rehearsal
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.plan import _all_but
@@ -17,7 +19,7 @@ from inilora_kernels.errors import TargetError
 
 from ..factorized import factorize
 from .architectures import JAMBA, MAMBA
-from .models import save
+from .models import logits, save
 
 
 def test_another_class_than_the_exported_one_is_an_error_and_no_warning(llama: Path, tmp_path: Path) -> None:
@@ -46,6 +48,18 @@ def test_a_layer_that_the_model_does_not_call_is_refused_whatever_its_size(
     with pytest.raises(TargetError, match=r"dt_proj: JambaMambaMixer\..* reads its weight and does not call"):
         export(base, factorize(base, ("q_proj", "dt_proj"), rank=2), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="before 5, the kernels have a forward pass of their own")
+@pytest.mark.parametrize("export", [export_residual, export_delta])
+def test_a_layer_that_a_fused_kernel_would_bypass_is_refused(export: Callable[..., None], tmp_path: Path) -> None:
+    """peft 761: Mamba's x_proj is called on a CPU, and its weight read by a kernel on a GPU, where others may train."""
+    base = save("MambaForCausalLM", tmp_path / "base", **MAMBA)
+    with pytest.raises(TargetError, match=r"x_proj: in training, MambaMixer\.forward hands its weight to a fused"):
+        export(base, factorize(base, ("in_proj", "x_proj"), rank=2), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = logits(model)
+    assert torch.equal(logits(lora_model(model, factorize(base, ("in_proj", "x_proj"), rank=2))), expected)
 
 
 def test_a_layer_whose_weight_is_read_in_another_branch_alone_is_taken(tmp_path: Path) -> None:
