@@ -18,8 +18,8 @@ from ..version import __version__
 # Each command: its module, its name there, and the first line of its help, so that listing them imports nothing.
 COMMANDS = {
     "approximate": ("approximate", "approximate", "Factorize a model's weights and write the factor file."),
-    "inspect": ("looking", "inspect", "Show what is in a factor file, how good it is, and the singular spectrum."),
-    "methods": ("looking", "methods", "List the initializations that --method takes, with their formula and source."),
+    "inspect": ("inspect", "inspect", "Show what is in a factor file, how good it is, and the singular spectrum."),
+    "methods": ("methods", "methods", "List the initializations that --method takes, with their formula and source."),
     "plan": ("plan", "plan", "Predict what a run would take, by each solver, on this machine or a GPU."),
     "export": ("adapters", "export", "Write factors as folders that a trainer reads."),
     "convert": ("adapters", "convert", "Make a plain LoRA for the original model of a trained adapter."),

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..initializations import METHODS
+from .arguments import Json
+
+if TYPE_CHECKING:
+    from ..initializations import Initialization
 
 
-def methods_table() -> Table:
+def methods(as_json: Json = False) -> None:
+    """List the initializations that --method takes, with their formula and source."""
+    from ..initializations import METHODS
+    from .output import print_table
+
+    if as_json:
+        print(json.dumps(methods_json(METHODS), indent=2, ensure_ascii=False))
+    else:
+        print_table(methods_table(METHODS))
+
+
+def methods_table(methods: Mapping[str, Initialization]) -> Table:
     """One row per initialization: what `--method` and `--solver` take, formula, source; and the convention for all."""
     result = Table(
         title="Initializations (--method)",
@@ -19,12 +35,12 @@ def methods_table() -> Table:
     result.add_column("start of B and A", overflow="fold")
     result.add_column("solver, the default first", overflow="fold")
     result.add_column("source", overflow="fold")
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         result.add_row(name, method.formula, ", ".join(filter(None, method.solvers)) or "none: random", method.source)
     return result
 
 
-def methods_json() -> dict[str, Any]:
+def methods_json(methods: Mapping[str, Initialization]) -> dict[str, Any]:
     """The table's content as JSON values."""
     return {
         name: {
@@ -32,5 +48,5 @@ def methods_json() -> dict[str, Any]:
             "solvers": [solver for solver in method.solvers if solver],
             "source": method.source,
         }
-        for name, method in METHODS.items()
+        for name, method in methods.items()
     }

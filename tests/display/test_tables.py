@@ -11,6 +11,7 @@ from rich.table import Table
 
 from inilora_kernels.cli.methods import methods_table
 from inilora_kernels.display.tables import result_table, spectrum_table, truncation_table
+from inilora_kernels.initializations import METHODS
 
 from .synthetic import SEVEN, all_linear, one
 
@@ -38,7 +39,7 @@ def test_every_table_fits_80_columns(every: bool) -> None:
     text = shown(result_table(factors, {"method": "inilora-alpha"}, every=every))
     text += shown(spectrum_table(factors, every=every))
     text += shown(truncation_table(dict.fromkeys(factors, 0.1), 4, every=every))
-    text += shown(methods_table())
+    text += shown(methods_table(METHODS))
     assert max(map(cell_len, text.splitlines())) <= 80
     assert "…" not in text.replace("σ₁, …", "")
 

@@ -1,8 +1,7 @@
-"""`inilora inspect` and `inilora methods`: what is in a factor file, and which initializations there are."""
+"""`inilora inspect`: what is in a factor file."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -36,14 +35,3 @@ def inspect(
     spectrum = spectrum_table(factors, every=every)
     if spectrum is not None and not as_json:
         print_table(spectrum)
-
-
-def methods(as_json: Json = False) -> None:
-    """List the initializations that --method takes, with their formula and source."""
-    from .methods import methods_json, methods_table
-    from .output import print_table
-
-    if as_json:
-        print(json.dumps(methods_json(), indent=2, ensure_ascii=False))
-    else:
-        print_table(methods_table())
