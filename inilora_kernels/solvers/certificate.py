@@ -86,10 +86,8 @@ def _as_rows(pairs: RitzPairs) -> tuple[NDArray[np.float64], NDArray[np.float64]
     return np.ascontiguousarray(pairs.values.numpy()), np.ascontiguousarray(pairs.coupling.T.numpy())
 
 
-def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, noise: float = 0.0) -> float:
+def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float) -> float:
     """The upper bound on Σ_{i≤r} λ_i − Σ_{i≤r} θ_i from Ritz values θ (s, descending), RᵀR (s×s) and c' = outside.
-
-    noise: what each of the residuals has besides those in RᵀR, at right angles to all of them and to each other.
 
     >>> values = torch.tensor([5.0, 3.0])
     >>> round(shortfall(values, torch.diag(torch.tensor([0.0, 0.01])), rank=2, outside=1.0), 6)
@@ -98,12 +96,12 @@ def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float, 
     gap = float(values[rank - 1]) - outside
     if gap > 0 and len(values) == rank:
         # None of the upper values is below θ_r = c' + t, so that the r largest are theirs, and their sum the trace.
-        return max(0.0, (float(residual_gram.trace()) + rank * noise**2) / gap)
+        return max(0.0, float(residual_gram.trace()) / gap)
     # Without a gap, a little of everything outside may outweigh the last of the θ.
     splits = [gap] if gap > 0 else [outside * 10.0**-power for power in range(1, 13) if outside > 0]
     best = math.inf
     for split in splits:
-        upper = torch.linalg.eigvalsh(torch.diag(values) + residual_gram / split) + noise**2 / split
+        upper = torch.linalg.eigvalsh(torch.diag(values) + residual_gram / split)
         highest = torch.cat([upper, upper.new_full((rank,), outside + split)]).topk(rank).values
         best = min(best, float(highest.sum() - values[:rank].sum()))
     return max(0.0, best)
@@ -114,7 +112,8 @@ def promise(
 ) -> tuple[float, int, float]:
     """The least shortfall over the numbers s of Ritz vectors to keep, or the first found to be `enough`.
 
-    noise: the part of a residual that the arithmetic is expected to add. Returns that shortfall, its s, and c' with it.
+    noise: the part of a residual that the arithmetic is expected to add, at right angles to all others. Returns that
+    shortfall, from above, its s, and c' with it.
     """
     from ..kernels.cpu.outside import least_shortfall
 
@@ -123,15 +122,5 @@ def promise(
     candidates = [rank + beyond for beyond in _BEYOND if rank + beyond < len(theta) and theta[rank + beyond] < highest]
     if highest <= missed or not candidates:
         return math.inf, rank, math.inf
-    best, kept, outside, loose = least_shortfall(theta, g, rank, np.array(candidates), missed, rounding, noise, enough)
-    if best > enough and loose:
-        for other in candidates:
-            beyond = bound_outside(pairs, other, missed, rounding)
-            coupling = pairs.coupling[:, :other]
-            if beyond < highest:
-                found = shortfall(pairs.values[:other], coupling.T @ coupling, rank, beyond, noise)
-                if found < best:
-                    best, kept, outside = found, other, beyond
-                if best <= enough:
-                    break
+    best, kept, outside = least_shortfall(theta, g, rank, np.array(candidates), missed, rounding, noise, enough)
     return float(best), int(kept), float(outside)

@@ -16,13 +16,11 @@ from .jit import njit
 
 # c is found to a 4096th of the range that it may lie in, and no finer than this share of itself.
 _HALVINGS, _FINEST = 12, 1e-6
-# How far below θ_r what lies among other Ritz vectors may end, as a share of the way to θ_{r+1}.
-_SHARES_APART = (0.9, 0.6, 0.3)
-# By which share a bound without eigenvalues may be above the one with them.
-_CLOSE = 0.1
 # Another number is tried where it could bring the shortfall below this share of the best so far, and none after one
 # that is so many times it.
 _WORTH_TRYING, _NO_BETTER = 0.5, 4
+# The share of `enough` that may be given up for values equal to θ_r.
+_FOR_TIES = 0.25
 
 
 @njit(cache=True, nogil=True)
@@ -50,91 +48,74 @@ def least_outside(theta: Any, g: Any, kept: int, missed: float) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def outside_below(theta: Any, g: Any, kept: Any, bound: float, missed: float) -> Any:
-    """For each number in `kept`, the least c; infinite where S(bound) is not positive definite."""
-    form = np.empty((g.shape[1], g.shape[1]))
-    found = np.full(len(kept), np.inf)
-    for place in range(len(kept)):
-        if _definite(theta, g, kept[place], bound, missed, form):
-            found[place] = least_outside(theta, g, kept[place], missed)
-    return found
-
-
-@njit(cache=True, nogil=True)
 def least_shortfall(
     theta: Any, g: Any, rank: int, kept: Any, missed: float, rounding: float, noise: float, enough: float
 ) -> Any:  # fmt: skip
-    """The least of the shortfalls of certificate.py over the numbers in `kept`, or the first that is `enough`.
+    """The least of `shortfall_without_eigenvalues` over the numbers in `kept`, or the first that is `enough`.
 
-    Returns it, its number and its c', and whether eigenvalues, which are not used here, might make one `enough`: see
-    `apart_shortfall`. Infinite where c' stays above θ_rank, or the leading θ are not apart.
+    Returns it, its number and its c'. Infinite where c' stays above θ_r.
     """
     highest = theta[rank - 1]
     least = 0.0
     for i in range(rank):
         for c in range(g.shape[1]):
             least += g[i, c] ** 2
-    best, best_kept, best_outside, loose = np.inf, rank, np.inf, False
+    best, best_kept, best_outside = np.inf, rank, np.inf
     form = np.empty((g.shape[1], g.shape[1]))
     for one in kept:
         if not _definite(theta, g, one, highest - rounding, missed, form):
             continue
         outside = least_outside(theta, g, one, missed) + rounding
         gap = highest - outside
-        # The sum of the r largest eigenvalues is no less than that of the first r diagonal entries.
+        # No shortfall is less than tr P_11.
         if gap <= 0 or least / gap > _WORTH_TRYING * best:
             continue
-        found, close = apart_shortfall(theta, g, rank, one, gap, noise, enough)
-        loose = loose or (not close and least / gap <= enough)
+        found = min(
+            shortfall_without_eigenvalues(theta, g, rank, one, gap, noise, 0.0),
+            shortfall_without_eigenvalues(theta, g, rank, one, gap, noise, _FOR_TIES * enough / rank + noise**2 / gap),
+        )
         if found < best:
             best, best_kept, best_outside = found, one, outside
             if found <= enough:
                 break
-        elif close and found > _NO_BETTER * best:
+        elif _NO_BETTER * best < found < np.inf:
             break
-    return best, best_kept, best_outside, loose
+    return best, best_kept, best_outside
 
 
 @njit(cache=True, nogil=True)
-def apart_shortfall(theta: Any, g: Any, rank: int, kept: int, gap: float, noise: float, enough: float) -> Any:
-    """A bound on the sum of the r largest eigenvalues of Θ + P, less Σθ_i, and whether no other could be `enough`.
+def shortfall_without_eigenvalues(
+    theta: Any, g: Any, rank: int, kept: int, gap: float, noise: float, above: float
+) -> Any:  # fmt: skip
+    """A bound on the sum of the r largest eigenvalues of Θ + P, less Σ_{i≤r} θ_i, for P = (RᵀR + noise²·I)/t.
 
-    P = (RᵀR + noise²·I)/t, R's columns g_i for i < kept, t = gap. With [[P_11, P_12], [P_21, P_22]] for the first r and
-    the others, what lies among the others is at most x, a number between θ_{r+1} and θ_r, if x − Θ_2 − P_22 is positive
-    definite; so the sum is below tr P_11 + |P_12|²/(θ_r − x), and close to it where the second term is small. Where x
-    would have to be above θ_r + enough, the largest of the others takes θ_r's place, and the sum is more than enough.
+    R's columns are g_i for i < kept; t = gap. For any y ≥ θ_r, Θ + P = [[Θ_1 + P_11, P_12], [P_21, Θ_2 + P_22]], parted
+    after the first r, is at most diag(Θ_1 + P_11 + P_12·K⁻¹·P_21, y·I), K = y − Θ_2 − P_22, if K is positive definite;
+    so the sum is at most tr(P_11 + P_12·K⁻¹·P_21) + Σ max(0, y − θ_i). All of P comes from R, so that by Woodbury's
+    formula the trace is Σ_{i≤r} g_iᵀ(t − S)⁻¹g_i, S = Σ_{j>r} g_j·g_jᵀ/(y − θ_j), and K is positive definite where
+    t − S, b×b, is. above: y − θ_r, for θ that are equal. Infinite where t − S is not positive definite.
     """
-    own = mixed = 0.0
-    for i in range(rank):
-        for c in range(g.shape[1]):
-            own += g[i, c] ** 2
-    own = (own + rank * noise**2) / gap
-    if kept == rank:
-        return own, True
     form = np.empty((g.shape[1], g.shape[1]))
-    others, residuals, highest = theta[rank:kept], g[rank:kept], theta[rank - 1] - noise**2 / gap
-    # By Schur's complement, as for c'.
-    if not _definite(others, residuals, 0, highest + enough, highest + enough - gap, form):
-        return np.inf, True
-    apart = 0.0
-    for share in _SHARES_APART:
-        below = share * (theta[rank - 1] - theta[rank])
-        if _definite(others, residuals, 0, highest - below, highest - below - gap, form):
-            apart = below
-            break
-    if apart == 0.0:
-        return np.inf, False
+    spread = noise**2 / gap
+    y = theta[rank - 1] + above - spread
+    if not _definite(theta[rank:kept], g[rank:kept], 0, y, y - gap, form):
+        return np.inf
+    total = rank * spread
+    solved = np.empty(g.shape[1])
     for i in range(rank):
-        for j in range(rank, kept):
-            inner = 0.0
-            for c in range(g.shape[1]):
-                inner += g[i, c] * g[j, c]
-            mixed += (inner / gap) ** 2
-    return own + mixed / apart, mixed <= _CLOSE * own * apart
+        total += max(0.0, theta[rank - 1] + above - theta[i])
+        for c in range(g.shape[1]):
+            part = g[i, c]
+            for e in range(c):
+                part -= form[c, e] * solved[e]
+            solved[c] = part / form[c, c]
+            total += solved[c] ** 2
+    return total
 
 
 @njit(cache=True, nogil=True)
 def _definite(theta: Any, g: Any, kept: int, bound: float, missed: float, form: Any) -> bool:
+    """Whether S(bound) is; its Cholesky factor is then in the lower triangle of `form`."""
     b = len(form)
     if kept < len(theta) and not bound > theta[kept]:
         return False

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from inilora_kernels.kernels.cpu.outside import least_outside, outside_below
+from inilora_kernels.kernels.cpu.outside import least_outside, least_shortfall, shortfall_without_eigenvalues
 
 Array = NDArray[np.float64]
 
@@ -43,13 +43,35 @@ def test_nothing_beyond_the_space() -> None:
     assert least_outside(theta, g, 5, 0.4) == 0.4
 
 
-def test_outside_for_each_number_kept() -> None:
-    theta, g = parts(40, 4, 0.2, seed=1)
-    highest, missed, kept = float(theta[2]), 0.5, np.arange(3, 40)
-    found = outside_below(theta, g, kept, highest, missed)
-    for one, bound in zip(kept, found, strict=True):
-        assert np.isfinite(bound) == (smallest_eigenvalue(theta, g, int(one), highest, missed) > 0)
-        assert not np.isfinite(bound) or bound == least_outside(theta, g, int(one), missed)
-    assert 0 < np.isfinite(found).sum() < len(found)
-    # θ itself is no bound.
-    assert outside_below(theta, g, np.array([2]), highest, missed)[0] == np.inf
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e-2])
+def test_the_shortfall_without_eigenvalues(size: float, tied: bool) -> None:
+    """Never below the sum of the largest eigenvalues of Θ + P, and close to it."""
+    theta, g = parts(20, 4, size, seed=3)
+    rank, gap, noise = 4, 0.05, 1e-5
+    if tied:
+        theta[rank] = theta[rank - 1]
+    for kept in (4, 5, 9, 14):
+        P = (g[:kept] @ g[:kept].T + noise**2 * np.eye(kept)) / gap
+        true = float(np.linalg.eigvalsh(np.diag(theta[:kept]) + P)[-rank:].sum() - theta[:rank].sum())
+        ties = true / rank + noise**2 / gap
+        found = [shortfall_without_eigenvalues(theta, g, rank, kept, gap, noise, above) for above in (0.0, ties)]
+        # Eigenvalues near 1 are rounded to 2⁻⁵², some of them added.
+        assert min(found) >= true - 1e-14
+        assert min(found) <= 3.1 * true or size > 1e-3
+        assert np.isfinite(found[0]) == (kept == rank or not tied)
+
+
+def test_the_least_shortfall_is_that_of_one_of_the_numbers() -> None:
+    theta, g = parts(40, 4, 1e-3, seed=1)
+    rank, missed, rounding, noise = 3, 0.5, 1e-7, 1e-8
+    candidates = np.array([3, 4, 5, 7, 40])
+    best, kept, outside = least_shortfall(theta, g, rank, candidates, missed, rounding, noise, 0.0)
+    assert kept in candidates
+    assert outside == least_outside(theta, g, kept, missed) + rounding
+    gap = float(theta[rank - 1]) - outside
+    assert best == shortfall_without_eigenvalues(theta, g, rank, kept, gap, noise, 0.0)
+    enough, first, _ = least_shortfall(theta, g, rank, candidates, missed, rounding, noise, 1.0)
+    assert (enough >= best, first) == (True, 3)
+    # Nothing is proven where what was missed may be as large as θ_r.
+    assert least_shortfall(theta, g, rank, candidates, float(theta[2]), rounding, noise, 1.0)[0] == np.inf
