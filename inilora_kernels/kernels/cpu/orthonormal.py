@@ -16,16 +16,20 @@ from .gram import BLOCK, add_inner_products, add_outer_products
 from .jit import njit
 from .plain_products import SUMS
 
+# From all rows: one as a rule, a second where much of a row was along rows other than the last.
+_MOST_PROJECTIONS = 3
+
 
 def orthonormal_against(
     Q: Tensor, fixed: Tensor | None, Z: Tensor, *, vanished: float, spread: float, long: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Rows X (b×n), orthonormal and orthogonal to those of Q (m×n) and of `fixed`.
 
-    Z = βᵀX + alongᵀQ + what it has along `fixed`. Twice projected, each time followed by Cholesky QR. Returns X, β
-    (b×b) and `along` (m×b), float64; None where that is not enough: a row of Z is shorter after a projection than
-    `vanished` times what it was, the triangle's diagonal spans more than 1/`spread`, or a unit row was not still longer
-    than `long` after the second projection.
+    Z = βᵀX + alongᵀQ + what it has along `fixed`. Where Z is M times the last b rows of a Krylov space, nearly all that
+    it has along Q is along the last 2b rows; so these are taken out of it first, then all rows, each time followed by
+    Cholesky QR, and all again where a unit row has not stayed longer than `long`. Returns X, β (b×b) and
+    `along` (m×b), float64; None where that is not enough: a row becomes shorter than `vanished` times what it was, the
+    triangle's diagonal spans more than 1/`spread`, or the rows are not `long` after _MOST_PROJECTIONS.
 
     >>> X, coupling, along = orthonormal_against(
     ...     torch.eye(1, 8), None, torch.full((1, 8), 2.0), vanished=1e-6, spread=1e-6, long=0.5
@@ -49,32 +53,40 @@ def make_orthonormal(
 ) -> bool:
     """X (b rounded up, n) in place, coupling (b, b) from the identity and along (m, b) from zero.
 
-    Reads Q and `fixed` twice a projection, X a few times from the cache.
+    Reads Q and `fixed` twice for each projection from all rows, one as a rule, and X a few times from the cache.
     """
     b, n = len(coupling), X.shape[1]
     parts = np.empty((max(len(Q), len(fixed)), len(X)), dtype=np.float32)
     wide, gram, triangle = np.empty((b, n)), np.empty((b, b)), np.zeros((b, b))
     _gram(X, gram)
     lengths = np.sqrt(np.diag(gram))
-    for attempt in range(2):
-        if len(fixed):
+    for attempt in range(1 + _MOST_PROJECTIONS):
+        first = max(0, len(Q) - 2 * b) if attempt == 0 else 0
+        if attempt and len(fixed):
             _project(fixed, X, parts)
-        if len(Q):
-            _project(Q, X, parts)
-            for i in range(len(Q)):
+        if first < len(Q):
+            _project(Q[first:], X, parts)
+            for i in range(first, len(Q)):
                 for c in range(b):
                     for e in range(b):
-                        along[i, e] -= parts[i, c] * coupling[c, e]
+                        along[i, e] -= parts[i - first, c] * coupling[c, e]
         _gram(X, gram)
+        stayed_long = True
         for c in range(b):
-            if not gram[c, c] > (vanished * lengths[c]) ** 2 or (attempt and not gram[c, c] > long**2):
+            if not gram[c, c] > (vanished * lengths[c]) ** 2:
                 return False
+            stayed_long = stayed_long and gram[c, c] > long**2
         if not _cholesky(gram, triangle, spread):
             return False
         _solve(triangle, X, wide)
         coupling[:] = _product(triangle, coupling)
-        lengths[:] = 1.0
-    return True
+        if attempt and stayed_long:
+            return True
+        # What rounding is to Z, it is to these unit rows, as long as the triangle is no smaller than that.
+        for c in range(b):
+            shrunk = np.sqrt(gram[c, c]) / lengths[c]
+            lengths[c] = 1.0 / min(1.0, shrunk) if attempt == 0 else 1.0
+    return False
 
 
 @njit(cache=True, nogil=True)
