@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,21 @@ def test_an_options_default_stands_in_one_place() -> None:
                 if isinstance(value, ast.Constant) and (argument.arg, value.value) in defaults.items():
                     again.append(f"{module_of(file)}.{node.name}: {argument.arg}={value.value!r}")
     assert again == []
+
+
+def test_what_holds_tensors_compares_by_identity() -> None:
+    """A generated == would raise, as torch has no truth value for a comparison of several entries."""
+    by_value = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            decorator = next((text for text in map(ast.unparse, node.decorator_list) if "dataclass" in text), None)
+            kinds = [ast.unparse(one.annotation) for one in node.body if isinstance(one, ast.AnnAssign)]
+            holds = any(re.search(r"\bTensor\b", kind) and "Callable" not in kind for kind in kinds)
+            if decorator is not None and holds and "eq=False" not in decorator:
+                by_value.append(f"{module_of(file)}.{node.name}")
+    assert by_value == []
 
 
 def test_the_package_shows_its_public_names_alone() -> None:

@@ -36,7 +36,7 @@ _MERGE_INSTEAD = (
 _HUB_CACHE = re.compile(r".*[/\\]models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[^/\\]+)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA adapter as PEFT stores it.
 

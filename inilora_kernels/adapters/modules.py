@@ -21,7 +21,7 @@ from ..model.names import endings, match_names
 from ..suggestions import some
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Start:
     """The factors that an adapter of one module starts from, float32: A (r, in_features), B (out_features, r), BA ≈ W.
 

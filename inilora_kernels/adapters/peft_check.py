@@ -19,7 +19,7 @@ from .residual_base import Layer
 from .weights import require_gradients, run_base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parts:
     """What a start changes in a layer, as it was: to put it back."""
 

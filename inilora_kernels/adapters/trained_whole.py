@@ -13,7 +13,7 @@ from ..model.architecture import Architecture, architectures
 from ..model.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainedWhole:
     """What a merged model has in other places than a LoRA's.
 

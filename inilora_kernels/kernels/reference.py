@@ -47,7 +47,7 @@ def residual_loss(W: Tensor, A: Tensor, B: Tensor) -> float:
     return total
 
 
-@dataclass
+@dataclass(eq=False)
 class AdamState:
     """The factors of one matrix with Adam's two moments of each, all of one dtype."""
 

@@ -21,7 +21,7 @@ _MOST_PROJECTIONS = 5
 _ROWS_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RitzPairs:
     """Ritz pairs of M on a Krylov space, on the CPU in float64.
 

@@ -31,7 +31,7 @@ SMALL_MATRIX_BYTES = 8 * 2**20
 FLOPS_A_CALL = 1.5e10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedMatrix:
     """W in tiles (strips, panels, strip rows, PANEL), zero-padded, in the checkpoint's dtype."""
 

@@ -180,7 +180,7 @@ def _fits_twice(planned: Sequence[PlannedWave], free: float) -> bool:
     return max(wave.bytes for wave in planned) + max(wave.weight_bytes for wave in planned) <= free
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Run:
     """One call of `adam`: what does not change from wave to wave."""
 
