@@ -60,23 +60,17 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
 def require_called_by_kernels(model: nn.Module, names: Collection[str]) -> None:
     """Raise TargetError if training hands a layer's weight to code that another machine may have a fused kernel for.
 
-    Mamba's mixers offer weights to a kernel, and call their layers where there is none: an adapter that is right here
-    has no effect there. For models that will be loaded elsewhere; `require_called` is right about this machine.
+    Mamba's mixers offer weights to a kernel in training, and call their layers where there is none: an adapter that is
+    right here has no effect there. For models that others will load; `require_called` is right about this machine.
     """
-    suspects = {name: reader for name in names if (reader := _reader(model, name))}
-    inputs = random_inputs(model) if suspects else None
-    if inputs is None:
-        return
-    without_cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with _reads({name: model.get_submodule(name) for name in suspects}) as read:
-        _run(model, {**inputs, **without_cache}, training=True)
-    for name in suspects:
-        if name in read:
-            raise TargetError(
-                f"{name}: in training, {suspects[name][1]} hands its weight to a fused kernel where there is one (on a "
-                f"GPU, say), so an adapter on it would have no effect there; leave this module out of the factors, or "
-                f"start by lora_model on the machine that trains, which tries whether it does"
-            )
+    for name in names:
+        for _, owner, function, chain in _around(model, name):
+            if chain in _weights_offered_by(function):
+                raise TargetError(
+                    f"{name}: {owner} hands its weight to a fused kernel where there is one (on a GPU, say), so an "
+                    f"adapter on it would have no effect there; leave this module out of the factors, or start by "
+                    f"lora_model on the machine that trains, which tries whether it does"
+                )
 
 
 def reads_weight(model: nn.Module, name: str) -> str | None:
@@ -260,7 +254,7 @@ def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = F
 
 
 @torch.no_grad()
-def _run(model: nn.Module, inputs: Mapping[str, Any], training: bool = False) -> Any:
+def _run(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = False) -> Any:
     with _mode(model, training), torch.random.fork_rng(devices=[]):
         try:
             return model(**inputs)
@@ -304,16 +298,38 @@ def _methods(module: nn.Module) -> dict[str, Any]:
 @functools.cache
 def _weights_computed_with(function: Any) -> frozenset[Chain]:
     """Each attribute chain, ("self", "out_proj"), whose `.weight` the function computes with; "*" for any index."""
+    return frozenset(chain for _, chain in _weights_read(function))
+
+
+@functools.cache
+def _weights_offered_by(function: Any) -> frozenset[Chain]:
+    """Those among them that the function reads for a kernel: in a branch for training, or by its own name."""
+    if "kernel" in getattr(function, "__name__", ""):
+        return _weights_computed_with(function)
+    around = dict(_nodes(function))
+    return frozenset(chain for node, chain in _weights_read(function) if _is_for_training(node, around))
+
+
+def _is_for_training(node: ast.AST, around: Mapping[ast.AST, ast.AST]) -> bool:
+    while around[node] is not node:
+        node = around[node]
+        if isinstance(node, ast.If) and any(
+            isinstance(part, ast.Attribute) and part.attr == "training" for part in ast.walk(node.test)
+        ):
+            return True
+    return False
+
+
+def _weights_read(function: Any) -> Iterator[tuple[ast.AST, Chain]]:
+    """Where the function computes with a layer's `.weight`, and that layer's chain."""
     if "weight" not in getattr(getattr(function, "__code__", None), "co_names", ()):
-        return frozenset()
+        return
     nodes = _nodes(function)
     variables = _variables(nodes)
-    return frozenset(
-        chain
-        for node, around in nodes
-        if isinstance(node, ast.Attribute) and node.attr == "weight" and _computes(node, around)
-        for chain in _chains(node.value, variables)
-    )
+    for node, around in nodes:
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and _computes(node, around):
+            for chain in _chains(node.value, variables):
+                yield node, chain
 
 
 @functools.cache
@@ -348,6 +364,7 @@ def _variables(nodes: Sequence[tuple[ast.AST, ast.AST]]) -> dict[str, list[Chain
     return variables
 
 
+@functools.cache
 def _nodes(function: Any) -> list[tuple[ast.AST, ast.AST]]:
     """The nodes of a function's source, each with the one around it; none where there is no source."""
     try:

@@ -17,6 +17,7 @@ from inilora_kernels.adapters.live_model import (
     random_inputs,
     reads_weight,
     require_called,
+    require_called_by_kernels,
     require_same_output,
 )
 from inilora_kernels.errors import TargetError
@@ -96,6 +97,35 @@ def test_a_weight_is_found_to_be_read_by_whatever_name() -> None:
         require_called(model, ["called", "given"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {type(module) for module in model.modules()} == {Hidden, nn.Embedding, nn.Linear, nn.ModuleList}
+
+
+class Mixer(nn.Module):
+    """As transformers' Bamba, Falcon-H1 and Nemotron-H in training, and as its Mamba before 5 wherever it has a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.offered, self.last, self.sliced = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.is_cuda:
+            return F.linear(x, self.offered.weight)
+        if x.dim() > 5:
+            return F.linear(x, self.sliced.weight)
+        if x.is_cuda:
+            return self.cuda_kernels_forward(x)
+        return self.sliced(self.last(self.offered(self.first(x))))
+
+    def cuda_kernels_forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.first(x), self.last.weight)
+
+
+def test_a_layer_whose_weight_is_offered_to_a_kernel_is_for_this_machine_alone() -> None:
+    """peft 761: such a layer is called on a CPU, and read on a GPU."""
+    model = nn.ModuleDict({"mixer": Mixer()})
+    require_called_by_kernels(model, ["mixer.first", "mixer.sliced"])
+    for name in ("mixer.offered", "mixer.last"):
+        with pytest.raises(TargetError, match=rf"{name}: Mixer\..*forward hands its weight to a fused kernel"):
+            require_called_by_kernels(model, [name])
 
 
 class OnCpu(nn.Module):
