@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -63,6 +64,16 @@ application = typer.Typer(
 )
 
 
+class _Lossy(io.FileIO):
+    """A stream that loses what a full disk or a closed pipe does not take: a message must not end a run."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"inilora {__version__}")
@@ -98,13 +109,27 @@ def main() -> None:
         # A terminal without σ shows ? instead; that must not cost a result.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if type(sys.stderr) is io.TextIOWrapper:
+        sys.stderr = io.TextIOWrapper(
+            _Lossy(sys.stderr.fileno(), "w", closefd=False), sys.stderr.encoding, "replace", write_through=True
+        )
     try:
-        application()
+        try:
+            application()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except SystemExit as ended:
         # typer makes an exit of Ctrl-C, and says nothing.
         if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
             print("inilora: stopped", file=sys.stderr)
         raise
+    except OSError as error:
+        # What is read and written raises errors of ours; this one may be of what is printed, to a full disk, say.
+        if not _cannot_print():
+            raise
+        print(f"inilora: cannot write to the standard output: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except ProcessError:
         # The process that failed has said why.
         sys.exit(2)
@@ -124,3 +149,13 @@ def main() -> None:
             raise
         print("inilora: this command needs peft: pip install 'inilora-kernels[peft]'", file=sys.stderr)
         sys.exit(2)
+
+
+def _cannot_print() -> bool:
+    """Whether the standard output takes no more; then Python shall not try it again on leaving."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

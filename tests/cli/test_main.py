@@ -83,3 +83,22 @@ def test_the_list_of_commands_says_what_each_help_says() -> None:
         own = found.info.help if isinstance(found, typer.Typer) else found.__doc__.splitlines()[0]
         assert summary == own
         assert f"{name} {summary}" in listed
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_a_full_standard_output_is_one_clear_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "inilora_kernels", "--help"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "inilora: cannot write to the standard output: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_messages_that_nobody_takes_do_not_cost_the_result(model: Path, tmp_path: Path) -> None:
+    arguments = ["approximate", str(model), "-o", str(tmp_path / "out"), "--solver", "krylov", "-t", "all-linear"]
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "inilora_kernels", *arguments]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert result.returncode == 0
+    assert (tmp_path / "out").exists()

@@ -59,3 +59,10 @@ def test_no_number_is_cut_off_however_narrow_the_terminal(
         assert "…" not in shown
         assert shown.count("252") >= (210 if every else 7)
         assert all(cell_len(line) <= width for line in shown.splitlines())
+
+
+def test_a_terminal_of_a_few_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """rich raises an AssertionError in one of one column."""
+    monkeypatch.setenv("COLUMNS", "1")
+    show(sets(2), as_json=False, every=True)
+    assert capsys.readouterr().out

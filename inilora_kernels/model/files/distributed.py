@@ -51,8 +51,15 @@ class DistributedTensor:
         try:
             with _quiet():
                 checkpoint.load({self.name: whole}, storage_reader=_reader(self.file), no_dist=True)
-        except Exception as error:
-            raise CheckpointError(f"{self.file}: cannot read {self.name} ({_reason(error)})") from error
+        except BaseException as error:
+            # torch's own kind of error here is no Exception, and its first line is a rank's traceback.
+            failures = getattr(error, "failures", {})
+            if not failures and not isinstance(error, Exception):
+                raise
+            reason = _reason(next(iter(failures.values()))[0] if failures else error)
+            raise CheckpointError(
+                f"{self.file}: cannot read {self.name} ({reason}); its .distcp files are damaged, write them again"
+            ) from error
         return whole[rows].clone() if whole.ndim and rows != slice(None) else whole
 
     def sha256(self) -> str:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.checkpoint import open_checkpoint
 
 from ..checkpoints import TENSORS, holds, refusal
@@ -41,3 +42,14 @@ def test_code_in_distributed_metadata_is_never_run(tmp_path: Path, monkeypatch: 
     (tmp_path / "model" / ".metadata").write_bytes(pickle.dumps(Hostile()))
     assert "more than torch's description" in refusal(tmp_path / "model")
     assert not Path("hostile-code-ran").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 3000])
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_cut_short(tmp_path: Path, keep: int) -> None:
+    """torch raises a CheckpointException, which is no Exception."""
+    dcp.save({"query.weight": torch.ones(64, 64)}, checkpoint_id=tmp_path / "model", no_dist=True)
+    (part,) = (tmp_path / "model").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"cannot read query\.weight .*write them again"):
+        open_checkpoint(tmp_path / "model").read("query.weight")
