@@ -12,7 +12,6 @@ from .errors import OptionError, WeightError
 from .factor_set import FactorSet, loaded
 from .factors import Factors
 from .initializations import settled, solver_of
-from .kernels.loading import load_backend
 from .model.in_memory import MatrixLike, target_in_memory
 from .model.live import Model, open_model
 from .model.survey import start_stds, survey
@@ -20,11 +19,13 @@ from .model.targets import Target, find_targets, tensors_of
 from .options import ModelOptions, Options, P, takes
 from .processes import Job, shared_run, shares
 from .refusals import (
+    require_backend,
     require_converged,
     require_factors,
     require_fitting,
     require_one_rank,
     require_patterns_used,
+    require_ranks_taken,
     require_unchanged,
     size_of_factors,
     warn_if_uncertified,
@@ -150,6 +151,7 @@ def _factorize(
     require_patterns_used(targets, options)
     for target in targets:
         require_fitting(target, options, start)
+    device = require_backend(targets, options)
     record = {**options.record(), "package_version": __version__}
     if "start" in record:
         record["start"] = None if start is None else factor_file.digest(start)
@@ -158,14 +160,12 @@ def _factorize(
     keys: dict[str, str] = {}
     with ProgressBar((keeps if options.progress is None else options.progress) and job.rank == 0) as bar:
         announce_reading(targets, options, bar)
-        tasks = _tasks(targets, options, start, job, bar)
-        device = load_backend(options.backend, options.device).device.type
+        tasks = require_ranks_taken(_tasks(targets, options, start, job, bar), options)
         for task in tasks:
             for rank in task.ranks:
                 place = _place(task, rank)
                 keys[place] = _cache_key(task, rank, device, record)
-                known = cache.find(keys[place], task.sha256) if cached else None
-                if known is not None:
+                if cached and (known := cache.find(keys[place], task.sha256)) is not None:
                     results[place] = known
         owners = job.together("found", dict.fromkeys(results, job.rank))
         missing = [task for task in tasks if any(_place(task, rank) not in owners for rank in task.ranks)]

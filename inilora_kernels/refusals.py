@@ -7,8 +7,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import CheckpointError, OptionError, WeightError
+import torch
+
+from .errors import BackendError, CheckpointError, OptionError, WeightError
 from .factors import Factors
+from .kernels.loading import load_backend
 from .model.targets import Target
 from .options import Options
 from .solvers.run import Task
@@ -42,6 +45,34 @@ def require_fitting(target: Target, options: Options, start: Mapping[str, Factor
             f"start's factors for {target.module} are of shape {shape[0]}×{shape[1]} and rank {given.rank}; "
             f"give the same shape, and the same rank as here"
         )
+
+
+def require_backend(targets: Sequence[Target], options: Options) -> str:
+    """The type of the backend's device. Raises BackendError if there is no such backend, or it cannot take a matrix."""
+    device = load_backend(options.backend, options.device).device.type
+    _require_taken([(target, options.ranks_of(target.module) or ()) for target in targets], options)
+    return device
+
+
+def require_ranks_taken(tasks: Sequence[Task], options: Options) -> Sequence[Task]:
+    """The tasks. Raises BackendError for a rank, settled by the matrix's energy, that the backend cannot take."""
+    _require_taken([(task.target, task.ranks) for task in tasks], options)
+    return tasks
+
+
+def _require_taken(wanted: Sequence[tuple[Target, Sequence[int]]], options: Options) -> None:
+    if not options.adam_steps:
+        return
+    backend = load_backend(options.backend, options.device)
+    alike: dict[tuple[tuple[int, int], torch.dtype, int], str] = {}
+    for target, ranks in wanted:
+        for rank in ranks:
+            alike.setdefault((target.shape, target.dtype, rank), target.module)
+    for kind, module in alike.items():
+        try:
+            backend.require_adam(*kind)
+        except BackendError as error:
+            raise BackendError(f"{module}: {error}") from None
 
 
 def size_of_factors(targets: Sequence[Target], options: Options) -> int:

@@ -160,6 +160,9 @@ class Backend(Protocol):
     def direct_dtype(self) -> torch.dtype:
         """The dtype of the direct solver's products with W."""
 
+    def require_adam(self, shape: tuple[int, int], dtype: torch.dtype, rank: int) -> None:
+        """Raise BackendError if `adam` cannot take such a matrix; reads nothing."""
+
     def adam(self, batch: Batch) -> None:
         """Run Adam on every problem of the batch up to its last milestone."""
 

@@ -94,6 +94,9 @@ class ReferenceBackend:
     def gram_batches(self, matrices: Sequence[Stored], visit: Visit) -> None:
         """See `Backend.gram_batches`: none."""
 
+    def require_adam(self, shape: tuple[int, int], dtype: torch.dtype, rank: int) -> None:
+        """See `Backend.require_adam`: takes any."""
+
     def adam(self, batch: Batch) -> None:
         for index, problem in enumerate(batch.problems):
             W = problem.load().to(self.device, self.dtype)

@@ -156,6 +156,9 @@ class CpuBackend:
     def gram_batches(self, matrices: Sequence[Stored], visit: Visit) -> None:
         """See `Backend.gram_batches`: none."""
 
+    def require_adam(self, shape: tuple[int, int], dtype: torch.dtype, rank: int) -> None:
+        """See `Backend.require_adam`: takes any."""
+
     def adam(self, batch: Batch) -> None:
         small = [i for i, p in enumerate(batch.problems) if 4 * p.shape[0] * p.shape[1] <= SMALL_MATRIX_BYTES]
         alone = set(small[: len(small) // self.threads * self.threads]) if self.threads > 1 else set(small)

@@ -97,6 +97,10 @@ class TritonBackend:
         if self.device.index is None:
             object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
 
+    def require_adam(self, shape: tuple[int, int], dtype: torch.dtype, rank: int) -> None:
+        """See `Backend.require_adam`: for a rank beyond the kernels', or a matrix beyond the device's free memory."""
+        self._divided([(shape, dtype, rank)], self.place().free_memory())
+
     def adam(self, batch: Batch) -> None:
         """See `Backend.adam`. Takes the problems wave by wave, larger shapes first; each W is loaded for its wave.
 
@@ -104,23 +108,13 @@ class TritonBackend:
         """
         if not batch.problems or not batch.milestones:
             return
-        for index, problem in enumerate(batch.problems):
-            if not padded_rank(problem.rank):
-                raise BackendError(
-                    f'backend="triton" takes ranks up to {RANKS[-1]}; matrix {index} of the batch, '
-                    f'{problem.shape[0]}×{problem.shape[1]}, has rank {problem.rank}; take backend="cpu"'
-                )
         with ExitStack() as scope:
             place = self.place()
             # A launch goes to the current device and stream, which need not be those whose tensors it is given.
             for context in _contexts(place):
                 scope.enter_context(context)
-            dtypes = [kernel_dtype(problem.dtype) for problem in batch.problems]
-            matrices = [
-                Matrix(one.shape, dtype.itemsize, one.rank) for one, dtype in zip(batch.problems, dtypes, strict=True)
-            ]
             free = place.free_memory()
-            planned = divide(matrices, dtypes, self.gpu(), free)
+            planned = self._divided([(one.shape, one.dtype, one.rank) for one in batch.problems], free)
             rates = rate_table(batch.schedule, batch.milestones[-1]).to(self.device)
             run = _Run(place, batch, rates)
             run.waves(planned, overlapped=len(planned) > 1 and _fits_twice(planned, free))
@@ -136,6 +130,18 @@ class TritonBackend:
                 visit_batches(place, self.gpu(), matrices, [kernel_dtype(one.dtype) for one in matrices], visit)
             finally:
                 _rejoin(place)
+
+    def _divided(self, wanted: Sequence[tuple[tuple[int, int], torch.dtype, int]], free: float) -> list[PlannedWave]:
+        """The waves of matrices of these shapes, dtypes and ranks. free: bytes of memory."""
+        for (d, k), _, rank in wanted:
+            if not padded_rank(rank):
+                raise BackendError(
+                    f'backend="triton" takes ranks up to {RANKS[-1]}; a {d}×{k} matrix has rank {rank}; '
+                    'take backend="cpu"'
+                )
+        dtypes = [kernel_dtype(dtype) for _, dtype, _ in wanted]
+        matrices = [Matrix(shape, dtype.itemsize, rank) for (shape, _, rank), dtype in zip(wanted, dtypes, strict=True)]
+        return divide(matrices, dtypes, self.gpu(), free)
 
     def place(self) -> Device:
         """The device and its streams."""

@@ -60,8 +60,8 @@ def divide(
         alone = _planned([index], [choice.parts], matrices, choice.resident, gpu)
         if alone.bytes > memory:
             raise BackendError(
-                f"{gpu.name} has {memory / 1e9:.3g} GB free, but matrix {index} of the batch, "
-                f"{matrix.shape[0]}×{matrix.shape[1]} at rank {matrix.rank}, needs {alone.bytes / 1e9:.3g} GB; free "
+                f"{gpu.name} has {memory / 1e9:.3g} GB free, but a {matrix.shape[0]}×{matrix.shape[1]} matrix at rank "
+                f"{matrix.rank} needs {alone.bytes / 1e9:.3g} GB; free "
                 'some device memory, or take backend="cpu"'
             )
         cached = (alone.weight_bytes + alone.layout.state_bytes) / (gpu.cache * gpu.cache_usable)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from inilora_kernels import approximate, approximate_model
 from inilora_kernels.errors import BackendError
 from inilora_kernels.kernels.backend import Batch, Problem, Sample, Schedule
 from inilora_kernels.kernels.gpu import backend as triton_backend
@@ -20,6 +24,7 @@ from inilora_kernels.kernels.gpu.backend import TritonBackend, require_triton
 from inilora_kernels.kernels.gpu.device import HostDevice
 from inilora_kernels.kernels.loading import load_backend
 from inilora_kernels.kernels.reference import AdamState, adam_step, residual_loss
+from inilora_kernels.solvers import run
 
 from .cases import CPU, PRODUCT_ERROR, make, relative
 from .interpreter import interpreted
@@ -100,8 +105,39 @@ def test_a_matrix_has_the_same_bits_in_any_batch(backend: TritonBackend) -> None
 
 def test_ranks_beyond_the_kernels_are_refused(backend: TritonBackend) -> None:
     _, problems = make([(140, 140)], [129], torch.float32)
-    with pytest.raises(BackendError, match=r"ranks up to 128.*140×140.*rank 129"):
+    with pytest.raises(BackendError, match=r"ranks up to 128; a 140×140 matrix has rank 129"):
         backend.adam(Batch(problems, Schedule(1, 1e-3, 1, 0.9, "mse"), [1]))
+
+
+@pytest.mark.parametrize(
+    ("rank", "memory", "message"),
+    [
+        (129, 1e12, r"^layers.0.value: .*ranks up to 128; a 300×140 matrix has rank 129"),
+        (8, 1.2e5, r"^layers.0.value: .*0\.00012 GB free, but a 300×140 matrix at rank 8 needs 0\.000\d+ GB"),
+    ],
+)
+def test_what_the_gpu_cannot_take_is_refused_before_anything_is_read(
+    rank: int, memory: float, message: str, backend: TritonBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the survey and f* of every matrix, which take minutes for a large model."""
+    save_file(
+        {"layers.0.query.weight": torch.ones(140, 140), "layers.0.value.weight": torch.ones(300, 140)},
+        tmp_path / "model.safetensors",
+    )
+    monkeypatch.setattr(HostDevice, "free_memory", lambda self: memory)
+    main_job = import_module("inilora_kernels.approximate")
+    monkeypatch.setattr(main_job, "survey", lambda *arguments: pytest.fail("the weights were read"))
+    pattern = {"value": rank}
+    with pytest.raises(BackendError, match=message):
+        approximate_model(tmp_path, 4, rank_pattern=pattern, backend="triton", device="cpu", steps=3, cache=False)
+
+
+def test_a_rank_that_follows_from_the_energy_is_refused_before_the_certificates(
+    backend: TritonBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_bounds", lambda *arguments: pytest.fail("f* was computed"))
+    with pytest.raises(BackendError, match=r"ranks up to 128; a 140×140 matrix has rank 1[34]\d"):
+        approximate(torch.eye(140), rank="energy:0.99", backend="triton", device="cpu", steps=3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -143,7 +179,7 @@ def test_memory_splits_a_batch_and_refuses_what_never_fits_before_loading(
 
     order.clear()
     monkeypatch.setattr(HostDevice, "free_memory", lambda self: 10_000.0)
-    with pytest.raises(BackendError, match=r"1e-05 GB free, but matrix 2 .* 40×24 at rank 4, needs 1\.16e-05 GB"):
+    with pytest.raises(BackendError, match=r"1e-05 GB free, but a 40×24 matrix at rank 4 needs 1\.16e-05 GB"):
         backend.adam(batch)
     assert order == []
 
