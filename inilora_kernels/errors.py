@@ -53,9 +53,9 @@ class ProcessError(InitializationError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch or the operating system refused memory.
+    """Whether Python, torch, a GPU or the operating system refused memory.
 
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
     (True, False)
     """
-    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or any(one in str(error) for one in ("allocate memory", "out of memory"))

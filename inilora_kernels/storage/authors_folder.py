@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import FactorFileError, OptionError
 from ..factors import Certificate, Factors
 from .atomic import whole_folder, write_whole
-from .reading import is_there, require_regular, require_stored
+from .reading import is_there, reporting, require_regular, require_stored
 
 SUFFIX = ".weight.pt"
 LOSS_SUFFIX = ".weight.loss.pt"
@@ -107,7 +107,10 @@ def _history(file: Path, entries: int) -> tuple[list[tuple[int, float]], int]:
 def _torch_load(file: Path) -> dict[str, Any]:
     require_regular(file, FactorFileError)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with reporting(file, FactorFileError):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except FactorFileError:
+        raise
     except Exception as error:
         # torch raises whatever its unpickler meets; a hostile file and a broken one look alike.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, InitializationError, WeightError
 from ...kernels.threads import share
-from ...storage.reading import empty
+from ...storage.reading import empty, reporting
 from ..files.tensor import StoredTensor, reader
 
 # Values dequantized at a time: no more than a few MiB of packed ones, but as many as that allows: between strips
@@ -60,13 +60,14 @@ class StoredWeight:
         if self.dequantize is None:
             return next(iter(self.stored.values())).read(rows)
         start, stop, _ = rows.indices(self.shape[0])
+        file = next(iter(self.stored.values())).file
         try:
-            return self.dequantize(slice(start, max(start, stop)))
+            with reporting(file, part=self.name):
+                return self.dequantize(slice(start, max(start, stop)))
         except InitializationError:
             raise
         except Exception as error:
             # Whatever a quantizer's library raises on tensors and descriptions that do not fit each other.
-            file = next(iter(self.stored.values())).file
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise CheckpointError(
                 f"{file}: {self.name} cannot be dequantized ({reason}); download it again, or use the original model"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from inilora_kernels.errors import CheckpointError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.formats.weight import (
     LEAST_IN_STRIP,
@@ -86,3 +87,16 @@ def test_the_sha256_tells_formats_and_every_stored_tensor_apart(tmp_path: Path) 
     plain = StoredWeight("w", (2, 2), torch.float32, "", {"values": a})
     assert plain.sha256() == a.sha256()
     assert torch.equal(plain.read(slice(1, 2)), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")])
+def test_a_lack_of_memory_is_not_called_a_damaged_file(error: Exception, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+
+    def fail(rows: slice) -> torch.Tensor:
+        raise error
+
+    stored = {"values": open_checkpoint(tmp_path).tensors["a"]}
+    with pytest.raises(CheckpointError, match="cannot read w: not enough memory") as caught:
+        StoredWeight("w", (2, 2), torch.float32, "a kind", stored, fail).read()
+    assert "download" not in str(caught.value)
