@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numba
@@ -39,7 +41,15 @@ def njit(
 
 
 class _ForgivingCache(FunctionCache):
-    """A cache that costs a compilation, never the run, when its files are damaged or the disk is full."""
+    """A cache that costs a compilation, never the run, when its files are damaged or the disk is full.
+
+    numba trusts what it has compiled as long as the function's own file is the same; what that calls is compiled into
+    it, too. So here all files of its folder have to be the same: after `git pull` only some are new.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        self._cache_file._source_stamp = _stamps(Path(function.__code__.co_filename).parent)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -53,6 +63,12 @@ class _ForgivingCache(FunctionCache):
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):
             super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    found = ((file.name, file.stat()) for file in sorted(folder.glob("*.py")))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 def _cache(function: Callable[..., Any]) -> FunctionCache | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,20 @@ def test_a_cache_that_others_can_write_is_not_used(module: Path, own_cache: Path
     (folder,) = own_cache.glob("numba-*")
     folder.chmod(0o777)
     assert not found_in_cache(module)
+
+
+def test_what_is_called_from_another_file_is_not_kept_beyond_that_file(tmp_path: Path) -> None:
+    """numba compiles it into the caller, whose own file is the same."""
+    called, caller = tmp_path / "called.py", tmp_path / "caller.py"
+    called.write_text("from inilora_kernels.kernels.cpu.jit import njit\n@njit()\ndef one(): return 1\n")
+    caller.write_text(
+        "from called import one\nfrom inilora_kernels.kernels.cpu.jit import njit\n"
+        "@njit(cache=True)\ndef two(): return 2 * one()\nprint(two(), sum(two._cache_hits.values()))\n"
+    )
+
+    def run() -> str:
+        return subprocess.run([sys.executable, str(caller)], capture_output=True, text=True, check=True).stdout
+
+    assert [run(), run()] == ["2 0\n", "2 1\n"]
+    called.write_text(called.read_text().replace("return 1", "return 10"))
+    assert run() == "20 0\n"
