@@ -26,9 +26,10 @@ from .suggestions import require_choice
 
 def lora_model(
     model: nn.Module,
-    factors: FactorSet | str | Path | int,
+    factors: FactorSet | str | Path | int | None = None,
     form: Form = "delta",
     *,
+    rank: int | None = None,
     lora_alpha: float | None = None,
     use_rslora: bool = False,
     lora_dropout: float = 0.0,
@@ -42,6 +43,7 @@ def lora_model(
         place, as `get_peft_model` does, and is as it was if this raises.
     factors: a FactorSet, the path of a factor file, or a rank: then they are computed from the model itself, by
         `approximate_model` with solver="krylov".
+    rank: the same as a number for `factors`; one of the two must be given.
     form: "delta" leaves the base weights as they are; "residual" puts R = W − sBA into them.
     lora_alpha: PEFT's; None for a scaling s of 1, as in the paper. A and B are divided by √s, so sBA stays the same.
     use_rslora, lora_dropout, task_type: PEFT's.
@@ -56,12 +58,16 @@ def lora_model(
     >>> model.add_module("q_proj", nn.Linear(8, 6)); model.add_module("v_proj", nn.Linear(6, 6))
     >>> x = torch.randn(2, 8)
     >>> expected = model(x)
-    >>> started = lora_model(model, 2)
+    >>> started = lora_model(model, rank=2)
     >>> torch.equal(started(x), expected), started.peft_config["default"].r
     (True, 2)
     """
+    if (factors is None) == (rank is None):
+        raise OptionError("lora_model: give either factors or a rank, as lora_model(model, rank=8)")
+    factors = rank if factors is None else factors
     if isinstance(factors, int):
         factors = approximate_model(model, rank=factors, solver="krylov")
+    assert factors is not None
     factors = factor_set(factors)
     config = lora_config_of(
         model, factors, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_dropout=lora_dropout, task_type=task_type

@@ -18,12 +18,19 @@ IDS = torch.arange(12).reshape(2, 6)
 def test_a_rank_is_enough(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     expected = model(IDS).logits
-    started = lora_model(model, 4, task_type="CAUSAL_LM")
+    started = lora_model(model, rank=4, task_type="CAUSAL_LM")
     assert torch.equal(started(IDS).logits, expected)
     assert type(started).__name__ == "PeftModelForCausalLM"
     trained = [name for name, parameter in started.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 2 * 2
     assert all(".lora_" in name and "_proj." in name for name in trained)
+
+
+def test_factors_or_a_rank(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    for given in ({}, {"factors": 4, "rank": 4}):
+        with pytest.raises(OptionError, match="either factors or a rank"):
+            lora_model(model, **given)
 
 
 @pytest.mark.parametrize("form", ["delta", "residual"])

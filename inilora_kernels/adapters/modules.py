@@ -177,7 +177,24 @@ def _live_names(
                 return {renamed[new]: live for new, live in match(list(renamed), available, where).items()}
             except TargetError:
                 continue
+        fused = next((one for one in wanted if one.endswith("in_proj") and _attention_of(one) in available), None)
+        if fused and fused not in available:
+            raise fused_attention(where, fused) from None
         raise
+
+
+def fused_attention(where: str, module: str) -> TargetError:
+    """The refusal of an adapter for in_proj_weight."""
+    return TargetError(
+        f"{where}: {module} cannot get an adapter: it is in_proj_weight of torch's MultiheadAttention, which reads "
+        f"that parameter and calls no layer; make the factors again without it, or convert the model to one whose "
+        f"projections are layers (transformers' CLIPModel for open_clip)"
+    )
+
+
+def _attention_of(in_proj: str) -> str:
+    """The one layer that torch's MultiheadAttention has next to its in_proj_weight."""
+    return in_proj.removesuffix("in_proj") + "out_proj"
 
 
 def _names_in_part(

@@ -26,7 +26,7 @@ from .diffusers_folder import is_diffusers, loaded_by_pipeline
 from .experts import expert_shapes
 from .folder import KEY_PREFIX, Adapter
 from .model_copy import size_of_copy
-from .modules import Start, find_starts, linear_shape, module_of, without
+from .modules import Start, find_starts, fused_attention, linear_shape, module_of, without
 from .weights import with_shared
 
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -75,6 +75,12 @@ def plan_export(
             f"PEFT adds their update to the parameter in either form; use export_delta (--form delta)"
         )
     checkpoint = open_checkpoint(base)
+    if checkpoint.wrapper and checkpoint.config:
+        raise TargetError(
+            f"{checkpoint.path}: every name begins with {checkpoint.wrapper}, as DistributedDataParallel or "
+            f"torch.compile leave it, so transformers would load none of these weights; save the model itself by its "
+            f"save_pretrained, and export with that (the factors fit), or give lora_model the model in memory"
+        )
     adapters = 2 * sum(part.A.nbytes + part.B.nbytes for part in factors.values())
     require_new_folder(out, adapters + (size_of_copy(checkpoint) if changes_weights else 0))
     tensors = require_same_base(checkpoint, factors)
@@ -221,11 +227,7 @@ def _live_name(checkpoint: Checkpoint, module: str, architecture: Architecture |
     """The name of a module in the model that will be loaded, where it is a linear layer with a weight of its own."""
     weight = checkpoint.weights.get(f"{module}.weight")
     if weight is not None and weight.is_fused_attention:
-        raise TargetError(
-            f"{checkpoint.path}: {module} cannot get an adapter: it is in_proj_weight of torch's MultiheadAttention, "
-            f"which reads that parameter and calls no layer; make the factors again without it, or convert the model "
-            f"to one whose projections are layers (transformers' CLIPModel for open_clip)"
-        )
+        raise fused_attention(str(checkpoint.path), module)
     if architecture is None or not architecture.layers:
         return module
     prefix = architecture.base_model_prefix

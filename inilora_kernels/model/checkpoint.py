@@ -29,6 +29,9 @@ from .hub import Choose, fetch
 from .layout import Component, find_components
 from .location import TORCH_SUFFIXES, located
 
+# What DistributedDataParallel and torch.compile put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -57,6 +60,14 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     name: str = ""
     absent: tuple[str, ...] = ()
+
+    @property
+    def wrapper(self) -> str:
+        """What a wrapper put before every name in the file, and `tensors` leaves out: "module." or "_orig_mod."."""
+        for name, tensor in self.tensors.items():
+            before = tensor.name.removesuffix(name) if tensor.name.endswith(name) else ""
+            return before if before.startswith(_WRAPPERS) else ""
+        return ""
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """The values of a weight, dequantized if it is quantized, or of any other tensor; all of them or some rows.
@@ -124,8 +135,18 @@ def _open_component(component: Component) -> Checkpoint:
         config = config or own_config
     if component.weight_map is not None:
         tensors = {name: tensors[name] for name in component.weight_map}
+    else:
+        tensors = _without_wrappers(tensors)
     weights = find_weights(tensors, config, metadata)
     return Checkpoint(component.folder, tensors, weights, config, absent=component.absent)
+
+
+def _without_wrappers(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The names of the model itself, where a wrapper's state dict was saved."""
+    for prefix in _WRAPPERS * 2:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _open_file(file: Path) -> tuple[Mapping[str, StoredTensor], dict[str, str], dict[str, Any] | None]:

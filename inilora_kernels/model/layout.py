@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,9 @@ SINGLE_FILES = (
 # The trainable parts of a diffusers pipeline: the denoiser and the text encoders, not the autoencoder.
 _TRAINED = re.compile(r"transformer(_\d+)?|unet|prior|text_encoder(_\d+)?")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<place>\d+)-of-(?P<count>\d+)(?P<variant>\.\w+)?\.(?P<suffix>safetensors|bin)")
-_VARIANT = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.(?P<variant>[\w-]+)\.(safetensors|bin)")
+_VARIANT = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model)\.(?P<variant>(?![\w-]+-of-\d)[\w-]+)\.(safetensors|bin)"
+)
 _VARIANT_INDEX = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.\w+\.index\.(?P<variant>[\w-]+)\.json")
 
 
@@ -75,6 +78,12 @@ def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Co
             raise CheckpointError(
                 f"{path}: neither a folder nor a .safetensors, .gguf, .bin, .pt, .pth or .ckpt file; give the model's "
                 f"folder or its weight file"
+            )
+        shard = _SHARD.fullmatch(path.name)
+        if shard and int(shard["count"]) > 1:
+            warnings.warn(
+                f"{path}: one of {int(shard['count'])} shards, each with a part of the model; give the folder for all",
+                stacklevel=2,
             )
         return (Component("", path.parent, (path,), _config(path.parent)),)
     if is_there(path / "model_index.json"):

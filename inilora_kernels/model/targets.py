@@ -159,6 +159,11 @@ def find_targets(
     if thin:
         shapes = f"{some([one.module for one in thin])}: {thin[0].shape[0]}×{thin[0].shape[1]} is thinner than the rank"
         warnings.warn(f"{checkpoint.path}: left out {shapes}", stacklevel=2)
+    if parameters := [
+        one.module for one in targets if checkpoint.weights[f"{one.module.partition(':')[0]}.weight"].is_fused_attention
+    ]:
+        no_layer = "torch's MultiheadAttention reads this parameter itself, so no adapter can start from its factors"
+        warnings.warn(f"{checkpoint.path}: {some(parameters)}: {no_layer}", stacklevel=2)
     for reason in dict.fromkeys(module.left_out for module in left_out):
         names = [module.name for module in left_out if module.left_out == reason]
         warnings.warn(f"{checkpoint.path}: left out {some(names)}: {reason}", stacklevel=2)

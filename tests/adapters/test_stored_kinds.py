@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def test_the_page_has_every_kind() -> None:
     for row, kind in zip(rows, KINDS, strict=True):
         assert ("refused" in row) == bool(kind.refused), row
         assert row.split(" | ")[3] == ("refused" if "start live" in kind.refused else "exact"), row
+
+
+def test_every_place_of_the_page_is_tried() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs/compatibility.md").read_text(encoding="utf-8")
+    rows = page.partition("| where | read | tried by |\n|---|---|---|\n")[2].split("\n\n")[0].splitlines()
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row)
+        assert named, row
+        for file, test in named:
+            assert f"def {test or 'test_'}" in (root / file).read_text(encoding="utf-8"), (file, test)
 
 
 def factors_of(model: Any) -> FactorSet:

@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from inilora_kernels import approximate_model, export_delta, lora_model
+from inilora_kernels.errors import TargetError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets
 
@@ -69,6 +72,36 @@ def test_shards_of_a_variant(tmp_path: Path) -> None:
     weight_map = shards(tmp_path, variant=".fp16")
     (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": weight_map}))
     assert holds(tmp_path)
+
+
+def test_shards_of_a_variant_as_transformers_names_them(tmp_path: Path) -> None:
+    """`model.fp16-00001-of-00014.safetensors` since transformers 5."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1))
+    model.half().save_pretrained(tmp_path, variant="fp16", max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(torch.equal(checkpoint.read(name), value) for name, value in model.state_dict().items())
+
+
+def test_one_shard_is_a_part_of_the_model(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model-00002-of-00003.safetensors")
+    with pytest.warns(UserWarning, match="one of 3 shards, each with a part of the model; give the folder"):
+        open_checkpoint(tmp_path / "model-00002-of-00003.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_a_wrappers_state_dict(tmp_path: Path, prefix: str) -> None:
+    """DistributedDataParallel and torch.compile: the factors are the model's; transformers would load none of it."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1))
+    model.config.save_pretrained(tmp_path)
+    torch.save({prefix + name: value for name, value in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    factors = approximate_model(tmp_path, rank=2, solver="krylov", cache=False, progress=False)
+    assert list(factors) == [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
+    with pytest.raises(TargetError, match=rf"every name begins with {prefix}, .* would load none of these weights"):
+        export_delta(tmp_path, factors, tmp_path / "out")
+    ids = torch.arange(8)[None]
+    expected = model.eval()(ids)[0]
+    assert torch.equal(lora_model(model, factors)(ids)[0], expected)
 
 
 def test_shards_without_an_index(tmp_path: Path) -> None:

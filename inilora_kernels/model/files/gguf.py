@@ -45,6 +45,11 @@ def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
     """
     gguf, loading = _libraries(file)
     header = read_header(file, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    if header.parts > 1:
+        raise CheckpointError(
+            f"{file}: one of {header.parts} parts of a model, which transformers does not load; put them together with "
+            f"`llama-gguf-split --merge` (llama.cpp), the first part and OUT.gguf, and give that"
+        )
     try:
         with _as_file(header.without_values()) as path:
             config = loading.load_gguf_checkpoint(path, return_tensors=False)["config"]

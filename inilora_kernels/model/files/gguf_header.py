@@ -19,7 +19,8 @@ from .tensor import what_it_is
 
 # Bytes of the metadata's values by their type's number. 8 is a string, 9 an array.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_STRING, _ARRAY, _UINT16, _UINT32 = 8, 9, 2, 4
+_PARTS = b"split.count"
 # The largest vocabularies take tens of megabytes.
 _MOST_HEADER, _MOST_ENTRIES, _MOST_DIMENSIONS = 1 << 28, 1_000_000, 8
 # Of all arrays together: tokens, their scores and types, merges. transformers goes through them one by one.
@@ -47,6 +48,14 @@ class Header:
     count: int
     metadata: bytes
     tensors: tuple[Described, ...]
+
+    @property
+    def parts(self) -> int:
+        """Of how many files this is one, as llama.cpp's `gguf-split` says."""
+        key = struct.pack("<Q", len(_PARTS)) + _PARTS
+        found = self.metadata.find(key)
+        kind, count = struct.unpack_from("<IH", self.metadata, found + len(key)) if found >= 0 else (_UINT16, 1)
+        return int(count) if kind == _UINT16 else 1
 
     def without_values(self) -> bytes:
         """A GGUF file with the same metadata and the same tensors, all of them empty."""

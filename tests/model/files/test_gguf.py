@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
@@ -30,3 +31,18 @@ def test_truncated(tmp_path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"model\.gguf"):
         open_checkpoint(path)
+
+
+def test_a_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
+    """llama.cpp's gguf-split: factors of one part would be of a part of the model."""
+    for count in (1, 2):
+        writer = gguf.GGUFWriter(tmp_path / f"{count}.gguf", "llama")
+        writer.add_uint16("split.no", 0)
+        writer.add_uint16("split.count", count)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with pytest.raises(CheckpointError, match=r"one of 2 parts of a model, .*`llama-gguf-split --merge`"):
+        open_checkpoint(tmp_path / "2.gguf")
+    assert not open_checkpoint(tmp_path / "1.gguf").tensors
