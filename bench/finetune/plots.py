@@ -100,7 +100,10 @@ def over_rates(axes: Axes, cells: Sequence[Cell], rows: Mapping[Run, Row], plot:
         line = {rate: fmean(values) for rate, values in {**swept, **fresh}.items()}
         line |= {rate: fmean(values) for rate, values in swept.items()}
         finite = sorted(rate for rate in line if math.isfinite(line[rate]))
-        axes.plot(finite, [line[rate] for rate in finite], label=system, markerfacecolor="white", **style)
+        # An open mark only where seeds chose: the common rate can lie outside a system's sweep.
+        chose_at = [index for index, rate in enumerate(finite) if rate in swept]
+        losses = [line[rate] for rate in finite]
+        axes.plot(finite, losses, label=system, markerfacecolor="white", markevery=chose_at, **style)
         for rate, values in fresh.items():
             # Side by side, where several systems share a rate.
             at = rate * 1.025 ** (place - len(systems) / 2)
