@@ -225,9 +225,9 @@ def _dense_seconds(layout: GramLayout, vectors: float, gpu: Gpu) -> float:
 
 
 def _finish_seconds(work: DirectWork, gpu: Gpu, *, factors: bool) -> float:
-    """WX, and W − BA where factors are wanted, in float64, from W in float64: written, and read once or twice."""
-    products = 2 if factors else 1
+    """WX and WᵀWX, and W − BA where factors are wanted, in float64, from W in float64: written, and read for each."""
+    products = 3 if factors else 2
     entries = float(math.prod(work.shape))
-    moved = products * entries * (work.itemsize + 16)
+    moved = entries * ((2 if factors else 1) * (work.itemsize + 8) + 8 * products)
     flops = products * 2.0 * entries * work.kept
     return _FINISH_SECONDS + max(moved / (gpu.dram * REACHED_DRAM), flops / (gpu.double * 0.5))
