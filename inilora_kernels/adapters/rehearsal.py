@@ -106,7 +106,10 @@ def require_same_start(plan: Plan, base: Path, *adapters: Path) -> None:
         with contextlib.nullcontext() if len(adapters) > 1 else model.disable_adapter():
             off = _output(model.get_base_model())
     if started is None or off is None:
-        return
+        raise TargetError(
+            f"{plan.checkpoint.path}: {model_class.__name__} does not run with these adapters, so one of these modules "
+            f"is no linear layer; make the factors again without it"
+        )
     error, effect = float((started - expected).norm()), float((off - expected).norm())
     if not error <= max(_MOST_ERROR * effect, 1e-6 * float(expected.norm())):
         raise TargetError(

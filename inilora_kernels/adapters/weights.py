@@ -199,6 +199,11 @@ def run_base(base_layer: nn.Module, in_features: int, gradients: bool = False) -
                 output = base_layer(x.to(dtype).requires_grad_(gradients))
             except Exception:  # whatever kernels raise for a dtype or a device that they do not support
                 continue
+            if isinstance(base_layer, nn.Linear) and not isinstance(output, Tensor):
+                raise TargetError(
+                    f"{type(base_layer).__name__} returns a {type(output).__name__}, so it is more than a linear layer "
+                    f"and takes no LoRA; leave it out of target_modules and of the factors"
+                )
             if isinstance(output, Tensor) and output.dtype.is_floating_point and not output.is_meta:
                 return x.to(dtype), output
         return None

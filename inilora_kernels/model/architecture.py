@@ -302,18 +302,23 @@ def _layers(model: PreTrainedModel) -> dict[str, Layer]:
             layers[name] = Layer(
                 name=name,
                 type=type(module).__name__,
-                form=(
-                    "linear"
-                    if isinstance(module, torch.nn.Linear)
-                    else "conv1d"
-                    if isinstance(module, Conv1D)
-                    else "other"
-                ),
+                form="linear" if _is_linear(module) else "conv1d" if isinstance(module, Conv1D) else "other",
                 shape=tuple(module.weight.shape),
                 is_output=module is output or name.split(".")[0] in HEADS,
                 shared_with=tuple(other for other in names if other != name),
             )
     return layers
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """Whether it is nn.Linear, or a class of it that returns one tensor: Llama 4's router returns its choice too."""
+    if not isinstance(module, torch.nn.Linear) or type(module).forward is torch.nn.Linear.forward:
+        return isinstance(module, torch.nn.Linear)
+    x = torch.empty(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        return isinstance(module(x), torch.Tensor)
+    except Exception:  # whatever a class raises on the meta device, or for want of other arguments
+        return True
 
 
 @contextlib.contextmanager

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from inilora_kernels import lora_model
+from inilora_kernels import initialize_peft, lora_model
 from inilora_kernels.adapters import rehearsal
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.plan import _all_but
 from inilora_kernels.errors import TargetError
+from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.targets import find_targets
 
 from ..factorized import factorize
-from .architectures import JAMBA, MAMBA
+from .architectures import JAMBA, LLAMA4, MAMBA
 from .models import logits, save
 
 
@@ -59,6 +61,17 @@ def test_a_layer_that_a_fused_kernel_would_bypass_is_refused(export: Callable[..
     model = AutoModelForCausalLM.from_pretrained(base)
     expected = logits(model)
     assert torch.equal(logits(lora_model(model, factorize(base, ("in_proj", "x_proj"), rank=2))), expected)
+
+
+def test_a_router_that_returns_its_choice_is_no_linear_layer(tmp_path: Path) -> None:
+    """Llama 4's is a class of nn.Linear, which all-linear took and no LoRA fits: the first step crashed."""
+    base = save("Llama4ForCausalLM", tmp_path / "base", **LLAMA4["text_config"])
+    with pytest.raises(TargetError, match=r"router cannot get an adapter: .*Llama4Router, no linear layer"):
+        export_delta(base, factorize(base, ("q_proj", "router"), rank=2), tmp_path / "out")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["router"]))
+    with pytest.raises(TargetError, match=r"Llama4Router returns a tuple"):
+        initialize_peft(model, factorize(base, ("router",), rank=2))
+    assert not any("router" in target.module for target in find_targets(open_checkpoint(base), "all-linear"))
 
 
 def test_a_layer_whose_weight_is_read_in_another_branch_alone_is_taken(tmp_path: Path) -> None:
