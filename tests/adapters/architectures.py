@@ -190,6 +190,7 @@ ARCHITECTURES = [
     Architecture("Glm4MoeForCausalLM", {**GROUPED, **EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1}),
     Architecture("DeepseekV3ForCausalLM", {**DEEPSEEK, "n_group": 1, "topk_group": 1}, ["q_b_proj", "o_proj"]),
     Architecture("DeepseekV3ForCausalLM", {**DEEPSEEK, "n_group": 1, "topk_group": 1}, ALL),
+    Architecture("Llama4ForCausalLM", LLAMA4["text_config"], ALL),
     Architecture("GptOssForCausalLM", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}),
     Architecture("MambaForCausalLM", MAMBA, ["in_proj"]),
     Architecture("MambaForCausalLM", MAMBA, ["in_proj", "x_proj"]),
