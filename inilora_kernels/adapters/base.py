@@ -18,11 +18,10 @@ from ..factor_set import FactorSet
 from ..model.architecture import describe
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.experts import ExpertParameter, find_expert_parameters, parameter_of_expert
-from ..model.location import WEIGHT_SUFFIXES, located
+from ..model.location import located, near_models
 from ..model.names import match_names
 from ..storage.reading import MOST_JSON, is_there, read_bytes
 from ..storage.schema import ResidualRecord, parse
-from ..suggestions import near_names
 from .folder import named_base
 from .model_copy import RESIDUAL_RECORD
 from .modules import module_of
@@ -174,7 +173,7 @@ def find_original(
     if original is None or not (may_be_id or os.path.exists(original)):
         raise OptionError(
             f"cannot find the original model ({original or named or 'the adapter names none'})"
-            f"{near_names(original, WEIGHT_SUFFIXES) if original else ''}; give its folder, or its id on the hub, as "
+            f"{near_models(original) if original else ''}; give its folder, or its id on the hub, as "
             f"base"
         )
     given = residual_record(original)

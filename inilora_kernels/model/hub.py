@@ -12,9 +12,8 @@ from typing import Any, TypeAlias
 
 from ..errors import CheckpointError
 from ..storage.reading import read_json
-from ..suggestions import near_names
 from .layout import read_weight_map, trained_components, weight_files
-from .location import WEIGHT_SUFFIXES, hub_id
+from .location import hub_id, near_models
 
 # (names of all tensors, config.json) ↦ the tensors that will be read.
 Choose: TypeAlias = Callable[[Collection[str], Mapping[str, Any] | None], Collection[str]]
@@ -45,7 +44,7 @@ def fetch(path: Path, revision: str | None, token: str | None, choose: Choose | 
     asked = hub_id(path)
     if asked is None:
         raise CheckpointError(
-            f"{path}: no such file or folder{near_names(path, WEIGHT_SUFFIXES)}; give a Hugging Face model folder, a "
+            f"{path}: no such file or folder{near_models(path)}; give a Hugging Face model folder, a "
             f".safetensors file, or the id of a model on the hub, org/name"
         )
     name, revision = asked[0], revision or asked[1]
@@ -54,11 +53,10 @@ def fetch(path: Path, revision: str | None, token: str | None, choose: Choose | 
             return _whole(name, revision, token)
         return _parts(name, revision, token, choose)
     except _network_errors() as error:
-        raise CheckpointError(f"{path}: {_reason(error, name, revision)}{near_names(path, WEIGHT_SUFFIXES)}") from error
+        raise CheckpointError(f"{path}: {_reason(error, name, revision)}{near_models(path)}") from error
     except _library().errors.HFValidationError as error:
         raise CheckpointError(
-            f"{path}: no such file or folder{near_names(path, WEIGHT_SUFFIXES)}; nor is it the id of a model on the "
-            f"hub ({error})"
+            f"{path}: no such file or folder{near_models(path)}; nor is it the id of a model on the hub ({error})"
         ) from error
 
 

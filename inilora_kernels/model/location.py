@@ -6,6 +6,9 @@ import os
 import re
 from pathlib import Path
 
+from ..errors import CheckpointError
+from ..suggestions import near_names
+
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 
@@ -15,13 +18,17 @@ _ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 def located(given: str | os.PathLike[str]) -> Path:
     """The path that was given; an absolute one where only a path can be meant and nothing has that name.
 
-    Path forgets the "./" and the last "/" by which a mistyped folder differs from a hub id.
+    Path forgets the "./" and the last "/" by which a mistyped folder differs from a hub id. Raises CheckpointError for
+    an empty text.
 
     >>> located("org/model") == Path("org/model"), located("./nothing").is_absolute(), located("nothing/").is_absolute()
     (True, True, True)
     """
     text, path = os.fspath(given), Path(given)
-    only_a_path = text.startswith((".", "~")) or text.endswith(("/", os.sep))
+    if not text.strip():
+        # Path("") is the folder where one happens to be; a variable that is not set must not choose it.
+        raise CheckpointError("the model's path is empty; give its folder, its weight file or its id on the hub")
+    only_a_path = "://" not in text and (text.startswith((".", "~")) or text.endswith(("/", os.sep)))
     return path.absolute() if only_a_path and not os.path.lexists(path) else path
 
 
@@ -35,3 +42,14 @@ def hub_id(path: Path) -> tuple[str, str | None] | None:
     if match is None or path.name.startswith(".") or path.suffix in WEIGHT_SUFFIXES:
         return None
     return match["id"], match["revision"]
+
+
+def near_models(path: Path) -> str:
+    """'; did you mean "org/name"?' for the address of a model's page; otherwise what has nearly this name here.
+
+    >>> near_models(Path("https://huggingface.co/org/name/tree/main"))
+    '; did you mean "org/name"?'
+    """
+    if path.parts[:1] in (("https:",), ("http:",)) and len(path.parts) >= 4:
+        return f'; did you mean "{path.parts[2]}/{path.parts[3]}"?'
+    return near_names(path, WEIGHT_SUFFIXES)
