@@ -288,7 +288,7 @@ def killing(place: str, count: int, number: signal.Signals) -> Iterator[None]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("place", ["fsync", "replace", "rename"])
 @pytest.mark.parametrize(
     "name", ["approximate", "approximate by adam", "residual", "delta", "convert", "merge", "authors' files"]
@@ -301,12 +301,16 @@ def test_kills(originals: Path, tmp_path: Path, name: str, place: str, number: s
     while True:
         process = os.fork()
         if not process:
-            with contextlib.suppress(BaseException), killing(place, kills + 1, number):
-                actions(originals, out)[name]()
+            try:
+                with contextlib.suppress(Exception), killing(place, kills + 1, number):
+                    actions(originals, out)[name]()
+            except KeyboardInterrupt:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         assert status in (0, -number)
-        if status and number == signal.SIGTERM:
+        if status and number != signal.SIGKILL:
             assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
         if not out.exists():
             assert judged(actions(originals, out)[name], out) == "finite"
@@ -316,7 +320,7 @@ def test_kills(originals: Path, tmp_path: Path, name: str, place: str, number: s
         if not status:
             break
         kills += 1
-    print(f"\nkilled: {kills}")
+    print(f"\n{number.name}: {kills}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")

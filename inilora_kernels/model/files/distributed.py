@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ _SAFE_NAMES = {
     ("pathlib._local", "PosixPath"),
     ("collections", "OrderedDict"),
 }
+
+AnyKind = TypeVar("AnyKind")
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,27 @@ def open_distributed(folder: Path) -> dict[str, DistributedTensor]:
         require_regular(part)
     try:
         metadata = _reader(folder).read_metadata()
+        return {
+            name: DistributedTensor(name, folder, _of_kind(entry.properties.dtype, torch.dtype), _shape(entry.size))
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, described.TensorStorageMetadata)
+        }
     except Exception as error:
         raise CheckpointError(
-            f"{folder / METADATA}: damaged, or holds more than torch's description of tensors ({_reason(error)})"
+            f"{folder / METADATA}: damaged, or holds more than torch's description of tensors ({_reason(error)}); "
+            f"write the checkpoint again"
         ) from error
-    return {
-        name: DistributedTensor(name, folder, entry.properties.dtype, tuple(entry.size))
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, described.TensorStorageMetadata)
-    }
+
+
+def _shape(size: Any) -> tuple[int, ...]:
+    return tuple(_of_kind(side, int) for side in _of_kind(size, torch.Size))
+
+
+def _of_kind(value: Any, kind: type[AnyKind]) -> AnyKind:
+    """The value, if it is of this kind: a damaged pickle holds anything."""
+    if not isinstance(value, kind):
+        raise TypeError(f"a {type(value).__name__} in place of a {kind.__name__}")
+    return value
 
 
 class _Unpickler(pickle.Unpickler):
