@@ -172,7 +172,7 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if len({parameter.is_meta for parameter in model.parameters()}) == 2:
         return None
-    if main == "input_ids" and isinstance(vocabulary := getattr(text, "vocab_size", None), int):
+    if main == "input_ids" and isinstance(vocabulary := getattr(text, "vocab_size", None), int) and vocabulary > 0:
         ids = torch.randint(vocabulary, (1, 8), generator=generator).to(device)
         decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
         return {"input_ids": ids, **decoder}
