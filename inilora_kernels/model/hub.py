@@ -45,7 +45,7 @@ def fetch(path: Path, revision: str | None, token: str | None, choose: Choose | 
     if asked is None:
         raise CheckpointError(
             f"{path}: no such file or folder{near_models(path)}; give a Hugging Face model folder, a "
-            f".safetensors file, or the id of a model on the hub, org/name"
+            f".safetensors file, or the id of a model on the hub, org/name{_meant(path.as_posix())}"
         )
     name, revision = asked[0], revision or asked[1]
     try:
@@ -58,6 +58,22 @@ def fetch(path: Path, revision: str | None, token: str | None, choose: Choose | 
         raise CheckpointError(
             f"{path}: no such file or folder{near_models(path)}; nor is it the id of a model on the hub ({error})"
         ) from error
+
+
+def _meant(text: str) -> str:
+    """What was probably meant by something that looks like an id, to end an error."""
+    where = r"(https?:/+(huggingface|hf)\.co|hf:)/+"
+    address = re.match(where + r"(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<revision>[\w.-]+))?", text)
+    if address:
+        return f": {address['id']}{'@' + address['revision'] if address['revision'] else ''}"
+    if with_revision := re.fullmatch(r"([\w.-]+/[\w.-]+):([\w.-]+)", text):
+        return f"@revision: {'@'.join(with_revision.groups())}"
+    if within := re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w.-]+)", text):
+        return (
+            f". Of a repository's folder: `hf download {within[1]} --include '{within[2]}/*' --local-dir OUT`, and "
+            f"give OUT/{within[2]}; a pipeline's models are all found by {within[1]}"
+        )
+    return ""
 
 
 def _whole(name: str, revision: str | None, token: str | None) -> Download:
@@ -151,6 +167,8 @@ def _reason(error: Exception, name: str, revision: str | None) -> str:
         return f"the hub's {name} has no revision {revision}"
     if isinstance(error, _library().errors.RepositoryNotFoundError):
         return "no such file or folder here, and no such model on the hub; a private one needs a token"
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return "the hub does not know the token; give a valid one, or log in anew by `hf auth login`"
     if isinstance(error, _library().errors.OfflineModeIsEnabled):
         return "no such file or folder here, not in the hub's cache, and HF_HUB_OFFLINE is set; download it first"
     if isinstance(error, _library().errors.LocalEntryNotFoundError):

@@ -1,7 +1,9 @@
 """Models of the hub by their id, from a cache that is laid out as huggingface_hub does; the network is never asked."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -261,3 +263,49 @@ def test_a_base_that_is_not_on_the_hub(tmp_path: Path, offline: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder here"):
         convert(tmp_path / "delta" / "adapter", factors, tmp_path / "out", "org/nothing")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("https://huggingface.co/org/name", "org/name: org/name"),
+        ("https://huggingface.co/org/name/tree/v2", "org/name: org/name@v2"),
+        ("hf://org/name", "org/name: org/name"),
+        ("org/name:v2", "@revision: org/name@v2"),
+        ("org/name/unet", "hf download org/name --include 'unet/*' --local-dir OUT`, and give OUT/unet"),
+    ],
+)
+def test_what_looks_like_an_id_is_answered_with_the_id(given: str, meant: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(meant)):
+        open_checkpoint(given)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (403, "GatedRepo", "access is limited to users who accepted its terms; accept them at hf.co/org/name"),
+        (404, "RepoNotFound", "no such model on the hub; a private one needs a token"),
+        (401, "RepoNotFound", "no such model on the hub; a private one needs a token"),
+        (
+            401,
+            "Invalid credentials in Authorization header",
+            "the hub does not know the token; give a valid one, or log in anew",
+        ),
+        (404, "RevisionNotFound", "the hub's org/name has no revision v9"),
+    ],
+)
+def test_what_the_hub_refuses(status: int, code: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the errors that huggingface_hub makes of the hub's answers."""
+    client: Any = importlib.import_module(huggingface_hub.errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+    if client.__name__ == "requests":
+        pytest.skip("huggingface_hub before 1 has another client")
+    request = client.Request("GET", "https://huggingface.co/api/models/org/name")
+    header = "X-Error-Message" if " " in code else "X-Error-Code"
+    answer = client.Response(status, headers={header: code}, request=request)
+
+    def refused(*_: object, **__: object) -> None:
+        huggingface_hub.utils.hf_raise_for_status(answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        open_checkpoint("org/name", revision="v9")
