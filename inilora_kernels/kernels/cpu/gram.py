@@ -1,9 +1,9 @@
 """XWᵀ and XWᵀW from one pass over W on the CPU: a part of W comes from memory once, and a second time from the cache.
 
 W lies in the checkpoint's own dtype and place, its rows (or, where W is a transposed view, its columns) contiguous;
-X and the products are float32 or float64. In float32 both kernels are made of in_place.py's two products, with four
-columns of X, whose sums stay in registers; in float64 of plain_products.py's. The sums over parts of W are kept in
-slots that depend on the shape alone, so any number of threads gives the same bits.
+X and the products are float32 or float64. In float32 both kernels are made of in_place.py's inner and simd.py's outer
+products, with four columns of X, whose sums stay in registers; in float64 of plain_products.py's. The sums over parts
+of W are kept in slots that depend on the shape alone, so any number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..rounding import round_up
-from .in_place import RUN, WIDE_ROWS, inner_runs, outer_run
+from .in_place import RUN, WIDE_ROWS, WIDE_VECTORS, inner_runs
 from .jit import njit
 from .plain_products import SUMS, add_inner_plain, add_outer_plain
-from .simd import LOADS_FLOAT16, entry, kernel_view
+from .simd import LANES, LOADS_FLOAT16, SMALL_GROUP, entry, kernel_view, outer_products
 
 MOST_SLOTS = 12
 # A strip of rows of W, or all rows of a tile of its columns, stays in a core's second cache between its two products.
@@ -163,9 +163,10 @@ def add_outer_products(W: Any, stride: int, top: int, bottom: int, left: int, co
     runs = count // RUN
     for j in range(left, left + runs * RUN, RUN):
         for column in range(0, b, BLOCK):
-            outer_run(
-                out_flat, column * n + j, n, X_flat, top * b + column, b, W, top * stride + j, stride, bottom - top
-            )
+            outer_products(
+                out_flat, column * n + j, n, X_flat, top * b + column, b, 1, W, top * stride + j, stride, bottom - top,
+                SMALL_GROUP, LANES, WIDE_VECTORS,
+            )  # fmt: skip
     add_outer_plain(W, stride, top, bottom, left + runs * RUN, count - runs * RUN, X, out)
 
 

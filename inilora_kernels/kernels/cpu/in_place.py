@@ -1,4 +1,4 @@
-"""simd.py's two register-blocked products on rows of W as they lie in memory, without a copy into panels."""
+"""simd.py's `inner_products` on rows of W as they lie in memory, without a copy into panels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .simd import (
     ROWS,
     SMALL_GROUP,
     VECTORS,
-    _broadcast,
     _fma,
     _intrinsic,
     _load,
@@ -74,49 +73,3 @@ def inner_runs(
 
     at = types.int64
     return types.void(out, at, at, W, at, at, X, at, at, at), generate
-
-
-@_intrinsic
-def outer_run(
-    typing: Any, out: Any, out_start: Any, out_stride: Any, X: Any, X_start: Any, X_stride: Any, W: Any,
-    W_start: Any, W_stride: Any, count: Any,
-) -> Any:  # fmt: skip
-    """out[p, :] += Σ_{i<count} X[i, p] · W[i, :] for p < SMALL_GROUP and one run of columns.
-
-    Row i of out, X and W begins at its start + i·stride. Reads count·RUN elements of W and count·SMALL_GROUP of X;
-    reads and writes SMALL_GROUP·RUN of out. The sums stay in registers over all rows.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        out_at, X_at, W_at = (
-            _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (X, 3), (W, 6))
-        )
-        out_0, out_row, X_0, X_row, W_0, W_row, n = (arguments[i] for i in (1, 2, 4, 5, 7, 8, 9))
-        kind = _vector_type(LANES)
-        sums = [[cgutils.alloca_once(builder, kind) for _ in range(WIDE_VECTORS)] for _ in range(SMALL_GROUP)]
-
-        def place(p: int, v: int) -> Any:
-            return builder.add(builder.add(out_0, builder.mul(out_row, _INT64(p))), _INT64(v * LANES))
-
-        for p in range(SMALL_GROUP):
-            for v in range(WIDE_VECTORS):
-                builder.store(_load(builder, out_at, place(p, v), LANES, types.float32), sums[p][v])
-        with cgutils.for_range(builder, n) as loop:
-            W_here = builder.add(W_0, builder.mul(loop.index, W_row))
-            X_here = builder.add(X_0, builder.mul(loop.index, X_row))
-            values = [
-                _load(builder, W_at, builder.add(W_here, _INT64(v * LANES)), LANES, W.dtype)
-                for v in range(WIDE_VECTORS)
-            ]
-            for p in range(SMALL_GROUP):
-                one = _load(builder, X_at, builder.add(X_here, _INT64(p)), 1, types.float32)
-                factor = _broadcast(builder, one, LANES)
-                for v in range(WIDE_VECTORS):
-                    builder.store(_fma(builder, factor, values[v], builder.load(sums[p][v])), sums[p][v])
-        for p in range(SMALL_GROUP):
-            for v in range(WIDE_VECTORS):
-                _store(builder, out_at, place(p, v), builder.load(sums[p][v]))
-        return context.get_dummy_value()
-
-    at = types.int64
-    return types.void(out, at, at, X, at, at, W, at, at, at), generate

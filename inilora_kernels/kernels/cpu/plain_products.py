@@ -1,6 +1,6 @@
 """The two products of a Gram pass in loops that numba vectorizes as they stand, in float32 or float64.
 
-In float32 they take what fills none of in_place.py's blocks; in float64 they are the whole product. W lies in its own
+In float32 they take what fills no block of registers; in float64 they are the whole product. W lies in its own
 dtype, and X has a multiple of four columns.
 """
 

@@ -6,8 +6,8 @@ import numba
 import pytest
 import torch
 
-from inilora_kernels.kernels.cpu.in_place import RUN, WIDE_ROWS, inner_runs, outer_run
-from inilora_kernels.kernels.cpu.simd import LOADS_FLOAT16, SMALL_GROUP, kernel_view
+from inilora_kernels.kernels.cpu.in_place import RUN, WIDE_ROWS, WIDE_VECTORS, inner_runs
+from inilora_kernels.kernels.cpu.simd import LANES, LOADS_FLOAT16, SMALL_GROUP, kernel_view, outer_products
 
 DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if LOADS_FLOAT16 else [])]
 
@@ -19,7 +19,7 @@ def inner(out, W, X, stride, runs):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def outer(out, X, W, stride, count):  # type: ignore[no-untyped-def]
-    outer_run(out, 5, stride, X, 7, SMALL_GROUP, W, 3, stride, count)
+    outer_products(out, 5, stride, X, 7, SMALL_GROUP, 1, W, 3, stride, count, SMALL_GROUP, LANES, WIDE_VECTORS)
 
 
 def amid_nan(rows: int, columns: int, stride: int, first: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
