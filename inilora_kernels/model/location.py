@@ -1,4 +1,7 @@
-"""Where a model is: a path on this machine, or an id on the hub. Without torch, for the command line."""
+"""Where a model is: a path on this machine, or an id on the hub. Without torch, for the command line.
+
+What is neither there nor on the hub is refused in hub.py, which asks it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""When a search for the leading singular triplets of one W may stop: what it has to prove, and what it has proven."""
+"""When a search for the leading singular triplets of one W may stop: what it has to prove, and what it has proven.
+
+How small the excess must be, and how much of it must be promised before the proof, is in krylov.py: `TOLERANCE` and
+`PROMISED`.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ computed twice.
 
 An entry is a factor file of one module whose options hold its own key. A flipped bit, which the checksums show, a file
 cut short or another matrix's entry counts as no entry. An entry's modification time is that of its last use.
-`cache_upkeep.py` lists, checks and removes entries.
+`cache_upkeep.py` lists, checks and removes entries. Nothing is locked: entries are written beside and renamed, and two
+processes that compute the same one write the same bytes; `temporary.py` tells their unfinished files from dead ones.
 """
 
 from __future__ import annotations
