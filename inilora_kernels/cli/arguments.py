@@ -138,8 +138,9 @@ _PLAIN: Mapping[str, Any] = {
     "cache": bool,
     "progress": bool,
 }
+_RANK = str(next(one.default for one in fields(ModelOptions) if one.name == "rank"))
 _SPELLED: Mapping[str, _Spelled] = {
-    "rank": _Spelled(str, str(ModelOptions().rank), _rank, " 8,16,32: a file for each, from the same passes over W."),
+    "rank": _Spelled(str, _RANK, _rank, " 8,16,32: a file for each, from the same passes over W."),
     "rank_pattern": _Spelled(list[str] | None, None, _rank_pattern, " PATTERN=RANK; repeat for more."),
     "start": _Spelled(Path | None, None, _factors, ""),
     "init_std": _Spelled(str | None, None, _number_or_name),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.backend import GramBatch
 from ..kernels.streaming import strips
-from ..kernels.threads import side_by_side
+from ..kernels.threads import one_torch_thread, side_by_side
 from .certificate import missed_factor
 from .goal import Goal
 from .krylov import FLOAT32_RANGE, GRAM_SIZE, MISSED, PROMISED, Digest
@@ -157,10 +157,12 @@ def _principals(
     spaces = _converged(batch, searched, vectors)
     if any(one.pairs is not None for one in searched):
         _look_outside(batch, searched, digests, _until(spaces, searched))
-    return [
-        _finished(batch, index, one, spaces.Q[index]) if one.pairs is not None and not one.lost else None
-        for index, one in enumerate(searched)
-    ]
+    # What is computed on the CPU has the same bits for any number of threads, which MKL changes with the load.
+    with one_torch_thread():
+        return [
+            _finished(batch, index, one, spaces.Q[index]) if one.pairs is not None and not one.lost else None
+            for index, one in enumerate(searched)
+        ]
 
 
 def _starts(batch: GramBatch, streams: Sequence[torch.Generator | None]) -> Tensor:

@@ -44,7 +44,7 @@ def test_a_layer_stands_for_its_weight_and_an_array_for_itself() -> None:
         (torch.zeros(2, 2, device="meta"), "on the meta device"),
         (torch.eye(2).to_sparse(), "stored as torch.sparse"),
         (np.zeros((2, 2), np.int64), "an array of int64"),
-        (nn.Conv2d(1, 1, 1), "a Conv2d"),
+        (nn.Conv2d(1, 1, 1), "of type Conv2d"),
     ],
 )
 def test_what_is_no_dense_float_matrix_is_refused_by_its_name(matrix: object, message: str) -> None:

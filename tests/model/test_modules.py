@@ -139,7 +139,7 @@ def test_kinds_of_named_modules(tmp_path: Path) -> None:
     [
         lambda config: config.unlink(),
         lambda config: config.write_text('{"model_type": "of-its-own", "auto_map": {"AutoConfig": "code.Config"}}'),
-        lambda config: config.write_text('{"model_type": "bert", "hidden_size": "many"}'),
+        lambda config: config.write_text('{"model_type": "bert", "hidden_act": "none that there is"}'),
     ],
     ids=["no config", "unknown architecture", "config that builds nothing"],
 )
