@@ -237,8 +237,9 @@ class _Search:
             return None
         found = self._finish(pairs)
         # What the last pass finds beyond what was promised is rounding.
-        coarse = not self._goal.exact and self._goal.settled(pairs, self._missed) and not all(found.certified.values())
-        return None if coarse else found
+        if all(found.certified.values()) or self._goal.exact or not self._goal.settled(pairs, self._missed):
+            return found
+        return None
 
     def _random(self, rows: int, stream: torch.Generator) -> Tensor:
         return torch.randn(rows, self._size, generator=stream).to(self._W.device, self._dtype)

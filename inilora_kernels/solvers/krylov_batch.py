@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.backend import GramBatch
-from ..kernels.streaming import strips
+from ..kernels.streaming import gram_product
 from ..kernels.threads import one_torch_thread, side_by_side
 from .certificate import missed_factor
 from .goal import Goal
@@ -38,8 +38,6 @@ _LOOK_EVERY = 2
 _FIRST_LOOK_OUTSIDE, _MOST_PASSES_OUTSIDE = 3, 17
 # `missed_factor` of about seven passes of 16 columns.
 _FACTOR_OUTSIDE = 1.25
-# Elements of W held in float64 at a time.
-_WIDE_ELEMENTS = 1 << 24
 
 
 def expected_vectors(rank: int) -> int:
@@ -238,11 +236,7 @@ def _finished(batch: GramBatch, index: int, one: _Searched, Q: Tensor) -> Princi
     pairs, W = one.pairs, batch.tall(index)
     kept = one.goal.kept(pairs, one.missed)
     X = combined(Q[: one.vectors, : one.n], pairs.vectors[:, :kept])
-    Y, image = X.new_empty(len(W), kept), torch.zeros_like(X)
-    for rows in strips(W, _WIDE_ELEMENTS):
-        wide = W[rows].double()
-        torch.mm(wide, X, out=Y[rows])
-        image.addmm_(wide.T, Y[rows])
+    Y, image = (product.T for product in gram_product(W, X.T))
     found = concluded(
         one.goal,
         pairs,
