@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..storage.reading import MOST_JSON, read_bytes, read_json
+from ..storage.reading import MOST_JSON, json_object, read_bytes
 from ..storage.schema import ModelConfig, parse
 
 # Fields that hold a number of something, or a list or a dict with one for each layer, stage or part.
@@ -31,9 +31,10 @@ _MOST_COUNTED, _MOST_SIZE = 1_000_000, 2**31
 
 def read_config(file: Path) -> dict[str, Any]:
     """A model's config.json. Raises CheckpointError, naming the field, also for counts and sizes that no model has."""
-    config = read_json(file)
+    stored = read_bytes(file, most=MOST_JSON)
+    config = json_object(stored, file)
     require_counts(config, file)
-    parse(ModelConfig, read_bytes(file, most=MOST_JSON), str(file), CheckpointError)
+    parse(ModelConfig, stored, str(file), CheckpointError)
     return config
 
 

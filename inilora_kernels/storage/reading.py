@@ -112,8 +112,13 @@ def read_bytes(path: Path, refusal: Refusal = CheckpointError, most: int | None 
 
 def read_json(path: Path, refusal: Refusal = CheckpointError) -> dict[str, Any]:
     """A JSON object from a regular file of a sensible length. Raises `refusal`."""
+    return json_object(read_bytes(path, refusal, MOST_JSON), path, refusal)
+
+
+def json_object(stored: bytes, path: Path, refusal: Refusal = CheckpointError) -> dict[str, Any]:
+    """The JSON object that a file's bytes are. Raises `refusal`, naming the file."""
     try:
-        content = json.loads(read_bytes(path, refusal, MOST_JSON).decode("utf-8"))
+        content = json.loads(stored.decode("utf-8"))
     except (ValueError, RecursionError, MemoryError) as error:
         raise refusal(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
