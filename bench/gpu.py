@@ -24,17 +24,15 @@ import torch
 import triton
 from torch import Tensor
 
-from inilora_kernels.kernels.backend import Batch, Problem, Sample, Schedule
+from inilora_kernels.kernels.backend import Batch, Problem, Sample
 from inilora_kernels.kernels.gpu.backend import GRAPH_STEPS, TritonBackend
 from inilora_kernels.kernels.gpu.cost_model import Matrix, choose, step_of
-from inilora_kernels.kernels.gpu.layout import lay_out
-from inilora_kernels.kernels.gpu.tiles import RANKS, tiles
-from inilora_kernels.kernels.gpu.wave import Wave, padded_view, rate_table, start_of
+from inilora_kernels.kernels.gpu.tiles import RANKS
 from inilora_kernels.kernels.gpu.waves import divide
 from inilora_kernels.kernels.reference import AdamState, adam_step, gradient_products, residual_loss
 
-from . import gpu_direct, gpu_whole
-from .gpu_timing import distance, duration
+from . import gpu_direct, gpu_tiles, gpu_whole
+from .gpu_timing import distance, duration, problems_of, replayed, schedule_of, wave_of
 from .harness import RESULTS, Row, publish, seconds
 from .six_models import MODELS, Model, measure, synthetic
 
@@ -95,40 +93,6 @@ TOY = Sizes(
     whole=((40, 24), torch.bfloat16, 2, 1),
     table5=(),
 )
-
-
-def problems_of(weights: Sequence[Tensor], rank: int) -> list[Problem]:
-    """The matrices with seeded random starts."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Problem(
-            lambda W=W: W,
-            (W.shape[0], W.shape[1]),
-            W.dtype,
-            torch.randn(rank, W.shape[1], generator=generator) * 0.02,
-            torch.randn(W.shape[0], rank, generator=generator) * 0.02,
-        )
-        for W in weights
-    ]
-
-
-def schedule_of(steps: int) -> Schedule:
-    return Schedule(steps, 5e-4, 5_000, 0.9, "mse")
-
-
-def wave_of(
-    weights: Sequence[Tensor], rank: int, backend: TritonBackend, parts: int, *, resident: bool, steps: int = 100_000
-) -> Wave:
-    """A wave of these matrices on the backend's device, with the tiles of its GPU."""
-    problems = problems_of(weights, rank)
-    chosen = tiles(backend.gpu().architecture, weights[0].element_size(), rank)
-    layout = lay_out([one.shape for one in problems], [rank] * len(problems), [parts] * len(problems), chosen)
-    rates = rate_table(schedule_of(steps), steps).to(backend.device)
-    wave = Wave(layout, weights[0].dtype, rates, schedule_of(steps), resident=resident)
-    for place, W in zip(layout.places, weights, strict=True):
-        padded_view(wave.weights, place)[:, : place.columns].copy_(W)
-    wave.begin(start_of(layout, problems, schedule_of(steps), [float(W.float().norm()) for W in weights]).values)
-    return wave
 
 
 def correctness(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
@@ -197,8 +161,7 @@ def final(backend: TritonBackend, problems: Sequence[Problem], steps: int) -> di
 
 def steps(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
     """A step as the backend runs it: by graph, launch by launch, kernel by kernel; next to the prediction."""
-    gpu, place = backend.gpu(), backend.place()
-    block = GRAPH_STEPS[0] if place.captures else 1
+    gpu, block = backend.gpu(), GRAPH_STEPS[0] if backend.place().captures else 1
     for rank in sizes.ranks:
         # The rank of the paper's table on every shape; the others on one of each size of weights.
         for shape, dtype in sizes.steps if rank == sizes.ranks[0] else sizes.steps[:2]:
@@ -216,20 +179,18 @@ def steps(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
             for kernel in kernels.values():
                 kernel()
             eager = duration(lambda wave=wave: wave.advance(block), backend, sizes.window) / block  # type: ignore[misc]
-            wave.begin(wave.state)
-            graph = place.captured(lambda wave=wave: wave.advance(block))  # type: ignore[misc]
-            replayed = None if graph is None else duration(graph, backend, sizes.window) / block
+            by_graph = replayed(wave, backend, sizes.window)
             wave.begin(wave.state)
             apart = {f"{name} µs": 1e6 * duration(kernel, backend, sizes.window) for name, kernel in kernels.items()}
             model = step_of(matrix, gpu, parts, count, first.resident)
-            taken = replayed or eager
+            taken = by_graph or eager
             yield {
                 "matrix": f"{count}×{shape[0]}×{shape[1]}",
                 "dtype": str(dtype),
                 "rank": rank,
                 "in cache": first.resident,
-                "captured": graph is not None,
-                "graph µs": replayed and 1e6 * replayed,
+                "captured": by_graph is not None,
+                "graph µs": by_graph and 1e6 * by_graph,
                 "launches µs": 1e6 * eager,
                 "predicted µs": 1e6 * model.seconds,
                 "measured / predicted": taken / model.seconds,
@@ -237,6 +198,12 @@ def steps(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
                 "bound": model.bound,
                 **apart,
             }
+
+
+def other_tiles(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """Steps by tiles that the cost model does not tell apart from those that are taken."""
+    for shape, dtype in sizes.steps[:2]:
+        yield from gpu_tiles.alternatives(backend, synthetic(shape, dtype, 0), sizes.most, sizes.window)
 
 
 def uploads(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
@@ -310,10 +277,11 @@ PARTS: dict[str, tuple[Callable[[TritonBackend, Sizes], Iterator[Row]], int]] = 
     "correctness": (correctness, 90),
     "steps": (steps, 105),
     "repeats": (repeats, 30),
-    "uploads": (uploads, 45),
-    "processes": (processes, 45),
+    "uploads": (uploads, 30),
+    "processes": (processes, 35),
     "direct": (direct, 60),
-    "whole": (whole, 45),
+    "whole": (whole, 40),
+    "tiles": (other_tiles, 30),
     "table5": (table5, 150),
 }
 

@@ -21,6 +21,8 @@ from .targets import Target
 _FLOAT32 = torch.finfo(torch.float32)
 # A random start of the same deviation may reach 6 times as far.
 _LARGEST = _FLOAT32.max / 16
+# Of a matrix in memory for each thread that surveys: what two threads may hold in any case.
+_BYTES_A_THREAD = 32 << 20
 
 
 def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list[float]]:
@@ -37,7 +39,7 @@ def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list
         std = _deviation(W, target.module)
         return target.module, tensor_sha256(W) if target.hashes_values else target.sha256(), std
 
-    for count, group in in_groups(targets, lambda target: together(target, threads)):
+    for count, group in in_groups(targets, lambda target: surveyed_together(target, threads)):
         with closing(side_by_side(surveyed, group, count)) as results:
             for module, sha256, std in results:
                 found[module] = sha256, std
@@ -48,6 +50,15 @@ def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list
 def together(target: Target, threads: int) -> int:
     """How many matrices of this one's size should be in work at once; see `at_once`."""
     return at_once(math.prod(target.shape), target.dtype.itemsize, threads)
+
+
+def surveyed_together(target: Target, threads: int) -> int:
+    """How many matrices of this one's size to survey at once.
+
+    More than `together` where there are many threads, as next to a GPU: one matrix's hash is one thread's work.
+    """
+    held = math.prod(target.shape) * target.dtype.itemsize
+    return max(together(target, threads), min(threads, threads * _BYTES_A_THREAD // held))
 
 
 def _deviation(W: Tensor, module: str) -> float:

@@ -74,6 +74,8 @@ def test_every_part_runs_and_is_written(
     assert max(row["of what is granted"] for row in direct if "products" in row) < 1
     assert all(row["predicted µs"] > 0 for row in direct if "a pass" in row)
     assert [row["certified"] for row in direct if "certified" in row] == [1]
+    names = {row["tile"].partition(",")[0] for row in content["tiles"]["rows"]}
+    assert names == {"256×64", "128×128", "128×64", "64×64"}
     krylov, adam = content["whole"]["rows"]
     assert krylov["certified"] == adam["certified"] == 2
     assert krylov["worst excess"] < 1e-8 < adam["worst excess"]

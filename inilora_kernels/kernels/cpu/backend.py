@@ -1,7 +1,8 @@
 """The CPU backend: which thread works on which matrix, and when the caller is told.
 
 Each small matrix goes to one thread and stays in that core's cache for thousands of steps. All threads work together on
-large ones, and on the few small ones that would leave a thread idle. See step.py for what a step is.
+large ones, and on the few small ones that would leave a thread idle, unless they are tiny. See step.py for what a step
+is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ STRIP_ROWS = 192
 MOST_SLOTS = 16
 # Up to this size one thread keeps W to itself; beyond it, the cache that W runs from is shared.
 SMALL_MATRIX_BYTES = 8 * 2**20
+# Below this many FLOPs a step, some 10 µs of one thread, a team would wait at its two barriers longer than it computes.
+TEAM_STEP_FLOPS = 1e6
 # A kernel call takes about this many FLOPs, so that progress and Ctrl-C come through.
 FLOPS_A_CALL = 1.5e10
 
@@ -59,6 +62,11 @@ def pack(W: Tensor) -> PackedMatrix:
         if whole < k:
             tiles[strip, -1, :n_rows, : k - whole] = rows[:, whole:]
     return PackedMatrix(tiles, (d, k))
+
+
+def step_flops(shape: tuple[int, int], rank: int) -> float:
+    """Of a step's two products with W, nearly all that it computes."""
+    return 4.0 * shape[0] * shape[1] * rank
 
 
 def _side(value: Array, products: tuple[int, ...], shares: int, rank: int) -> Side:
@@ -102,8 +110,7 @@ class Run:
 
     @property
     def steps_a_call(self) -> int:
-        d, k = self.W.shape
-        return max(1, int(FLOPS_A_CALL / (4 * d * k * self.rank)))
+        return max(1, int(FLOPS_A_CALL / step_flops(self.W.shape, self.rank)))
 
     def advance(self, steps: int, member: int, team: int) -> None:
         """Run the kernel as one member of a team; the caller advances `self.step` once all have returned."""
@@ -161,7 +168,9 @@ class CpuBackend:
 
     def adam(self, batch: Batch) -> None:
         small = [i for i, p in enumerate(batch.problems) if 4 * p.shape[0] * p.shape[1] <= SMALL_MATRIX_BYTES]
-        alone = set(small[: len(small) // self.threads * self.threads]) if self.threads > 1 else set(small)
+        tiny = {i for i in small if step_flops(batch.problems[i].shape, batch.problems[i].rank) < TEAM_STEP_FLOPS}
+        shared = [i for i in small if i not in tiny]
+        alone = tiny | set(shared[: len(shared) // self.threads * self.threads])
         with ThreadPoolExecutor(self.threads) as pool:
             for index in range(len(batch.problems)):
                 if index not in alone:

@@ -22,7 +22,7 @@ from ...errors import BackendError
 from ..backend import Batch, Sample, Stored, Visit
 from .cost_model import Matrix
 from .device import CudaDevice, Device, HostDevice
-from .gpus import GPUS, Gpu, gpu_like
+from .gpus import GPUS, Gpu, reported_gpu
 from .tiles import RANKS, padded_rank
 from .waves import PlannedWave, divide
 
@@ -89,6 +89,12 @@ class TritonBackend:
                 f'backend="triton" found no GPU: torch {torch.__version__} sees no CUDA or ROCm device here; '
                 'take backend="cpu", or check the driver and that torch was built for it'
             )
+        count = torch.cuda.device_count()
+        if self.device.index is not None and self.device.index >= count:
+            raise BackendError(
+                f"device={str(self.device)!r}: this process sees {count} GPU{'s' if count > 1 else ''}, counted from 0"
+                f'; take device="cuda:{count - 1}", or check CUDA_VISIBLE_DEVICES'
+            )
         if torch.version.hip is None and torch.cuda.get_device_capability(self.device) < (8, 0):
             raise BackendError(
                 f'backend="triton" needs compute capability 8.0 or newer; {torch.cuda.get_device_name(self.device)} '
@@ -151,21 +157,7 @@ class TritonBackend:
         """The cost model's view of this device."""
         if self.device.type == "cpu":
             return GPUS["rtx4090"]
-        properties = torch.cuda.get_device_properties(self.device)
-        if torch.version.hip is not None:
-            architecture = str(properties.gcnArchName).split(":")[0]
-        else:
-            architecture = f"sm_{properties.major}{properties.minor}"
-        # kHz and bits; two transfers a clock. Older torch does not tell.
-        clock, width = (int(getattr(properties, name, 0)) for name in ("memory_clock_rate", "memory_bus_width"))
-        return gpu_like(
-            architecture,
-            properties.name,
-            properties.multi_processor_count,
-            int(getattr(properties, "L2_cache_size", 0)),
-            properties.total_memory,
-            2 * 1e3 * clock * width / 8 or None,
-        )
+        return reported_gpu(torch.cuda.get_device_properties(self.device), hip=torch.version.hip is not None)
 
 
 def _contexts(place: Device) -> list[AbstractContextManager[object]]:
@@ -271,14 +263,14 @@ class _Run:
 
     def _graphs(self, wave: Wave) -> dict[int, Callable[[], None]]:
         """Blocks of steps as graphs; none for a short run or where they cannot be captured."""
-        if self.batch.milestones[-1] <= 2 * GRAPH_STEPS[0] or not self.place.captures:
-            return {}
-        # Compiles and loads the kernels, which a capture must not do: on zeros, which `begin` puts in order again.
-        first_launch(lambda: wave.advance(1))
-        for wide in (False, True):
-            first_launch(lambda wide=wide: wave.judge(wide=wide))  # type: ignore[misc]
-        found = {}
-        for steps in GRAPH_STEPS:
+        worth = self.place.captures and self.batch.milestones[-1] > 2 * GRAPH_STEPS[0]
+        if worth or self.place.compiles:
+            # Compiles and loads the kernels, which a capture must not do: on zeros, which `begin` puts in order again.
+            first_launch(lambda: wave.advance(1))
+            for wide in (True,) if len(self.batch.milestones) == 1 else (False, True):
+                first_launch(lambda wide=wide: wave.judge(wide=wide))  # type: ignore[misc]
+        found: dict[int, Callable[[], None]] = {}
+        for steps in GRAPH_STEPS if worth else ():
             graph = self.place.captured(lambda steps=steps: wave.advance(steps))  # type: ignore[misc]
             if graph is None:
                 break

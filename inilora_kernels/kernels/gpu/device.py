@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 MEMORY_SHARE = 0.95  # of the free device memory that a wave may take
+# Devices on which a capture has failed in this process: what a driver refuses once, it refuses again.
+_WITHOUT_CAPTURE: set[torch.device] = set()
 
 
 class Device(Protocol):
@@ -28,6 +30,10 @@ class Device(Protocol):
     @property
     def captures(self) -> bool:
         """Whether `captured` is worth trying."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels are compiled when they are launched first, which may fail."""
 
     def free_memory(self) -> float:
         """Bytes that a wave may take."""
@@ -60,6 +66,7 @@ class HostDevice:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     captures: bool = False
+    compiles: bool = False
 
     def free_memory(self) -> float:
         return math.inf
@@ -94,11 +101,16 @@ class CudaDevice:
     2.8 it collects garbage each time. Here the stream is restored by its own context whatever happens inside.
     """
 
+    compiles = True
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.computing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.captures = True
+
+    @property
+    def captures(self) -> bool:
+        return self.device not in _WITHOUT_CAPTURE
 
     def free_memory(self) -> float:
         """A share of the memory that the driver and torch's own cache have left."""
@@ -145,7 +157,7 @@ class CudaDevice:
             cause: BaseException = error.__context__ if isinstance(error.__context__, Exception) else error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            self.captures = False
+            _WITHOUT_CAPTURE.add(self.device)
             warnings.warn(
                 f"{torch.cuda.get_device_name(self.device)}: capturing a CUDA graph failed "
                 f"({type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}); every kernel "

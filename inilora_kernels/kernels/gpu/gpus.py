@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from ...errors import OptionError
 from ...suggestions import did_you_mean
@@ -179,6 +180,23 @@ def gpu_like(
         float32=known.float32 * scale,
         vector=known.vector * scale,
         double=known.double * scale,
+    )
+
+
+def reported_gpu(properties: Any, *, hip: bool) -> Gpu:
+    """The GPU that torch.cuda.get_device_properties describes. hip: as ROCm's torch does."""
+    size = int(getattr(properties, "L2_cache_size", 0))
+    if hip:
+        # HIP's memory clock is the controller's, at a half or a quarter of the transfers of HBM3 and GDDR6
+        # (github.com/openxla/xla/pull/44746); its name's architecture carries features: "gfx942:sramecc+:xnack-".
+        architecture, dram = str(properties.gcnArchName).split(":")[0], None
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+        # kHz and bits; two transfers a clock. Older torch does not tell.
+        clock, width = (int(getattr(properties, name, 0)) for name in ("memory_clock_rate", "memory_bus_width"))
+        dram = 2 * 1e3 * clock * width / 8 or None
+    return gpu_like(
+        architecture, properties.name, properties.multi_processor_count, size, properties.total_memory, dram
     )
 
 

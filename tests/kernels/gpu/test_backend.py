@@ -22,6 +22,7 @@ from inilora_kernels.kernels.gpu import backend as triton_backend
 from inilora_kernels.kernels.gpu import waves
 from inilora_kernels.kernels.gpu.backend import TritonBackend, require_triton
 from inilora_kernels.kernels.gpu.device import HostDevice
+from inilora_kernels.kernels.gpu.wave import Wave
 from inilora_kernels.kernels.loading import load_backend
 from inilora_kernels.kernels.reference import AdamState, adam_step, residual_loss
 from inilora_kernels.solvers import run
@@ -148,6 +149,13 @@ def test_without_a_gpu_the_backend_says_so() -> None:
         load_backend("triton", "cpu")
 
 
+def test_a_gpu_that_is_not_there_is_refused_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(BackendError, match=r"device='cuda:7': this process sees 2 GPUs.*take device=\"cuda:1\""):
+        load_backend("auto", "cuda:7")
+
+
 def test_memory_splits_a_batch_and_refuses_what_never_fits_before_loading(
     backend: TritonBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +239,22 @@ def test_replays_give_the_bits_of_plain_launches_and_one_capture_serves_all_wave
     assert place.graphs == 2
     # 0 → 3 in two replays and 3 → 9 in three, for each of two waves: not a step is launched on its own.
     assert place.replays == 2 * (2 + 3)
+
+
+@pytest.mark.parametrize("steps", [1, 300])
+def test_a_machine_that_cannot_compile_is_told_what_triton_needs(
+    steps: int, backend: TritonBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a run too short for graphs."""
+
+    def uncompilable(self: Wave, steps: int) -> None:
+        raise FileNotFoundError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(Wave, "advance", uncompilable)
+    monkeypatch.setattr(TritonBackend, "place", lambda self: HostDevice(compiles=True))
+    _, problems = make([(20, 24)], [4], torch.float32)
+    with pytest.raises(BackendError, match=r"could not compile .*Failed to find C compiler.*needs a C compiler"):
+        backend.adam(Batch(problems, Schedule(steps, 1e-3, 4, 0.9, "mse"), [steps]))
 
 
 def test_matrices_of_many_shapes_share_a_wave(backend: TritonBackend) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from inilora_kernels.kernels.gpu import device as gpu_device
 from inilora_kernels.kernels.gpu.device import CudaDevice
 
 LOG: list[str] = []
@@ -56,6 +57,7 @@ def entered(what: object) -> Iterator[None]:
 def device(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
     LOG.clear()
     Graph.broken = False
+    monkeypatch.setattr(gpu_device, "_WITHOUT_CAPTURE", set())
     for name, stand_in in {
         "Stream": Stream,
         "CUDAGraph": Graph,
@@ -96,7 +98,10 @@ def test_a_failed_capture_restores_the_stream_says_why_and_is_not_tried_again(de
     with pytest.warns(UserWarning, match=r"GPU 1: capturing a CUDA graph failed \(RuntimeError: operation not"):
         assert device.captured(failing) is None
     assert LOG[-2:] == ["leave stream 0 of cuda:1", "leave cuda:1"]
+    # Nor by the next batch of the run, which makes its streams anew; another GPU may capture.
     assert not device.captures
+    assert not CudaDevice(torch.device("cuda", 1)).captures
+    assert CudaDevice(torch.device("cuda", 0)).captures
 
 
 def test_out_of_memory_in_a_capture_is_not_swallowed(device: CudaDevice) -> None:
