@@ -17,6 +17,7 @@ from .display.html import as_html
 from .errors import FactorFileError, OptionError, UnknownModuleError
 from .factors import Factors
 from .foreign_factors import certified
+from .places import file_to_write
 from .storage import factor_file
 from .storage.atomic import write_whole
 from .storage.authors_folder import load_inilora_pt
@@ -92,7 +93,7 @@ class FactorSet(Mapping[str, Factors]):
 
     def save(self, path: str | Path) -> None:
         """Write the factor file, completely or not at all. Raises OutputError."""
-        write_whole(Path(path), self.to_bytes())
+        write_whole(file_to_write(path), self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path, base: str | Path | None = None) -> FactorSet:

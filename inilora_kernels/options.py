@@ -329,7 +329,13 @@ def fits(pattern: str, module: str) -> bool:
     >>> [fits(r"layer.\d.query", name) for name in ("layer.0.query", "encoder.layer.0.query", "player.0.query")]
     [True, True, False]
     """
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return _end_of_name(pattern).match(module) is not None
+
+
+@functools.cache
+def _end_of_name(pattern: str) -> re.Pattern[str]:
+    # re keeps 512 of them, and with a rank by energy there is one for each matrix.
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def require_count(name: str, value: object) -> None:

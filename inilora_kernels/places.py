@@ -1,4 +1,4 @@
-"""Where this library keeps what it may need again, between runs."""
+"""Where this library keeps what it may need again, between runs, and which names a file of results may have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import os
 from pathlib import Path
 
 from platformdirs import user_cache_path
+
+from .errors import OutputError
+
+
+def file_to_write(given: str | os.PathLike[str]) -> Path:
+    """The path of a file to write. Raises OutputError where a folder is meant: Path forgets a last "/".
+
+    >>> file_to_write("results/")
+    Traceback (most recent call last):
+    inilora_kernels.errors.OutputError: cannot write results/: that names a folder; give the name of a file
+    """
+    text = os.fspath(given)
+    if os.path.basename(text) in ("", os.curdir, os.pardir):
+        raise OutputError(f"cannot write {text}: that names a folder; give the name of a file")
+    return Path(text)
 
 
 def cache_folder() -> Path | None:

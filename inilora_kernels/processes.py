@@ -190,7 +190,7 @@ def torchruns_job() -> Iterator[Job]:
         raise BackendError(
             f"the processes cannot find each other ({str(error).splitlines()[0]}); start them with torchrun"
         ) from error
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    local_rank, local_size = _launchers("LOCAL_RANK", rank, least=0), _launchers("LOCAL_WORLD_SIZE", size, least=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -274,6 +274,14 @@ def _is_initialized() -> bool:
 def _is_started_together() -> bool:
     several = os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" in os.environ
     return several and bool(dist.is_available()) and not _is_initialized()
+
+
+def _launchers(name: str, otherwise: int, least: int) -> int:
+    """A number that torchrun has put into the environment. Raises BackendError for what it never puts there."""
+    text = os.environ.get(name, str(otherwise))
+    if not text.isdecimal() or int(text) < least:
+        raise BackendError(f"{name}={text}: not a number that torchrun sets; start the processes with torchrun")
+    return int(text)
 
 
 def shares(costs: Sequence[float], size: int) -> list[list[int]]:

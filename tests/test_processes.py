@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from inilora_kernels import approximate, approximate_model, processes
-from inilora_kernels.errors import InitializationError, ProcessError, WeightError
+from inilora_kernels.errors import BackendError, InitializationError, ProcessError, WeightError
 from inilora_kernels.factors import Factors
-from inilora_kernels.processes import Job, meet, shares
+from inilora_kernels.kernels.loading import load_backend
+from inilora_kernels.processes import Job, meet, shares, torchruns_job
 
 main_job = importlib.import_module("inilora_kernels.approximate")
 
@@ -108,6 +109,56 @@ def test_a_member_without_the_model_ends_all(model: Path, tmp_path: Path) -> Non
     ]
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """What torchrun sets, and a store in which this process is alone."""
+    monkeypatch.setattr(processes.dist, "rendezvous", lambda _: iter([(HashStore(), 0, 1)]))
+    for name, value in {"WORLD_SIZE": "8", "MASTER_ADDR": "localhost", **variables}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(("local_rank", "device"), [("0", 0), ("3", 3), ("5", 1)])
+def test_each_process_takes_the_gpu_of_its_local_rank(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str, device: int
+) -> None:
+    """On four simulated GPUs; of more processes than GPUs, several take one. The backend names it, for all threads."""
+    pytest.importorskip("triton")
+    taken = [7]
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 4,
+        "set_device": taken.append,
+        "current_device": lambda: taken[-1],
+        "get_device_capability": lambda _: (9, 0),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    launched(monkeypatch, LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE="8")
+    with torchruns_job():
+        assert load_backend("auto").device == torch.device("cuda", device)
+
+
+def test_each_process_takes_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(24)))
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for size in ("2", "8", "100"):
+        launched(monkeypatch, LOCAL_RANK="1", LOCAL_WORLD_SIZE=size)
+        with torchruns_job():
+            pass
+    assert threads == [12, 3, 1]
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK=first", "LOCAL_RANK=-1", "LOCAL_WORLD_SIZE=0", "WORLD_SIZE=two"])
+def test_what_torchrun_never_sets(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    name, _, value = variable.partition("=")
+    rendezvous = processes.dist.rendezvous
+    launched(monkeypatch, RANK="0", MASTER_PORT="0", **{name: value})
+    if name == "WORLD_SIZE":
+        monkeypatch.setattr(processes.dist, "rendezvous", rendezvous)
+    with pytest.raises(BackendError, match="torchrun"), torchruns_job():
+        pass
+
+
 def test_what_killed_processes_left_in_the_store_is_not_read() -> None:
     store = HashStore()
     for attempt in range(3):
@@ -172,18 +223,25 @@ TRAINER = """
 """
 KILLED = """
     import os, signal, sys
+    from inilora_kernels.factor_set import FactorSet
+    from inilora_kernels.processes import Job
     from inilora_kernels.storage import cache
     from inilora_kernels.cli.main import main
     rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     os.environ["INILORA_CACHE"] = f"{os.environ['INILORA_CACHE']}-{rank}"  # nodes without a shared folder
-    keep = cache.keep
+    def die(moment):
+        if (rank, attempt, moment) == (os.environ["VICTIM"], "0", os.environ["MOMENT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    keep, together, gather, save = cache.keep, Job.together, Job.gather, FactorSet.save
     def keep_and_die(key, factors):
         keep(key, factors)
         with open(os.environ["LOG"], "a") as log:
             log.write(key + "\\n")
-        if (rank, attempt) == (os.environ["VICTIM"], "0"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        die("solving")
     cache.keep = keep_and_die
+    Job.together = lambda job, name, mine: die(name) or together(job, name, mine)
+    Job.gather = lambda job, *results: die("gathering") or gather(job, *results)
+    FactorSet.save = lambda *given: die("writing") or save(*given)
     main()
 """
 
@@ -220,7 +278,13 @@ def start(tmp_path: Path, script: str, *arguments: str | Path, launch: list[str]
     file.write_text(textwrap.dedent(script))
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *launch, str(file), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        # torchrun leaves a folder with the logs of its processes.
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "TMPDIR": str(tmp_path),
+            **environment,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -246,10 +310,14 @@ def test_a_trainers_own_gloo_processes(model: Path, tmp_path: Path, size: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["0", "1", "2"])
-def test_torchrun_restarts_what_was_killed(model: Path, tmp_path: Path, victim: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "moment"),
+    [(victim, moment) for moment in ("survey", "solving", "gathering") for victim in "012"] + [("0", "writing")],
+)
+def test_torchrun_restarts_what_was_killed(model: Path, tmp_path: Path, victim: str, moment: str) -> None:
     log, out = tmp_path / "log", tmp_path / "out"
-    torchrun(tmp_path, 3, KILLED, "approximate", model, "-o", out, *KRYLOV, VICTIM=victim, LOG=str(log))
+    dying = {"VICTIM": victim, "MOMENT": moment, "LOG": str(log)}
+    torchrun(tmp_path, 3, KILLED, "approximate", model, "-o", out, *KRYLOV, **dying)
     assert out.read_bytes() == alone(model)
     keys = log.read_text().split()
     assert len(keys) == len(set(keys)) == 9

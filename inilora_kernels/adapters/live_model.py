@@ -243,13 +243,8 @@ def _seen(names: Collection[str], register: Callable[[str], Callable[..., Any]])
 def output_of(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = False) -> Tensor | None:
     """The model's first output, without dropout unless `training`; None if it has no values on these inputs."""
     output = _run(model, inputs, training)
-    first = (
-        output
-        if isinstance(output, Tensor)
-        else next(iter(output.values()), None)
-        if hasattr(output, "values")
-        else None
-    )
+    is_whole = isinstance(output, Tensor) or not hasattr(output, "values")
+    first = output if is_whole else next(iter(output.values()), None)
     return first if isinstance(first, Tensor) and not first.is_meta else None
 
 
@@ -279,17 +274,27 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
-def _methods(module: nn.Module) -> dict[str, Any]:
+def _methods(module: nn.Module) -> Mapping[str, Any]:
     """The functions of a module's forward pass, as far as a name tells, by class and name."""
+    its_class: Any = type(module)
+    methods, patched = _methods_of(its_class), vars(module).get("forward")
+    if patched is None:
+        return methods
+    # On the object, as some kernel integrations do.
+    others = {name: function for name, function in methods.items() if not name.endswith(".forward")}
+    own = {f"{type(module).__name__}.forward": inspect.unwrap(patched)} if inspect.isroutine(patched) else {}
+    return others | own
+
+
+@functools.cache
+def _methods_of(of: type) -> Mapping[str, Any]:
     functions: dict[str, Any] = {}
-    for owner in type(module).__mro__:
+    for owner in of.__mro__:
         if owner not in (nn.Module, object):
             for name, function in vars(owner).items():
                 functions.setdefault(name, function)
-    if "forward" in vars(module):  # patched on the object, as some kernel integrations do
-        functions["forward"] = vars(module)["forward"]
     return {
-        f"{type(module).__name__}.{name}": inspect.unwrap(function)
+        f"{of.__name__}.{name}": inspect.unwrap(function)
         for name, function in functions.items()
         if inspect.isroutine(function) and not name.startswith(_NOT_THE_FORWARD_PASS)
     }

@@ -7,13 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+from ..places import file_to_write
 from .arguments import Every, Json, ModelPath, Plot, with_options
 
 
 @with_options
 def approximate(
     model: ModelPath,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The factor file to write (.safetensors).")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="PATH", parser=file_to_write, help="The factor file to write (.safetensors)."
+        ),
+    ],
     plot: Plot = None,
     every: Every = False,
     as_json: Json = False,

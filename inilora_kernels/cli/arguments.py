@@ -17,6 +17,7 @@ import typer
 from ..errors import OptionError
 from ..model.location import located
 from ..options import ModelOptions, meaning
+from ..places import file_to_write
 
 if TYPE_CHECKING:
     from ..factor_set import FactorSet
@@ -29,7 +30,12 @@ ModelPath = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of the table.")]
 Plot = Annotated[
-    Path | None, typer.Option(help="Draw error by layer, spectra and convergence into this .png, .svg or .pdf.")
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        parser=file_to_write,
+        help="Draw error by layer, spectra and convergence into this .png, .svg or .pdf.",
+    ),
 ]
 Every = Annotated[bool, typer.Option("--all", help="A row for each matrix, not for each kind.")]
 FactorFile = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 import warnings
 from importlib import import_module
 from typing import Annotated, Any, TextIO
@@ -136,19 +137,28 @@ def main() -> None:
     except InitializationError as error:
         print(f"inilora: {error}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        reason = _foreseen(error)
+        if reason is None:
             raise
-        print(
-            "inilora: out of memory, nothing was written; free some, raise its limit, or lower --concurrency",
-            file=sys.stderr,
-        )
+        print(f"inilora: {reason}", file=sys.stderr)
         sys.exit(2)
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        print("inilora: this command needs peft: pip install 'inilora-kernels[peft]'", file=sys.stderr)
-        sys.exit(2)
+
+
+def _foreseen(error: Exception) -> str | None:
+    """What to say of an error that is not this library's: no memory, no peft, or a package that does not start."""
+    if is_out_of_memory(error):
+        return "out of memory, nothing was written; free some, raise its limit, or lower --concurrency"
+    if isinstance(error, ModuleNotFoundError) and error.name == "peft":
+        return "this command needs peft: pip install 'inilora-kernels[peft]'"
+    # HF_HUB_DOWNLOAD_TIMEOUT=abc, say, is a ValueError of the import.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    bodies = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+    package = bodies[-1].partition(".")[0] if bodies else ""
+    if package in ("", "__main__", __name__.partition(".")[0]):
+        return None
+    reason = " ".join(str(error).split())[:300]
+    return f"{package} cannot be imported ({reason}); check its installation, and the environment variables it reads"
 
 
 def _cannot_print() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,11 +72,10 @@ def _starred(row: Sequence[str], pattern: Sequence[str]) -> tuple[str, ...]:
 def _shortest_endings(patterns: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """For each pattern, the fewest of its last parts that no other pattern ends in, without leading stars."""
     endings = {}
+    users = Counter(pattern[-count:] for pattern in patterns for count in range(1, len(pattern) + 1))
     for pattern in patterns:
         count = 1
-        while count < len(pattern) and any(
-            other != pattern and other[-count:] == pattern[-count:] for other in patterns
-        ):
+        while count < len(pattern) and users[pattern[-count:]] > 1:
             count += 1
         parts = [part for part in pattern[-count:] if part != "*"]
         endings[pattern] = f"{parts[0]}…{parts[-1]}" if len(parts) > _MOST_PARTS else ".".join(parts) or "matrix"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from typing import TYPE_CHECKING
 
@@ -40,9 +42,10 @@ def load_backend(name: str, device: str | torch.device | None = None) -> Backend
                 return load_backend("triton")
             except BackendError as error:
                 warnings.warn(f"the GPU is not used: {error}", stacklevel=2)
+    if name == "cpu" and chosen is not None and chosen.type != "cpu":
+        raise BackendError(f'backend="cpu" does not run on device {str(chosen)!r}; leave device out')
+    _require_numba()
     if name == "cpu":
-        if chosen is not None and chosen.type != "cpu":
-            raise BackendError(f'backend="cpu" does not run on device {str(chosen)!r}; leave device out')
         from .cpu.backend import CpuBackend
 
         return CpuBackend(threads=torch.get_num_threads())
@@ -64,3 +67,23 @@ def card_of(name: str, device: str | torch.device | None) -> Gpu | None:
     from .gpu.backend import TritonBackend
 
     return TritonBackend(device=torch.device(device or "cuda")).gpu()
+
+
+def _require_numba() -> None:
+    """Raise BackendError unless numba starts and compiles: f* needs its kernels, whatever the backend."""
+    try:
+        import numba
+    except Exception as error:  # with NUMBA_NUM_THREADS=0 a ValueError, with a newer numpy than it knows an ImportError
+        reason = f"numba does not start ({' '.join(str(error).split()) or type(error).__name__})"
+        raise BackendError(f"{reason}; {_numba_settings() or 'install a numba that fits this numpy'}") from error
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        raise BackendError(f"numba is told not to compile, and the kernels are nothing else; {_numba_settings()}")
+    features = os.environ.get("NUMBA_CPU_FEATURES", "")
+    if features and not all(re.fullmatch(r"[+-][\w.-]+", feature) for feature in features.split(",")):
+        # LLVM would end the process.
+        raise BackendError(f"NUMBA_CPU_FEATURES={features}: no list of features such as +avx2,-avx512f; unset it")
+
+
+def _numba_settings() -> str:
+    found = sorted(name for name in os.environ if name.startswith("NUMBA_"))
+    return f"unset {', '.join(found)}" if found else ""

@@ -103,12 +103,12 @@ class Architecture:
     config: Any
     live_name: Callable[[str], str | None]
 
-    @property
+    @functools.cached_property
     def parameter_names(self) -> frozenset[str]:
         """The names of all parameters of the model, shared ones under each of their names."""
         return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
 
-    @property
+    @functools.cached_property
     def output_names(self) -> frozenset[str]:
         """The names of the modules that turn the last hidden state into token scores."""
         output = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]

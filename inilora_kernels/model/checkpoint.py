@@ -122,6 +122,9 @@ def _open_component(component: Component) -> Checkpoint:
     config = read_config(component.config) if component.config is not None else None
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
+    of_shard: dict[str, list[str]] = {}
+    for name, shard in (component.weight_map or {}).items():
+        of_shard.setdefault(shard, []).append(name)
     for file in component.files:
         found, own_metadata, own_config = _open_file(file)
         if component.weight_map is None:
@@ -130,7 +133,7 @@ def _open_component(component: Component) -> Checkpoint:
                 raise CheckpointError(f"{file}: {some(twice)} are in another shard too; remove the copy")
             tensors.update(found)
         else:
-            tensors.update(_of_shard(file, component, found))
+            tensors.update(_of_shard(file, component.index, of_shard[file.name], found))
         metadata.update(own_metadata)
         config = config or own_config
     if component.weight_map is not None:
@@ -162,13 +165,13 @@ def _open_file(file: Path) -> tuple[Mapping[str, StoredTensor], dict[str, str], 
     return *open_safetensors(file), None
 
 
-def _of_shard(file: Path, component: Component, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    assert component.weight_map is not None
-    names = [name for name, shard in component.weight_map.items() if shard == file.name]
+def _of_shard(
+    file: Path, index: str | None, names: list[str], found: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
     lacking = [name for name in names if name not in found]
     if lacking:
         raise CheckpointError(
-            f"{file}: {component.index} expects {some(lacking)} in this shard, which lacks "
+            f"{file}: {index} expects {some(lacking)} in this shard, which lacks "
             f"{'them' if len(lacking) > 1 else 'it'}; the index and the shards are not from the same download"
         )
     return {name: found[name] for name in names}

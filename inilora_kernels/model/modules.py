@@ -12,6 +12,7 @@ from ..errors import TargetError
 from .architecture import HEADS, Architecture, Layer, describe
 from .checkpoint import Checkpoint
 from .formats.weight import StoredWeight
+from .names import endings
 
 # What the modules of an unknown architecture are, by the last part of their name.
 EMBEDDING = re.compile(r"\w*embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias")
@@ -145,10 +146,19 @@ def selector(target_modules: Collection[str] | str) -> Callable[[Collection[str]
                 f'for module names give a list: ["query", "value"]'
             ) from error
         return lambda aliases: any(pattern.fullmatch(name) for name in aliases)
-    endings = list(target_modules)
-    if not all(isinstance(ending, str) and ending for ending in endings):
+    if not all(isinstance(ending, str) and ending for ending in target_modules):
         raise TargetError(f"target_modules={target_modules!r}: every entry must be a module name")
-    return lambda aliases: any(name == ending or name.endswith(f".{ending}") for name in aliases for ending in endings)
+    wanted = frozenset(target_modules)
+    return lambda aliases: any(end in wanted for name in aliases for end in endings(name))
+
+
+def unused(target_modules: Collection[str] | str, modules: Iterable[Module]) -> list[str]:
+    """The names in `target_modules`, or the one expression, that select none of these modules."""
+    if isinstance(target_modules, str):
+        selects = selector(target_modules)
+        return [] if any(selects(module.aliases) for module in modules) else [target_modules]
+    ends = {end for module in modules for name in module.aliases for end in endings(name)}
+    return [name for name in target_modules if name not in ends]
 
 
 def last_part(name: str) -> str:

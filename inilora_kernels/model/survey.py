@@ -105,7 +105,8 @@ def start_stds(targets: Sequence[Target], stds: Sequence[float], init_std: str |
     if not isinstance(init_std, str):
         return [float(init_std)] * len(targets)
     kinds = [target.kind if init_std == "kind" else "" for target in targets]
-    means = {
-        kind: statistics.fmean(std for std, own in zip(stds, kinds, strict=True) if own == kind) for kind in set(kinds)
-    }
+    by_kind: dict[str, list[float]] = {}
+    for kind, std in zip(kinds, stds, strict=True):
+        by_kind.setdefault(kind, []).append(std)
+    means = {kind: statistics.fmean(its_stds) for kind, its_stds in by_kind.items()}
     return [means[kind] for kind in kinds]

@@ -22,7 +22,7 @@ from .formats.find import module_and_part
 from .formats.weight import StoredWeight
 from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index, thirds
 from .hub import Choose
-from .modules import Module, aliases, find_modules, is_output_by_name, last_part, once_each, selector
+from .modules import Module, aliases, find_modules, is_output_by_name, last_part, once_each, selector, unused
 from .unchanged import watch
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -144,10 +144,12 @@ def find_targets(
         left_out = [module for module in left_out if selects(module.aliases)]
         _require_each_selects(checkpoint, target_modules, modules, left_out)
     thin = [one for one in targets if rank_of and min(one.shape) < rank_of(one.module)] if named_all else []
-    targets = [one for one in targets if one not in thin]
+    dropped = {one.module for one in thin}
+    targets = [one for one in targets if one.module not in dropped]
     if not targets:
         raise _nothing_found(checkpoint, modules, target_modules)
-    left_out = [module for module in left_out if _merged(module) not in {one.name for one in chosen}]
+    parameters = {one.name for one in chosen}
+    left_out = [module for module in left_out if _merged(module) not in parameters]
     fused = [one.name for one in experts if one not in chosen and one.is_fused] if named_all else []
     if fused:
         endings = sorted({".".join(name.split(".")[-2:]) for name in fused})
@@ -159,11 +161,11 @@ def find_targets(
     if thin:
         shapes = f"{some([one.module for one in thin])}: {thin[0].shape[0]}×{thin[0].shape[1]} is thinner than the rank"
         warnings.warn(f"{checkpoint.path}: left out {shapes}", stacklevel=2)
-    if parameters := [
+    if in_proj := [
         one.module for one in targets if checkpoint.weights[f"{one.module.partition(':')[0]}.weight"].is_fused_attention
     ]:
         no_layer = "torch's MultiheadAttention reads this parameter itself, so no adapter can start from its factors"
-        warnings.warn(f"{checkpoint.path}: {some(parameters)}: {no_layer}", stacklevel=2)
+        warnings.warn(f"{checkpoint.path}: {some(in_proj)}: {no_layer}", stacklevel=2)
     for reason in dict.fromkeys(module.left_out for module in left_out):
         names = [module.name for module in left_out if module.left_out == reason]
         warnings.warn(f"{checkpoint.path}: left out {some(names)}: {reason}", stacklevel=2)
@@ -217,10 +219,8 @@ def _require_each_selects(
 ) -> None:
     """Raise TargetError, or warn, if a name in `target_modules` selects nothing, or nothing that can be a target."""
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    for name in names:
+    for name in unused(target_modules, loaded):
         selects = selector(name if isinstance(target_modules, str) else [name])
-        if any(selects(module.aliases) for module in loaded):
-            continue
         refused = next((module for module in left_out if selects(module.aliases)), None)
         if refused is not None:
             others = [other for other in names if other != name]

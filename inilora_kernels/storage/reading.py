@@ -145,6 +145,21 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[first : first + count]).view(dtype).view(shape)
 
 
+def free_memory() -> float:
+    """Bytes of memory that this process may still take, within its control group's limit; inf where nothing says so.
+
+    >>> free_memory() > 0
+    True
+    """
+    known = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):
+        known.append(float(Path("/sys/fs/cgroup/memory.max").read_text().replace("max", "inf")))
+    return min(known)
+
+
 def _open(path: str, flags: int) -> int:
     return os.open(path, _FLAGS)
 

@@ -44,6 +44,17 @@ def test_what_would_be_written_over_the_models_shards_is_refused_before_the_run(
     assert model.read_bytes() == before
 
 
+def test_an_output_that_names_a_folder_is_refused_before_the_run(
+    model: Path, tmp_path: Path, inilora: Inilora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inilora_kernels.cli.running.approximate_each", lambda *_, **__: pytest.fail("it has run"))
+    for arguments in (["-o", f"{tmp_path}/out/"], ["-o", tmp_path / "out", "--plot", f"{tmp_path}/out.png/"]):
+        ended = inilora("approximate", model, *arguments)
+        assert ended.returncode == 2
+        assert "that names a folder; give the name of a file" in ended.stderr
+    assert list(tmp_path.iterdir()) == [model]
+
+
 def test_a_full_disk_is_refused_before_the_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The factors of two matrices 30×20 at the ranks 2 and 4 take 4·(30 + 20)·(2 + 4)·2 bytes."""
     monkeypatch.setattr(sys.modules["inilora_kernels.approximate"], "survey", lambda *_: pytest.fail("it has run"))

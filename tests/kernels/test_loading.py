@@ -47,3 +47,18 @@ def test_auto_warns_and_takes_the_cpu_without_triton(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.warns(UserWarning, match=r"the GPU is not used: .*needs the triton package"):
         assert load_backend("auto").name == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_numba_that_does_not_start_is_named_with_its_settings(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """NUMBA_NUM_THREADS=0 makes `import numba` raise a ValueError, and NUMBA_DISABLE_JIT makes kernels plain Python."""
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    with pytest.raises(BackendError, match="unset NUMBA_DISABLE_JIT"):
+        load_backend(name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(BackendError, match=r"numba does not start \(.*\); unset NUMBA_DISABLE_JIT"):
+        load_backend(name)
+    monkeypatch.delenv("NUMBA_DISABLE_JIT")
+    with pytest.raises(BackendError, match="install a numba that fits"):
+        load_backend(name)

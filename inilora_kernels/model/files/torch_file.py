@@ -2,7 +2,7 @@
 
 Of a file in torch's format since 1.6, a zip archive, the description alone is read; a tensor is then read from its
 place in the archive. Tensors that are not stored row by row are taken from a memory map of the whole file. A file in
-the older format is loaded whole, and the last one is kept.
+the older format is loaded whole, and the last one is kept; one that is larger than the free memory is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, is_out_of_memory
-from ...storage.reading import opened, reporting, require_stored
+from ...storage.reading import free_memory, opened, reporting, require_stored
 from ...suggestions import some
 from .tensor import ContiguousTensor, tensor_sha256, what_it_is
 
@@ -80,6 +80,7 @@ class TorchTensor:
 def open_torch_file(file: Path) -> dict[str, ContiguousTensor | TorchTensor]:
     """The tensors of a torch file by name. Raises CheckpointError, also if the file holds code, and OSError."""
     if not _is_zip(file):
+        _require_memory(file)
         return {name: _mapped(name, file, tensor) for name, tensor in _load(file).items()}
     records = _records(file)
     try:
@@ -158,6 +159,17 @@ def _load(file: Path) -> Mapping[str, Tensor]:
     if _is_zip(file):
         return _load_checked(file, "cpu", mmap=True)
     return _load_old(file, file.stat().st_mtime_ns)
+
+
+def _require_memory(file: Path) -> None:
+    """Raise CheckpointError for a file of the older format that is larger than the memory that is free."""
+    size, free = file.stat().st_size, free_memory()
+    if size > free:
+        raise CheckpointError(
+            f"{file}: in torch's format before 1.6, which can only be read whole: {size / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of memory are free; take the model's .safetensors file, or save the file again with "
+            f"a newer torch where it fits"
+        )
 
 
 @functools.lru_cache(maxsize=1)
