@@ -64,8 +64,8 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="PEFT's own option.")] = False,
 ) -> None:
     """Run an experiment with PEFT's run.py; its result goes where PEFT puts it."""
-    os.chdir(folder)
     sys.path.insert(0, str(folder.resolve()))
+    os.chdir(folder)
     start = Path(experiment) / START
     if start.is_file():
         import utils

@@ -33,7 +33,7 @@ from .word_problems import Problem, problems
 
 # Sentences of the movie reviews, by whose loss forgetting is seen; problems that exact match is measured on.
 OUTSIDE, EXACT, NEW_TOKENS = 32, 200, 192
-_AT_ONCE = 16
+_AT_ONCE, _ASKED_AT_ONCE = 16, 40
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ def finetune_language(run: Run, model: Path) -> Row:
     if run.test:
         per_example = _losses(network, run, test)
         metrics["test"] = {"loss": fmean(per_example), "outside loss": _outside_loss(network, model)}
+    answers: list[tuple[int, str | None, str | None]] = []
     for name in run.evaluations:
         assert name == "exact-match", name
-        metrics["test"][name] = _exact_match(network, model)
+        answers = _answers(network, model)
+        metrics["test"][name] = fmean(found == expected for _, found, expected in answers)
     done = time.monotonic()
     return {
         "run": run.record(),
@@ -85,6 +87,7 @@ def finetune_language(run: Run, model: Path) -> Row:
         "metrics": metrics,
         "per_example": [round(value, 5) for value in per_example],
         "groups": [example.problem.template for example in test],
+        "answers": answers,
         "training_loss": history,
         "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "factors": found,
@@ -196,23 +199,26 @@ def _outside_loss(network: Any, model: Path) -> float:
 
 
 @torch.no_grad()
-def _exact_match(network: Any, model: Path) -> float:
-    """The part of the held-out problems whose greedy answer ends in the right number."""
+def _answers(network: Any, model: Path) -> list[tuple[int, str | None, str | None]]:
+    """Of each held-out problem the template, the number that the greedy answer ends in, and the right one."""
     tokenizer = _tokenizer(model)
-    asked = problems("test", EXACT)
-    right = 0
+    # Of similar length together, so that little is padded.
+    asked = sorted(problems("test", EXACT), key=lambda problem: len(problem.prompt))
+    answers = []
     network.config.use_cache = True
-    for start in range(0, len(asked), _AT_ONCE):
-        batch = asked[start : start + _AT_ONCE]
+    for start in range(0, len(asked), _ASKED_AT_ONCE):
+        batch = asked[start : start + _ASKED_AT_ONCE]
         prompts = tokenizer([one.prompt for one in batch], return_tensors="pt", padding=True, padding_side="left")
         with torch.autocast("cpu", torch.bfloat16, network.dtype == torch.bfloat16):
-            answers = network.generate(
+            said = network.generate(
                 **prompts, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
             )
-        texts = tokenizer.batch_decode(answers[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(final_number(text) == final_number(one.worked) for text, one in zip(texts, batch, strict=True))
+        texts = tokenizer.batch_decode(said[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += [
+            (one.template, final_number(text), final_number(one.worked)) for text, one in zip(texts, batch, strict=True)
+        ]
     network.config.use_cache = False
-    return right / len(asked)
+    return answers
 
 
 def final_number(text: str) -> str | None:

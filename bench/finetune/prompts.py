@@ -27,16 +27,28 @@ def codealpaca(row: Mapping[str, Any], end: str) -> list[tuple[str, bool]]:
     return [(asked, False), (row["output"] + end, True)]
 
 
+# ShareGPT's names of who speaks.
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
+
 def sharegpt(row: Mapping[str, Any], end: str) -> list[tuple[str, bool]]:
-    """Tulu's chat format.
+    """Tulu's chat format; nothing of a conversation with others than a user and an assistant (system, bing).
 
     >>> sharegpt({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, "</s>")
-    [('<|user|>\\nHi\\n<|assistant|>\\n', False), ('Ho</s>\\n', True)]
+    [('<|user|>\\n', False), ('Hi\\n', False), ('<|assistant|>\\n', False), ('Ho</s>', True)]
+    >>> sharegpt({"conversations": [{"from": "bing", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, "</s>")
+    []
     """
-    pieces = []
-    for turn in row["conversations"]:
-        if turn["from"] == "human":
-            pieces.append((f"<|user|>\n{turn['value'].strip()}\n<|assistant|>\n", False))
-        elif turn["from"] == "gpt":
-            pieces.append((f"{turn['value'].strip()}{end}\n", True))
-    return pieces
+    turns = row["conversations"]
+    if any(turn["from"] not in _SPEAKERS for turn in turns):
+        return []
+    pieces: list[tuple[str, bool]] = []
+    before = ""
+    for turn in turns:
+        speaker = _SPEAKERS[turn["from"]]
+        answer = speaker == "assistant"
+        # Whose turn it is is learned too, but not after a user.
+        pieces.append((f"<|{speaker}|>\n", answer and before != "user"))
+        pieces.append((f"{turn['value'].strip()}{end if answer else ''}\n", answer))
+        before = speaker
+    return [*pieces[:-1], *((text.rstrip("\n"), learned) for text, learned in pieces[-1:])]

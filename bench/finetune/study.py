@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -18,20 +18,34 @@ from .table import Cell, Table
 Array = NDArray[np.float64]
 
 
+def _per_example(row: Row) -> Array:
+    return np.array(row["per_example"])
+
+
 @dataclass(frozen=True)
 class Measure:
-    """What an example's outcome (evaluation.py, language.py) is worth, and how its mean is shown."""
+    """What each test example of a row (evaluation.py, language.py) is worth, and how the mean is shown.
 
-    of: Callable[[Array], Array]
+    groups: the examples' groups, where they have any.
+    """
+
+    of: Callable[[Row], Array]
     factor: float
     digits: int
+    groups: Callable[[Row], Sequence[Hashable] | None] = lambda row: row.get("groups")
 
 
 MEASURES = {
-    "accuracy": Measure(lambda outcomes: (outcomes > 0).astype(float), 100, 1),
-    "cross-entropy": Measure(lambda outcomes: np.logaddexp(0, -outcomes), 1, 3),
-    "squared error": Measure(np.square, 1, 3),
-    "answer loss": Measure(lambda outcomes: outcomes, 1, 3),
+    "accuracy": Measure(lambda row: (_per_example(row) > 0).astype(float), 100, 1),
+    "cross-entropy": Measure(lambda row: np.logaddexp(0, -_per_example(row)), 1, 3),
+    "squared error": Measure(lambda row: np.square(_per_example(row)), 1, 3),
+    "answer loss": Measure(_per_example, 1, 3),
+    "exact match": Measure(
+        lambda row: np.array([float(found == expected) for _, found, expected in row["answers"]]),
+        100,
+        1,
+        lambda row: [template for template, _, _ in row["answers"]],
+    ),
 }
 
 
@@ -55,33 +69,33 @@ def study_lines(table: Table, cells: Sequence[Cell], rows: Mapping[Run, Row]) ->
     return lines
 
 
-def outcomes(cells: Sequence[Cell], rows: Mapping[Run, Row]) -> dict[str, dict[int, Array]]:
-    """system → seed → the outcome of each test example."""
+def worth(measure: Measure, cells: Sequence[Cell], rows: Mapping[Run, Row]) -> dict[str, dict[int, Array]]:
+    """system → seed → what each test example is worth."""
     found: dict[str, dict[int, Array]] = {}
     for cell in cells:
-        found.setdefault(cell.system, {})[cell.run.seed] = np.array(rows[cell.run]["per_example"])
+        found.setdefault(cell.system, {})[cell.run.seed] = measure.of(rows[cell.run])
     return found
 
 
 def compare_systems(
-    table: Table, measure: Measure, found: Mapping[str, Mapping[int, Array]], groups: Sequence[int] | None
+    against: str, found: Mapping[str, Mapping[int, Array]], groups: Sequence[Hashable] | None
 ) -> dict[str, Comparison]:
-    """Each system against the table's one, over the seeds that both have; none with fewer than two."""
-    theirs = found.get(table.show["against"], {})
+    """Each system against one, over the seeds that both have; none with fewer than two."""
+    theirs = found.get(against, {})
     compared = {}
     for system, ours in found.items():
         seeds = sorted(ours.keys() & theirs.keys())
-        if system != table.show["against"] and len(seeds) > 1:
-            pair = [measure.of(np.stack([one[seed] for seed in seeds])) for one in (ours, theirs)]
+        if system != against and len(seeds) > 1:
+            pair = [np.stack([one[seed] for seed in seeds]) for one in (ours, theirs)]
             compared[system] = compare(pair[0], pair[1], groups)
     return compared
 
 
 def _table(table: Table, chosen: Sequence[Cell], rows: Mapping[Run, Row]) -> list[str]:
     against, names = table.show["against"], table.show["measures"]
-    found = outcomes(chosen, rows)
-    groups = rows[chosen[0].run].get("groups")
-    compared = {name: compare_systems(table, MEASURES[name], found, groups) for name in names}
+    found = {name: worth(MEASURES[name], chosen, rows) for name in names}
+    groups = {name: MEASURES[name].groups(rows[chosen[0].run]) for name in names}
+    compared = {name: compare_systems(against, found[name], groups[name]) for name in names}
     first = compared[names[0]]
     corrected = dict(zip(first, holm([one.p for one in first.values()]), strict=True))
     header = ["method", "learning rate", "seeds"]
@@ -91,13 +105,13 @@ def _table(table: Table, chosen: Sequence[Cell], rows: Mapping[Run, Row]) -> lis
     others = list(table.show.get("others", ()))
     lines = []
     for system in table.systems:
-        if system not in found:
+        if system not in found[names[0]]:
             continue
         (rate,) = {cell.run.lr for cell in chosen if cell.system == system}
-        line = [system, f"{rate:g}", str(len(found[system]))]
+        line = [system, f"{rate:g}", str(len(found[names[0]][system]))]
         for name in names:
             measure = MEASURES[name]
-            mean = fmean(float(measure.of(one).mean()) for one in found[system].values())
+            mean = fmean(float(one.mean()) for one in found[name][system].values())
             line.append(f"{measure.factor * mean:.{measure.digits}f}")
             line.append(_difference(compared[name].get(system), measure))
         if system in first:

@@ -82,7 +82,9 @@ def test_the_experiments_are_pefts_lora_but_for_start_and_rate(folder: Path) -> 
 
 def test_a_run_starts_from_the_weights_and_leaves_the_model_as_it_was(folder: Path) -> None:
     experiment = "experiments/inilora-study/llama-3.2-3B-inilora-rank32-lr_0.001"
-    command = [sys.executable, "-m", "bench.method_comparison", "run", str(folder), experiment, "-v"]
+    # A relative path, as one types it.
+    place = os.path.relpath(folder, ROOT)
+    command = [sys.executable, "-m", "bench.method_comparison", "run", place, experiment, "-v"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

@@ -205,7 +205,7 @@ def test_what_is_learned_are_the_answers(llama: Path, data: Path) -> None:
     assert learned["metamathqa"] == "It is 2.\nThe answer is: 2</s>"
     assert asked["metamathqa"] == "<s>" + ALPACA.format(instruction="1 + 1?")
     assert (asked["codealpaca"], learned["codealpaca"]) == ("<s>Add\n1 2", "3</s>")
-    assert (asked["sharegpt"], learned["sharegpt"]) == ("<s><|user|>\nHello\n<|assistant|>\n", "Good day</s>\n")
+    assert (asked["sharegpt"], learned["sharegpt"]) == ("<s><|user|>\nHello\n<|assistant|>\n", "Good day</s>")
 
 
 def test_right_answers_count(llama: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,10 +108,21 @@ def test_every_number_of_the_pages_claims_is_in_its_tables() -> None:
     shown = set(re.findall(r"[\d.]*\d", tables))
     answer, rest = text.split("## How we know")
     earlier = rest.split("## Earlier runs")[1].split("What was changed on the way")[0]
-    claims = re.sub(r"\([^ )]*\)|-135M", "", answer + earlier)
+    claims = " ".join(re.sub(r"\([^ )]*\)|-135M", "", answer + earlier).split())
     numbers = set(re.findall(r"\d+\.\d+", claims))
     assert len(numbers) > 20
     assert numbers <= shown, f"not in any table: {sorted(numbers - shown)}"
+    # A difference with its interval is one cell, and what is said of a method is in a line of that method's.
+    intervals = set(re.findall(r"[+-]\d+\.\d+ \[[^\]]+\]", claims))
+    assert len(intervals) > 5
+    assert not [one for one in intervals if f"| {one} |" not in tables]
+    methods = r"(?<![\w-])(IniLoRA-α|β|PiSSA|MiLoRA|(?:Ini)?LoRA)"
+    named = re.findall(methods + r"(?: has| at| is at)? ([+-]?\d+\.\d+)", claims)
+    assert len(named) > 15
+    for name, number in named:
+        label = "IniLoRA-β (K-U)" if name == "β" else name
+        lines = [line for line in tables.splitlines() if line.startswith(f"| {label} |")]
+        assert any(number in line.replace("|", " ").split() for line in lines), (name, number)
 
 
 def test_losses_have_a_column_and_a_sweep_has_a_table(tmp_path: Path) -> None:

@@ -75,3 +75,23 @@ def test_a_study_says_what_differs_and_what_is_the_same(table: Table, tmp_path: 
     # Three systems, 3 + 3 + 4 rates with three seeds, and eight seeds twice.
     assert f"\n{10 * 3 + 3 * 8 * 2} of {10 * 3 + 3 * 8 * 2} rows" in text
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exact_match_is_counted_from_the_answers_of_each_row(tmp_path: Path) -> None:
+    whole = load("word-problems-exact")
+    systems = {label: {**whole.systems[label], "lr": 0.01} for label in ("LoRA", "PiSSA")}
+    table = replace(whole, name="exact", systems=systems, rates_of=None, grid={"seed": [0, 11, 22]})
+    for cell in table.cells({}):
+        # LoRA is right in 2 of 8, PiSSA in 4, both with every seed: the templates alone differ.
+        right = 4 if cell.system == "PiSSA" else 2
+        answers = [[at % 4, "1" if at < right else None, "1"] for at in range(8)]
+        append_row(tmp_path / "exact.jsonl", {**row(cell.run, cell.system), "answers": answers})
+    write_report(table, read_rows(tmp_path), tmp_path, Console(quiet=True))
+    lines = (tmp_path / "exact.md").read_text().splitlines()
+    assert "| method | learning rate | seeds | exact match | − LoRA [95 %] | p (Holm) | within ±2.0 |" in lines
+    assert "| LoRA | 0.01 | 3 | 25.0 |  |  |  |" in lines
+    found = next(line for line in lines if line.startswith("| PiSSA"))
+    assert found.startswith("| PiSSA | 0.01 | 3 | 50.0 | +25.0 [")
+    # By template PiSSA gains 0, 0, 50 and 50 points: a mean of 4 drawn has a deviation of 12.5, for 3 seeds √(3/2) of it.
+    low, high = (float(one) for one in found.split("[")[1].split("]")[0].split(", "))
+    assert (high - low) / 2 == pytest.approx(4.3027 * 12.5 * 1.5**0.5, rel=0.05)
