@@ -92,6 +92,6 @@ def test_exact_match_is_counted_from_the_answers_of_each_row(tmp_path: Path) -> 
     assert "| LoRA | 0.01 | 3 | 25.0 |  |  |  |" in lines
     found = next(line for line in lines if line.startswith("| PiSSA"))
     assert found.startswith("| PiSSA | 0.01 | 3 | 50.0 | +25.0 [")
-    # By template PiSSA gains 0, 0, 50 and 50 points: a mean of 4 drawn has a deviation of 12.5, for 3 seeds √(3/2) of it.
+    # By template PiSSA gains 0, 0, 50 and 50 points: 4 drawn have a deviation of 12.5, with 3 seeds √(3/2) of it.
     low, high = (float(one) for one in found.split("[")[1].split("]")[0].split(", "))
     assert (high - low) / 2 == pytest.approx(4.3027 * 12.5 * 1.5**0.5, rel=0.05)
