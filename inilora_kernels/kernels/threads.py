@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -42,7 +45,40 @@ def at_once(elements: int, itemsize: int, threads: int) -> int:
     return min(threads, max(2 if itemsize <= 2 else 1, _ROOM // max(1, elements * itemsize)))
 
 
-def share(work: Callable[[Iterator[Item]], object], items: Sequence[Item], count: int) -> None:
+@functools.cache
+def _kept(count: int) -> ThreadPoolExecutor:
+    """As many threads, for as long as the process lives: starting one takes as long as a small matrix's work."""
+    return ThreadPoolExecutor(count, thread_name_prefix="inilora")
+
+
+# A forked process has none of its parent's threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_kept.cache_clear)
+
+
+@contextmanager
+def helped(help: Callable[[], object], count: int) -> Iterator[None]:
+    """Call `help` on up to this many other threads, with one of torch's own each, while the block runs.
+
+    A call that has not begun at the end of the block never does; those that have are waited for. So the block must be
+    able to do without them, and may be part of another block's help.
+    """
+
+    def call() -> None:
+        torch.set_num_threads(1)
+        help()
+
+    calls = [_kept(count).submit(call) for _ in range(count)] if count > 0 else []
+    try:
+        yield
+    finally:
+        begun = [one for one in calls if not one.cancel()]
+        wait(begun)
+    for one in begun:
+        one.result()
+
+
+def share(work: Callable[[Iterator[Item]], object], items: Iterable[Item], count: int) -> None:
     """Call `work` on this many threads, this one among them, each with one of torch's own; they share the items.
 
     Each call takes the next item whenever it is done with one. When one raises, the others take no more.
@@ -60,11 +96,8 @@ def share(work: Callable[[Iterator[Item]], object], items: Sequence[Item], count
     if count <= 1:
         call()
         return
-    with one_torch_thread(), ThreadPoolExecutor(count - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        others = [pool.submit(call) for _ in range(count - 1)]
+    with one_torch_thread(), helped(call, count - 1):
         call()
-        for other in others:
-            other.result()
 
 
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: int) -> Generator[Result, None, None]:
@@ -74,13 +107,23 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: i
     """
     count = min(count, len(items))
     if count <= 1:
-        # A new thread's memory is new too, and touching it costs as much as a small matrix's work.
         yield from map(work, items)
         return
     with one_torch_thread() as threads:
         share = max(1, threads // count)
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            yield from pool.map(work, items)
+
+        def call(item: Item) -> Result:
+            torch.set_num_threads(share)
+            return work(item)
+
+        calls = deque(_kept(count).submit(call, item) for item in items)
+        try:
+            while calls:
+                yield calls.popleft().result()
+        finally:
+            for one in calls:
+                one.cancel()
+            wait(calls)
 
 
 def in_groups(items: Iterable[Item], key: Callable[[Item], int]) -> list[tuple[int, list[Item]]]:

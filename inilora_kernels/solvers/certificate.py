@@ -48,7 +48,6 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .krylov_space import RitzPairs
@@ -78,12 +77,7 @@ def bound_outside(pairs: RitzPairs, kept: int, missed: float, rounding: float = 
     """
     from ..kernels.cpu.outside import least_outside
 
-    return float(least_outside(*_as_rows(pairs), kept, missed)) + rounding
-
-
-def _as_rows(pairs: RitzPairs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """θ (m) and g (m×b), as the kernels take them."""
-    return np.ascontiguousarray(pairs.values.numpy()), np.ascontiguousarray(pairs.coupling.T.numpy())
+    return float(least_outside(pairs.theta, pairs.g, kept, missed)) + rounding
 
 
 def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float) -> float:
@@ -117,10 +111,10 @@ def promise(
     """
     from ..kernels.cpu.outside import least_shortfall
 
-    theta, g = _as_rows(pairs)
+    theta = pairs.theta
     highest = float(theta[rank - 1])
     candidates = [rank + beyond for beyond in _BEYOND if rank + beyond < len(theta) and theta[rank + beyond] < highest]
     if highest <= missed or not candidates:
         return math.inf, rank, math.inf
-    best, kept, outside = least_shortfall(theta, g, rank, np.array(candidates), missed, rounding, noise, enough)
+    best, kept, outside = least_shortfall(theta, pairs.g, rank, np.array(candidates), missed, rounding, noise, enough)
     return float(best), int(kept), float(outside)

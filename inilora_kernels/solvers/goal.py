@@ -48,8 +48,8 @@ class Goal:
 
     def rounding(self, pairs: RitzPairs) -> float:
         """By how much a step of the space, MX = QT + NL, can be off for a unit vector; see certificate.py."""
-        largest = max(0.0, float(pairs.values[0]))
-        projecting = min(self.unit, _FLOAT32_UNIT) * math.sqrt(len(pairs.values)) * largest
+        largest = max(0.0, float(pairs.theta[0]))
+        projecting = min(self.unit, _FLOAT32_UNIT) * math.sqrt(len(pairs.theta)) * largest
         return self.unit * math.sqrt(largest * self.energy) + projecting
 
     def noise(self, pairs: RitzPairs) -> float:
@@ -62,7 +62,7 @@ class Goal:
 
     def missing(self, pairs: RitzPairs, rank: int) -> float:
         """What the Ritz pairs have not captured: f* and the energy they missed."""
-        return max(0.0, self.energy - float(pairs.values[:rank].sum()))
+        return max(0.0, self.energy - float(pairs.captured[rank - 1]))
 
     def promised(self, pairs: RitzPairs, missed: float, enough: float = 0.0) -> float:
         """The promise of the rank that is furthest from its allowance, as a multiple of the allowance.
@@ -87,16 +87,16 @@ class Goal:
 
         factor: `missed_factor` of as many passes as the second space may reasonably take.
         """
-        highest = max(0.0, float(pairs.values[self.rank - 1]))
-        place = self.rank + int(_REACHED * (len(pairs.values) - self.rank))
-        reached = factor * max(0.0, float(pairs.values[min(place, len(pairs.values) - 1)]))
+        highest = max(0.0, float(pairs.theta[self.rank - 1]))
+        place = self.rank + int(_REACHED * (len(pairs.theta) - self.rank))
+        reached = factor * max(0.0, float(pairs.theta[min(place, len(pairs.theta) - 1)]))
         return min(_EXPECTED_OUTSIDE * highest, reached)
 
     def too_coarse(self, pairs: RitzPairs) -> bool:
         """Whether the products' rounding hides what must be proven."""
         if self.exact:
             return False
-        highest = float(pairs.values[self.rank - 1])
+        highest = float(pairs.theta[self.rank - 1])
         rounding = self.rounding(pairs)
         hidden = self.rank * self.noise(pairs) ** 2 / (_COARSE_GAP * max(highest, 1e-300))
         return (
@@ -111,4 +111,4 @@ class Goal:
         proofs = [
             promise(pairs, rank, missed, rounding, noise, _AMPLE * self.allowed(pairs, rank)) for rank in self.ranks
         ]
-        return min(max(kept for _, kept, _ in proofs), len(pairs.values))
+        return min(max(kept for _, kept, _ in proofs), len(pairs.theta))

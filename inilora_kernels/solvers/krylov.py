@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,8 @@ _MOST_GROWTH = 10
 PROMISED = 0.5
 # A second space whose Ritz values come this close to θ_r has found what the first one missed.
 MISSED = 0.985
+# It has found enough where λ_max outside is below so many times θ_r: the first with which all is settled.
+_BOUNDS = (0.98, 0.96, 0.93, 0.9)
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
 # As many as are worth having for a first space that need not grow on.
@@ -284,19 +287,17 @@ class _Search:
         start = self._random(min(_NARROW, self._size - self._space.size), stream)
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
         rounding = self._goal.rounding(pairs)
-        highest = float(pairs.values[self._rank - 1])
-        while other.passes < _MOST_CERTIFYING and other.room:
-            other.grow(math.inf, passes=1 if other.passes else _JUDGED_AFTER)
-            largest = float(torch.linalg.eigvalsh(other.T)[-1])
-            missed = missed_factor(self._size, len(start), other.passes) * (largest + rounding) + rounding
-            if missed < self._missed:
-                self._missed = missed
-            if self._missed < highest and self._goal.settled(pairs, self._missed):
-                break
-            if largest >= MISSED * highest:
-                return other if self._growing() else None
-            if self._missed < 0.9 * highest:
-                break
+        highest = float(pairs.theta[self._rank - 1])
+        enough = next((c for c in _BOUNDS if self._goal.settled(pairs, c * highest)), _BOUNDS[-1]) * highest
+        factors = [missed_factor(self._size, len(start), 1 + i) for i in range(_MOST_CERTIFYING)]
+        stops = np.array([((enough - rounding) / factor - rounding, MISSED * highest) for factor in factors])
+        stops[: _JUDGED_AFTER - 1] = (0.0, math.inf)
+        other.grow(math.inf, passes=_MOST_CERTIFYING, stops=stops)
+        largest = float(torch.linalg.eigvalsh(other.T)[-1]) if other.size else 0.0
+        if other.passes:
+            self._missed = min(self._missed, factors[other.passes - 1] * (largest + rounding) + rounding)
+        if not (self._missed < highest and self._goal.settled(pairs, self._missed)) and largest >= MISSED * highest:
+            return other if self._growing() else None
         self._spent += other.size
         return None
 

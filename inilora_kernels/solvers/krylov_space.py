@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import ceil
+from functools import cached_property, partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.streaming import GramReader
+from ..kernels.threads import helped
 
 # What a projection leaves of a vector is rounding if it is below this many units in the last place of its length.
 _ROUNDING_UNITS = 8
@@ -19,6 +23,7 @@ _STILL_LONG = 0.5
 _MOST_PROJECTIONS = 5
 # Rows of memory taken at a time for the basis.
 _ROWS_AT_ONCE = 64
+_NO_STOPS = np.empty((0, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,21 @@ class RitzPairs:
     values: Tensor
     vectors: Tensor
     coupling: Tensor
+
+    @cached_property
+    def theta(self) -> NDArray[np.float64]:
+        """θ (m), as the kernels take it."""
+        return np.ascontiguousarray(self.values.numpy())
+
+    @cached_property
+    def g(self) -> NDArray[np.float64]:
+        """The residuals' coordinates (m×b), a row each, as the kernels take them."""
+        return np.ascontiguousarray(self.coupling.T.numpy())
+
+    @cached_property
+    def captured(self) -> NDArray[np.float64]:
+        """The sums (m) of the leading θ: how much of the energy the first 1, 2, … capture."""
+        return np.cumsum(self.theta)
 
 
 class KrylovSpace:
@@ -64,17 +84,24 @@ class KrylovSpace:
         held = self.size + (0 if self._fixed is None else len(self._fixed))
         return held + 2 * len(self._next) <= self._rows.shape[1]
 
-    def grow(self, size: float, passes: int) -> None:
-        """Take blocks into the basis until it holds `size` rows, or `passes` of them are taken, or there is no room."""
+    def grow(self, size: float, passes: int, stops: NDArray[np.float64] | None = None) -> None:
+        """Take blocks into the basis until it holds `size` rows, or `passes` of them are taken, or there is no room.
+
+        stops (passes, 2): also end after the i-th where λ_max(QMQᵀ) is below stops[i, 0] or not below stops[i, 1].
+        """
+        first = self.passes
         while passes > 0 and self.size < size and self.room:
             block = len(self._next)
             held = 0 if self._fixed is None else len(self._fixed)
             fitting = (self._rows.shape[1] - self.size - held) // block - 1
-            wanted = int(min(passes, fitting, ceil((min(size, self._rows.shape[1]) - self.size) / block)))
-            taken = self._expand_compiled(wanted)
+            wanted = int(min(passes, fitting, math.ceil((min(size, self._rows.shape[1]) - self.size) / block)))
+            left = None if stops is None else stops[self.passes - first :]
+            taken = self._expand_compiled(wanted, left)
             if taken == 0:
                 self.expand()
             passes -= max(1, taken)
+            if stops is not None and self._stopped(*stops[self.passes - first - 1]):
+                return
 
     def expand(self) -> None:
         """Take the next block into the basis: one pass over W."""
@@ -102,31 +129,43 @@ class KrylovSpace:
         self._leaving = torch.zeros(len(self._next), self.size, dtype=torch.float64)
         self._leaving[:, first:] = coupling
 
-    def _expand_compiled(self, passes: int) -> int:
+    def _stopped(self, below: float, above: float) -> bool:
+        if not (below > 0.0 or above < math.inf):
+            return False
+        largest = float(torch.linalg.eigvalsh(self.T)[-1])
+        return largest < below or largest >= above
+
+    def _expand_compiled(self, passes: int, stops: NDArray[np.float64] | None) -> int:
         """As many passes in one compiled call, where the kernels have one. Returns how many were taken."""
         if self._rows.device.type != "cpu" or self._rows.dtype != torch.float32:
             return 0
-        from ..kernels.cpu.expansion import expand
+        from ..kernels.cpu.expansion import assist, expand
         from ..kernels.cpu.gram import FusedGramReaders
+        from ..kernels.cpu.team import job
 
-        block = len(self._next)
-        if not isinstance(self._multiply, FusedGramReaders) or not self._multiply.of(block).alone:
+        if not isinstance(self._multiply, FusedGramReaders):
             return 0
+        block = len(self._next)
+        reader = self._multiply.of(block)
         self._hold(self.size + passes * block)
         self._next = self._next.contiguous()
         held = self._rows[:0] if self._fixed is None else self._fixed
         coupling = torch.empty(block, block, dtype=torch.float64)
-        taken, whole = expand(
-            *self._multiply.of(block).compiled,
-            self._rows.numpy(),
-            self._T.numpy(),
-            held.numpy(),
-            self._next.numpy(),
-            coupling.numpy(),
-            self.size,
-            passes,
-            (_ROUNDING_UNITS * torch.finfo(torch.float32).eps, _WELL_CONDITIONED, _STILL_LONG),
-        )
+        shared = job()
+        with helped(partial(assist, *reader.compiled, shared), reader.threads - 1):
+            taken, whole = expand(
+                *reader.compiled,
+                self._rows.numpy(),
+                self._T.numpy(),
+                held.numpy(),
+                self._next.numpy(),
+                coupling.numpy(),
+                self.size,
+                passes,
+                (_ROUNDING_UNITS * torch.finfo(torch.float32).eps, _WELL_CONDITIONED, _STILL_LONG),
+                _NO_STOPS if stops is None else stops[:passes],
+                shared,
+            )
         self.size += taken * block
         self.passes += taken
         if whole:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
 
-from inilora_kernels.kernels.threads import in_groups, one_torch_thread, share, side_by_side
+from inilora_kernels.kernels.threads import helped, in_groups, one_torch_thread, share, side_by_side
 
 
 def test_torch_has_its_threads_back_after_an_error() -> None:
@@ -73,9 +76,11 @@ def test_groups_keep_their_order() -> None:
 def test_threads_share_the_items(count: int) -> None:
     done: list[tuple[int, int]] = []
     calls: list[int] = []
+    meeting = threading.Barrier(count, timeout=60)
 
     def work(todo: Iterator[int]) -> None:
         calls.append(threading.get_ident())
+        meeting.wait()
         done.extend((item, torch.get_num_threads()) for item in todo)
 
     threads = torch.get_num_threads()
@@ -85,6 +90,38 @@ def test_threads_share_the_items(count: int) -> None:
     assert len(calls) == count
     assert count == 1 or {each for _, each in done} == {1}
     assert torch.get_num_threads() == threads
+
+
+def test_help_that_has_not_come_is_not_waited_for() -> None:
+    """All kept threads are busy, with calls that wait for this very block."""
+    finished, busy = threading.Event(), threading.Barrier(3, timeout=60)
+
+    def hold() -> None:
+        busy.wait()
+        finished.wait(timeout=60)
+
+    calls: list[int] = []
+    with helped(hold, 2):
+        busy.wait()
+        with helped(lambda: calls.append(1), 2):
+            pass
+        finished.set()
+    assert calls == []
+
+
+def in_a_child(connection: Connection) -> None:
+    connection.send(list(side_by_side(lambda item: item + 1, range(4), 2)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    assert list(side_by_side(lambda item: item, range(4), 2)) == list(range(4))
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=in_a_child, args=(theirs,))
+    child.start()
+    assert ours.poll(60)
+    assert ours.recv() == [1, 2, 3, 4]
+    child.join()
 
 
 @pytest.mark.parametrize("in_this_thread", [True, False])

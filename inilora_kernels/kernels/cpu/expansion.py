@@ -1,6 +1,6 @@
-"""Several steps of a block Krylov space in one compiled call, for a W so small that calls would take longer than sums.
+"""Several steps of a block Krylov space in one compiled call: between small passes, calls would take longer than sums.
 
-The call holds no lock, so that several matrices run side by side, each on one thread.
+The call holds no lock, so that several matrices run side by side; over a larger W helpers share a pass.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import numpy as np
 from .gram import column_tiles, row_strips
 from .jit import njit
 from .orthonormal import make_orthonormal
+from .outside import definite
+from .team import close, open_round, part_done, take_part, wait_for_part, wait_until_done
 
 
 @njit(cache=True, nogil=True)
 def expand(
     W: Any, layout: Any, work: Any, rows: Any, T: Any, held: Any, block: Any, leaving: Any,
-    size: int, passes: int, limits: Any,
+    size: int, passes: int, limits: Any, stops: Any, job: Any,
 ) -> Any:  # fmt: skip
     """Take `passes` blocks into the basis, one pass over W each; stop where a block has no new direction.
 
     W, layout, work: `FusedGramReader`'s. rows (m', n), T (m', m'): the basis and QMQᵀ, of which `size` rows are in use,
     and there is room. held (s, n): what the space is kept orthogonal to. block (b, n): the next block, replaced;
-    leaving (b, b): replaced by β of the last step. limits: `orthonormal_against`'s vanished, spread, long.
+    leaving (b, b): replaced by β of the last step. limits: `orthonormal_against`'s vanished, spread, long. stops
+    (passes or 0, 2): after the i-th pass of the call, end it where λ_max(T) is below the first number of row i, or not
+    below the second. job: a new one of team.py's; `assist` helps.
 
     Returns how many steps were taken, and whether the last one is whole. Where it is not, block is MX itself, not yet
     orthonormal.
@@ -31,18 +35,21 @@ def expand(
     b, n = block.shape
     by_rows = layout[0] == 1
     X = np.zeros((work[1].shape[1] if by_rows else work[1].shape[0], n), dtype=np.float32)
-    for taken in range(passes):
+    taken, whole = 0, True
+    while taken < passes and whole:
         first, last = size, size + b
         rows[first:last] = block
         size = last
-        _multiply(W, layout, work, block, X)
+        _multiply(W, layout, work, block, X, job)
         along = np.zeros((last, b))
         leaving[:] = 0.0
         for c in range(b):
             leaving[c, c] = 1.0
             block[c] = X[c]
-        if not make_orthonormal(rows[:last], held, X, leaving, along, limits[0], limits[1], limits[2]):
-            return taken + 1, False
+        taken += 1
+        whole = make_orthonormal(rows[:last], held, X, leaving, along, limits[0], limits[1], limits[2])
+        if not whole:
+            break
         block[:] = X[:b]
         for i in range(last):
             for c in range(b):
@@ -50,30 +57,68 @@ def expand(
         for i in range(b):
             for c in range(b):
                 T[first + i, first + c] = (along[first + i, c] + along[first + c, i]) / 2
-    return passes, True
+        if len(stops) and (_below(T, size, stops[taken - 1, 0]) or not _below(T, size, stops[taken - 1, 1])):
+            break
+    close(job)
+    return taken, whole
 
 
 @njit(cache=True, nogil=True)
-def _multiply(W: Any, layout: Any, work: Any, block: Any, X: Any) -> None:
-    """X (b rounded up, n) = block · WᵀW: `FusedGramReader` on one thread, to the same bits."""
-    by_rows, stride, m, n, step, parts, parts_a_slot = layout
-    given, once, twice = work
-    b = len(block)
+def assist(W: Any, layout: Any, work: Any, job: Any) -> None:
+    """Help the thread in `expand` with its passes over W until it has ended."""
+    while True:
+        part = wait_for_part(job)
+        if part < 0:
+            return
+        _read(W, layout, work, part % len(work[2]))
+        part_done(job)
+
+
+@njit(cache=True, nogil=True)
+def _multiply(W: Any, layout: Any, work: Any, block: Any, X: Any, job: Any) -> None:
+    """X (b rounded up, n) = block · WᵀW, by all threads of the job, to the same bits for any number of them."""
+    given, _, twice = work
+    b, by_rows = len(block), layout[0] == 1
     for c in range(b):
         for j in range(block.shape[1]):
-            if by_rows == 1:
+            if by_rows:
                 given[c, j] = block[c, j]
             else:
                 given[j, c] = block[c, j]
-    for slot in range(len(twice)):
-        first = slot * parts_a_slot
-        last = min(first + parts_a_slot, parts)
-        if by_rows == 1:
-            row_strips(W, stride, m, n, given, once, twice[slot], step, first, last)
-        else:
-            column_tiles(W, stride, m, n, given, once, twice[slot], step, first, last)
+    open_round(job, len(twice))
+    while True:
+        part = take_part(job)
+        if part < 0:
+            break
+        _read(W, layout, work, part % len(twice))
+        part_done(job)
+    wait_until_done(job)
     X[:] = 0
     for slot in range(len(twice)):
         for c in range(b):
             for j in range(X.shape[1]):
-                X[c, j] += twice[slot, c, j] if by_rows == 1 else twice[slot, j, c]
+                X[c, j] += twice[slot, c, j] if by_rows else twice[slot, j, c]
+
+
+@njit(cache=True, nogil=True)
+def _read(W: Any, layout: Any, work: Any, slot: int) -> None:
+    by_rows, stride, m, n, step, parts, parts_a_slot = layout
+    given, once, twice = work
+    first = slot * parts_a_slot
+    last = min(first + parts_a_slot, parts)
+    if by_rows == 1:
+        row_strips(W, stride, m, n, given, once, twice[slot], step, first, last)
+    else:
+        column_tiles(W, stride, m, n, given, once, twice[slot], step, first, last)
+
+
+@njit(cache=True, nogil=True)
+def _below(T: Any, size: int, bound: float) -> bool:
+    """Whether λ_max of T's first rows and columns is below the bound: bound·I − T has a Cholesky factorization."""
+    if not 0.0 < bound < np.inf:
+        return bound > 0.0
+    form = np.empty((size, size))
+    for i in range(size):
+        for j in range(i + 1):
+            form[i, j] = (bound if i == j else 0.0) - T[i, j]
+    return bool(definite(form))

@@ -8,7 +8,7 @@ of W are kept in slots that depend on the shape alone, so any number of threads 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..rounding import round_up
+from ..threads import share
 from .in_place import RUN, WIDE_ROWS, WIDE_VECTORS, inner_runs
 from .jit import njit
 from .plain_products import SUMS, add_inner_plain, add_outer_plain
@@ -65,6 +66,8 @@ class FusedGramReaders:
 class FusedGramReader:
     """X ↦ XWᵀ (b×d) and XWᵀW (b×k), float32 or float64, for any X (b×k) of one width b, in work space of its own.
 
+    threads: on how many its parts can be shared, at most.
+
     >>> Y, Z = FusedGramReader(2 * torch.eye(48), width=1, threads=1)(torch.ones(1, 48))
     >>> float(Y[0, 0]), float(Z[0, 0])
     (2.0, 4.0)
@@ -85,18 +88,11 @@ class FusedGramReader:
         wanted = max(1, min(MOST_SLOTS, m * n // _SLOT_ELEMENTS))
         self._parts_a_slot = ceil(self._parts / wanted)
         slots = ceil(self._parts / self._parts_a_slot)
-        self._threads = max(1, min(threads, slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
-        # The caller's thread takes a share itself: waking another takes as long as a small W's product.
-        self._pool = ThreadPoolExecutor(self._threads - 1) if self._threads > 1 else None
+        self.threads = max(1, min(threads, slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
         along_columns, along_rows = (b, n), (m, b)
         self._given = torch.zeros(along_columns if self._by_rows else along_rows, dtype=dtype)
         self._once = torch.empty(along_rows if self._by_rows else along_columns, dtype=dtype)
         self._twice = torch.empty(slots, *self._given.shape, dtype=dtype)
-
-    @property
-    def alone(self) -> bool:
-        """Whether one thread computes it all, in at most two parts, whose sum has no order."""
-        return self._threads == 1 and len(self._twice) <= 2
 
     @property
     def compiled(self) -> tuple[NDArray[np.generic], tuple[int, ...], tuple[NDArray[np.float32], ...]]:
@@ -109,23 +105,19 @@ class FusedGramReader:
             self._given[: self._width] = X
         else:
             self._given[:, : self._width] = X.T
-        others = [] if self._pool is None else [self._pool.submit(self._read, i) for i in range(1, self._threads)]
-        self._read(0)
-        for other in others:
-            other.result()
+        share(self._read, range(len(self._twice)), self.threads)
         total = self._twice[0] if len(self._twice) == 1 else self._twice.sum(0)
         if self._by_rows:
             return self._once[:, : self._width].T.contiguous(), total[: self._width].clone()
         return self._once[: self._width].clone(), total[:, : self._width].T.contiguous()
 
-    def _read(self, member: int) -> None:
-        slots = len(self._twice)
+    def _read(self, slots: Iterator[int]) -> None:
         m, n = self._shape
         if self._given.dtype == torch.float32:
             kernel = row_strips if self._by_rows else column_tiles
         else:
             kernel = wide_row_strips if self._by_rows else wide_column_tiles
-        for slot in range(slots * member // self._threads, slots * (member + 1) // self._threads):
+        for slot in slots:
             first = slot * self._parts_a_slot
             kernel(
                 self._flat,

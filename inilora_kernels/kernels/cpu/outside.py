@@ -128,7 +128,13 @@ def _definite(theta: Any, g: Any, kept: int, bound: float, missed: float, form: 
             scaled = weight * g[j, c]
             for e in range(c + 1):
                 form[c, e] -= scaled * g[j, e]
-    for c in range(b):
+    return bool(definite(form))
+
+
+@njit(cache=True, nogil=True)
+def definite(form: Any) -> bool:
+    """Whether a symmetric matrix is positive definite; its lower triangle then becomes its Cholesky factor."""
+    for c in range(len(form)):
         for e in range(c + 1):
             total = form[c, e]
             for i in range(e):

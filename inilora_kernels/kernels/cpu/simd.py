@@ -285,6 +285,20 @@ def atomic_add(typing: Any, array: Any, index: Any, amount: Any) -> Any:
 
 
 @_intrinsic
+def compare_and_swap(typing: Any, array: Any, index: Any, expected: Any, value: Any) -> Any:
+    """Set array[index] (int64) if it is as expected, atomically, sequentially consistent; returns whether it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _pointer(context, builder, array, arguments[0])
+        place = builder.add(address, builder.mul(arguments[1], _INT64(8)))
+        pointer = builder.inttoptr(place, _INT64.as_pointer())
+        pair = builder.cmpxchg(pointer, arguments[2], arguments[3], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 1)
+
+    return types.boolean(array, types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
 def spin_pause(typing: Any) -> Any:
     """Tell the core that this thread is only waiting (x86's PAUSE); does nothing elsewhere."""
 
