@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from math import fsum
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..display.progress import ProgressBar
 from ..errors import WeightError
 from ..kernels.streaming import strips
-from ..kernels.threads import at_once, in_groups, side_by_side
+from ..kernels.threads import at_once, in_groups, share, side_by_side
 from .files.tensor import tensor_sha256
 from .targets import Target
 
@@ -34,15 +34,25 @@ def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list
     threads = torch.get_num_threads()
     found: dict[str, tuple[str, float]] = {}
 
-    def surveyed(target: Target) -> tuple[str, str, float]:
+    def surveyed(target: Target) -> None:
         W = target.read()
-        std = _deviation(W, target.module)
-        return target.module, tensor_sha256(W) if target.hashes_values else target.sha256(), std
+        hashes: list[str] = []
+        stds: list[float] = []
+
+        def take(todo: Iterator[bool]) -> None:
+            for hashed in todo:
+                if hashed:
+                    hashes.append(tensor_sha256(W) if target.hashes_values else target.sha256())
+                else:
+                    stds.append(_deviation(W, target.module))
+
+        # A matrix that has all threads to itself has two for these, which take about as long.
+        share(take, (True, False), min(2, torch.get_num_threads()))
+        found[target.module] = hashes[0], stds[0]
 
     for count, group in in_groups(targets, lambda target: surveyed_together(target, threads)):
         with closing(side_by_side(surveyed, group, count)) as results:
-            for module, sha256, std in results:
-                found[module] = sha256, std
+            for _ in results:
                 bar.advance(1, matrices=1)
     return [found[target.module][0] for target in targets], [found[target.module][1] for target in targets]
 

@@ -20,6 +20,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import WeightError
@@ -197,6 +198,12 @@ def _expected_vectors(rank: int) -> float:
     return _VECTORS_A_RANK * rank + _VECTORS_MORE
 
 
+@functools.cache
+def _missed_factors(size: int, block: int) -> NDArray[np.float64]:
+    """`missed_factor` after 1, 2, … passes of the second space."""
+    return np.array([missed_factor(size, block, 1 + passes) for passes in range(_MOST_CERTIFYING)])
+
+
 class _Search:
     """One attempt in one dtype at the triplets of W (d×k, d ≥ k) with ||W||² = total."""
 
@@ -289,14 +296,15 @@ class _Search:
         rounding = self._goal.rounding(pairs)
         highest = float(pairs.theta[self._rank - 1])
         enough = next((c for c in _BOUNDS if self._goal.settled(pairs, c * highest)), _BOUNDS[-1]) * highest
-        factors = [missed_factor(self._size, len(start), 1 + i) for i in range(_MOST_CERTIFYING)]
-        stops = np.array([((enough - rounding) / factor - rounding, MISSED * highest) for factor in factors])
+        factors = _missed_factors(self._size, len(start))
+        stops = np.column_stack([(enough - rounding) / factors - rounding, np.full(len(factors), MISSED * highest)])
         stops[: _JUDGED_AFTER - 1] = (0.0, math.inf)
         other.grow(math.inf, passes=_MOST_CERTIFYING, stops=stops)
-        largest = float(torch.linalg.eigvalsh(other.T)[-1]) if other.size else 0.0
-        if other.passes:
-            self._missed = min(self._missed, factors[other.passes - 1] * (largest + rounding) + rounding)
-        if not (self._missed < highest and self._goal.settled(pairs, self._missed)) and largest >= MISSED * highest:
+        if other.passes == 0:
+            return None
+        largest = other.largest()
+        self._missed = min(self._missed, float(factors[other.passes - 1]) * (largest + rounding) + rounding)
+        if largest >= MISSED * highest and not self._goal.settled(pairs, self._missed):
             return other if self._growing() else None
         self._spent += other.size
         return None

@@ -90,18 +90,19 @@ class KrylovSpace:
         stops (passes, 2): also end after the i-th where λ_max(QMQᵀ) is below stops[i, 0] or not below stops[i, 1].
         """
         first = self.passes
-        while passes > 0 and self.size < size and self.room:
+        stopped = False
+        while passes > 0 and self.size < size and self.room and not stopped:
             block = len(self._next)
             held = 0 if self._fixed is None else len(self._fixed)
             fitting = (self._rows.shape[1] - self.size - held) // block - 1
             wanted = int(min(passes, fitting, math.ceil((min(size, self._rows.shape[1]) - self.size) / block)))
-            left = None if stops is None else stops[self.passes - first :]
-            taken = self._expand_compiled(wanted, left)
+            # Where it may end at any time, space for all passes would be cleared in vain.
+            left = _NO_STOPS if stops is None else stops[self.passes - first :][: max(1, _ROWS_AT_ONCE // block)]
+            taken, stopped = self._expand_compiled(wanted if stops is None else min(wanted, len(left)), left)
             if taken == 0:
                 self.expand()
+                stopped = len(left) > 0 and self._stopped(*left[0])
             passes -= max(1, taken)
-            if stops is not None and self._stopped(*stops[self.passes - first - 1]):
-                return
 
     def expand(self) -> None:
         """Take the next block into the basis: one pass over W."""
@@ -130,21 +131,25 @@ class KrylovSpace:
         self._leaving[:, first:] = coupling
 
     def _stopped(self, below: float, above: float) -> bool:
-        if not (below > 0.0 or above < math.inf):
-            return False
-        largest = float(torch.linalg.eigvalsh(self.T)[-1])
-        return largest < below or largest >= above
+        return (below > 0.0 or above < math.inf) and not below <= self.largest() < above
 
-    def _expand_compiled(self, passes: int, stops: NDArray[np.float64] | None) -> int:
-        """As many passes in one compiled call, where the kernels have one. Returns how many were taken."""
+    def largest(self) -> float:
+        """λ_max(QMQᵀ)."""
+        return float(torch.linalg.eigvalsh(self.T)[-1])
+
+    def _expand_compiled(self, passes: int, stops: NDArray[np.float64]) -> tuple[int, bool]:
+        """As many passes in one compiled call, where the kernels have one.
+
+        Returns how many were taken, and whether one of the stops was reached.
+        """
         if self._rows.device.type != "cpu" or self._rows.dtype != torch.float32:
-            return 0
+            return 0, False
         from ..kernels.cpu.expansion import assist, expand
         from ..kernels.cpu.gram import FusedGramReaders
         from ..kernels.cpu.team import job
 
         if not isinstance(self._multiply, FusedGramReaders):
-            return 0
+            return 0, False
         block = len(self._next)
         reader = self._multiply.of(block)
         self._hold(self.size + passes * block)
@@ -153,7 +158,7 @@ class KrylovSpace:
         coupling = torch.empty(block, block, dtype=torch.float64)
         shared = job()
         with helped(partial(assist, *reader.compiled, shared), reader.threads - 1):
-            taken, whole = expand(
+            taken, whole, stopped = expand(
                 *reader.compiled,
                 self._rows.numpy(),
                 self._T.numpy(),
@@ -163,7 +168,7 @@ class KrylovSpace:
                 self.size,
                 passes,
                 (_ROUNDING_UNITS * torch.finfo(torch.float32).eps, _WELL_CONDITIONED, _STILL_LONG),
-                _NO_STOPS if stops is None else stops[:passes],
+                stops[:passes],
                 shared,
             )
         self.size += taken * block
@@ -173,7 +178,7 @@ class KrylovSpace:
         else:
             self.passes -= 1
             self._follow(self._next, self.size - block)
-        return int(taken)
+        return int(taken), bool(stopped)
 
     def take(self, other: KrylovSpace) -> None:
         """Join the space of C that was kept orthogonal to this one. The next block is as wide as both."""

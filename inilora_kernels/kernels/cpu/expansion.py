@@ -29,14 +29,14 @@ def expand(
     (passes or 0, 2): after the i-th pass of the call, end it where λ_max(T) is below the first number of row i, or not
     below the second. job: a new one of team.py's; `assist` helps.
 
-    Returns how many steps were taken, and whether the last one is whole. Where it is not, block is MX itself, not yet
-    orthonormal.
+    Returns how many steps were taken, whether the last one is whole, and whether a stop ended them. Where it is not
+    whole, block is MX itself, not yet orthonormal.
     """
     b, n = block.shape
     by_rows = layout[0] == 1
     X = np.zeros((work[1].shape[1] if by_rows else work[1].shape[0], n), dtype=np.float32)
-    taken, whole = 0, True
-    while taken < passes and whole:
+    taken, whole, stopped = 0, True, False
+    while taken < passes and not stopped:
         first, last = size, size + b
         rows[first:last] = block
         size = last
@@ -57,10 +57,10 @@ def expand(
         for i in range(b):
             for c in range(b):
                 T[first + i, first + c] = (along[first + i, c] + along[first + c, i]) / 2
-        if len(stops) and (_below(T, size, stops[taken - 1, 0]) or not _below(T, size, stops[taken - 1, 1])):
-            break
+        if len(stops):
+            stopped = _below(T, size, stops[taken - 1, 0]) or not _below(T, size, stops[taken - 1, 1])
     close(job)
-    return taken, whole
+    return taken, whole, stopped
 
 
 @njit(cache=True, nogil=True)
