@@ -9,6 +9,7 @@ of W are kept in slots that depend on the shape alone, so any number of threads 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from math import ceil
 from typing import Any
 
@@ -106,7 +107,8 @@ class FusedGramReader:
         else:
             self._given[:, : self._width] = X.T
         share(self._read, range(len(self._twice)), self.threads)
-        total = self._twice[0] if len(self._twice) == 1 else self._twice.sum(0)
+        # One after the other, as expansion.py does.
+        total = reduce(torch.add, self._twice)
         if self._by_rows:
             return self._once[:, : self._width].T.contiguous(), total[: self._width].clone()
         return self._once[: self._width].clone(), total[:, : self._width].T.contiguous()

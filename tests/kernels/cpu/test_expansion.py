@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ def space(W: Tensor, width: int, threads: int = 1, fixed: Tensor | None = None) 
     return KrylovSpace(gram_multiplier(W, torch.float32, threads), start, torch.Generator().manual_seed(2), fixed)
 
 
+def in_float64(W: Tensor) -> KrylovSpace:
+    start = torch.randn(4, W.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return KrylovSpace(gram_multiplier(W, torch.float64, 1), start, torch.Generator().manual_seed(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [3, 4, 8])
 @pytest.mark.parametrize("upright", [True, False])
@@ -44,18 +50,42 @@ def test_the_recurrence_holds(dtype: torch.dtype, width: int, upright: bool) -> 
     torch.testing.assert_close(residuals.square().sum(0).sqrt(), lengths, rtol=1e-3, atol=10 * ERROR * energy)
 
 
-def test_the_same_bits_one_step_at_a_time_and_on_two_threads() -> None:
-    """1,000 by 800 has two parts, which two threads share where they are there."""
-    W = decaying(1000, 800, torch.float32)
-    at_once, stepwise, shared = space(W, 4), space(W, 4), space(W, 4, threads=2)
+@pytest.mark.parametrize("upright", [True, False])
+def test_the_same_bits_one_step_at_a_time_and_on_several_threads(upright: bool) -> None:
+    """2,100 by 1,000 has four parts, which threads share where they are there."""
+    W = decaying(2100, 1000, torch.float32) if upright else decaying(1000, 2100, torch.float32).T
+    at_once, stepwise, *shared = (space(W, 4, threads) for threads in (1, 1, 2, 3))
     at_once.grow(math.inf, passes=5)
     for _ in range(5):
         stepwise.expand()
-    shared.grow(math.inf, passes=5)
-    for other in (stepwise, shared):
+    for other in shared:
+        other.grow(math.inf, passes=5)
+    for other in (stepwise, *shared):
         assert torch.equal(at_once.Q, other.Q)
         assert torch.equal(at_once.T, other.T)
         assert torch.equal(at_once.ritz().coupling, other.ritz().coupling)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_ends_where_the_largest_value_is_below_one_number_or_not_below_another(compiled: bool) -> None:
+    W = decaying(411, 301, torch.float32)
+    if not compiled:
+        W = W.double()
+
+    def grown(stops: list[tuple[float, float]]) -> KrylovSpace:
+        one = space(W, 4) if compiled else in_float64(W)
+        one.grow(math.inf, passes=len(stops), stops=np.array(stops))
+        return one
+
+    never = (0.0, math.inf)
+    largest = [grown([never] * passes).largest() for passes in range(1, 7)]
+    assert largest == sorted(largest)
+    assert grown([never] * 6).passes == 6
+    above = [(0.0, 1.0001 * largest[2])] * 6
+    assert grown(above).passes == 4
+    assert grown([*[never] * 4, *above[4:]]).passes == 5
+    assert grown([(0.9999 * largest[0], math.inf)] * 6).passes == 6
+    assert grown([never, never, (1.0001 * largest[2], math.inf), never]).passes == 3
 
 
 def test_stays_orthogonal_to_what_is_fixed_and_grows_no_further_than_there_is_room() -> None:
