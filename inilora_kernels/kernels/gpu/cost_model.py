@@ -31,6 +31,9 @@ REACHED_CACHE = 0.70
 REACHED_TENSOR = 0.60
 # Partial sums written may not exceed this share of W's bytes where the columns are divided.
 PARTIAL_SHARE = 0.15
+# But not of a matrix smaller than this, in bytes, whose step waits for launches and idle multiprocessors. It is divided
+# for a wave of as many as a small model has, not for a full one, which would be busy without.
+SMALL_BYTES, SMALL_WAVE = 2**20, 12
 # Matrices of a wave at most, whatever a run has in memory: at 64 the launches' own time no longer counts.
 WAVE_MATRICES = 64
 
@@ -156,9 +159,12 @@ def wave_step(members: Sequence[tuple[Matrix, int]], gpu: Gpu, resident: bool) -
 def _parts(matrix: Matrix, gpu: Gpu, count: int, resident: bool) -> int:
     """The division of the columns that predicts the shortest step, with partial sums under PARTIAL_SHARE."""
     least, columns = 1, tiles(gpu.architecture, matrix.itemsize, matrix.rank).strip.columns
+    small = _weight_bytes(matrix) < SMALL_BYTES
+    count = SMALL_WAVE if small else count
+    most = math.ceil(matrix.shape[1] / (columns if small else 2 * columns))
     best = step_of(matrix, gpu, 1, count, resident).seconds
-    for parts in range(2, min(64, math.ceil(matrix.shape[1] / (2 * columns))) + 1):
-        if _slot_bytes(matrix, gpu, parts) > PARTIAL_SHARE * _weight_bytes(matrix):
+    for parts in range(2, min(64, most) + 1):
+        if not small and _slot_bytes(matrix, gpu, parts) > PARTIAL_SHARE * _weight_bytes(matrix):
             break
         seconds = step_of(matrix, gpu, parts, count, resident).seconds
         if seconds < 0.99 * best:

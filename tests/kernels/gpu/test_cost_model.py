@@ -95,3 +95,19 @@ def test_parts_keep_their_partial_sums_small(rank: int) -> None:
             choice = choose(matrix, ADA)
             step = step_of(matrix, ADA, choice.parts, 1, choice.resident)
             assert choice.parts == 1 or step.partial_bytes <= PARTIAL_SHARE * step.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("count", "matrix"), [(12, Matrix((384, 384), 4, 8)), (8, Matrix((256, 256), 4, 8)), (24, Matrix((384, 384), 2, 8))]
+)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_the_few_matrices_of_a_small_model_are_divided_to_fill_the_gpu(count: int, matrix: Matrix, gpu: str) -> None:
+    """MiniLM, BERT Mini and Whisper Tiny: their partial sums do not matter, idle multiprocessors do."""
+    parts = choose(matrix, GPUS[gpu]).parts
+
+    def seconds(parts: int) -> float:
+        return wave_step([(matrix, parts)] * count, GPUS[gpu], resident=True).seconds
+
+    assert parts > 1
+    assert seconds(parts) < 0.92 * seconds(1)
+    assert seconds(parts) < 1.2 * min(map(seconds, range(1, 9)))

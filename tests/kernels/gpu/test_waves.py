@@ -47,7 +47,7 @@ def test_equal_matrices_are_divided_evenly_and_share_a_layout() -> None:
 
 @pytest.mark.parametrize(
     ("gpu", "matrix", "count"),
-    [(HOPPER, Matrix((384, 384), 2, 8), 64), (GPUS["mi300x"], Matrix((1280, 1280), 4, 32), 24)],
+    [(GPUS["b200"], Matrix((576, 576), 2, 8), 64), (GPUS["mi300x"], Matrix((1280, 1280), 4, 32), 24)],
 )
 def test_many_that_would_take_two_waves_in_the_cache_stream_as_one_where_that_is_faster(
     gpu: Gpu, matrix: Matrix, count: int
@@ -58,7 +58,7 @@ def test_many_that_would_take_two_waves_in_the_cache_stream_as_one_where_that_is
     assert choice.resident
     members = [(matrix, choice.parts)]
     halves = 2 * wave_step(members * (count // 2), gpu, resident=True).seconds
-    assert wave_step(members * count, gpu, resident=False).seconds < 0.7 * halves
+    assert wave_step(members * count, gpu, resident=False).seconds < 0.8 * halves
     # The bits of each follow from the division of its columns, which is what it is for one alone.
     (alone,) = divide([matrix], [0], gpu)
     assert {place.chunk for place in wave.layout.places} == {alone.layout.places[0].chunk}
