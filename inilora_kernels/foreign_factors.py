@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import FactorFileError, TargetError
+from .errors import FactorFileError
 from .factors import Certificate, Factors
 from .kernels.streaming import losses
 from .model.checkpoint import open_checkpoint
 from .model.location import located
-from .model.names import match_names
+from .model.needed import tensors_of_modules, tensors_read
 from .solvers.optimum import optimum
 
 
@@ -24,23 +24,12 @@ def certified(factors: Mapping[str, Factors], base: str | Path) -> dict[str, Fac
     Raises FactorFileError if they are another model's, and CheckpointError.
     """
     base = located(base)
-
-    def names_in(tensors: Collection[str]) -> dict[str, str]:
-        weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
-        try:
-            return match_names(list(factors), weights, str(base))
-        except TargetError as error:
-            raise FactorFileError(f"the factors are not of this model: {error}") from error
-
-    def tensors_read(tensors: Collection[str], config: object) -> list[str]:
-        return [f"{name}.weight" for name in names_in(tensors).values()]
-
     # Of a sharded model on the hub, the shards that hold these weights, and no others.
-    checkpoint = open_checkpoint(base, choose=tensors_read)
-    names = names_in(checkpoint.tensors)
+    checkpoint = open_checkpoint(base, choose=tensors_read(factors, str(base)))
+    tensors = tensors_of_modules(checkpoint.tensors, list(factors), str(base))
     found = {}
     for module, part in factors.items():
-        tensor = f"{names[module]}.weight"
+        tensor = tensors[module]
         W = checkpoint.read(tensor)
         shape = (part.B.shape[0], part.A.shape[1])
         if W.shape != shape:
@@ -50,5 +39,7 @@ def certified(factors: Mapping[str, Factors], base: str | Path) -> dict[str, Fac
         energy, (loss,) = losses(W, [(part.A, part.B)])
         least = optimum(W, part.rank)
         certificate = Certificate(loss, least.loss, energy, part.certificate.steps, least.certified)
-        found[names[module]] = replace(part, certificate=certificate, source_sha256=checkpoint.sha256(tensor))
+        found[tensor.removesuffix(".weight")] = replace(
+            part, certificate=certificate, source_sha256=checkpoint.sha256(tensor)
+        )
     return found

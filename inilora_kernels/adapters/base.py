@@ -20,6 +20,7 @@ from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.experts import ExpertParameter, find_expert_parameters, parameter_of_expert
 from ..model.location import located, near_models
 from ..model.names import match_names
+from ..model.needed import tensors_of_modules, tensors_read
 from ..storage.reading import MOST_JSON, is_there, read_bytes
 from ..storage.schema import ResidualRecord, parse
 from .folder import named_base
@@ -34,12 +35,7 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
     """
     experts = expert_parameters(checkpoint, factors)
     modules = list(dict.fromkeys(module_of(name) for name in factors if not parameter_of_expert(name)))
-    weights = {name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")}
-    try:
-        names = match_names(modules, weights, str(checkpoint.path)) if modules else {}
-    except TargetError as error:
-        raise FactorFileError(f"the factors are not of this model: {error}") from error
-    tensors = {module: f"{name}.weight" for module, name in names.items()}
+    tensors = tensors_of_modules(checkpoint.weights, modules, str(checkpoint.path))
     tensors |= {name: parameter.name for name, parameter in experts.items()}
     for name, part in factors.items():
         if not part.source_sha256:
@@ -148,12 +144,13 @@ def write_residual_record(
 
 
 def find_original(
-    config: Mapping[str, Any], factors: FactorSet, base: str | Path | None
+    config: Mapping[str, Any], factors: FactorSet, base: str | Path | None, whole: bool = False
 ) -> tuple[Checkpoint, dict[str, str], frozenset[str] | None]:
     """Return the original model of a trained adapter, checked, and its tensor of each module.
 
     config: the adapter's, which names the model that it was trained on.
     base: what the user names: an original, a folder or an id on the hub, or a residual folder.
+    whole: whether a model on the hub is needed with all of its files, not only the weights that have factors.
 
     The last value names the tensors that a residual folder replaces by R, if the adapter was trained on one; None if it
     was trained on the model itself. Raises FactorFileError (factors of another model, or another residual),
@@ -168,6 +165,9 @@ def find_original(
             f"give the factor file that `inilora export` read"
         )
     original = located(base) if base is not None else Path(record.base) if record is not None else trained_on
+    if base is None and record is None and trained_on is not None and named and not os.path.isdir(named):
+        # By its id: of what is in the hub's cache, some shards may be missing.
+        original = Path("@".join(part for part in (named, config.get("revision")) if part))
     # A path that is not absolute may be the id of a model on the hub, which open_checkpoint looks up.
     may_be_id = original is not None and not original.is_absolute()
     if original is None or not (may_be_id or os.path.exists(original)):
@@ -179,7 +179,8 @@ def find_original(
     given = residual_record(original)
     if given is not None:
         original = Path(given.base)
-    checkpoint = open_checkpoint(original)
+    needed = None if whole else tensors_read(factors, str(original))
+    checkpoint = open_checkpoint(original, choose=needed)
     record = given or record
     return checkpoint, require_same_base(checkpoint, factors), frozenset(record.residual_sha256) if record else None
 

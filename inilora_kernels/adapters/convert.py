@@ -128,7 +128,7 @@ def export_merged(
     require_new_folder(out)
     factors = factor_set(factors, base)
     adapter = _read(trained, factors)
-    checkpoint, tensors, residual = find_original(adapter.config, factors, base)
+    checkpoint, tensors, residual = find_original(adapter.config, factors, base, whole=True)
     require_new_folder(out, size_of_copy(checkpoint))
     updates, modules = _updates(trained, adapter, factors, checkpoint, residual, insist)
     transposed = {tensors[module_of(name)]: part.transposed for name, part in factors.items()}

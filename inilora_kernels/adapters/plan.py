@@ -19,6 +19,7 @@ from ..model.architecture import AUTO_CLASSES, HEADS, Architecture, describe, ha
 from ..model.checkpoint import Checkpoint, open_checkpoint
 from ..model.experts import parameter_of_expert
 from ..model.names import shortest_endings
+from ..model.needed import tensors_read
 from ..storage.atomic import require_new_folder
 from ..suggestions import require_choice, some
 from .base import require_same_base
@@ -74,7 +75,9 @@ def plan_export(
             f"{expert}: the residual form of experts would round R = W − sBA in every one of them, and saves nothing: "
             f"PEFT adds their update to the parameter in either form; use export_delta (--form delta)"
         )
-    checkpoint = open_checkpoint(base)
+    heads = HEADS if task_type in HEAD_TASKS else ()
+    needed = tensors_read(factors, str(base), heads)
+    checkpoint = open_checkpoint(base, choose=None if changes_weights else needed)
     if checkpoint.wrapper and checkpoint.config:
         raise TargetError(
             f"{checkpoint.path}: every name begins with {checkpoint.wrapper}, as DistributedDataParallel or "
@@ -278,7 +281,8 @@ def _linear_layers(architecture: Architecture) -> set[str]:
 
 
 def _modules(checkpoint: Checkpoint) -> list[str]:
-    return [name.removesuffix(".weight") for name in checkpoint.weights if name.endswith(".weight")]
+    names = (*checkpoint.weights, *checkpoint.absent)
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
 
 def _all_but(modules: Collection[str]) -> str | None:

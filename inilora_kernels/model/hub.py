@@ -15,7 +15,8 @@ from ..storage.reading import read_json
 from .layout import read_weight_map, trained_components, weight_files
 from .location import hub_id, near_models
 
-# (names of all tensors, config.json) ↦ the tensors that will be read.
+# (names of all tensors that are in shards, config.json) ↦ those that will be read. Names in a pipeline begin with the
+# model's, and it has no config.json.
 Choose: TypeAlias = Callable[[Collection[str], Mapping[str, Any] | None], Collection[str]]
 
 # Seconds for the hub to answer, as huggingface_hub allows for a file's.
@@ -31,7 +32,7 @@ class Download:
     """A model in huggingface_hub's cache.
 
     name: its id on the hub.
-    files: the names of the weight files that were asked for; None for all.
+    files: the weight files that were asked for, by their paths in the repository; None for all.
     """
 
     folder: Path
@@ -89,22 +90,31 @@ def _parts(name: str, revision: str | None, token: str | None, choose: Choose) -
         return Path(_library().hf_hub_download(name, file, **options))
 
     described = {file: get(file) for file in names if _DESCRIBES.fullmatch(file)}
+    pipeline = "model_index.json" in described
     if not described and not names:
         raise CheckpointError(f"{name}: an empty repository; give a model's")
     chosen: set[str] = set()
+    shards: dict[str, str] = {}
+    config = None
     for folder in _folders(names, described):
         here = [PurePosixPath(file).name for file in names if str(PurePosixPath(file).parent) == (folder or ".")]
         found = weight_files(here, f"{name}/{folder}".rstrip("/"))
-        files = found.files if found is not None else ()
         if found is not None and found.index is not None:
-            files = _shards(described[_join(folder, found.index)], described.get(_join(folder, "config.json")), choose)
-        chosen |= {_join(folder, file) for file in files}
+            weight_map = read_weight_map(described[_join(folder, found.index)])
+            prefix = f"{folder}." if pipeline else ""
+            shards |= {prefix + tensor: _join(folder, shard) for tensor, shard in weight_map.items()}
+            config = None if pipeline else described.get(_join(folder, "config.json"))
+        elif found is not None:
+            chosen |= {_join(folder, file) for file in found.files}
+    if shards:
+        wanted = choose(list(shards), read_json(config) if config is not None else None)
+        chosen |= {shards[tensor] for tensor in wanted}
     if not chosen:
         raise CheckpointError(f"{name}: no weights in this repository; there are {', '.join(sorted(names)[:12])}")
     places = {file: get(file) for file in sorted(chosen)}
     example, place = next(iter(places.items()))
     root = place.parents[len(PurePosixPath(example).parts) - 1]
-    return Download(root, name, frozenset(PurePosixPath(file).name for file in chosen))
+    return Download(root, name, frozenset(chosen))
 
 
 def _listed(name: str, revision: str | None, token: str | None) -> tuple[list[str], bool]:
@@ -142,12 +152,6 @@ def _folders(names: Sequence[str], described: Mapping[str, Path]) -> list[str]:
     if "modules.json" in described and not any("/" not in name and name.startswith("model.") for name in names):
         return sorted({name.split("/")[0] for name in names if name.startswith("0_")})
     return [""]
-
-
-def _shards(index: Path, config: Path | None, choose: Choose) -> tuple[str, ...]:
-    weight_map = read_weight_map(index)
-    wanted = choose(list(weight_map), read_json(config) if config is not None else None)
-    return tuple({weight_map[tensor] for tensor in wanted})
 
 
 def _join(folder: str, file: str) -> str:

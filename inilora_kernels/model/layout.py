@@ -69,7 +69,7 @@ class WeightFiles:
 def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Component, ...]:
     """The models at a path, one or all of a pipeline's, and their files.
 
-    kept: for a download, the names of the files that were chosen; None for all files.
+    kept: for a download, the files that were chosen, by their paths in the folder; None for all files.
 
     Raises CheckpointError if there are no weights, a shard is missing, or the folder holds something else.
     """
@@ -91,7 +91,8 @@ def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Co
     component = _model(path, kept)
     if component is None:
         _refuse_adapter(path)
-        component = _model(_sentence_transformer(path) or path, kept)
+        inner = _sentence_transformer(path)
+        component = _model(inner or path, _within(kept, inner.name) if inner else kept)
     if component is None:
         _refuse_deepspeed(path)
         raise _nothing(path)
@@ -220,10 +221,15 @@ def _pipeline(folder: Path, kept: Collection[str] | None) -> Iterable[Component]
             f"{folder}: a pipeline without the folders of {some(names) or 'a transformer or unet'}; download it again"
         )
     for name in there:
-        component = _model(folder / name, kept)
+        component = _model(folder / name, _within(kept, name))
         if component is None:
             raise _nothing(folder / name)
         yield replace(component, name=name)
+
+
+def _within(kept: Collection[str] | None, folder: str) -> Collection[str] | None:
+    """The files that were chosen in a folder, by their names there."""
+    return None if kept is None else {file.removeprefix(f"{folder}/") for file in kept if file.startswith(f"{folder}/")}
 
 
 def _sentence_transformer(folder: Path) -> Path | None:

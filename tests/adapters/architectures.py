@@ -123,6 +123,7 @@ LLAVA = {
     "text_config": {"model_type": "llama", **TEXT},
     "vision_config": {"model_type": "clip_vision_model", **VISION, "projection_dim": 32},
 }
+DUAL = {"text_config": {**TEXT, "projection_dim": 32}, "vision_config": VISION, "projection_dim": 32}
 JAMBA = {
     **TEXT,
     "num_hidden_layers": 4,
@@ -212,6 +213,8 @@ ARCHITECTURES = [
     Architecture("ViTModel", VISION, ALL),
     Architecture("ViTForImageClassification", VISION),
     Architecture("Dinov2Model", VISION),
+    Architecture("CLIPModel", DUAL),
+    Architecture("SiglipModel", DUAL, ALL),
     Architecture("Qwen3_5ForConditionalGeneration", QWEN35, None, "CAUSAL_LM"),
     Architecture("Gemma3ForConditionalGeneration", GEMMA3, None, "CAUSAL_LM"),
     Architecture("Llama4ForConditionalGeneration", LLAMA4, None, "CAUSAL_LM"),
@@ -285,11 +288,15 @@ def _loader(architecture: Architecture) -> Callable[[Path], Any]:
     return lambda folder: kinds[architecture.task].from_pretrained(folder).float().eval()
 
 
+_PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)}
+
+
 def _inputs(model: Any) -> dict[str, Tensor]:
     if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)}
+        return _PIXELS
     ids = torch.arange(1, 11)[None]
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    both = _PIXELS if model.config.model_type in ("clip", "siglip") else {}
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}), **both}
 
 
 @torch.no_grad()

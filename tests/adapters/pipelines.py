@@ -133,6 +133,63 @@ def save_stable_diffusion_3(folder: Path) -> Path:
     return folder
 
 
+def save_wan(folder: Path) -> Path:
+    """Wan 2.2: two denoisers, the second for the low noise."""
+    import diffusers
+
+    torch.manual_seed(0)
+    first, second = (
+        diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+        for _ in range(2)
+    )
+    diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=_t5(),
+        vae=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        transformer=first,
+        transformer_2=second,
+        boundary_ratio=0.9,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_ltx(folder: Path) -> Path:
+    import diffusers
+
+    torch.manual_seed(0)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        patch_size=1,
+        patch_size_t=1,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=32,
+    )
+    diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=_t5(),
+        tokenizer=None,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
 def _vae() -> Any:
     import diffusers
 
@@ -163,4 +220,26 @@ def stable_diffusion_3_output(pipeline: Any) -> Tensor:
         encoder_hidden_states=torch.randn(2, 6, 32, generator=generator),
         pooled_projections=torch.cat(pooled, dim=1),
         timestep=torch.ones(2),
+    ).sample
+
+
+def wan_output(pipeline: Any) -> Tensor:
+    """Of both denoisers, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    video, text = torch.randn(1, 4, 2, 4, 4, generator=generator), torch.randn(1, 6, 32, generator=generator)
+    for transformer in (pipeline.transformer, pipeline.transformer_2):
+        video = transformer(hidden_states=video, timestep=torch.ones(1), encoder_hidden_states=text).sample
+    return video
+
+
+def ltx_output(pipeline: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline.transformer(  # type: ignore[no-any-return]
+        hidden_states=torch.randn(1, 8, 8, generator=generator),
+        encoder_hidden_states=torch.randn(1, 6, 32, generator=generator),
+        timestep=torch.ones(1),
+        encoder_attention_mask=torch.ones(1, 6),
+        num_frames=2,
+        height=2,
+        width=2,
     ).sample

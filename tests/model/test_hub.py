@@ -21,7 +21,7 @@ from inilora_kernels import FactorSet, approximate_model
 from inilora_kernels.adapters.convert import convert, export_merged
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.cli.main import application
-from inilora_kernels.errors import CheckpointError
+from inilora_kernels.errors import CheckpointError, FactorFileError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets, tensors_of
 from inilora_kernels.storage.authors_folder import save_inilora_pt
@@ -129,6 +129,28 @@ def test_pipeline(offline: Path) -> None:
     (snapshot / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "U"], "vae": ["diffusers", "V"]}))
     checkpoint = open_checkpoint("org/pipeline", choose=tensors_of(None))
     assert [target.module for target in find_targets(checkpoint)] == ["unet.attn.to_q", "unet.attn.to_v"]
+
+
+def test_shards_of_a_pipelines_models(tmp_path: Path, offline: Path) -> None:
+    """Two models whose shards have the same names; with a selection by full names, one shard of one of them."""
+    snapshot = cached(offline, "org/pipeline")
+    for part in ("transformer", "text_encoder"):
+        (snapshot / part).mkdir()
+        shards = {f"{place}.attn.to_q.weight": f"model-0000{place}-of-00002.safetensors" for place in (1, 2)}
+        for name, file in shards.items():
+            save_file({name: torch.randn(4, 6)}, snapshot / part / file)
+        (snapshot / part / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (snapshot / "model_index.json").write_text(json.dumps({"transformer": ["", "T"], "text_encoder": ["", "E"]}))
+    given: dict[str, Any] = {"rank": 2, "solver": "krylov", "cache": False, "progress": False}
+    asked = {"target_modules": ["transformer.2.attn.to_q"]}
+    expected = approximate_model(snapshot, **asked, **given)
+    needed = snapshot / "transformer/model-00002-of-00002.safetensors"
+    for file in set(snapshot.rglob("*.safetensors")) - {needed}:
+        file.unlink()
+    factors = approximate_model("org/pipeline", **asked, **given)
+    assert factors.to_bytes() == expected.to_bytes()
+    save_inilora_pt(factors, tmp_path / "authors")
+    assert FactorSet.load(tmp_path / "authors", "org/pipeline").keys() == factors.keys()
 
 
 def run(*arguments: str | Path) -> Any:
@@ -251,6 +273,34 @@ def test_everything_that_takes_a_base_takes_an_id(tmp_path: Path, offline: Path,
     loaded = AutoPeftModel.from_pretrained(str(tmp_path / f"delta of {name}"))
     ids = torch.arange(10)[None]
     assert torch.equal(loaded.eval()(ids)[0], original.eval()(ids)[0])
+
+
+def test_an_adapter_needs_the_shards_that_have_factors(tmp_path: Path, offline: Path) -> None:
+    """Its export in the delta form, and back to a plain LoRA; what copies the model needs all of it."""
+    bert(cached(offline), max_shard_size="8KB")
+    snapshot = offline / "models--org--model" / "snapshots" / COMMIT
+    shards = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+    query = "encoder.layer.1.attention.self.query"
+    asked: dict[str, Any] = {"rank": 2, "target_modules": [query], "solver": "krylov", "cache": False}
+    factors = approximate_model("org/model", **asked, progress=False)
+    export_delta("org/model", factors, tmp_path / "of all")
+    for shard in set(shards.values()) - {shards[f"{query}.weight"]}:
+        (snapshot / shard).unlink()
+    export_delta("org/model", factors, tmp_path / "delta")
+    for file in sorted(file for file in (tmp_path / "delta").rglob("*") if file.is_file()):
+        assert file.read_bytes() == (tmp_path / "of all" / file.relative_to(tmp_path / "delta")).read_bytes()
+    for place, base in enumerate((None, "org/model", f"org/model@{COMMIT}")):
+        convert(tmp_path / "delta/adapter", factors, tmp_path / f"lora {place}", base)
+    config = json.loads((tmp_path / "lora 0/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", COMMIT)
+    for copies in (
+        lambda: export_residual("org/model", factors, tmp_path / "out"),
+        lambda: export_merged(tmp_path / "delta/adapter", factors, tmp_path / "out"),
+    ):
+        with pytest.raises(CheckpointError, match="this shard is missing"):
+            copies()
+    with pytest.raises(FactorFileError, match="the factors are not of this model"):
+        export_delta("org/model", FactorSet({"other": factors[query]}, {}), tmp_path / "out")
 
 
 def test_a_base_that_is_not_on_the_hub(tmp_path: Path, offline: Path) -> None:

@@ -1,8 +1,9 @@
 """Dequantization of stored weights, rows at a time: each value is computed once and written in the result's own dtype.
 
 The products are float32's, rounded once to `out`, whose elements are float32, bfloat16's bits (uint16) or float16's
-(int16; see `rounds_to`). All arrays are contiguous. A row's scales are first spread over its values in a buffer that
-stays in the first-level cache: then one loop without branches decodes the row, as wide as the machine's vectors.
+(int16; see `rounds_to`). All arrays are contiguous. Either a row's scales are first spread over its values in a buffer
+that stays in the first-level cache: then one loop without branches decodes the row, as wide as the machine's vectors.
+Or sixteen values at a time are decoded by blocks.py; 4 bits have no more than sixteen, so a group's are looked up.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from numba import float32, int32
 
-from .elements import TILE, from_bits, get, put, rounded, transpose_tile
+from .blocks import SIXTEEN, look_up, look_up_high_first, put_column, put_planes
+from .elements import TILE, from_bits, get, nibble, put, rounded, transpose_tile
 from .jit import njit
 from .simd import LOADS_FLOAT16
 
@@ -69,32 +71,38 @@ def decode_e2m1(packed: Any, width: int, scale: Any, out: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def decode_integers(packed: Any, bits: int, group_of: Any, offset: Any, scale: Any, out: Any) -> None:
-    """out[i, j] = (code[i, j] − offset[i, g]) · scale[i, g] with g = group_of[j].
+def decode_tables(packed: Any, group_of: Any, planes: Any, out: Any) -> None:
+    """out[i, j] = table[t][code[i, j]] with t = group_of[i, g], for k / groups neighbours, a multiple of 16.
 
-    packed: (rows, k · bits / 8) uint8, bits 4 (the low half first) or 8. group_of: (k,), in any order; if empty, the
-    groups are neighbours of k / groups values. offset, scale: (rows, groups). Reads bits / 8 bytes for each value that
-    it writes.
+    packed: (rows, k / 2) uint8, the low half of a byte first. group_of: (rows, groups) uint8. planes: (256 · 16 ·
+    itemsize) uint8, each table's as `put_planes` writes them; 8 or 16 KiB that stay in the first-level cache. Reads
+    half a byte for each value that it writes.
+    """
+    rows, groups = group_of.shape
+    flat, result = packed.reshape(packed.size), out.reshape(out.size)
+    k, size = out.shape[1], len(planes) // 256
+    width = k // groups
+    for i in range(rows):
+        for g in range(groups):
+            table = np.intp(group_of[i, g]) * size
+            start = i * k + g * width
+            for j in range(start, start + width, SIXTEEN):
+                look_up(flat, j // 2, planes, table, result, j)
+
+
+@njit(cache=True, nogil=True)
+def decode_integers(packed: Any, bits: int, offset: Any, scale: Any, out: Any) -> None:
+    """out[i, j] = (code[i, j] − offset[i, g]) · scale[i, g].
+
+    packed: (rows, k · bits / 8) uint8, bits 4 (the low half first) or 8. offset, scale: (rows, groups), for k / groups
+    neighbours each. Reads bits / 8 bytes for each value that it writes.
     """
     rows, groups = scale.shape
     k = out.shape[1]
     flat, result = packed.reshape(packed.size), out.reshape(out.size)
     codes, less, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
-    # Both numbers of a group side by side, so that a column's are fetched at once.
-    pairs, fetched = np.empty(groups, np.float64), np.empty(k if len(group_of) else 0, np.float64)
-    both, both_fetched = pairs.view(np.float32), fetched.view(np.float32)
     for i in range(rows):
         _unpack(flat, i, bits, codes)
-        if len(group_of):
-            for g in range(groups):
-                both[2 * g] = offset[i, g]
-                both[2 * g + 1] = scale[i, g]
-            for j in range(k):
-                fetched[j] = get(pairs, get(group_of, j))
-            for j in range(k):
-                value = (float32(get(codes, j)) - get(both_fetched, 2 * j)) * get(both_fetched, 2 * j + 1)
-                put(result, i * k + j, value)
-            continue
         _spread(offset, i, k // groups, less)
         _spread(scale, i, k // groups, wide)
         for j in range(k):
@@ -121,57 +129,86 @@ def decode_affine(packed: Any, bits: int, scale: Any, bias: Any, out: Any) -> No
 
 
 @njit(cache=True, nogil=True)
-def decode_words(words: Any, shifts: Any, skip: int, offset: Any, scale: Any, out: Any) -> None:
-    """AWQ: out[i, j] = (code[i, j] − offset[i, g]) · scale[i, g], with row i + skip's codes in words of eight rows.
+def decode_columns(words: Any, first: int, group_of: Any, offset: Any, scale: Any, out: Any) -> None:
+    """GPTQ: out[i, j] = (code[j, first + i] − offset[g, first + i]) · scale[g, first + i] with g = group_of[j].
 
-    words: (words, k) int32, (i + skip) // 8 is row i's. shifts: (8,), the bit at which each row's code begins.
-    offset, scale: (rows, groups), for k / groups neighbours each. Reads four bytes, in the cache but for every eighth
-    row, for each value that it writes.
+    words: (k / 8, d) int32, word (j // 8, r) has row r's code of column j from the bit 4 (j % 8) on. group_of: (k,), in
+    any order. offset, scale: (groups, d). Sixteen rows of a column at a time, whose words, offsets and scales are
+    neighbours; tiles of 16×16 results are transposed. Reads half a byte for each value that it writes.
+    """
+    rows, k = out.shape
+    groups, d = scale.shape
+    flat, result = words.reshape(words.size), out.reshape(out.size)
+    if rows < TILE or k < TILE:
+        for i in range(rows):
+            for j in range(k):
+                r, g = first + i, group_of[j]
+                code = nibble(words[j // 8, r], int32(4 * (j % 8)))
+                put(result, i * k + j, (code - offset[g, r]) * scale[g, r])
+        return
+    tile = np.empty(TILE * TILE, out.dtype)
+    less, wide = np.empty(groups * TILE, np.float32), np.empty(groups * TILE, np.float32)
+    for block in range(0, rows, TILE):
+        i = min(block, rows - TILE)  # the last ones overlap
+        for g in range(groups):
+            for n in range(TILE):
+                less[g * TILE + n] = offset[g, first + i + n]
+                wide[g * TILE + n] = scale[g, first + i + n]
+        for column in range(0, k, TILE):
+            j = min(column, k - TILE)
+            for n in range(TILE):
+                at = (j + n) // 8 * d + first + i
+                put_column(flat, at, int32(4 * (n % 8)), less, wide, get(group_of, j + n) * TILE, tile, n * TILE)
+            transpose_tile(tile, 0, TILE, result, i * k + j, k)
+
+
+@njit(cache=True, nogil=True)
+def decode_words(words: Any, shifts: Any, first: int, offset: Any, scale: Any, out: Any) -> None:
+    """AWQ: out[i, j] = (code[j, first + i] − offset[i, g]) · scale[i, g].
+
+    words: (k, d / 8) int32, word (j, r // 8) has row r's code of column j from the bit shifts[r % 8] on. offset, scale:
+    (rows, groups), for k / groups neighbours each. Sixteen columns of words at a time are transposed into a buffer that
+    stays in the second-level cache. Reads half a byte for each value that it writes.
     """
     rows, groups = scale.shape
-    k = out.shape[1]
+    k, wide_words = words.shape
     flat, result = words.reshape(words.size), out.reshape(out.size)
-    less, wide = np.empty(k, np.float32), np.empty(k, np.float32)
-    for i in range(rows):
-        _spread(offset, i, k // groups, less)
-        _spread(scale, i, k // groups, wide)
-        first, shift = (i + skip) // 8 * k, int32(shifts[(i + skip) % 8])
-        for j in range(k):
-            code = int32(int32(get(flat, first + j) >> shift) & int32(15))
-            put(result, i * k + j, (float32(code) - get(less, j)) * get(wide, j))
+    stride = k + TILE  # rows of a power of two would share a set of the cache
+    turned, less, wide = np.empty(TILE * stride, np.int32), np.empty(k, np.float32), np.empty(k, np.float32)
+    for word in range(first // 8, (first + rows + 7) // 8, TILE):
+        count = min(TILE, wide_words - word)
+        if count == TILE and k >= TILE:
+            for column in range(0, k, TILE):
+                j = min(column, k - TILE)  # the last ones overlap
+                transpose_tile(flat, j * wide_words + word, wide_words, turned, j, stride)
+        else:
+            for n in range(count):
+                for j in range(k):
+                    turned[n * stride + j] = words[j, word + n]
+        for i in range(max(0, 8 * word - first), min(rows, 8 * (word + count) - first)):
+            _spread(offset, i, k // groups, less)
+            _spread(scale, i, k // groups, wide)
+            at, shift = ((first + i) // 8 - word) * stride, int32(shifts[(first + i) % 8])
+            for j in range(k):
+                put(result, i * k + j, (nibble(get(turned, at + j), shift) - get(less, j)) * get(wide, j))
 
 
 @njit(cache=True, nogil=True)
-def decode_pairs(packed: Any, table: Any, width: int, scale: Any, out: Any) -> None:
-    """bitsandbytes: out[i, j] = value[code[i, j]] · scale[i, j // width], two codes a byte, the high half first.
+def decode_pairs(packed: Any, values: Any, width: int, scale: Any, out: Any) -> None:
+    """bitsandbytes: out[i, j] = values[code[i, j]] · scale[i, j // width], two codes a byte, the high half first.
 
-    packed: (rows, k / 2) uint8. table: (256,) float64, each the two float32 values of a byte. scale: (rows, k / width).
-    Reads half a byte for each value that it writes.
+    packed: (rows, k / 2) uint8. values: (16,). scale: (rows, k / width), width a multiple of 16. The sixteen products
+    of a group are looked up. Reads half a byte for each value that it writes.
     """
-    rows, half = packed.shape
-    flat, result, wide = packed.reshape(packed.size), out.reshape(out.size), np.empty(2 * half, np.float32)
-    pairs = np.empty(half, np.float64)
-    values = pairs.view(np.float32)
+    rows, groups = scale.shape
+    flat, result = packed.reshape(packed.size), out.reshape(out.size)
+    planes = np.empty(SIXTEEN * out.itemsize, np.uint8)
     for i in range(rows):
-        _spread(scale, i, width, wide)
-        for j in range(half):
-            pairs[j] = get(table, get(flat, i * half + j))
-        for j in range(2 * half):
-            put(result, 2 * i * half + j, get(values, j) * get(wide, j))
-
-
-@njit(cache=True, nogil=True)
-def transpose_words(words: Any, first: int, out: Any) -> None:
-    """out[j, i] = words[i, first + j], int32, in tiles of TILE×TILE words; what is left at the edges, one by one."""
-    count, rows = out.shape
-    flat, result = words.reshape(words.size), out.reshape(out.size)
-    wide, high = count - count % TILE, rows - rows % TILE
-    for j in range(0, wide, TILE):
-        for i in range(0, high, TILE):
-            transpose_tile(flat, i * words.shape[1] + first + j, words.shape[1], result, j * rows + i, rows)
-    for j in range(count):
-        for i in range(high if j < wide else 0, rows):
-            out[j, i] = words[i, first + j]
+        for g in range(groups):
+            put_planes(values, scale[i, g], result, planes)
+            start = (i * groups + g) * width
+            for j in range(start, start + width, SIXTEEN):
+                look_up_high_first(flat, j // 2, planes, 0, result, j)
 
 
 @njit(nogil=True, inline="always")

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 _FLOAT = ir.FloatType()
 _INT32 = ir.IntType(32)
 _INT16 = ir.IntType(16)
-# int32 in a line of the cache.
+# Of 32 bits, a line of the cache.
 TILE = 16
 
 
@@ -20,7 +20,8 @@ def _intrinsic(function: Any) -> Any:
     return intrinsic(function)
 
 
-def _place(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+def place(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """The address of an element of an array."""
     # By a pointer that LLVM can follow, so that it can prove what does not overlap.
     data = context.make_array(array_type)(context, builder, value=array).data
     return builder.gep(data, [index])
@@ -31,7 +32,7 @@ def get(typing: Any, array: Any, index: Any) -> Any:
     """array[index] as stored; an index is never negative."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_place(context, builder, array, *arguments))
+        return builder.load(place(context, builder, array, *arguments))
 
     return array.dtype(array, types.intp), generate
 
@@ -41,8 +42,8 @@ def put(typing: Any, array: Any, index: Any, value: Any) -> Any:
     """array[index] = a float32, rounded to nearest even; uint16 holds bfloat16's bits, int16 float16's."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array_value, place, number = arguments
-        builder.store(_rounded(builder, array.dtype, number), _place(context, builder, array, array_value, place))
+        array_value, index, number = arguments
+        builder.store(round_to(builder, array.dtype, number), place(context, builder, array, array_value, index))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.float32), generate
@@ -53,7 +54,7 @@ def rounded(typing: Any, array: Any, value: Any) -> Any:
     """A float32 rounded to what the array holds, see `put`, and back."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _widened(builder, array.dtype, _rounded(builder, array.dtype, arguments[1]))
+        return _widened(builder, array.dtype, round_to(builder, array.dtype, arguments[1]))
 
     return types.float32(array, types.float32), generate
 
@@ -81,22 +82,33 @@ def from_half(typing: Any, low: Any, high: Any) -> Any:
 
 
 @_intrinsic
+def nibble(typing: Any, word: Any, shift: Any) -> Any:
+    """The four bits of a word (int32) from this one on, as float32; numba's own operators would take 64-bit ones."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sitofp(builder.and_(builder.lshr(*arguments), _INT32(15)), _FLOAT)
+
+    return types.float32(types.int32, types.int32), generate
+
+
+@_intrinsic
 def transpose_tile(typing: Any, source: Any, first: Any, stride: Any, result: Any, to: Any, result_stride: Any) -> Any:
-    """result[to + j · result_stride + i] = source[first + i · stride + j] for i, j < TILE, of flat arrays of int32.
+    """result[to + j · result_stride + i] = source[first + i · stride + j] for i, j < TILE, of flat arrays of one dtype.
 
     Rows are vectors; in log₂ TILE rounds each pair of rows whose numbers differ in one bit swaps the elements whose
     places differ in it.
     """
+    size = source.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source_array, at, step, result_array, place, result_step = arguments
-        vector = ir.VectorType(_INT32, TILE)
+        source_array, at, step, result_array, to, result_step = arguments
+        vector = ir.VectorType(ir.IntType(8 * size), TILE)
 
         def row(kind: Any, array: Any, first: Any, step: Any, i: int) -> Any:
             index = builder.add(first, builder.mul(step, ir.Constant(step.type, i)))
-            return builder.bitcast(_place(context, builder, kind, array, index), vector.as_pointer())
+            return builder.bitcast(place(context, builder, kind, array, index), vector.as_pointer())
 
-        rows = [builder.load(row(source, source_array, at, step, i), align=4) for i in range(TILE)]
+        rows = [builder.load(row(source, source_array, at, step, i), align=size) for i in range(TILE)]
         bit = 1
         while bit < TILE:
             kept = [lane if not lane & bit else TILE + lane - bit for lane in range(TILE)]
@@ -109,21 +121,30 @@ def transpose_tile(typing: Any, source: Any, first: Any, stride: Any, result: An
                     )
             bit *= 2
         for j in range(TILE):
-            builder.store(rows[j], row(result, result_array, place, result_step, j), align=4)
+            builder.store(rows[j], row(result, result_array, to, result_step, j), align=size)
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, result, types.intp, types.intp), generate
 
 
-def _rounded(builder: Any, dtype: Any, number: Any) -> Any:
+def round_to(builder: Any, dtype: Any, number: Any) -> Any:
+    """A float32, or a vector of them, in the form in which an array of this dtype holds it, see `put`."""
+    lanes = getattr(number.type, "count", 0)
+
+    def kind(element: Any) -> Any:
+        return ir.VectorType(element, lanes) if lanes else element
+
+    def constant(value: int) -> Any:
+        return ir.Constant(kind(_INT32), [value] * lanes if lanes else value)
+
     if dtype == types.uint16:
-        bits = builder.bitcast(number, _INT32)
-        odd = builder.and_(builder.lshr(bits, _INT32(16)), _INT32(1))
-        nearest = builder.lshr(builder.add(bits, builder.add(odd, _INT32(0x7FFF))), _INT32(16))
+        bits = builder.bitcast(number, kind(_INT32))
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        nearest = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(16))
         is_number = builder.fcmp_ordered("ord", number, number)
-        return builder.trunc(builder.select(is_number, nearest, _INT32(0x7FC0)), _INT16)
+        return builder.trunc(builder.select(is_number, nearest, constant(0x7FC0)), kind(_INT16))
     if dtype == types.int16:
-        return builder.bitcast(builder.fptrunc(number, ir.HalfType()), _INT16)
+        return builder.bitcast(builder.fptrunc(number, kind(ir.HalfType())), kind(_INT16))
     return number
 
 

@@ -8,6 +8,7 @@ ROWS rows and GROUP ranks a register block, so that the accumulators fill the re
 from __future__ import annotations
 
 import os
+import platform
 from typing import Any
 
 import llvmlite.binding
@@ -32,6 +33,14 @@ else:
 SMALL_GROUP = 4
 # Without an instruction for it, LLVM would call a library function that does not exist here.
 LOADS_FLOAT16 = "+f16c" in _features.split(",") or "+neon" in _features.split(",")
+# LLVM's name of the instruction that picks sixteen bytes of sixteen; "" where there is none.
+BYTE_SHUFFLE = (
+    "llvm.x86.ssse3.pshuf.b.128"
+    if "+ssse3" in _features.split(",")
+    else "llvm.aarch64.neon.tbl1.v16i8"
+    if "+neon" in _features.split(",") and platform.machine() in ("aarch64", "arm64")
+    else ""
+)
 PANEL = LANES * VECTORS
 
 

@@ -46,7 +46,7 @@ def _four_bits(module: StoredModule) -> StoredWeight:
         companions = {f"{part}": module.tensors[part].read() for part in module.tensors if part.startswith("weight.")}
         quant_state = functional.QuantState.from_dict(companions, device=torch.device("cpu"))
         size = quant_state.blocksize
-        if shape[1] % size or weight.shape != (shape[0] * words, 1):
+        if shape[1] % size or size % 16 or weight.shape != (shape[0] * words, 1):
             values: Tensor = functional.dequantize_4bit(weight.read(), quant_state)
             return values[rows] if rows != slice(0, shape[0]) else values
         scale = quant_state.absmax

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...storage.reading import empty
 from ..files.tensor import StoredTensor
 from .block_fp8 import FLOAT8
-from .weight import StoredModule, StoredWeight, decode_floats, exponents, float32, in_strips, unreadable
+from .weight import StoredModule, StoredWeight, decode_floats, exponents, in_strips, unreadable
 
 
 def find(module: StoredModule) -> StoredWeight | None:
@@ -31,13 +31,13 @@ def find(module: StoredModule) -> StoredWeight | None:
     if scale.dtype in FLOAT8 and over is not None:
         divides = "weight_global_scale" in tensors
 
-        def group_scale(own: Tensor) -> Tensor:
-            factor = over.read().to(torch.float32)
-            return float32(own) / factor if divides else float32(own) * factor
+        def factors() -> Tensor:
+            each, factor = _every(scale.dtype).to(torch.float32), over.read().to(torch.float32)
+            return each / factor if divides else each * factor
 
-        return _matrix(module, packed, scale, over, group_scale, "nvfp4")
+        return _matrix(module, packed, scale, over, factors, "nvfp4")
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu) and over is None:
-        return _matrix(module, packed, scale, None, exponents, "mxfp4")
+        return _matrix(module, packed, scale, None, lambda: exponents(_every(scale.dtype)), "mxfp4")
     return None
 
 
@@ -46,18 +46,22 @@ def _matrix(
     packed: StoredTensor,
     scale: StoredTensor,
     over: StoredTensor | None,
-    group_scale: Callable[[Tensor], Tensor],
+    factors: Callable[[], Tensor],
     kind: str,
 ) -> StoredWeight:
+    """factors: what each of the 256 codes of a scale stands for."""
     size = 16 if kind == "nvfp4" else 32
     d, k = packed.shape[0], 2 * packed.shape[-1]
     if len(packed.shape) != 2 or scale.shape != (d, k // size) or k % size:
         return unreadable(module, f"its packed weight {packed.shape} and weight_scale {scale.shape} do not fit {kind}")
 
-    def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor], read_scale: Callable[[slice], Tensor]) -> None:
-        decode_floats(read(own), group_scale(read_scale(own)), out)
-
     def dequantize(rows: slice) -> Tensor:
+        each = factors()
+
+        def fill(own: slice, out: Tensor, *read: Callable[[slice], Tensor]) -> None:
+            codes, scales = (one(own).view(torch.uint8) for one in read)
+            decode_floats(codes, scales, each, out)
+
         return in_strips(rows, k, module.dtype, fill, [packed, scale])
 
     return StoredWeight(
@@ -73,17 +77,17 @@ def _matrix(
 def _experts(module: StoredModule) -> StoredWeight:
     """A fused parameter of all experts: blocks (experts, d, groups, 16), scales (experts, d, groups)."""
     blocks, scales = module.tensors["blocks"], module.tensors["scales"]
-    if len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape:
+    if len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape or blocks.shape[3] != 16:
         return unreadable(module, f"its blocks {blocks.shape} and scales {scales.shape} do not fit mxfp4")
     experts, d, groups, size = blocks.shape
     k = groups * 2 * size
 
     def dequantize(rows: slice) -> Tensor:
-        values = empty((rows.stop - rows.start, d, k), module.dtype)
+        values, each = empty((rows.stop - rows.start, d, k), module.dtype), exponents(_every(torch.uint8))
         for place, expert in enumerate(range(rows.start, rows.stop)):
             one = slice(expert, expert + 1)
-            packed, scale = blocks.read(one).view(d, -1), exponents(scales.read(one).view(d, groups))
-            decode_floats(packed, scale, values[place])
+            packed, scale = blocks.read(one).view(d, -1), scales.read(one).view(torch.uint8).view(d, groups)
+            decode_floats(packed, scale, each, values[place])
         return values
 
     return StoredWeight(
@@ -94,3 +98,8 @@ def _experts(module: StoredModule) -> StoredWeight:
         stored={"blocks": blocks, "scales": scales},
         dequantize=dequantize,
     )
+
+
+def _every(dtype: torch.dtype) -> Tensor:
+    """The 256 numbers of an 8-bit dtype."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype)

@@ -1,12 +1,15 @@
 """GPTQ and AWQ: integers of a few bits, packed into 32-bit words, with a scale and a zero point for each group.
 
-    W = (codes(qweight) − zeros(qzeros)) · scales                  qweight is stored transposed: in_features first
+    W = (codes(qweight) − zeros(qzeros)) · scales
 
-GPTQ packs along in_features and stores each zero point less 1 (but not in its format "gptq_v2"); g_idx says which group
-a column is in. AWQ packs along out_features, the eight codes of a word in an order of its own.
+qweight is stored transposed, in_features first, but for AWQ's rare version "gemv", whose groups are filled up to whole
+words. GPTQ packs along in_features and stores each zero point less 1 (but not in its format "gptq_v2"); g_idx says
+which group a column is in. AWQ packs along out_features, the eight codes of a word in an order of its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,11 +21,11 @@ from .weight import (
     StoredWeight,
     as_bytes,
     codes,
+    decode_columns,
     decode_integers,
     decode_words,
     in_strips,
     nibbles,
-    transposed_words,
     unreadable,
 )
 
@@ -39,6 +42,8 @@ def find(module: StoredModule) -> StoredWeight | None:
     qweight, scales = module.tensors["qweight"], module.tensors["scales"]
     if len(qweight.shape) != 2 or len(scales.shape) != 2 or qweight.dtype != torch.int32:
         return unreadable(module, f"its qweight is {qweight.dtype} of shape {qweight.shape}")
+    if method == "awq" and str(module.quantization.get("version")).lower() == "gemv":
+        return _awq_by_rows(module)
     if method == "awq" and scales.shape[1] == 8 * qweight.shape[1]:
         return _awq(module)
     if method == "gptq" and scales.shape[1] == qweight.shape[1]:
@@ -69,16 +74,13 @@ def _gptq(module: StoredModule) -> StoredWeight:
             raise CheckpointError(
                 f"{qweight.file}: {module.name}.g_idx names groups that its scales lack; it is damaged"
             )
-        any_order = None if torch.equal(group, in_order) and k % groups == 0 else group
 
         def fill(own: slice, out: Tensor) -> None:
-            own_scale, own_zeros = scale[:, own].T, zeros[:, own].T
             if bits == 4:
-                packed = as_bytes(transposed_words(words, own))
-                decode_integers(packed, bits, own_scale, own_zeros, out, any_order)
+                decode_columns(words, own.start, group, scale, zeros, out)
                 return
             values = codes(as_bytes(words[:, own].T), bits, k).to(torch.float32)
-            out.copy_(values.sub_(own_zeros[:, group]).mul_(own_scale[:, group]))
+            out.copy_(values.sub_(zeros[:, own].T[:, group]).mul_(scale[:, own].T[:, group]))
 
         return in_strips(rows, k, scales.dtype, fill)
 
@@ -105,10 +107,7 @@ def _awq(module: StoredModule) -> StoredWeight:
             zeros = nibbles(as_bytes(qzeros.read())).view(groups, -1, 8)[:, :, _AWQ_ORDER].flatten(1).to(torch.float32)
 
         def fill(own: slice, out: Tensor) -> None:
-            # Whole words of eight rows each.
-            first, last = own.start // 8, -(-own.stop // 8)
-            eights = transposed_words(words, slice(first, last))
-            decode_words(eights, _AWQ_SHIFTS, own.start - 8 * first, scale[:, own].T, zeros[:, own].T, out)
+            decode_words(words, _AWQ_SHIFTS, own.start, scale[:, own].T, zeros[:, own].T, out)
 
         return in_strips(rows, k, scales.dtype, fill)
 
@@ -119,4 +118,28 @@ def _awq(module: StoredModule) -> StoredWeight:
         dequantization=f"awq int4, {groups} groups",
         stored={"qweight": qweight, "qzeros": qzeros, "scales": scales},
         dequantize=dequantize_all,
+    )
+
+
+def _awq_by_rows(module: StoredModule) -> StoredWeight:
+    """AutoAWQ's version "gemv": qweight (d, k / 8), codes in order; room for more groups than there are."""
+    qweight, qzeros, scales = (module.tensors[part] for part in ("qweight", "qzeros", "scales"))
+    (d, words), size = qweight.shape, int(module.quantization["group_size"])
+    k = 8 * words
+    groups = 1 if size == -1 else k // size
+    fits = groups > 0 and k % groups == 0 and qzeros.shape[:1] == (d,) and scales.shape == (d, 8 * qzeros.shape[-1])
+    if module.quantization.get("bits", 4) != 4 or not fits or groups > scales.shape[1]:
+        return unreadable(module, f"its qweight {qweight.shape} and scales {scales.shape} are not AWQ's version gemv")
+
+    def fill(own: slice, out: Tensor, *read: Callable[[slice], Tensor]) -> None:
+        packed, zeros, scale = (one(own) for one in read)
+        decode_integers(as_bytes(packed), 4, scale[:, :groups], nibbles(as_bytes(zeros))[:, :groups], out)
+
+    return StoredWeight(
+        name=f"{module.name}.weight",
+        shape=(d, k),
+        dtype=scales.dtype,
+        dequantization=f"awq int4 by rows, {groups} groups",
+        stored={"qweight": qweight, "qzeros": qzeros, "scales": scales},
+        dequantize=lambda rows: in_strips(rows, k, scales.dtype, fill, [qweight, qzeros, scales]),
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,23 +153,37 @@ def decode_bytes(values: Tensor, scale: Tensor, width: int, out: Tensor) -> None
             _kernels().decode_bytes(codes, table.numpy(), width, factors, result)
 
 
-def decode_floats(packed: Tensor, scale: Tensor, out: Tensor) -> None:
-    """4-bit floats (E2M1), bytes (rows, k/2), low half first, times scale (rows, groups)."""
+def decode_floats(packed: Tensor, scale: Tensor, factors: Tensor, out: Tensor) -> None:
+    """4-bit floats (E2M1), bytes (rows, k/2), low half first, times factors[scale].
+
+    scale: uint8 (rows, groups). factors: (256,) float32, what each code of a scale stands for.
+    """
+    kernels = _kernels()
     with _rounding(out) as result:
-        _kernels().decode_e2m1(packed.numpy(), out.shape[1] // scale.shape[1], _float32(scale).numpy(), result)
+        every = np.tile(np.arange(0, 256, 34, dtype=np.uint8) + 16, (256, 1))  # the codes 0 to 15
+        table = np.empty((256, 16), result.dtype)
+        kernels.decode_e2m1(every, 16, factors.view(256, 1).numpy(), table)
+        planes = table.view(np.uint8).reshape(256, 16, -1).transpose(0, 2, 1).reshape(-1)
+        kernels.decode_tables(packed.numpy(), scale.numpy(), planes, result)
 
 
-def decode_integers(
-    packed: Tensor, bits: int, scale: Tensor, offset: Tensor, out: Tensor, group: Tensor | None = None
-) -> None:
+def decode_integers(packed: Tensor, bits: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
     """(code − offset) · scale of codes of 4 bits (low half of a byte first) or 8.
 
-    packed: bytes (rows, k · bits / 8). scale, offset: (rows, groups). group: of each column, or None.
+    packed: bytes (rows, k · bits / 8). scale, offset: (rows, groups).
     """
-    group = torch.empty(0, dtype=torch.long) if group is None else group
     with _rounding(out) as result:
-        _kernels().decode_integers(
-            packed.contiguous().numpy(), bits, group.numpy(), _float32(offset).numpy(), _float32(scale).numpy(), result
+        _kernels().decode_integers(packed.numpy(), bits, _float32(offset).numpy(), _float32(scale).numpy(), result)
+
+
+def decode_columns(words: Tensor, first: int, group: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+    """(code − offset) · scale of 4-bit codes, transposed, in words of eight columns each.
+
+    words: (k / 8, d). first: row of `out`. group: of each column. scale, offset: (groups, d).
+    """
+    with _rounding(out) as result:
+        _kernels().decode_columns(
+            words.numpy(), first, group.numpy(), _float32(offset).numpy(), _float32(scale).numpy(), result
         )
 
 
@@ -182,40 +197,23 @@ def decode_affine(packed: Tensor, bits: int, scale: Tensor, bias: Tensor, out: T
         _kernels().decode_affine(packed.numpy(), bits, _float32(scale).numpy(), _float32(bias).numpy(), result)
 
 
-def decode_words(words: Tensor, shifts: Sequence[int], skip: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-    """(code − offset) · scale of 4-bit codes in words of eight rows each, which begin at these bits of the word.
+def decode_words(words: Tensor, shifts: Sequence[int], first: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+    """(code − offset) · scale of 4-bit codes, transposed, in words of eight rows, which begin at these bits of it.
 
-    words: (words, k). skip: rows of the first word that are left out. scale, offset: (rows, groups).
+    words: (k, d / 8). first: row of `out`. scale, offset: (rows, groups).
     """
     bits = torch.tensor(shifts, dtype=torch.int32).numpy()
     with _rounding(out) as result:
-        _kernels().decode_words(words.numpy(), bits, skip, _float32(offset).numpy(), _float32(scale).numpy(), result)
+        _kernels().decode_words(words.numpy(), bits, first, _float32(offset).numpy(), _float32(scale).numpy(), result)
 
 
 def decode_pairs(packed: Tensor, values: Tensor, width: int, scale: Tensor, out: Tensor) -> None:
     """values[code] · scale of 4-bit codes, bytes (rows, k/2), high half first.
 
-    values: (16,). scale: (rows, groups), each for `width` columns.
+    values: (16,). scale: (rows, groups), each for `width` columns, a multiple of 16.
     """
-    both = torch.stack((values.repeat_interleave(16), values.repeat(16)), 1).to(torch.float32).view(torch.float64)
     with _rounding(out) as result:
-        _kernels().decode_pairs(packed.numpy(), both.view(-1).numpy(), width, _float32(scale).numpy(), result)
-
-
-def transposed_words(words: Tensor, columns: slice) -> Tensor:
-    """Columns of 32-bit words (rows, columns), each as a row."""
-    out = torch.empty(columns.stop - columns.start, words.shape[0], dtype=torch.int32)
-    _kernels().transpose_words(words.numpy(), columns.start, out.numpy())
-    return out
-
-
-def float32(scale: Tensor) -> Tensor:
-    """8-bit floats, or any others, as float32; torch takes 20 ns for each of the former."""
-    if scale.dtype != torch.float8_e4m3fn or scale.ndim != 2:
-        return scale.to(torch.float32)
-    values = torch.empty(scale.shape)
-    decode_bytes(scale, torch.ones(len(scale), 1), scale.shape[1], values)
-    return values
+        _kernels().decode_pairs(packed.numpy(), _float32(values).numpy(), width, _float32(scale).numpy(), result)
 
 
 @contextlib.contextmanager

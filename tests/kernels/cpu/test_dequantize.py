@@ -14,20 +14,20 @@ from torch import Tensor
 from inilora_kernels.kernels.cpu.dequantize import (
     decode_affine,
     decode_bytes,
+    decode_columns,
     decode_e2m1,
     decode_e4m3,
     decode_integers,
     decode_pairs,
+    decode_tables,
     decode_words,
     rounds_to,
-    transpose_words,
 )
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 counts = st.integers(1, 5)
 dtypes = st.sampled_from(DTYPES)
-NO_GROUPS = np.empty(0, np.int64)
 
 
 def as_written(out: Tensor) -> Any:
@@ -87,30 +87,60 @@ def test_4_bit_floats(rows: int, groups: int, half: int, dtype: torch.dtype, see
     assert torch.equal(out.signbit(), expected.signbit())
 
 
+@settings(max_examples=20, deadline=None)
+@given(rows=counts, groups=counts, blocks=st.integers(1, 3), dtype=dtypes, seed=counts)
+def test_tables(rows: int, groups: int, blocks: int, dtype: torch.dtype, seed: int) -> None:
+    """Each of the 256 tables that a group may have, byte by byte."""
+    generator, codes = random_codes(rows, 16 * blocks * groups, 16, seed)
+    tables = torch.randn(256, 16, generator=generator).to(dtype)
+    group_of = torch.randint(256, (rows, groups), dtype=torch.uint8, generator=generator)
+    planes = tables.view(torch.uint8).view(256, 16, -1).mT.reshape(-1)
+    out = torch.empty(codes.shape, dtype=dtype)
+    decode_tables(halves(codes), group_of.numpy(), planes.numpy(), as_written(out))
+    assert torch.equal(out, tables[group_of.long().repeat_interleave(16 * blocks, 1), codes.long()])
+
+
 @settings(max_examples=40, deadline=None)
-@given(
-    rows=counts,
-    groups=counts,
-    half=st.integers(1, 6),
-    bits=st.sampled_from([4, 8]),
-    ordered=st.booleans(),
-    dtype=dtypes,
-    seed=counts,
-)
-def test_integers(rows: int, groups: int, half: int, bits: int, ordered: bool, dtype: torch.dtype, seed: int) -> None:
+@given(rows=counts, groups=counts, half=st.integers(1, 6), bits=st.sampled_from([4, 8]), dtype=dtypes, seed=counts)
+def test_integers(rows: int, groups: int, half: int, bits: int, dtype: torch.dtype, seed: int) -> None:
     k = 2 * half * groups
     generator, codes = random_codes(rows, k, 1 << bits, seed)
     offset, scale = torch.randn(2, rows, groups, generator=generator)
-    group = torch.arange(k) // (2 * half) if ordered else torch.randint(groups, (k,), generator=generator)
+    group = torch.arange(k) // (2 * half)
     packed = halves(codes) if bits == 4 else codes.numpy()
     out = torch.empty(rows, k, dtype=dtype)
-    each = NO_GROUPS if ordered else group.numpy()
-    decode_integers(packed, bits, each, offset.numpy(), scale.numpy(), as_written(out))
+    decode_integers(packed, bits, offset.numpy(), scale.numpy(), as_written(out))
     assert torch.equal(out, ((codes.float() - offset[:, group]) * scale[:, group]).to(dtype))
-    if ordered:
-        scale, offset = scale.to(dtype), offset.to(dtype)
-        decode_affine(packed, bits, scale.float().numpy(), offset.float().numpy(), as_written(out))
-        assert torch.equal(out, codes.to(dtype) * scale[:, group] + offset[:, group])
+    scale, offset = scale.to(dtype), offset.to(dtype)
+    decode_affine(packed, bits, scale.float().numpy(), offset.float().numpy(), as_written(out))
+    assert torch.equal(out, codes.to(dtype) * scale[:, group] + offset[:, group])
+
+
+def random_words(*shape: int, generator: torch.Generator) -> Tensor:
+    bounds = torch.iinfo(torch.int32)
+    return torch.randint(bounds.min, bounds.max, shape, dtype=torch.int32, generator=generator)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    eights=st.integers(1, 6),
+    groups=counts,
+    first=st.integers(0, 5),
+    dtype=dtypes,
+    seed=counts,
+)
+def test_columns(rows: int, eights: int, groups: int, first: int, dtype: torch.dtype, seed: int) -> None:
+    """Groups in any order; with fewer rows or columns than a tile has, and with tiles that overlap."""
+    generator, k, d = torch.Generator().manual_seed(seed), 8 * eights, rows + first + 2
+    words = random_words(eights, d, generator=generator)
+    group = torch.randint(groups, (k,), generator=generator)
+    offset, scale = torch.randn(2, groups, d, generator=generator)
+    out = torch.empty(rows, k, dtype=dtype)
+    decode_columns(words.numpy(), first, group.numpy(), offset.numpy(), scale.numpy(), as_written(out))
+    codes = (words.unsqueeze(1) >> 4 * torch.arange(8).view(-1, 1) & 15).view(k, d)
+    expected = ((codes.float() - offset[group]) * scale[group]).to(dtype).T
+    assert torch.equal(out, expected[first : first + rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -134,35 +164,33 @@ def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     words=st.integers(1, 20),
     groups=counts,
     width=st.integers(1, 9),
-    skip=st.integers(0, 7),
+    skip=st.integers(0, 30),
     dtype=dtypes,
     seed=counts,
 )
 def test_words(words: int, groups: int, width: int, skip: int, dtype: torch.dtype, seed: int) -> None:
     generator, shifts = torch.Generator().manual_seed(seed), torch.tensor([0, 16, 4, 20, 8, 24, 12, 28])
-    bounds, k, rows = torch.iinfo(torch.int32), groups * width, 8 * words - skip
-    stored = torch.randint(bounds.min, bounds.max, (k, words + 2), dtype=torch.int32, generator=generator)
-    turned = torch.empty(words, k, dtype=torch.int32)
-    transpose_words(stored.numpy(), 2, turned.numpy())
-    assert torch.equal(turned, stored[:, 2:].T)
+    k, first = groups * width, min(skip, 8 * words - 1)
+    rows = max(1, 8 * words - first - seed)
+    stored = random_words(k, words, generator=generator)
     offset, scale = torch.randn(2, rows, groups, generator=generator)
     out = torch.empty(rows, k, dtype=dtype)
-    decode_words(turned.numpy(), shifts.int().numpy(), skip, offset.numpy(), scale.numpy(), as_written(out))
-    codes = (stored[:, 2:].T.unsqueeze(1) >> shifts.view(-1, 1) & 15).reshape(8 * words, k)[skip:]
+    decode_words(stored.numpy(), shifts.int().numpy(), first, offset.numpy(), scale.numpy(), as_written(out))
+    codes = (stored.T.unsqueeze(1) >> shifts.view(-1, 1) & 15).reshape(8 * words, k)[first : first + rows]
     each = torch.arange(k) // width
     assert torch.equal(out, ((codes.float() - offset[:, each]) * scale[:, each]).to(dtype))
 
 
-@settings(max_examples=40, deadline=None)
-@given(rows=counts, groups=counts, half=st.integers(1, 9), dtype=dtypes, seed=counts)
-def test_tables_of_pairs(rows: int, groups: int, half: int, dtype: torch.dtype, seed: int) -> None:
-    generator, codes = random_codes(rows, 2 * half * groups, 16, seed)
+@settings(max_examples=20, deadline=None)
+@given(rows=counts, groups=counts, blocks=st.integers(1, 3), dtype=dtypes, seed=counts)
+def test_values_of_codes(rows: int, groups: int, blocks: int, dtype: torch.dtype, seed: int) -> None:
+    width = 16 * blocks
+    generator, codes = random_codes(rows, width * groups, 16, seed)
     values, scale = torch.randn(16, generator=generator), torch.randn(rows, groups, generator=generator)
-    table = torch.stack((values.repeat_interleave(16), values.repeat(16)), 1).view(torch.float64).view(-1)
     packed = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
     out = torch.empty(codes.shape, dtype=dtype)
-    decode_pairs(packed.numpy(), table.numpy(), 2 * half, scale.numpy(), as_written(out))
-    assert torch.equal(out, (values[codes.long()] * scale.repeat_interleave(2 * half, 1)).to(dtype))
+    decode_pairs(packed.numpy(), values.numpy(), width, scale.numpy(), as_written(out))
+    assert torch.equal(out, (values[codes.long()] * scale.repeat_interleave(width, 1)).to(dtype))
 
 
 def test_float64_is_for_others_to_round_to() -> None:

@@ -120,7 +120,27 @@ def test_other_methods_with_such_tensors_are_not_guessed(tmp_path: Path, method:
     assert bool(weight.refusal) == (method is not None)
 
 
-def test_awq_packed_for_gemv_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["gemv", "GEMV"])
+def test_awq_by_rows(tmp_path: Path, version: str) -> None:
+    """As AutoAWQ's WQLinear_GEMV packs: in order, and zero points and scales of 32 groups, most of them unused."""
+    torch.manual_seed(0)
+    codes, zeros = torch.randint(16, (D, K)), torch.zeros(D, 32, dtype=torch.long)
+    zeros[:, : K // GROUP] = torch.randint(16, (D, K // GROUP))
+    scales = torch.zeros(D, 32).half()
+    scales[:, : K // GROUP] = torch.rand(D, K // GROUP) * 0.1
+    tensors = {
+        "q_proj.qweight": packed(codes.T, 4).T.contiguous(),
+        "q_proj.qzeros": packed(zeros.T, 4).T.contiguous(),
+        "q_proj.scales": scales,
+    }
+    group = torch.arange(K) // GROUP
+    expected = ((codes - zeros[:, group]) * scales[:, group].float()).half()
+    assert_reads(read_one(write(tmp_path, tensors, config("awq", version=version))), expected)
+    short = {**tensors, "q_proj.scales": scales[:, :16].contiguous()}
+    assert "version gemv" in read_one(write(tmp_path, short, config("awq", version=version))).refusal
+
+
+def test_a_layout_that_the_config_does_not_name_is_refused(tmp_path: Path) -> None:
     tensors = awq()
     tensors["q_proj.qweight"] = tensors["q_proj.qweight"].T
-    assert "layout" in read_one(write(tmp_path, tensors, config("awq", version="gemv"))).refusal
+    assert "layout" in read_one(write(tmp_path, tensors, config("awq", version="gemm"))).refusal
