@@ -1,4 +1,4 @@
-"""Look-ups on a machine without an instruction for them; the rest is in test_dequantize.py and test_dequantize_gguf.py."""
+"""Look-ups on a machine without an instruction for them; test_dequantize.py and its neighbour have the rest."""
 
 from __future__ import annotations
 
