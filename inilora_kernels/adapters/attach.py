@@ -15,6 +15,7 @@ from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet, factor_set
 from ..model.experts import parameter_of_expert
 from ..suggestions import require_choice
+from .attached_model import adapters, save_as_before, save_as_trained
 from .base import require_original
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
@@ -48,6 +49,9 @@ def attach(
 
     The model's output stays what it was: to the bit in the delta form, to the rounding of R = W − sBA in the
     residual form. To train a head too, unfreeze it after this call. Nothing is changed if this raises.
+
+    The model's own `save_pretrained` and `state_dict` have W + s(BA − B0A0) under the plain model's names, and A and B:
+    the plain model's class loads them as trained, and a model with the same factors attached resumes from them.
 
     model: any nn.Module whose linear layers are the checkpoint's, also a quantized one (delta form).
     factors: from `approximate_model` or `FactorSet.load`, float32, BA ≈ W; or the path of a factor file.
@@ -108,6 +112,7 @@ def attach(
         except TargetError:
             detach(model)
             raise
+    save_as_trained(model)
     return model
 
 
@@ -119,6 +124,7 @@ def detach(model: Model) -> Model:
     for name, parameter in model.named_parameters():
         if name in trained:
             parameter.requires_grad_(True)
+    save_as_before(model)
     if hasattr(model, _FROZEN):
         delattr(model, _FROZEN)
     return model
@@ -146,13 +152,6 @@ def unmerge(model: Model) -> Model:
     for _, layer in adapters(model):
         layer.unmerge()
     return model
-
-
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The model's adapters with their names in it."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            yield name, module
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,6 +1,8 @@
 """After training: back to the original model, as a plain LoRA next to it or merged into it.
 
-A trainer saves A and B alone. Together with the factors they started from, A0 and B0, they are the update
+A model that was started in memory saves a plain LoRA of rank 2r, and so does PEFT from what `export_delta` wrote. What
+PEFT saves from a residual's folder, and `save_adapter`, is A and B alone: together with the factors they started from,
+A0 and B0, they are the update
 
     ΔW = s(BA − B0A0) = s [B, B − B0] [A − A0; A0]
 
@@ -274,13 +276,17 @@ def _updates(
     for module, start in starts.items():
         scaling = adapter.scaling(module)
         A0, B0 = start.scaled(scaling)
-        A, B, A0, B0 = _halves(*adapter.factors[module], A0, B0)
+        A, B = adapter.factors[module]
+        root = math.sqrt(scaling)
         if A.shape[-2] == 2 * start.rank:
-            raise FactorFileError(
-                f"{trained}: {module} has twice the rank of the factors, as a started model saves it, so it is a "
-                f"plain LoRA already, which started from other factors than these; load it as it is, or give the "
-                f"factors that it started from"
-            )
+            if not (insist or _started_from(adapter, module, start)):
+                raise FactorFileError(
+                    f"{trained}: {module} has twice the rank of the factors, as a started model saves it, so it is a "
+                    f"plain LoRA already, which started from other factors than these; load it as it is, or give the "
+                    f"factors that it started from"
+                )
+            updates[module] = (root * A.double(), root * B.double())
+            continue
         if A.shape[-2] != start.rank:
             raise FactorFileError(
                 f"{trained}: {module} has rank {A.shape[-2]}, the factors have {start.rank}; "
@@ -292,9 +298,8 @@ def _updates(
             A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
         ends[module] = (A.double(), B.double(), A0.double(), B0.double())
         A1, B1 = difference(*ends[module])
-        root = math.sqrt(scaling)
         updates[module] = (root * A1, root * B1)
-    if not insist:
+    if ends and not insist:
         _require_related(trained, ends)
     modules = {module: module_of(start.names[0]) for module, start in starts.items()}
     untrained = sorted({module_of(name) for name in factors} - set(modules.values()))
@@ -308,30 +313,15 @@ def _updates(
 
 
 def _started_from(adapter: Adapter, module: str, start: Start) -> bool:
-    """Whether a module's A is still near the one of these factors rather than that of others."""
-    A = adapter.factors[module][0][..., : start.rank, :]
+    """Whether a module's A is still near the one of these factors rather than that of others.
+
+    The plain LoRA of twice the rank has A0 below A − A0, and PEFT alone may have trained it too.
+    """
+    A = adapter.factors[module][0][..., -start.rank :, :]
     if A.shape != start.A.shape:
         return False
     A, A0 = A.double(), start.A.double()
     return _cosine(float((A * A0).sum()), float(A.norm() * A0.norm())) > _UNRELATED
-
-
-def _halves(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B, A0, B0 as they are in a folder with [A; A0] and [B, −B0], the plain LoRA that a started model saves.
-
-    A model that trained in 16 bits and was cast afterwards started from A0 and B0 in 16 bits.
-    """
-    r = A0.shape[-2]
-    if A.shape[-2] == 2 * r:
-        for dtype in (A.dtype, torch.bfloat16, torch.float16):
-            # Rank-stabilized scaling of twice the rank goes through √2, so A0 and B0 may differ in a last place.
-            rtol = 4 * torch.finfo(dtype).eps
-            if all(
-                torch.allclose(stored.float(), start.to(dtype).float(), rtol=rtol, atol=0.0)
-                for stored, start in ((A[..., r:, :], A0), (B[..., r:], -B0))
-            ):
-                return A[..., :r, :], B[..., :r], A[..., r:, :], -B[..., r:]
-    return A, B, A0, B0
 
 
 def _require_related(trained: Path, ends: Mapping[str, tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:

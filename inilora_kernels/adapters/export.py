@@ -2,15 +2,14 @@
 
 export_residual   OUT/base      the model with R = W − BA in place of each target W
                   OUT/adapter   A and B, trainable
-export_delta      OUT/adapter   A and B, trainable
-                  OUT/initial   A and −B, to stay frozen next to it on the untouched model
+export_delta      OUT/adapter   [0; A] and [B, 0], which add nothing yet to the untouched model
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..factors import Factors
 from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from ..storage.reading import absolute
-from .attach import adapters
+from .attached_model import adapters
 from .base import write_residual_record
 from .diffusers_folder import write_for
 from .folder import KEY_PREFIX, WEIGHTS, Adapter, named_base, write_adapter
@@ -42,14 +41,10 @@ _ABOUT_RESIDUAL = (
     "`inilora convert` makes a plain LoRA for the original model."
 )
 _ABOUT_DELTA = (
-    "A LoRA that starts from the pretrained weights: B·A is the low-rank part of W. **Alone on the base model it is "
-    "wrong**: it adds W's low-rank part a second time. Load it with `inilora_kernels.load_delta`, or with plain PEFT "
-    "next to the frozen adapter in the folder `initial`, which takes the start away. After training, "
-    "`inilora convert` makes a plain LoRA for the original model."
-)
-_ABOUT_INITIAL = (
-    "The frozen negative of the LoRA in the folder `adapter` next to it: A and −B as they were before training. Load "
-    "both together."
+    "A plain LoRA of rank 2r for the original model that adds nothing yet: [B, 0] [0; A], where B·A is the low-rank "
+    "part of W. `inilora_kernels.load_delta` trains A and B from there and keeps the start, r trainable rows a module. "
+    "PEFT by itself, and any trainer that goes on with an adapter's folder, trains all 2r. What either saves is a "
+    "plain LoRA for the original model."
 )
 _ABOUT_TRAINED = (
     "A trained LoRA that started from the pretrained weights. **Alone on the base model it is wrong**: "
@@ -177,13 +172,15 @@ def export_delta(
     lora_dropout: float = 0.0,
     task_type: TaskType | None = None,
 ) -> None:
-    """Write OUT/adapter with A and B, to train, and OUT/initial with A and −B, to stay frozen next to it.
+    """Write OUT/adapter: a plain LoRA of rank 2r, [0; A] and [B, 0], from which training goes on as from A and B.
 
-    Together they add nothing to the original model, which stays as it is and may be quantized. `load_delta` loads them
-    so that this holds to the bit; as two active adapters of plain PEFT it holds to float32 rounding.
+    Its product is exactly 0, so the model, which stays as it is and may be quantized, starts unchanged to the bit,
+    whatever program loads it. `load_delta` trains A and B alone, r rows a module, and subtracts their frozen start. A
+    program that knows PEFT alone trains all of it: the zeros have the gradients of A and B, and A and B move too. What
+    either of them saves is a plain LoRA for the original model.
 
     base: the model that the factors were computed from, a folder or an id on the hub. The other parameters and the
-        errors are `export_residual`'s.
+        errors are `export_residual`'s. lora_alpha is that of rank r; adapter_config.json has that of 2r.
     """
     out = Path(out)
     factors = factor_set(factors, base)
@@ -197,14 +194,12 @@ def export_delta(
         task_type=task_type,
         changes_weights=False,
     )
-    trainable = plan.adapter.with_base(named_base(plan.checkpoint.path))
-    negative = replace(trainable, factors={module: (A, -B) for module, (A, B) in trainable.factors.items()})
+    adapter = plan.adapter.with_base(named_base(plan.checkpoint.path))
     with whole_folder(out) as folder:
-        for name, adapter, about in (("adapter", trainable, _ABOUT_DELTA), ("initial", negative, _ABOUT_INITIAL)):
-            (folder / name).mkdir()
-            write_for(plan.checkpoint, folder / name, adapter, about)
+        (folder / "adapter").mkdir()
+        write_for(plan.checkpoint, folder / "adapter", adapter, _ABOUT_DELTA)
         require_peft_takes(plan, folder / "adapter")
-        require_same_start(plan, plan.checkpoint.path, folder / "adapter", folder / "initial")
+        require_same_start(plan, plan.checkpoint.path, folder / "adapter")
 
 
 def save_adapter(

@@ -14,10 +14,13 @@ which is many times larger. The gradients are those of the residual form.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..choices import Form
+from ..errors import WeightError
 from .modules import is_conv1d, linear_shape
 from .started import DeltaA, DeltaB, StartedA, StartedB, difference
 from .weights import device_of, require_own_weight
@@ -33,8 +36,8 @@ class LoRALinear(nn.Module):
         dropout in training drops part of W itself.
 
     A and B are float32 whatever the base's dtype, and so is the adapter's arithmetic outside autocast; the
-    sum is rounded once to the dtype of the base's output. They alone are in the state dict; A0 and B0 are buffers that
-    it leaves out. `weight` and `bias` are the base layer's, for code that asks for their dtype.
+    sum is rounded once to the dtype of the base's output. `weight` and `bias` are the base layer's, for code that asks
+    for their dtype. A0 and B0 are buffers that the state dict leaves out.
 
     >>> base = nn.Linear(3, 2, dtype=torch.bfloat16)
     >>> x = torch.randn(5, 3, dtype=torch.bfloat16)
@@ -42,7 +45,7 @@ class LoRALinear(nn.Module):
     >>> torch.equal(layer(x), base(x))
     True
     >>> list(layer.state_dict())
-    ['base_layer.weight', 'base_layer.bias', 'lora_A.weight', 'lora_B.weight']
+    ['lora_A.weight', 'lora_B.weight', 'weight', 'bias']
     """
 
     def __init__(
@@ -91,6 +94,69 @@ class LoRALinear(nn.Module):
         total: Tensor = y + self.scaling * update
         return total.to(y.dtype)
 
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **options: Any) -> Any:
+        """A and B, and the base layer's tensors under the plain layer's names, with W + s(BA − B0A0) in W's place.
+
+        Programs that save a model without knowing of adapters write this, and the plain model loads it as trained.
+        Loaded back here, A and B count, and the base stays. The base layer's own names (`base_layer.…`) remain where W
+        cannot be changed, quantized, sharded or offloaded, and with `keep_vars`.
+        """
+        state_dict = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **options)
+        if keep_vars or not self.holds_weight():
+            return state_dict
+        for name in self.base_layer.state_dict():
+            state_dict[f"{prefix}{name}"] = state_dict.pop(f"{prefix}base_layer.{name}")
+        state_dict[f"{prefix}weight"] = self._weight() if self.merged else self._add(self._unchanged(), self.delta())
+        return state_dict
+
+    def trained(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """W + s(BA − B0A0), of a base weight, A and B that were taken from this layer's state and are whole there."""
+        if self.merged:
+            return weight
+        if self.form == "delta":
+            A, B = difference(A, B, self.lora_A.initial.to(A), self.lora_B.initial.to(B))
+        update = (self.scaling * (B.float() @ A.float())).to(weight.device)
+        return self._add(weight, update)
+
+    def holds_weight(self) -> bool:
+        """Whether the base weight and A are whole matrices in memory, so that W + s(BA − B0A0) can be written."""
+        try:
+            require_own_weight(self.base_layer, "", "")
+        except WeightError:
+            return False
+        return type(self.lora_A.weight.data) is Tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        found = state_dict.pop(f"{prefix}weight", None)
+        if found is not None:
+            error = self._misfit(found, *(state_dict.get(f"{prefix}lora_{side}.weight") for side in "AB"))
+            if error:
+                others[-1].append(f"{prefix}weight {error}")
+            state_dict[f"{prefix}base_layer.weight"] = self.base_layer.weight
+            for name in self.base_layer.state_dict().keys() & {key.removeprefix(prefix) for key in state_dict}:
+                state_dict[f"{prefix}base_layer.{name}"] = state_dict.pop(f"{prefix}{name}")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _misfit(self, found: Tensor, A: Tensor | None, B: Tensor | None) -> str | None:
+        """Why a stored W + s(BA − B0A0) is not that of this layer's W, A0 and B0; None if it is."""
+        if A is None or B is None:
+            return "comes without A and B, from a plain model; load it before `attach`"
+        if self.merged:
+            return "cannot be loaded into a merged layer; call `unmerge` first"
+        if not self.holds_weight() or A.shape != self.lora_A.weight.shape or B.shape != self.lora_B.weight.shape:
+            return None  # what follows says so
+        started = (self.lora_A.initial.to(A), self.lora_B.initial.to(B))
+        A, B = difference(A, B, *started)
+        update = self.scaling * (B.float() @ A.float())
+        W = self._unchanged().to(update.device)
+        expected = self._add(W, update).float()
+        off = float((found.to(update.device).float() - expected).norm())
+        # W's rounding, and half for averaged state dicts, whose A and B have not the averaged product. Other factors
+        # are off by the difference of two B0A0, of which the update here consists then.
+        if off <= torch.finfo(W.dtype).eps * float(expected.norm()) + 0.5 * float(update.norm()):
+            return None
+        return "was trained from other factors, or on another base; attach the factors that it started from"
+
     @torch.no_grad()
     def delta(self) -> Tensor:
         """s(BA − B0A0) (out_features, in_features), float32: what training has added to W."""
@@ -105,8 +171,7 @@ class LoRALinear(nn.Module):
         if self.merged:
             return
         require_own_weight(self.base_layer, "merge", "`inilora convert` makes an adapter to load next to it")
-        original = self._weight() if self._original is None else self._original.to(self._weight())
-        self._put_weight(self._add(original, self.delta()))
+        self._put_weight(self._add(self._unchanged(), self.delta()))
         self.merged = True
 
     def unmerge(self) -> None:
@@ -134,6 +199,10 @@ class LoRALinear(nn.Module):
     def _weight(self) -> Tensor:
         weight: Tensor = self.base_layer.weight.data  # type: ignore[assignment]
         return weight
+
+    def _unchanged(self) -> Tensor:
+        """W as it was before the adapter."""
+        return self._weight() if self._original is None else self._original.to(self._weight())
 
     def _put_weight(self, weight: Tensor) -> None:
         if self._original is None:

@@ -7,25 +7,25 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from ..choices import FORMS, Form
-from ..errors import OptionError, TargetError, WeightError
+from ..errors import FactorFileError, OptionError, TargetError, WeightError
 from ..factor_set import FactorSet, factor_set
+from ..storage.reading import is_there
 from ..suggestions import require_choice, some
 from .base import require_original, require_residual, sha256_of_file
 from .experts import expert_shapes, name_of, require_expert_parameter, stacks, start_experts
-from .folder import KEY_PREFIX, WEIGHTS, named_base
+from .folder import WEIGHTS, named_base, read_adapter
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, linear_shape
 from .peft_check import disabled, parts_of, put_back, require_layer_unchanged
-from .peft_layer import DeltaVariant, start_layer, start_on_residual, started_config
+from .peft_layer import DeltaVariant, halved, start_layer, start_on_residual, started_config
 from .peft_model import save_and_combine_what_was_learned
 from .residual_base import Layer, is_residual
-from .started import StartedA
+from .started import StartedA, start_of
 from .weights import (
     has_weight_of,
     require_own_weight,
@@ -40,6 +40,8 @@ _GO_ON = (
     "go on with it by initialize_peft on a new adapter, then peft_model.load_adapter(folder, adapter_name, "
     "is_trainable=True)"
 )
+
+_GIVE = "give the folder that export_delta, or a model started from factors, has saved"
 
 
 def initialize_peft(
@@ -64,7 +66,8 @@ def initialize_peft(
 
     The config in `peft_model.peft_config` then records that the adapter started from factors: an adapter added with it,
     as TRL's trainers add their reference, starts from the same ones. `save_pretrained` writes the plain LoRA
-    of rank 2r, [B, −B0] [A; A0], which belongs to the original base in both forms, and `load_adapter` resumes from it.
+    of rank 2r, [B, B − B0] [A − A0; A0], which belongs to the original base in both forms, and `load_adapter` resumes
+    from it.
 
     Returns the model. Raises TargetError (no such module, no factors for a module, a shape differs, the model reads a
     module's weight instead of calling it, a quantized module passes no gradients), OptionError (no such adapter, rank
@@ -114,38 +117,66 @@ def initialize_peft(
 def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
     """Load what `export_delta` wrote, ready to train: a PeftModel whose output is still that of `model`.
 
-    folder: the one with `adapter` and `initial` in it. If `adapter` has been trained since, by PEFT alone, the model
-        returned is the trained one, still ready to train.
+    folder: the one with `adapter` in it, or an adapter's own that a started model or a trainer has saved since: then
+        the model returned is the trained one, to the rounding of A − A0 and B − B0, still ready to train.
 
-    Raises what peft raises for an invalid folder, and what `initialize_peft` raises.
+    Raises FactorFileError (a folder of another kind, of A and B alone, say), and what peft and `initialize_peft` raise.
     """
     folder = Path(folder)
-    stored = {
-        key.removesuffix(".lora_A.weight").removeprefix(KEY_PREFIX)
-        for key in load_peft_weights(str(folder / "initial"), device="cpu")
-        if key.endswith(".lora_A.weight")
-    }
+    if is_there(folder / "initial"):
+        raise FactorFileError(f"{folder}: a delta export of an earlier version, of two adapters; export it again")
+    at = folder / "adapter" if is_there(folder / "adapter") else folder
+    stored = read_adapter(at).factors
+    _require_difference(stored, at)
     require_unpacked(model, stored)
-    peft_model = PeftModel.from_pretrained(model, str(folder / "initial"), adapter_name=adapter_name, is_trainable=True)
+    config = halved(LoraConfig.from_pretrained(str(at)))
+    named = {key: getattr(config, key) for key in ("base_model_name_or_path", "revision")}
+    config.base_model_name_or_path = None  # get_peft_model warns where the model was loaded from elsewhere
+    peft_model = get_peft_model(model, config, adapter_name)
+    assert isinstance(peft_model, PeftModel)
+    for key, value in named.items():
+        setattr(config, key, value)
     layers = _lora_layers(peft_model, adapter_name)
-    paths = {name for name, module in peft_model.get_base_model().named_modules() if module in layers.values()}
-    if odd := sorted(stored ^ paths):
+    paths = {module: path for path, module in peft_model.get_base_model().named_modules()}
+    strange = sorted(stored.keys() ^ {paths[layer] for layer in layers.values()})
+    if strange:
         raise TargetError(
-            f"{folder}: {some(odd, most=1)} of its modules are not linear layers of "
+            f"{folder}: {some(strange, most=1)} of its modules are not linear layers of "
             f"{type(model).__name__} under this name; load the class of model that the export was made for "
             f"(its --task-type)"
         )
     scaled = {}
     for name, layer in layers.items():
         _require_supported(layer, name, adapter_name)
-        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        scaled[name] = (A.detach().clone(), -B.detach().clone())
+        A, B = stored[paths[layer]]
         if isinstance(layer, ParamWrapper):
-            scaled[name] = stacks(*scaled[name], layer.num_experts)
+            A, B = stacks(A, B, layer.num_experts)
+        scaled[name] = start_of(A, B)
     require_called(peft_model.get_base_model(), _linear(layers, scaled))
     _start(peft_model, layers, scaled, "delta", adapter_name)
-    peft_model.load_adapter(str(folder / "adapter"), adapter_name, is_trainable=True)
+    peft_model.load_adapter(str(at), adapter_name, is_trainable=True)
     return peft_model
+
+
+def _require_difference(stored: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
+    """Raise FactorFileError unless an adapter is [A − A0; A0] and [B, B − B0], and A has moved less than its length.
+
+    The halves of A alone, or of any other LoRA's A, are of one length.
+    """
+    moved = length = 0.0
+    for module, (A, _) in stored.items():
+        if A.shape[0] % 2:
+            raise FactorFileError(
+                f"{folder}: {module} has rank {A.shape[0]}, which is not twice that of a start; {_GIVE}"
+            )
+        difference, start = A.double().chunk(2)
+        moved, length = moved + float(difference.norm()) ** 2, length + float(start.norm()) ** 2
+    if not moved < length / 2:
+        raise FactorFileError(
+            f"{folder}: this adapter does not hold where it started: its A is not [A − A0; A0], as the delta export "
+            f"and started models save it; {_GIVE}. With the factors, an adapter of A and B alone goes on by "
+            f"initialize_peft, then load_adapter"
+        )
 
 
 def load_residual(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:

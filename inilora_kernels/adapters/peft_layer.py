@@ -61,6 +61,18 @@ class StartedLoraConfig(LoraConfig):
         return doubled
 
 
+def halved(config: LoraConfig) -> LoraConfig:
+    """The trainable config of half the rank and the same scaling: what `doubled` has doubled."""
+    half = copy.copy(config)
+    factor = math.sqrt(2) if config.use_rslora else 2
+    half.r = config.r // 2
+    half.lora_alpha = config.lora_alpha / factor  # type: ignore[assignment]
+    half.rank_pattern = {name: rank // 2 for name, rank in (config.rank_pattern or {}).items()}
+    half.alpha_pattern = {name: alpha / factor for name, alpha in (config.alpha_pattern or {}).items()}
+    half.init_lora_weights, half.inference_mode = True, False
+    return half
+
+
 def started_config(config: LoraConfig, adapter_name: str, form: Form) -> StartedLoraConfig:
     """The same config, saying that its adapter started from factors."""
     started = copy.copy(config)

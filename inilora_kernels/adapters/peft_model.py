@@ -22,17 +22,21 @@ _LEAVES_THE_BASE = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 
 def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
     """Let the model's own `save_pretrained`, `state_dict` and `add_weighted_adapter` take s(BA − B0A0) for an adapter,
-    and let no plain LoRA with a copy of A and B come into use.
+    and let no plain LoRA with a copy of A and B come into use, nor the base be saved with adapters in it.
 
-    `save_pretrained`, which every trainer calls, writes [A; A0] and [B, −B0] of rank 2r. Their product is what was
-    learned in both forms, and belongs to W: it is fit for any program that loads LoRAs. A and B alone would be mistaken
-    for a LoRA of W, and add W's own low-rank part a second time. `state_dict` is where PEFT's
-    `get_peft_model_state_dict` takes A and B from, for programs that save or send them by themselves.
+    `save_pretrained`, which every trainer calls, writes [A − A0; A0] and [B, B − B0] of rank 2r. Their product is what
+    was learned in both forms, and belongs to W: it is fit for any program that loads LoRAs, also in 16 bits, since
+    nothing cancels in it. A and B alone would be mistaken for a LoRA of W, and add W's own low-rank part a second time.
+    `state_dict` is where PEFT's `get_peft_model_state_dict` takes A and B from, for programs that save or send them by
+    themselves.
     """
     model: Any = peft_model  # methods of one object, for which there is no type
     model.save_pretrained = partial(_save_pretrained, model)
     model.state_dict = partial(_state_dict, model)
     model.load_state_dict = partial(_load_state_dict, model)
+    base: Any = peft_model.get_base_model()
+    if callable(getattr(base, "save_pretrained", None)):
+        base.save_pretrained = partial(_save_base, base)
     tuner: Any = peft_model.base_model
     tuner.add_weighted_adapter = partial(_add_weighted_adapter, tuner)
     tuner.inject_adapter = partial(_inject_adapter, tuner)
@@ -58,8 +62,23 @@ def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **o
     type(peft_model).save_pretrained(peft_model, save_directory, *args, state_dict=state_dict, **options)
 
 
+def _save_base(base: Any, *args: Any, **options: Any) -> Any:
+    """The base model's own save_pretrained, while its layers have no adapters, or with a state dict of plain names.
+
+    Raises OptionError otherwise: transformers would write `base_layer.weight`, and load random numbers in its place.
+    """
+    state_dict = options.get("state_dict")
+    wrapped = any(isinstance(module, LoraLayer) for module in base.modules())
+    if wrapped and (state_dict is None or any(".base_layer." in key for key in state_dict)):
+        raise OptionError(
+            "save_pretrained of the base model under a PeftModel would name its weights so that no model loads them; "
+            "call the PeftModel's own save_pretrained for the adapter, or save what merge_and_unload() returns"
+        )
+    return type(base).save_pretrained(base, *args, **options)
+
+
 def _state_dict(peft_model: PeftModel, *args: Any, **options: Any) -> Any:
-    """nn.Module.state_dict, with [A; A0] and [B, −B0] where the model is asked itself, and not as part of another.
+    """nn.Module.state_dict, with [A − A0; A0] and [B, B − B0] where the model itself is asked, not as part of another.
 
     `load_state_dict` takes both. A shard of A stays as it is.
     """
@@ -184,7 +203,7 @@ def _add_weighted_adapter(tuner: Any, adapters: list[str], *args: Any, **options
 
 @contextmanager
 def _as_plain_loras(tuner: Any, adapters: Sequence[str]) -> Iterator[None]:
-    """Put [A; A0] and [B, −B0] in the place of A and B, and the config of that rank, for as long as it lasts."""
+    """Put [A − A0; A0] and [B, B − B0] in the place of A and B, and the config of that rank, while it lasts."""
     configs = {name: tuner.peft_config[name] for name in adapters if name in tuner.peft_config}
     started = [name for name, config in configs.items() if getattr(config, "started_from", None) is not None]
     layers: list[Any] = [layer for layer in tuner.model.modules() if isinstance(layer, LoraLayer)]

@@ -28,6 +28,7 @@ from .experts import expert_shapes
 from .folder import KEY_PREFIX, Adapter
 from .model_copy import size_of_copy
 from .modules import Start, find_starts, fused_attention, linear_shape, module_of, without
+from .started import difference
 from .weights import with_shared
 
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -63,7 +64,8 @@ def plan_export(
 ) -> Plan:
     """Return what to write, or raise what `export_residual` says.
 
-    changes_weights: whether W itself will be replaced, so that it may belong to one module alone.
+    changes_weights: whether W itself will be replaced, so that it may belong to one module alone. If not, the adapter
+        is the LoRA of twice the rank that adds nothing to W.
     """
     if not 0.0 <= lora_dropout < 1.0:
         raise OptionError(f"lora_dropout={lora_dropout}: it must be at least 0 and below 1")
@@ -105,6 +107,9 @@ def plan_export(
             f"it; leave it out"
         )
     scaled = {module: start.scaled(scaling) for module, start in starts.items()}
+    if not changes_weights:
+        scaled = {module: difference(A, B, A, B) for module, (A, B) in scaled.items()}
+        ranks = {module: 2 * rank for module, rank in ranks.items()}
     available = dict(architecture.model.named_modules()) if architecture else _modules(checkpoint)
     experts = {name for name, start in starts.items() if start.A.dim() == 3}
     if experts and lora_dropout:

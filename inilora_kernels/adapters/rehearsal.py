@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import warnings
@@ -72,17 +71,17 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
         raise TargetError(f"{where}: PEFT does not fill all layers of this adapter ({unfilled[:300]}); use `attach`")
 
 
-def require_same_start(plan: Plan, base: Path, *adapters: Path) -> None:
+def require_same_start(plan: Plan, base: Path, adapter: Path) -> None:
     """Raise TargetError if a small model, loaded by transformers and PEFT, has not the original's output at step 0.
 
-    base: the folder of the model to load; adapters: those to put on it, active together. Both models are run in
-    float32 on the same random input. The error is compared with what the adapters do: they are off or on.
+    base: the folder of the model to load; adapter: the one to put on it. Both models are run in float32 on the same
+    random input. The error is compared with what the adapter does, which of the delta form is nothing.
     """
     tensors = plan.checkpoint.tensors.values()
     size = 4 * sum(math.prod(entry.shape) for entry in tensors)
     if plan.architecture is None or plan.checkpoint.absent or size > _LARGEST_RUN:
         return
-    # Layers of 8 bits round their input too, so what two adapters cancel to in float32 moves their output.
+    # Running these may take a GPU's kernels, and the delta form, the only one of them, adds exactly 0.
     if any(weight.is_quantized for weight in plan.checkpoint.weights.values()):
         return
     model_class = type(plan.architecture.model)
@@ -92,19 +91,10 @@ def require_same_start(plan: Plan, base: Path, *adapters: Path) -> None:
         expected = _output(_load(model_class, plan.checkpoint.path, config))
         if expected is None:
             return
-        model: Any = PeftModel.from_pretrained(
-            _load(model_class, base, config), str(adapters[0]), adapter_name="0", torch_device="cpu"
-        )
-        for place, folder in enumerate(adapters[1:], 1):
-            model.load_adapter(str(folder), str(place), torch_device="cpu")
-        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-        for layer in layers:
-            layer.set_adapter(list(model.peft_config))
+        loaded = _load(model_class, base, config)
+        model: Any = PeftModel.from_pretrained(loaded, str(adapter), torch_device="cpu").eval()
         started = _output(model.get_base_model())
-        # What happens where they are off: R's output without its adapter, that of the trainable one alone otherwise.
-        for layer in layers:
-            layer.set_adapter("0")
-        with contextlib.nullcontext() if len(adapters) > 1 else model.disable_adapter():
+        with model.disable_adapter():  # R's output, in the residual form
             off = _output(model.get_base_model())
     if started is None or off is None:
         raise TargetError(

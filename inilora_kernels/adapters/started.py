@@ -37,12 +37,11 @@ class Started(nn.Linear):
     persistent: whether `initial` is part of the state dict. PEFT's hotswap zeroes what it finds there and the incoming
         adapter lacks; with A0 = B0 = 0 the delta form is a plain LoRA, which that adapter is.
 
-    A state dict may hold the weight alone, or the doubled one of `doubled`, whose second half must be `initial`.
+    A state dict may hold the weight alone, or the doubled one of `doubled`, which must have started at `initial`.
     """
 
     start_name: str
     axis: int
-    sign: float
     # Of how many matrices, one after the other along `axis`, the weight is made: as many as a parameter has experts.
     blocks: int = 1
 
@@ -62,11 +61,15 @@ class Started(nn.Linear):
         return self.get_buffer(self.start_name)
 
     def doubled(self, weight: Tensor) -> Tensor:
-        """The weight and its start side by side: [A; A0] or [B, −B0], so that their product is BA − B0A0."""
+        """[A − A0; A0] or [B, B − B0], so that their product is BA − B0A0, and nothing cancels in it; see `difference`.
+
+        A or B comes back from it to the rounding of the difference.
+        """
         if weight.shape != self.initial.shape:
             return weight
-        halves = [self._each(half) for half in (weight, self.sign * self.initial.to(weight))]
-        return torch.cat(halves, dim=self.axis + 1).flatten(self.axis, self.axis + 1)
+        start = self.initial.to(weight)
+        halves = (weight, weight - start) if self.axis else (weight - start, start)
+        return torch.cat([self._each(half) for half in halves], dim=self.axis + 1).flatten(self.axis, self.axis + 1)
 
     def _each(self, weight: Tensor) -> Tensor:
         """The weight with one dimension more along `axis`, its blocks."""
@@ -91,10 +94,12 @@ class Started(nn.Linear):
         key = f"{prefix}weight"
         found = state_dict.get(key)
         if isinstance(found, Tensor) and self._is_doubled(found):
-            if not _is_same(self._halves(found)[1], self.sign * self.initial):
+            weight, start = self._ends(found)
+            if not _is_same(start, self.initial, weight):
                 raise FactorFileError(
-                    f"{key}: this adapter was trained from other factors than the model was started from; start the "
-                    f"model from the same factors, or load the adapter under another name, as the plain LoRA that it is"
+                    f"{key}: this adapter was trained from other factors than the model was started from, or its start "
+                    f"was trained too, as PEFT alone does; start the model from the same factors, go on by load_delta, "
+                    f"or load the adapter under another name, as the plain LoRA that it is"
                 )
         elif f"{prefix}{self.start_name}" not in state_dict:
             self._require_related(found, key)
@@ -106,7 +111,7 @@ class Started(nn.Linear):
         key = f"{prefix}weight"
         found = state_dict.get(key)
         if isinstance(found, Tensor) and self._is_doubled(found):
-            state_dict[key] = self._halves(found)[0].contiguous()
+            state_dict[key] = self._ends(found)[0].contiguous()
         # Checkpoints without it, such as those that hold A and B alone, are complete.
         if self.start_name not in self._non_persistent_buffers_set:
             state_dict.setdefault(f"{prefix}{self.start_name}", self.initial)
@@ -115,11 +120,12 @@ class Started(nn.Linear):
     def _is_doubled(self, found: Tensor) -> bool:
         return found.dim() == 2 and found.shape[self.axis] == 2 * self.initial.shape[self.axis]
 
-    def _halves(self, doubled: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight and, with its sign, the start that `doubled` has put side by side."""
+    def _ends(self, doubled: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight and the start that `doubled` was made of."""
         rank = self.initial.shape[self.axis]
-        own, start = torch.split(self._each(doubled), rank // self.blocks, dim=self.axis + 1)
-        return own.flatten(self.axis, self.axis + 1), start.flatten(self.axis, self.axis + 1)
+        halves = torch.split(self._each(doubled), rank // self.blocks, dim=self.axis + 1)
+        one, other = (half.flatten(self.axis, self.axis + 1) for half in halves)
+        return (one, one - other) if self.axis else (one + other, other)
 
     def _require_related(self, found: Any, key: str) -> None:
         """Raise FactorFileError if an A alone is nowhere near A0: a LoRA that has not started from these factors."""
@@ -143,7 +149,9 @@ class Started(nn.Linear):
 
     def _require_own_start(self, found: Tensor, key: str) -> None:
         """Raise FactorFileError if the base weight is R of other factors than a state dict says; zero: hotswapped."""
-        if self.start_name == "delta_start" or found.is_meta or _is_same(found, self.initial) or not found.any():
+        if self.start_name == "delta_start" or found.is_meta or not found.any():
+            return
+        if _is_same(found, self.initial, found):
             return
         raise FactorFileError(
             f"{key}: this state dict was trained on the residual of other factors than the model was started from; "
@@ -156,22 +164,26 @@ def unwrapped(module: nn.Module) -> Started | None:
     return next((inner for inner in module.modules() if isinstance(inner, Started)), None)
 
 
-def _is_same(stored: Tensor, initial: Tensor) -> bool:
-    """Whether both are the same start, up to the rounding of √(scaling) and of the coarser of their dtypes."""
+def _is_same(stored: Tensor, initial: Tensor, weight: Tensor) -> bool:
+    """Whether both are the same start, up to the rounding of √(scaling) and of the coarser of their dtypes.
+
+    weight: the one whose difference from the start was stored, and rounded by its own size.
+    """
     rtol = 4 * max(torch.finfo(stored.dtype).eps, torch.finfo(initial.dtype).eps)
-    return torch.allclose(stored.float(), initial.to(stored.device, torch.float32), rtol=rtol, atol=0.0)
+    off = (stored.float() - initial.to(stored.device, torch.float32)).abs()
+    return bool((off <= rtol * (stored.float().abs() + weight.float().abs())).all())
 
 
 class StartedA(Started):
     """lora_A (r, in_features) of the residual form, whose forward pass is a LoRA's."""
 
-    start_name, axis, sign = "residual_start", 0, 1.0
+    start_name, axis = "residual_start", 0
 
 
 class StartedB(Started):
     """lora_B (out_features, r) of the residual form, whose forward pass is a LoRA's."""
 
-    start_name, axis, sign = "residual_start", 1, -1.0
+    start_name, axis = "residual_start", 1
 
 
 class DeltaA(StartedA):
@@ -213,3 +225,14 @@ def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Te
     """
     A0, B0 = A0.to(A.dtype), B0.to(B.dtype)
     return torch.cat([A - A0, A0], dim=-2), torch.cat([B, B - B0], dim=-1)
+
+
+def start_of(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A0 and B0 of what `difference` returned.
+
+    >>> A, B, A0, B0 = torch.ones(2, 5), torch.ones(4, 2), torch.zeros(2, 5), torch.zeros(4, 2)
+    >>> all(torch.equal(x, y) for x, y in zip(start_of(*difference(A, B, A0, B0)), (A0, B0)))
+    True
+    """
+    B, moved = B.chunk(2, dim=-1)
+    return A.chunk(2, dim=-2)[1], B - moved

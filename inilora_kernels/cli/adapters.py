@@ -102,7 +102,7 @@ def export(
     if form == "residual":
         say(f"wrote {output / 'base'}, the model to train on, and {output / 'adapter'}, the adapter to continue from")
     else:
-        say(f"wrote {output / 'adapter'}, the adapter to continue from, and {output / 'initial'}, to be kept frozen")
+        say(f"wrote {output / 'adapter'}, the adapter to continue from, for the model as it is")
 
 
 def convert(

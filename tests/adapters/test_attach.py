@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from inilora_kernels.adapters.attach import (
     adapter_state_dict,
-    adapters,
     attach,
     detach,
     load_adapter_state_dict,
@@ -22,6 +21,7 @@ from inilora_kernels.adapters.attach import (
     trainable_parameters,
     unmerge,
 )
+from inilora_kernels.adapters.attached_model import adapters
 from inilora_kernels.adapters.layer import LoRALinear
 from inilora_kernels.choices import Form
 from inilora_kernels.errors import OptionError, TargetError, WeightError
@@ -199,7 +199,7 @@ def test_detach_gives_the_base_back_to_the_bit(minilm: Path, minilm_factors: Fac
 @pytest.mark.parametrize("form", FORMS)
 def test_merge_and_unmerge(minilm: Path, minilm_factors: FactorSet, form: Form) -> None:
     model = attach(load(minilm), minilm_factors, form=form, scaling=2.0)
-    weights = copy.deepcopy(model.state_dict())
+    weights = {name: one.clone() for name, one in model.named_parameters()}
     started = output(model)
     merge(model)
     if form == "delta":
@@ -214,7 +214,7 @@ def test_merge_and_unmerge(minilm: Path, minilm_factors: FactorSet, form: Form) 
     assert torch.allclose(output(model), trained, rtol=0, atol=1e-5)
     unmerge(model)
     assert torch.equal(output(model), trained)
-    bases = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    bases = {name: one for name, one in model.named_parameters() if "lora_" not in name}
     assert all(torch.equal(tensor, weights[name]) for name, tensor in bases.items())
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2LMHeadModel
 
+from inilora_kernels.adapters.attach import attach
 from inilora_kernels.adapters.convert import convert, export_merged, recompress
-from inilora_kernels.adapters.export import export_delta, export_residual
+from inilora_kernels.adapters.export import export_delta, export_residual, save_adapter
 from inilora_kernels.adapters.peft import initialize_peft, load_delta
 from inilora_kernels.errors import FactorFileError, OptionError, OutputError
 from inilora_kernels.factor_set import FactorSet
@@ -313,8 +314,9 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
     AutoModel.from_pretrained(minilm).to(torch.bfloat16).save_pretrained(other)
     train(live(minilm, minilm_factors)).save_pretrained(tmp_path / "trained")
     wrong = factorize(other)
-    export_delta(minilm, minilm_factors, tmp_path / "delta")
-    alone = tmp_path / "delta/adapter"
+    # A and B alone, as a trainer that does not know this library saves them.
+    alone = tmp_path / "alone"
+    save_adapter(attach(AutoModel.from_pretrained(minilm), minilm_factors), alone, minilm)
     for act in (convert, export_merged):
         with pytest.raises(
             FactorFileError, match=r"query\.weight is not the weight that these factors were computed from"
@@ -330,7 +332,6 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
             act(tmp_path / "trained", factorize(minilm, rank=4), tmp_path / "out")
         with pytest.raises(FactorFileError, match="a plain LoRA already, which started from other factors"):
             act(tmp_path / "trained", factorize(minilm, start=inilora_alpha), tmp_path / "out")
-        # A and B alone, as a trainer that does not know this library saves them.
         with pytest.raises(FactorFileError, match=r"neither its A nor its BA is near .*insist"):
             act(alone, factorize(minilm, start=inilora_alpha), tmp_path / "out")
     assert not (tmp_path / "out").exists()

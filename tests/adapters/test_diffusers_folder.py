@@ -64,13 +64,10 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def started_by_its_loaders(pipe: Any, delta: Path, compute: Any) -> Tensor:
-    """Load both adapters of a delta folder: together they change nothing. Returns the original's output."""
+    """Load the adapter of a delta folder, which changes nothing. Returns the original's output."""
     expected: Tensor = compute(pipe).detach()
     pipe.load_lora_weights(delta / "adapter", adapter_name="default")
-    assert not close(compute(pipe), expected)
-    pipe.load_lora_weights(delta / "initial", adapter_name="initial")
-    pipe.set_adapters(["default", "initial"])
-    assert close(compute(pipe), expected)
+    assert torch.equal(compute(pipe), expected)
     return expected
 
 
@@ -165,10 +162,8 @@ def test_one_model_of_it(pipeline: Path, tmp_path: Path) -> None:
     export_delta(base, factors, tmp_path / "delta")
     unet = diffusers.UNet2DConditionModel.from_pretrained(base)
     expected = unet_output(unet).detach()
-    for name in ("adapter", "initial"):
-        unet.load_lora_adapter(tmp_path / "delta" / name, **ALONE, adapter_name=name.replace("adapter", "default"))
-    unet.set_adapters(["default", "initial"])
-    assert close(unet_output(unet), expected)
+    unet.load_lora_adapter(tmp_path / "delta/adapter", **ALONE, adapter_name="default")
+    assert torch.equal(unet_output(unet), expected)
     train(dict(unet.named_parameters()), lambda: unet_output(unet))
     trained = unet_output(unet).detach()
     unet.save_lora_adapter(tmp_path / "trained", adapter_name="default")
@@ -197,9 +192,7 @@ def test_ranks_that_differ_are_in_the_metadata(pipeline: Path, tmp_path: Path) -
     pipe = load_pipeline(pipeline)
     expected = output(pipe).detach()
     pipe.load_lora_weights(tmp_path / "delta/adapter", adapter_name="default")
-    pipe.load_lora_weights(tmp_path / "delta/initial", adapter_name="initial")
-    pipe.set_adapters(["default", "initial"])
-    assert close(output(pipe), expected)
+    assert torch.equal(output(pipe), expected)
 
 
 def test_an_alpha_of_ones_own_is_taken_from_where_it_is(pipeline: Path, factors: FactorSet, tmp_path: Path) -> None:
@@ -207,7 +200,7 @@ def test_an_alpha_of_ones_own_is_taken_from_where_it_is(pipeline: Path, factors:
     export_delta(pipeline, factors, tmp_path / "delta")
     tensors = load_file(tmp_path / "delta/adapter/pytorch_lora_weights.safetensors")
     halved = {name: tensor / 2 for name, tensor in tensors.items()}
-    alphas = {name.replace(".lora_A.weight", ".alpha"): torch.tensor(8.0) for name in tensors if "lora_A" in name}
+    alphas = {name.replace(".lora_A.weight", ".alpha"): torch.tensor(16.0) for name in tensors if "lora_A" in name}
     (tmp_path / "trained").mkdir()
     save_file(halved | alphas, tmp_path / "trained/pytorch_lora_weights.safetensors")
     convert(tmp_path / "trained", factors, tmp_path / "plain", base=pipeline)

@@ -8,12 +8,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import AutoModel, GPT2LMHeadModel
 
+from inilora_kernels.adapters.convert import convert
 from inilora_kernels.adapters.export import _Residual, export_delta, export_residual
 from inilora_kernels.adapters.peft import load_delta
-from inilora_kernels.errors import CheckpointError, OptionError, OutputError
+from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError, OutputError
 from inilora_kernels.factor_set import FactorSet
 from inilora_kernels.factors import Certificate, Factors
 from inilora_kernels.model.fused import row_index
@@ -69,29 +71,68 @@ def test_load_delta_starts_from_the_original_to_the_bit(
         assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
-def test_plain_peft_loads_the_delta_as_two_adapters(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
-    export_delta(minilm, minilm_factors, tmp_path / "out", lora_alpha=4)
-    base = AutoModel.from_pretrained(minilm)
-    expected = output(base)
-    model = PeftModel.from_pretrained(base, tmp_path / "out/adapter", is_trainable=True)
-    model.load_adapter(tmp_path / "out/initial", "initial")
-    model.base_model.set_adapter(["default", "initial"])
-    model.set_requires_grad("initial", requires_grad=False)
-    assert (output(model) - expected).abs().max() < 2e-5
-    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"default"}
+def first_step(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of what is trained, by name."""
+    model(torch.arange(1000, 1020)[None])[0].square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def test_merging_the_frozen_adapter_makes_the_residual_in_memory(
+def test_plain_peft_trains_the_delta_as_a_lora_that_is_never_mistaken(
     minilm: Path, minilm_factors: FactorSet, tmp_path: Path
 ) -> None:
-    """What LLaMA-Factory does with `adapter_name_or_path: OUT/initial,OUT/adapter`."""
+    """peft 1929: A and B alone, loaded as a LoRA of W, add W's low-rank part a second time."""
+    export_delta(minilm, minilm_factors, tmp_path / "out", lora_alpha=4)
+    for dtype in (torch.float32, torch.bfloat16):
+        base = AutoModel.from_pretrained(minilm).to(dtype)
+        expected = output(base)
+        assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path / "out/adapter")), expected)
+        bare = get_peft_model(
+            AutoModel.from_pretrained(minilm).to(dtype), LoraConfig.from_pretrained(tmp_path / "out/adapter")
+        )
+        bare.load_adapter(tmp_path / "out/adapter", "default")  # PEFT reads no config here
+        assert torch.equal(output(bare), expected)
+
+    plain = PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), tmp_path / "out/adapter", is_trainable=True)
+    ours = load_delta(AutoModel.from_pretrained(minilm), tmp_path / "out")
+    found, wanted = first_step(plain.eval()), first_step(ours.eval())
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        moving, start = found[name].chunk(2, dim=0) if "lora_A" in name else reversed(found[name].chunk(2, dim=1))
+        assert torch.allclose(moving, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+        assert not start.any()
+
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn(parameter.shape))
+    trained = output(plain)
+    plain.save_pretrained(tmp_path / "trained")
+    loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), tmp_path / "trained")
+    assert torch.equal(output(loaded), trained)
+    assert set(convert(tmp_path / "trained", minilm_factors, tmp_path / "lora").values()) == {0.0}
+    assert (
+        output(PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), tmp_path / "lora")) - trained
+    ).abs().max() < 2e-5
+    assert (output(load_delta(AutoModel.from_pretrained(minilm), tmp_path / "trained")) - trained).abs().max() < 2e-5
+    assert (trained - expected.float()).abs().max() > 0.1
+    with pytest.raises(FactorFileError, match="its start was trained too, as PEFT alone does"):
+        ours.load_adapter(tmp_path / "trained", "default")
+
+
+def test_what_is_no_delta_folder_is_refused(minilm: Path, minilm_factors: FactorSet, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, target_modules=["query", "value"])
+    get_peft_model(AutoModel.from_pretrained(minilm), config).save_pretrained(tmp_path / "odd")
+    with pytest.raises(FactorFileError, match="has rank 3, which is not twice that of a start"):
+        load_delta(AutoModel.from_pretrained(minilm), tmp_path / "odd")
+    export_residual(minilm, minilm_factors, tmp_path / "residual")
+    with pytest.raises(FactorFileError, match="does not hold where it started"):  # A and B alone
+        load_delta(AutoModel.from_pretrained(minilm), tmp_path / "residual")
     export_delta(minilm, minilm_factors, tmp_path / "out")
-    base = AutoModel.from_pretrained(minilm)
-    expected = output(base)
-    residual = PeftModel.from_pretrained(base, tmp_path / "out/initial").merge_and_unload()
-    assert (output(residual) - expected).abs().max() > 0.1
-    model = PeftModel.from_pretrained(residual, tmp_path / "out/adapter", is_trainable=True)
-    assert (output(model) - expected).abs().max() < 2e-5
+    (tmp_path / "out/initial").mkdir()
+    with pytest.raises(FactorFileError, match="of an earlier version, of two adapters; export it again"):
+        load_delta(AutoModel.from_pretrained(minilm), tmp_path / "out")
+    with pytest.raises(FactorFileError, match="no such file"):
+        load_delta(AutoModel.from_pretrained(minilm), tmp_path / "gone")
 
 
 def test_gpt2s_conv1d_with_a_fused_weight(gpt2: Path, gpt2_factors: FactorSet, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_adapters_are_written_as_peft_writes_them(llama: Path, tmp_path: Path) -
     assert fields["base_model"] == "org/tiny"
     assert fields["library_name"] == "peft"
     assert {"base_model:adapter:org/tiny", "lora"} < set(fields["tags"])
-    assert "wrong" in card
+    assert "adds nothing yet" in card
     LoraConfig.from_pretrained(str(tmp_path / "delta/adapter"))
     export_delta(hub, factors, tmp_path / "text", task_type="CAUSAL_LM")
     assert ModelCard.load(tmp_path / "text/adapter/README.md").data.pipeline_tag == "text-generation"

@@ -38,7 +38,7 @@ def safely_merged_and_back(model: PeftModel, llama: Path, folder: Path, factors:
 
 
 def converted(model: PeftModel, llama: Path, folder: Path, factors: FactorSet) -> Tensor:
-    model.save_pretrained(folder / "trained")  # [A; A0] and [B, −B0]
+    model.save_pretrained(folder / "trained")  # [A − A0; A0] and [B, B − B0]
     convert(folder / "trained", factors, folder / "lora", llama)
     return logits(PeftModel.from_pretrained(load(llama), folder / "lora"))
 

@@ -90,7 +90,7 @@ def test_the_authors_format_both_ways(
     options = ["--base", minilm, "--form", "delta"]
     assert inilora("export", tmp_path / "pt", "-o", tmp_path / "delta", *options)[0] == 0
     assert inilora("export", file, "-o", tmp_path / "same", *options)[0] == 0
-    for name in ("adapter/adapter_model.safetensors", "initial/adapter_model.safetensors"):
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (tmp_path / "delta" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
 
 

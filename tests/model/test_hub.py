@@ -267,7 +267,7 @@ def test_everything_that_takes_a_base_takes_an_id(tmp_path: Path, offline: Path,
         export_merged(tmp_path / form / "adapter", factors, tmp_path / f"{form} of {base} merged", f"{name}@{COMMIT}")
         merged = BertModel.from_pretrained(tmp_path / f"{form} of {base} merged")
         assert all(map(torch.equal, original.state_dict().values(), merged.state_dict().values()))
-    for folder in ("delta/adapter", "delta/initial", f"residual of {name}", "residual of None"):
+    for folder in ("delta/adapter", f"residual of {name}", "residual of None"):
         config = json.loads((tmp_path / folder / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == (name, COMMIT), folder
     loaded = AutoPeftModel.from_pretrained(str(tmp_path / f"delta of {name}"))

@@ -61,7 +61,7 @@ def test_a_run_that_it_started_resumes_and_saves_a_plain_lora(
         # The second run starts over from the checkpoint in the middle of the first.
         resumed = {"resume_from_checkpoint": str(tmp_path / "run/checkpoint-2")} if part else {}
         ends.append(logits(trained(trainer, **resumed)))
-    assert torch.equal(*ends)
+    assert torch.allclose(*ends, rtol=0, atol=1e-5)  # A comes back up to the rounding of A − A0
     assert not torch.allclose(ends[0], untrained, atol=1e-3)
     trainer.save_model(tmp_path / "lora")
     original = AutoModelForSequenceClassification.from_pretrained(classifier)

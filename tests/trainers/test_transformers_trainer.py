@@ -102,7 +102,8 @@ def test_a_run_resumed_from_a_checkpoint_ends_where_an_unbroken_one_does(
             run = trainer(model, dataset, tmp_path / name, until, save_steps=3)
             train(run, resume_from_checkpoint=part > 0)
         ends.append(logits(model))
-    assert torch.equal(*ends)
+    # A and B alone come back bit for bit; from a plain LoRA of rank 2r A does up to the rounding of A − A0.
+    assert torch.allclose(*ends, rtol=0, atol=0 if way == "disk, residual" else 1e-5)
     # A checkpoint is an adapter folder like any other.
     convert(tmp_path / "broken/checkpoint-6", minilm_factors, tmp_path / "lora", base=classifier)
     original = AutoModelForSequenceClassification.from_pretrained(classifier)
