@@ -33,6 +33,7 @@ from .refusals import (
 from .solvers.optimum import rank_for_energy
 from .solvers.run import Task
 from .storage import cache, factor_file
+from .torch_defaults import created_on_the_cpu
 from .version import __version__
 
 
@@ -87,8 +88,10 @@ def approximate_each(
     path: Model, options: ModelOptions, room: Callable[[int], None] = lambda size: None
 ) -> dict[int, FactorSet]:
     """Return a FactorSet for each rank, a single one under 0. room: called with the bytes of them all, once known."""
-    with shared_run() as job:
-        targets = _targets(path, options)
+    with created_on_the_cpu(), shared_run() as job:
+        modules, parameters = options.target_modules, options.target_parameters
+        checkpoint = open_model(path, options.revision, options.token, tensors_of(modules, parameters))
+        targets = find_targets(checkpoint, modules, lambda module: max(options.ranks_of(module) or (1,)), parameters)
         room(size_of_factors(targets, options))
         return _factorize(targets, options, loaded(options.start), job, keeps=True)
 
@@ -114,13 +117,13 @@ def _approximate(W: Any, options: Options) -> Any:
     """
     require_one_rank(options)
     alone = not isinstance(W, Sequence)
-    matrices = [W] if alone else W
-    targets = [target_in_memory(_name(place), matrix) for place, matrix in enumerate(matrices)]
+    targets = [target_in_memory(_name(place), matrix) for place, matrix in enumerate([W] if alone else W)]
     if not targets:
         raise WeightError("no matrix was given; give a tensor or a list of them")
     starts: Any = [options.start] if isinstance(options.start, Factors) else options.start
     named = None if starts is None else {_name(place): one for place, one in enumerate(starts)}
-    found = list(_factorize(targets, options, named, Job(), keeps=False)[0].values())
+    with created_on_the_cpu():
+        found = list(_factorize(targets, options, named, Job(), keeps=False)[0].values())
     return found[0] if alone else found
 
 
@@ -130,12 +133,6 @@ def _overloaded(options: Callable[P, Options]) -> _Approximate[P]:
 
 _approximate.__name__ = _approximate.__qualname__ = "approximate"
 approximate = _overloaded(Options)
-
-
-def _targets(model: Model, options: ModelOptions) -> list[Target]:
-    modules, parameters = options.target_modules, options.target_parameters
-    checkpoint = open_model(model, options.revision, options.token, tensors_of(modules, parameters))
-    return find_targets(checkpoint, modules, lambda module: max(options.ranks_of(module) or (1,)), parameters)
 
 
 def _factorize(

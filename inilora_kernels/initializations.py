@@ -57,8 +57,8 @@ def gaussian(shape: Shape, rank: int, std: float, generator: torch.Generator) ->
     (torch.Size([2, 4]), torch.Size([6, 2]))
     """
     d, k = shape
-    A = torch.randn(rank, k, generator=generator) * std
-    B = torch.randn(d, rank, generator=generator) * std
+    A = torch.randn(rank, k, generator=generator, dtype=torch.float32) * std
+    B = torch.randn(d, rank, generator=generator, dtype=torch.float32) * std
     return A, B
 
 
@@ -166,7 +166,9 @@ def sparse(shape: Shape, rank: int, std: float, generator: torch.Generator) -> P
 
     def fill(x: Tensor) -> Tensor:
         # torch.nn.init.sparse_ draws the places of the zeros from the global stream, whatever generator it is given.
-        places = torch.rand(x.shape, generator=generator).argsort(dim=0)[: math.ceil(0.5 * x.shape[0])]
+        places = torch.rand(x.shape, generator=generator, dtype=torch.float32).argsort(dim=0)[
+            : math.ceil(0.5 * x.shape[0])
+        ]
         return x.normal_(0.0, 0.01, generator=generator).scatter_(0, places, 0.0)
 
     return _filled(shape, rank, fill)
@@ -193,8 +195,8 @@ def lora(shape: Shape, rank: int, std: float, generator: torch.Generator) -> Pai
     >>> float(B.abs().max()), bool(A.abs().max() <= 0.5)
     (0.0, True)
     """
-    A = torch.nn.init.kaiming_uniform_(torch.empty(rank, shape[1]), a=5**0.5, generator=generator)
-    return A, torch.zeros(shape[0], rank)
+    A = torch.nn.init.kaiming_uniform_(torch.empty(rank, shape[1], dtype=torch.float32), a=5**0.5, generator=generator)
+    return A, torch.zeros(shape[0], rank, dtype=torch.float32)
 
 
 def pissa(U: Tensor, S: Tensor, V: Tensor) -> Pair:
@@ -244,7 +246,7 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> Pair:
 
 def _filled(shape: Shape, rank: int, fill: Callable[[Tensor], Tensor]) -> Pair:
     """A, then B, each filled by the same distribution."""
-    A, B = torch.empty(rank, shape[1]), torch.empty(shape[0], rank)
+    A, B = torch.empty(rank, shape[1], dtype=torch.float32), torch.empty(shape[0], rank, dtype=torch.float32)
     return fill(A), fill(B)
 
 

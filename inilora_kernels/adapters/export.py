@@ -23,6 +23,7 @@ from ..factors import Factors
 from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from ..storage.reading import absolute
+from ..torch_defaults import created_on_the_cpu
 from .attached_model import adapters
 from .base import write_residual_record
 from .diffusers_folder import write_for
@@ -76,8 +77,8 @@ class _Residual:
                 R[:, index] -= part.A[:, start : start + len(W)].T @ part.B.T
                 continue
             # The part's rows, in ascending order, that lie in this strip.
-            rows = torch.arange(self.out_features)[index]
-            low, high = torch.searchsorted(rows, torch.tensor([start, start + len(W)])).tolist()
+            rows = torch.arange(self.out_features, device=R.device)[index]
+            low, high = torch.searchsorted(rows, torch.tensor([start, start + len(W)], device=rows.device)).tolist()
             R[rows[low:high] - start] -= part.B[low:high] @ part.A
         rounded = R.to(W.dtype)
         self.digest.update(rounded.contiguous().view(torch.uint8).numpy().data)
@@ -93,6 +94,7 @@ class _Residual:
         warn_if_rounded_away(torch.ones(1, dtype=self.dtype), torch.full((1,), growth), name)
 
 
+@created_on_the_cpu()
 def export_residual(
     base: str | Path,
     factors: FactorSet | str | Path,
@@ -162,6 +164,7 @@ def export_residual(
         require_same_start(plan, folder / "base", folder / "adapter")
 
 
+@created_on_the_cpu()
 def export_delta(
     base: str | Path,
     factors: FactorSet | str | Path,
@@ -202,6 +205,7 @@ def export_delta(
         require_same_start(plan, plan.checkpoint.path, folder / "adapter")
 
 
+@created_on_the_cpu()
 def save_adapter(
     model: nn.Module, out: str | Path, base: str | Path, task_type: TaskType | None = None, lora_dropout: float = 0.0
 ) -> None:

@@ -173,12 +173,12 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     if len({parameter.is_meta for parameter in model.parameters()}) == 2:
         return None
     if main == "input_ids" and isinstance(vocabulary := getattr(text, "vocab_size", None), int) and vocabulary > 0:
-        ids = torch.randint(vocabulary, (1, 8), generator=generator).to(device)
+        ids = torch.randint(vocabulary, (1, 8), generator=generator, device="cpu").to(device)
         decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
         return {"input_ids": ids, **decoder}
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
     if main == "pixel_values" and isinstance(size, int):
-        pixels = torch.randn(1, channels, size, size, generator=generator)
+        pixels = torch.randn(1, channels, size, size, generator=generator, device="cpu")
         return {"pixel_values": pixels.to(device, getattr(model, "dtype", torch.float32))}
     return None
 

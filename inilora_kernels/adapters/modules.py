@@ -259,7 +259,7 @@ def _combine(parts: Mapping[str, Factors], shape: tuple[int, ...], where: str) -
                 f"{where} is {out_features}×{in_features}, but {name} has A {tuple(part.A.shape)} and "
                 f"B {tuple(part.B.shape)}{f' for rows {part.rows}' if part.rows else ''}; use the factors of this model"
             )
-        block = torch.zeros(out_features, part.rank)
+        block = torch.zeros(out_features, part.rank, dtype=torch.float32, device=part.B.device)
         block[row_index(part.rows, out_features)] = part.B
         blocks.append(block)
     return Start(tuple(parts), torch.cat([part.A for part in parts.values()]), torch.cat(blocks, dim=1))

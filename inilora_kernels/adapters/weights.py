@@ -189,7 +189,7 @@ def run_base(base_layer: nn.Module, in_features: int, gradients: bool = False) -
     own = [weight.dtype] if isinstance(weight, Tensor) and weight.dtype.is_floating_point else []
     own = [dtype for dtype in own if dtype.itemsize > 1]  # 8 bits are how W is stored, not what it computes in
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, in_features, generator=generator).to(device_of(base_layer))
+    x = torch.randn(4, in_features, generator=generator, dtype=torch.float32, device="cpu").to(device_of(base_layer))
     # bitsandbytes packs a layer that runs in evaluation mode so that it can no longer be trained.
     training = base_layer.training
     base_layer.training = True

@@ -252,7 +252,7 @@ class _Search:
         return None
 
     def _random(self, rows: int, stream: torch.Generator) -> Tensor:
-        return torch.randn(rows, self._size, generator=stream).to(self._W.device, self._dtype)
+        return torch.randn(rows, self._size, generator=stream, dtype=torch.float32).to(self._W.device, self._dtype)
 
     def _stream(self) -> torch.Generator:
         """Decided by W's hash, for all draws except the first space's start, whose quality is checked, not trusted."""

@@ -165,11 +165,13 @@ def _principals(
 
 def _starts(batch: GramBatch, streams: Sequence[torch.Generator | None]) -> Tensor:
     """Gaussian blocks, zero beyond each matrix's own size; where there is no stream, and no matrix, ones."""
-    starts = torch.zeros(batch.shape)
+    starts = torch.zeros(batch.shape, dtype=torch.float32)
     starts[:] = 1.0
     for index, (n, stream) in enumerate(zip(batch.sizes, streams, strict=False)):
         starts[index] = 0.0
-        starts[index, :, :n] = 1.0 if stream is None else torch.randn(starts.shape[1], n, generator=stream)
+        starts[index, :, :n] = (
+            1.0 if stream is None else torch.randn(starts.shape[1], n, generator=stream, dtype=torch.float32)
+        )
     return starts.to(batch.energies.device)
 
 

@@ -45,7 +45,7 @@ class KrylovSpaces:
         self._inside = (start != 0).any(dim=1, keepdim=True)
         # Each pass takes other rows of it: they stand one column further on.
         stream = torch.Generator().manual_seed(0)
-        noise = torch.randn(self._block, length + room // self._block + 2, generator=stream)
+        noise = torch.randn(self._block, length + room // self._block + 2, generator=stream, dtype=torch.float32)
         self._random = noise.to(start.device)
         self._rows = start.new_zeros(count, room + self._block, length)
         self._T = torch.zeros(count, room, room, dtype=torch.float64, device=start.device)

@@ -139,7 +139,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """
     count = math.prod(shape) * dtype.itemsize
     if count < _HUGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     memory = np.empty(count + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
     return torch.from_numpy(memory[first : first + count]).view(dtype).view(shape)

@@ -93,9 +93,9 @@ class Run:
         n_strips, n_panels, strip_rows, _ = self.W.tiles.shape
         rank = round_up(self.rank, SMALL_GROUP)
         self.slot_strips = ceil(n_strips / MOST_SLOTS)
-        A = torch.zeros(n_panels * PANEL, rank)
+        A = torch.zeros(n_panels * PANEL, rank, dtype=torch.float32)
         A[:k, : self.rank] = problem.A.T
-        B = torch.zeros(n_strips * strip_rows, rank)
+        B = torch.zeros(n_strips * strip_rows, rank, dtype=torch.float32)
         B[:d, : self.rank] = problem.B
         panels = np.ascontiguousarray(A.view(n_panels, PANEL, rank).transpose(1, 2).numpy())
         slots, chunks = ceil(n_strips / self.slot_strips), ceil(n_panels / A_CHUNK_PANELS)

@@ -39,7 +39,7 @@ _SECONDS = 0.05
 @functools.cache
 def speed_of_torch_mm() -> float:
     """FLOPs a second of a float32 matrix product on torch's current threads; the best of a few."""
-    W = torch.ones(_SIDE, _SIDE)
+    W = torch.ones(_SIDE, _SIDE, dtype=torch.float32)
     best, started = math.inf, time.perf_counter()
     torch.mm(W, W)
     while time.perf_counter() - started < _SECONDS or best == math.inf:

@@ -38,7 +38,7 @@ def orthonormal_against(
     [0.0, 0.378, 5.2915, 2.0]
     """
     b, n = Z.shape
-    X = torch.zeros(round_up(b, BLOCK), n)
+    X = torch.zeros(round_up(b, BLOCK), n, dtype=torch.float32)
     X[:b] = Z
     along, coupling = np.zeros((len(Q), b)), np.eye(b)
     held = Q[:0] if fixed is None else fixed

@@ -41,7 +41,7 @@ class Start:
 
 def start_of(layout: Layout, problems: Sequence[Problem], schedule: Schedule, norms: Sequence[float]) -> Start:
     """norms: ||W||_F of each matrix, for float16 weights; 0 for others, which need no exponent."""
-    values = torch.zeros(Start.size(layout))
+    values = torch.zeros(Start.size(layout), dtype=torch.float32)
     factors, shares, exponents, epsilons = _parts(values, layout)
     square = layout.tiles.rank**2
     for index, (place, problem) in enumerate(zip(layout.places, problems, strict=True)):

@@ -78,7 +78,7 @@ class ContiguousTensor:
 
         A thread that opens files waits for the others each time.
         """
-        memory = torch.empty(0, dtype=torch.uint8)
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         with opened(self.file, part=self.name) as stream:
 
             def read(rows: slice) -> Tensor:

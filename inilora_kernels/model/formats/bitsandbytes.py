@@ -79,7 +79,7 @@ def _eight_bits(module: StoredModule) -> StoredWeight:
 
     def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor], read_scale: Callable[[slice], Tensor]) -> None:
         # The library multiplies by the row's scale first, then by 1/127.
-        values = torch.empty(out.shape)
+        values = torch.empty(out.shape, dtype=torch.float32)
         decode_bytes(read(own), read_scale(own).unsqueeze(1), shape[1], values)
         out.copy_(values.mul_(_ONE_127TH))
 

@@ -106,7 +106,7 @@ def _packed(module: StoredModule) -> StoredWeight:
 
         def fill(own: slice, out: Tensor, read: Callable[[slice], Tensor]) -> None:
             factors = _rows_of(scales, own).expand(len(out), -1)
-            zeros = torch.zeros(factors.shape) if all_zeros is None else _rows_of(all_zeros, own)
+            zeros = torch.zeros(factors.shape, dtype=torch.float32) if all_zeros is None else _rows_of(all_zeros, own)
             if simple:
                 decode_integers(as_bytes(read(own)), bits, factors, zeros + half, out)
                 return

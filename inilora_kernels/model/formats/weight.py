@@ -222,7 +222,7 @@ def _rounding(out: Tensor) -> Iterator[Any]:
     if _kernels().rounds_to(out.dtype):
         yield out.view({torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(out.dtype, out.dtype)).numpy()
         return
-    exact = torch.empty(out.shape)
+    exact = torch.empty(out.shape, dtype=torch.float32)
     yield exact.numpy()
     out.copy_(exact)
 
