@@ -41,16 +41,17 @@ DENSE_SIZE = 2048
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
 # faster and converge more slowly, which pays where the space is large anyway.
 _NARROW, _WIDE, _WIDE_RANK = 4, 8, 48
-# Vectors that a real spectrum takes to converge: about this many times the rank, plus a constant. They decide when to
-# look, since a look costs an eigenvalue problem of the space's size.
+# Vectors that a real spectrum takes to converge: about this many times the rank, plus a constant; and those of a large
+# matrix by wide blocks. They decide when to look, since a look costs an eigenvalue problem of the space's size.
 _VECTORS_A_RANK, _VECTORS_MORE = 3.75, 34
+_LARGE_SIZE, _LARGE_A_RANK, _LARGE_MORE = 1536, 4.1, 44
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate must reach.
 PROMISED = 0.5
 # A second space whose Ritz values come this close to θ_r has found what the first one missed.
 MISSED = 0.985
-# It has found enough where λ_max outside is below so many times θ_r: the first with which all is settled.
+# It has found enough where λ_max outside is below so many times θ_r, or what was expected: the first that settles all.
 _BOUNDS = (0.98, 0.96, 0.93, 0.9)
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
@@ -103,7 +104,7 @@ def _principal(
     upright = W.shape[0] >= W.shape[1]
     tall = W if upright else W.T
     size = tall.shape[1]
-    expected = _expected_vectors(max(ranks))
+    expected = _expected_vectors(max(ranks), size)
     if GRAM_SIZE < size <= _DENSE_BELOW * expected:
         return dense(W, ranks)
     total = energy(tall)
@@ -194,7 +195,9 @@ def _sha256(W: Tensor) -> bytes:
     return hashlib.sha256(stored.cpu().view(torch.uint8).numpy().data).digest()
 
 
-def _expected_vectors(rank: int) -> float:
+def _expected_vectors(rank: int, size: int) -> float:
+    if rank >= _WIDE_RANK and size >= _LARGE_SIZE:
+        return _LARGE_A_RANK * rank + _LARGE_MORE
     return _VECTORS_A_RANK * rank + _VECTORS_MORE
 
 
@@ -229,7 +232,7 @@ class _Search:
         self._space = KrylovSpace(self._multiply, self._random(block, self._fixed_stream), self._fixed_stream)
         # An upper bound on what lies outside of the space, once there is one.
         self._missed = math.inf
-        self._most = min(self._size - 2 * block, int(_MOST_GROWTH * _expected_vectors(self._rank)))
+        self._most = min(self._size - 2 * block, int(_MOST_GROWTH * _expected_vectors(self._rank, self._size)))
         self._spent = 0
 
     def run(self) -> Principal | None:
@@ -265,7 +268,7 @@ class _Search:
 
     def _converge(self) -> RitzPairs | None:
         """Grow the space until it promises enough or is full. None if float32 is too coarse."""
-        target = max(self._space.size + 1, _expected_vectors(self._rank))
+        target = max(self._space.size + 1, _expected_vectors(self._rank, self._size))
         factor = missed_factor(self._size, _NARROW, _EXPECTED_PASSES)
         last: tuple[int, float] | None = None
         while True:
@@ -295,7 +298,9 @@ class _Search:
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
         rounding = self._goal.rounding(pairs)
         highest = float(pairs.theta[self._rank - 1])
-        enough = next((c for c in _BOUNDS if self._goal.settled(pairs, c * highest)), _BOUNDS[-1]) * highest
+        expected = self._goal.expected_outside(pairs, missed_factor(self._size, _NARROW, _EXPECTED_PASSES))
+        bounds = [*(c * highest for c in _BOUNDS), expected]
+        enough = next((bound for bound in bounds if self._goal.settled(pairs, bound)), bounds[-2])
         factors = _missed_factors(self._size, len(start))
         stops = np.column_stack([(enough - rounding) / factors - rounding, np.full(len(factors), MISSED * highest)])
         stops[: _JUDGED_AFTER - 1] = (0.0, math.inf)

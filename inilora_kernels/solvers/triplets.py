@@ -72,11 +72,11 @@ def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, pa
     values_here, rotation = torch.linalg.eigh(form.cpu())
     values_here, rotation = values_here.flip(0).clamp(min=0.0), rotation.flip(1)
     turn = rotation.to(form.device)
-    X, Y, residuals = last.X @ turn, last.Y @ turn, (last.image - last.X @ form) @ turn
-    residual_gram = (residuals.T @ residuals).cpu()
+    X, Y, residuals = last.X @ turn[:, :rank], last.Y @ turn[:, :rank], last.image - last.X @ form
+    residual_gram = rotation.T @ (residuals.T @ residuals).cpu() @ rotation
     outside = math.inf
     if math.isfinite(missed):
-        outside = bound_outside(pairs, X.shape[1], missed, goal.rounding(pairs))
+        outside = bound_outside(pairs, len(form), missed, goal.rounding(pairs))
     shortfalls, certified = {}, {}
     for one in goal.ranks:
         missing = max(0.0, total - float(values_here[:one].sum()))
@@ -86,16 +86,16 @@ def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, pa
         shortfalls[one] = bound
         certified[one] = bound <= max(goal.tolerance * (missing - bound), FLOAT32_FLOOR * total)
     S = values_here.sqrt()
-    lengths = torch.linalg.vector_norm(Y[:, :rank], dim=0)
+    lengths = torch.linalg.vector_norm(Y, dim=0)
     sure = pairs.coupling.square().sum(0) <= (0.02 * pairs.values.clamp(min=0.0)).square()
     sure[:rank] = True
     leading = pairs.values.clamp(min=0.0).sqrt()
     leading[:rank] = S[:rank]
     found = leading[:LEADING][sure[:LEADING]]
     return Principal(
-        U=Y[:, :rank] / torch.where(lengths > 0, lengths, 1.0),
+        U=Y / torch.where(lengths > 0, lengths, 1.0),
         S=S[:rank].to(X.device),
-        V=X[:, :rank],
+        V=X,
         shortfalls=shortfalls,
         certified=certified,
         energy=total,
