@@ -1,6 +1,7 @@
 """A run shared among processes: two against one, measured here; LLaMA 3.1 405B on many GPUs, predicted.
 
     python -m bench.processes measure     two processes against one, a thread each, and what the gathering takes
+    python -m bench.processes limits      what two cores of this machine do of arithmetic, hashing and reading memory
     python -m bench.processes simulate    405B's query and value matrices on 8, 64 and 512 H100s, by the cost model
 
 The results are results/processes.json and .md.
@@ -9,13 +10,16 @@ The results are results/processes.json and .md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +139,56 @@ def _launched(model: Path, solver: str) -> list[float]:
     return [float(seconds) for seconds in json.loads(result.read_text())]
 
 
+def _limits() -> dict[str, Callable[[], object]]:
+    """A tenth of a second of work or more, of one kind each."""
+    A, large = torch.randn(256, 256), torch.randn(1 << 24)
+    content = bytes(1 << 20)
+    return {
+        "matrix products within the second cache": lambda: [A @ A for _ in range(500)],
+        "sha256 of one megabyte": lambda: [hashlib.sha256(content).digest() for _ in range(256)],
+        "the sum of 64 MB": lambda: [large.sum() for _ in range(40)],
+    }
+
+
+def _limit_of(number: int, turns: Any, told: Any) -> None:
+    """One of two processes, each on a core of its own: the seconds of each kind of work, alone and beside the other."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
+    torch.set_num_threads(1)
+    for kind, work in _limits().items():
+        work()
+        for way in ("alone", "beside") * REPEATS:
+            turns.wait()
+            began = time.perf_counter()
+            if way == "beside" or number == 0:
+                work()
+                told.put((kind, way, time.perf_counter() - began))
+            turns.wait()
+
+
+def limits(folder: Path) -> None:
+    """How much more two cores do than one, of work that shares nothing."""
+    context = multiprocessing.get_context("spawn")
+    turns, told = context.Barrier(2), context.Queue()
+    members = [context.Process(target=_limit_of, args=(number, turns, told)) for number in range(2)]
+    for member in members:
+        member.start()
+    kinds = list(_limits())
+    found = [told.get() for _ in range(3 * REPEATS * len(kinds))]
+    for member in members:
+        member.join()
+    rows: list[Row] = []
+    for kind in kinds:
+        alone, beside = (
+            statistics.median(taken for one, how, taken in found if (one, how) == (kind, way))
+            for way in ("alone", "beside")
+        )
+        rows.append(
+            {"work of one thread": kind, "alone s": alone, "beside the same s": beside, "ratio": 2 * alone / beside}
+        )
+    note = f"Medians of {REPEATS} turns. The ratio is what two cores do of it, of one core."
+    publish("processes", "what two cores are worth", rows, "python -m bench.processes limits", note=note, folder=folder)
+
+
 def simulate(folder: Path) -> None:
     """The deal that a run would make, and each process's predicted seconds."""
     card = gpu_named(CARD)
@@ -164,17 +218,15 @@ def simulate(folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.processes", description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["measure", "simulate", "worker"])
+    parser.add_argument("part", choices=["measure", "limits", "simulate", "worker"])
     parser.add_argument("of_worker", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if given.part == "worker":
         model, solver, result = given.of_worker
         worker(Path(model), solver, Path(result))
-    elif given.part == "measure":
-        measure(given.output)
     else:
-        simulate(given.output)
+        {"measure": measure, "limits": limits, "simulate": simulate}[given.part](given.output)
 
 
 if __name__ == "__main__":
