@@ -17,6 +17,7 @@ def compiled_before() -> bool:
     True
     """
     return all(
-        any(Path(kernel.stats.cache_path).glob(f"gram.{kernel.py_func.__name__}-*.nbi"))
+        # Without a folder that it may write, numba keeps nothing.
+        kernel.stats.cache_path and any(Path(kernel.stats.cache_path).glob(f"gram.{kernel.py_func.__name__}-*.nbi"))
         for kernel in (add_inner_products, add_outer_products)
     )
