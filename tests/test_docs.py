@@ -331,4 +331,10 @@ def test_links_to_elsewhere_are_whole() -> None:
     """Without a network no more can be known of them; links inside are checked by mkdocs."""
     files = [*DOCS.rglob("*.md"), *DOCS.glob("*.ipynb"), *DOCS.parent.glob("*.md"), DOCS.parent / "mkdocs.yml"]
     found = {url for file in files for url in re.findall(r"https?://[^\s)>\"`]+", file.read_text(encoding="utf-8"))}
-    assert found == {"https://arxiv.org/abs/2510.03731", "https://download.pytorch.org/whl/cpu", "https://semver.org"}
+    assert found == {
+        "https://arxiv.org/abs/2510.03731",
+        "https://download.pytorch.org/whl/cpu",
+        "https://github.com/huggingface/peft",
+        "https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA",
+        "https://semver.org",
+    }
