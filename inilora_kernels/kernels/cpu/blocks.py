@@ -9,20 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .elements import place, round_to
+from .elements import place, round_to, transposed, widened
 from .simd import BYTE_SHUFFLE
 
 _BYTE = ir.IntType(8)
+_INT16 = ir.IntType(16)
 _INT32 = ir.IntType(32)
 _INT64 = ir.IntType(64)
 _FLOAT = ir.FloatType()
 # Values in a vector.
 SIXTEEN = 16
+# E4M3's subnormal numbers, then 1 to 1 7/8 with the exponent that the code 0 stands for.
+E4M3_SIGNIFICANDS = np.array([*(m * 2.0**-9 for m in range(8)), *((8 + m) * 2.0**-10 for m in range(8))], np.float32)
 
 
 def _intrinsic(function: Any) -> Any:
@@ -31,25 +35,108 @@ def _intrinsic(function: Any) -> Any:
 
 
 @_intrinsic
-def put_column(
-    typing: Any, words: Any, at: Any, shift: Any, offset: Any, scale: Any, first: Any, result: Any, to: Any
+def put_columns(
+    typing: Any,
+    words: Any,
+    at: Any,
+    stride: Any,
+    groups: Any,
+    j: Any,
+    offset: Any,
+    scale: Any,
+    result: Any,
+    to: Any,
+    step: Any,
 ) -> Any:
-    """result[to + n] = (code − offset[first + n]) · scale[first + n] for sixteen codes: the 4 bits of words[at + n]
-    (int32) from the bit `shift` on.
+    """result[to + i · step + n] = (code − offset[16 g + i]) · scale[16 g + i] for sixteen rows i and columns n, whose
+    groups are g = groups[j + n].
+
+    Column n's codes are the 4 bits of words[at + n // 8 · stride + i] (int32) from the bit 4 (n % 8) on: sixteen rows
+    of a column are neighbours, and what they become is transposed.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        words_, at_, shift_, offset_, scale_, first_, result_, to_ = arguments
+        words_, at_, stride_, groups_, j_, offset_, scale_, result_, to_, step_ = arguments
         load = _loader(context, builder)
-        bits = builder.lshr(load(words, words_, at_, _INT32), _splat(builder, shift_, SIXTEEN))
-        codes = builder.sitofp(builder.and_(bits, _same(_INT32, 15)), _vector(_FLOAT))
-        less = builder.fsub(codes, load(offset, offset_, first_, _FLOAT))
-        values = builder.fmul(less, load(scale, scale_, first_, _FLOAT))
-        _store(context, builder, result, result_, to_, round_to(builder, result.dtype, values))
+        eights = [load(words, words_, at_, _INT32), load(words, words_, builder.add(at_, stride_), _INT32)]
+        columns = []
+        for n in range(SIXTEEN):
+            bits = builder.lshr(eights[n // 8], _same(_INT32, 4 * (n % 8)))
+            codes = builder.sitofp(builder.and_(bits, _same(_INT32, 15)), _vector(_FLOAT))
+            group = builder.load(place(context, builder, groups, groups_, builder.add(j_, _intp(n))))
+            first = builder.mul(group, _intp(SIXTEEN))
+            less = builder.fsub(codes, load(offset, offset_, first, _FLOAT))
+            value = round_to(builder, result.dtype, builder.fmul(less, load(scale, scale_, first, _FLOAT)))
+            columns.append(builder.bitcast(value, _vector(ir.IntType(result.dtype.bitwidth))))
+        for i, row in enumerate(transposed(builder, columns)):
+            _store(context, builder, result, result_, builder.add(to_, builder.mul(step_, _intp(i))), row)
         return context.get_dummy_value()
 
     index = types.intp
-    return types.void(words, index, types.int32, offset, scale, index, result, index), generate
+    return types.void(words, index, index, groups, index, offset, scale, result, index, index), generate
+
+
+@_intrinsic
+def put_e4m3(typing: Any, flat: Any, at: Any, planes: Any, result: Any, to: Any) -> Any:
+    """result[to + n] = e4m3(flat[at + n]) · s for sixteen values, in bfloat16's bits; s and all products are normal.
+
+    planes: by `put_planes`, of E4M3_SIGNIFICANDS · s. A product's rounding depends on the three bits of the code's
+    significand alone: its exponent is added to that of the rounded significand.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flat_, at_, planes_, result_, to_ = arguments
+        load = _loader(context, builder)
+        codes = load(flat, flat_, at_, _BYTE)
+        exponent = builder.and_(codes, _same(_BYTE, 0x78))
+        normal = builder.select(
+            builder.icmp_unsigned("!=", exponent, _same(_BYTE, 0)), _same(_BYTE, 8), _same(_BYTE, 0)
+        )
+        which = builder.or_(builder.and_(codes, _same(_BYTE, 7)), normal)
+        low, high = (
+            _shuffle_bytes(builder, load(planes, planes_, _intp(SIXTEEN * byte), _BYTE), which) for byte in range(2)
+        )
+        significand = builder.bitcast(_interleave(builder, low, high), _vector(_INT16))
+        wide = builder.zext(codes, _vector(_INT16))
+        shifted = builder.shl(builder.and_(wide, _same(_INT16, 0x78)), _same(_INT16, 4))
+        sign = builder.shl(builder.and_(wide, _same(_INT16, 0x80)), _same(_INT16, 8))
+        value = builder.xor(builder.add(significand, shifted), sign)
+        is_nan = builder.icmp_unsigned("==", builder.and_(wide, _same(_INT16, 0x7F)), _same(_INT16, 0x7F))
+        _store(context, builder, result, result_, to_, builder.select(is_nan, _same(_INT16, 0x7FC0), value))
+        return context.get_dummy_value()
+
+    return types.void(flat, types.intp, planes, result, types.intp), generate
+
+
+@_intrinsic
+def move(typing: Any, source: Any, first: Any, result: Any, to: Any) -> Any:
+    """result[to : to + 16] = source[first : first + 16], of one dtype."""
+    element = ir.IntType(source.dtype.bitwidth)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source_, first_, result_, to_ = arguments
+        _store(context, builder, result, result_, to_, _loader(context, builder)(source, source_, first_, element))
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, result, types.intp), generate
+
+
+@_intrinsic
+def put_words(typing: Any, words: Any, at: Any, shift: Any, offset: Any, scale: Any, result: Any, to: Any) -> Any:
+    """result[to + n] = (code − offset) · scale for sixteen codes: the 4 bits of words[at + n] (int32) from the bit
+    `shift` on.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words_, at_, shift_, offset_, scale_, result_, to_ = arguments
+        bits = builder.lshr(_loader(context, builder)(words, words_, at_, _INT32), _splat(builder, shift_, SIXTEEN))
+        codes = builder.sitofp(builder.and_(bits, _same(_INT32, 15)), _vector(_FLOAT))
+        values = builder.fmul(builder.fsub(codes, _splat(builder, offset_, SIXTEEN)), _splat(builder, scale_, SIXTEEN))
+        _store(context, builder, result, result_, to_, round_to(builder, result.dtype, values))
+        return context.get_dummy_value()
+
+    number = types.float32
+    return types.void(words, types.intp, types.int32, number, number, result, types.intp), generate
 
 
 @_intrinsic
@@ -58,20 +145,52 @@ def put_planes(typing: Any, values: Any, factor: Any, like: Any, planes: Any) ->
 
     planes: uint8; the lowest byte of each of the sixteen, then the next byte of each, to the highest.
     """
-    size = like.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         values_, factor_, _, planes_ = arguments
         sixteen = _loader(context, builder)(values, values_, _intp(0), _FLOAT)
-        product = round_to(builder, like.dtype, builder.fmul(sixteen, _splat(builder, factor_, SIXTEEN)))
-        element = ir.IntType(8 * size)
-        bits = builder.bitcast(product, _vector(element))
-        for byte in range(size):
-            plane = builder.trunc(builder.lshr(bits, _same(element, 8 * byte)), _vector(_BYTE))
-            _store(context, builder, planes, planes_, _intp(SIXTEEN * byte), plane)
+        product = builder.fmul(sixteen, _splat(builder, factor_, SIXTEEN))
+        _store_planes(context, builder, planes, planes_, round_to(builder, like.dtype, product))
         return context.get_dummy_value()
 
     return types.void(values, types.float32, like, planes), generate
+
+
+@_intrinsic
+def put_integers(typing: Any, offset: Any, scale: Any, like: Any, planes: Any) -> Any:
+    """(n − offset) · scale for n = 0 to 15, as `put_planes` puts its values."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        offset_, scale_, _, planes_ = arguments
+        less = builder.fsub(_counting(), _splat(builder, offset_, SIXTEEN))
+        values = builder.fmul(less, _splat(builder, scale_, SIXTEEN))
+        _store_planes(context, builder, planes, planes_, round_to(builder, like.dtype, values))
+        return context.get_dummy_value()
+
+    return types.void(types.float32, types.float32, like, planes), generate
+
+
+@_intrinsic
+def put_affine(typing: Any, scale: Any, bias: Any, like: Any, planes: Any) -> Any:
+    """n · scale, rounded to the dtype of `like`, + bias for n = 0 to 15, as `put_planes` puts its values."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scale_, bias_, _, planes_ = arguments
+        product = round_to(builder, like.dtype, builder.fmul(_counting(), _splat(builder, scale_, SIXTEEN)))
+        values = builder.fadd(widened(builder, like.dtype, product), _splat(builder, bias_, SIXTEEN))
+        _store_planes(context, builder, planes, planes_, round_to(builder, like.dtype, values))
+        return context.get_dummy_value()
+
+    return types.void(types.float32, types.float32, like, planes), generate
+
+
+def _store_planes(context: Any, builder: Any, array_type: Any, array: Any, values: Any) -> None:
+    size = 4 if values.type.element == _FLOAT else values.type.element.width // 8
+    element = ir.IntType(8 * size)
+    bits = builder.bitcast(values, _vector(element))
+    for byte in range(size):
+        plane = builder.trunc(builder.lshr(bits, _same(element, 8 * byte)), _vector(_BYTE))
+        _store(context, builder, array_type, array, _intp(SIXTEEN * byte), plane)
 
 
 def _look_up(typing: Any, packed: Any, at: Any, planes: Any, first: Any, result: Any, to: Any, high_first: bool) -> Any:
@@ -213,6 +332,10 @@ def _vector(element: Any, lanes: int = SIXTEEN) -> Any:
 
 def _same(element: Any, value: int, lanes: int = SIXTEEN) -> Any:
     return ir.Constant(_vector(element, lanes), [value] * lanes)
+
+
+def _counting() -> Any:
+    return ir.Constant(_vector(_FLOAT), [float(n) for n in range(SIXTEEN)])
 
 
 def _lanes(numbers: Sequence[int]) -> Any:

@@ -14,10 +14,25 @@ import numpy as np
 import torch
 from numba import float32, int32
 
-from .blocks import SIXTEEN, look_up, look_up_high_first, put_column, put_planes
-from .elements import TILE, from_bits, get, nibble, put, rounded, transpose_tile
+from .blocks import (
+    E4M3_SIGNIFICANDS,
+    SIXTEEN,
+    look_up,
+    look_up_high_first,
+    move,
+    put_affine,
+    put_columns,
+    put_e4m3,
+    put_integers,
+    put_planes,
+    put_words,
+)
+from .elements import TILE, from_bits, get, holds_bfloat16, nibble, put, rounded, transpose_tile
 from .jit import njit
 from .simd import LOADS_FLOAT16
+
+# Of a scale: no product with an 8-bit float is then a subnormal bfloat16, or infinite.
+_FAR_FROM_ZERO, _FAR_FROM_INFINITY = np.float32(2.0**-100), np.float32(2.0**100)
 
 
 def rounds_to(dtype: torch.dtype) -> bool:
@@ -33,6 +48,19 @@ def decode_e4m3(codes: Any, width: int, scale: Any, out: Any) -> None:
     """
     rows, k = codes.shape
     flat, result, wide = codes.reshape(codes.size), out.reshape(out.size), np.empty(k, np.float32)
+    if holds_bfloat16(out) and k % SIXTEEN == 0 and (width % SIXTEEN == 0 or scale.shape[1] == 1):
+        planes = np.empty(2 * SIXTEEN, np.uint8)
+        for i in range(rows):
+            for g in range(scale.shape[1]):
+                factor, start, end = scale[i, g], i * k + g * width, i * k + min((g + 1) * width, k)
+                if _FAR_FROM_ZERO <= abs(factor) <= _FAR_FROM_INFINITY:
+                    put_planes(E4M3_SIGNIFICANDS, factor, result, planes)
+                    for j in range(start, end, SIXTEEN):
+                        put_e4m3(flat, j, planes, result, j)
+                else:
+                    for j in range(start, end):
+                        put(result, j, _e4m3(get(flat, j)) * factor)
+        return
     for i in range(rows):
         _spread(scale, i, width, wide)
         for j in range(k):
@@ -100,6 +128,15 @@ def decode_integers(packed: Any, bits: int, offset: Any, scale: Any, out: Any) -
     rows, groups = scale.shape
     k = out.shape[1]
     flat, result = packed.reshape(packed.size), out.reshape(out.size)
+    width = k // groups
+    if bits == 4 and width % SIXTEEN == 0:
+        planes = np.empty(SIXTEEN * out.itemsize, np.uint8)
+        for i in range(rows):
+            for g in range(groups):
+                put_integers(offset[i, g], scale[i, g], result, planes)
+                for j in range((i * groups + g) * width, (i * groups + g + 1) * width, SIXTEEN):
+                    look_up(flat, j // 2, planes, 0, result, j)
+        return
     codes, less, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
     for i in range(rows):
         _unpack(flat, i, bits, codes)
@@ -119,6 +156,15 @@ def decode_affine(packed: Any, bits: int, scale: Any, bias: Any, out: Any) -> No
     rows, groups = scale.shape
     k = out.shape[1]
     flat, result = packed.reshape(packed.size), out.reshape(out.size)
+    width = k // groups
+    if bits == 4 and width % SIXTEEN == 0:
+        planes = np.empty(SIXTEEN * out.itemsize, np.uint8)
+        for i in range(rows):
+            for g in range(groups):
+                put_affine(scale[i, g], bias[i, g], result, planes)
+                for j in range((i * groups + g) * width, (i * groups + g + 1) * width, SIXTEEN):
+                    look_up(flat, j // 2, planes, 0, result, j)
+        return
     codes, more, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
     for i in range(rows):
         _spread(bias, i, k // groups, more)
@@ -146,7 +192,9 @@ def decode_columns(words: Any, first: int, group_of: Any, offset: Any, scale: An
                 code = nibble(words[j // 8, r], int32(4 * (j % 8)))
                 put(result, i * k + j, (code - offset[g, r]) * scale[g, r])
         return
-    tile = np.empty(TILE * TILE, out.dtype)
+    # Two tiles side by side, so that a line of the result's 16-bit values is written at once: its rows, a power of two
+    # apart, share a set of the first-level cache.
+    turned = np.empty(2 * TILE * TILE, out.dtype)
     less, wide = np.empty(groups * TILE, np.float32), np.empty(groups * TILE, np.float32)
     for block in range(0, rows, TILE):
         i = min(block, rows - TILE)  # the last ones overlap
@@ -154,12 +202,14 @@ def decode_columns(words: Any, first: int, group_of: Any, offset: Any, scale: An
             for n in range(TILE):
                 less[g * TILE + n] = offset[g, first + i + n]
                 wide[g * TILE + n] = scale[g, first + i + n]
-        for column in range(0, k, TILE):
-            j = min(column, k - TILE)
+        for column in range(0, k, 2 * TILE):
+            for half in range(2):
+                j = min(column + half * TILE, k - TILE)
+                at = j // 8 * d + first + i
+                put_columns(flat, at, d, group_of, j, less, wide, turned, half * TILE, 2 * TILE)
             for n in range(TILE):
-                at = (j + n) // 8 * d + first + i
-                put_column(flat, at, int32(4 * (n % 8)), less, wide, get(group_of, j + n) * TILE, tile, n * TILE)
-            transpose_tile(tile, 0, TILE, result, i * k + j, k)
+                move(turned, 2 * n * TILE, result, (i + n) * k + min(column, k - TILE))
+                move(turned, (2 * n + 1) * TILE, result, (i + n) * k + min(column + TILE, k - TILE))
 
 
 @njit(cache=True, nogil=True)
@@ -173,6 +223,7 @@ def decode_words(words: Any, shifts: Any, first: int, offset: Any, scale: Any, o
     rows, groups = scale.shape
     k, wide_words = words.shape
     flat, result = words.reshape(words.size), out.reshape(out.size)
+    width = k // groups
     stride = k + TILE  # rows of a power of two would share a set of the cache
     turned, less, wide = np.empty(TILE * stride, np.int32), np.empty(k, np.float32), np.empty(k, np.float32)
     for word in range(first // 8, (first + rows + 7) // 8, TILE):
@@ -186,6 +237,12 @@ def decode_words(words: Any, shifts: Any, first: int, offset: Any, scale: Any, o
                 for j in range(k):
                     turned[n * stride + j] = words[j, word + n]
         for i in range(max(0, 8 * word - first), min(rows, 8 * (word + count) - first)):
+            if width % SIXTEEN == 0:
+                at, shift = ((first + i) // 8 - word) * stride, int32(shifts[(first + i) % 8])
+                for g in range(groups):
+                    for j in range(g * width, (g + 1) * width, SIXTEEN):
+                        put_words(turned, at + j, shift, offset[i, g], scale[i, g], result, i * k + j)
+                continue
             _spread(offset, i, k // groups, less)
             _spread(scale, i, k // groups, wide)
             at, shift = ((first + i) // 8 - word) * stride, int32(shifts[(first + i) % 8])

@@ -54,7 +54,7 @@ def rounded(typing: Any, array: Any, value: Any) -> Any:
     """A float32 rounded to what the array holds, see `put`, and back."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _widened(builder, array.dtype, round_to(builder, array.dtype, arguments[1]))
+        return widened(builder, array.dtype, round_to(builder, array.dtype, arguments[1]))
 
     return types.float32(array, types.float32), generate
 
@@ -92,39 +92,53 @@ def nibble(typing: Any, word: Any, shift: Any) -> Any:
 
 
 @_intrinsic
-def transpose_tile(typing: Any, source: Any, first: Any, stride: Any, result: Any, to: Any, result_stride: Any) -> Any:
-    """result[to + j · result_stride + i] = source[first + i · stride + j] for i, j < TILE, of flat arrays of one dtype.
+def holds_bfloat16(typing: Any, array: Any) -> Any:
+    """Whether the array holds bfloat16's bits, known to the compiler."""
 
-    Rows are vectors; in log₂ TILE rounds each pair of rows whose numbers differ in one bit swaps the elements whose
-    places differ in it.
-    """
-    size = source.dtype.bitwidth // 8
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(1), int(array.dtype == types.uint16))
+
+    return types.boolean(array), generate
+
+
+@_intrinsic
+def transpose_tile(typing: Any, source: Any, first: Any, stride: Any, result: Any, to: Any, result_stride: Any) -> Any:
+    """result[to + j · result_stride + i] = source[first + i · stride + j] for i, j < TILE, of flat arrays of int32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source_array, at, step, result_array, to, result_step = arguments
-        vector = ir.VectorType(ir.IntType(8 * size), TILE)
+        pointer = ir.VectorType(_INT32, TILE).as_pointer()
 
         def row(kind: Any, array: Any, first: Any, step: Any, i: int) -> Any:
             index = builder.add(first, builder.mul(step, ir.Constant(step.type, i)))
-            return builder.bitcast(place(context, builder, kind, array, index), vector.as_pointer())
+            return builder.bitcast(place(context, builder, kind, array, index), pointer)
 
-        rows = [builder.load(row(source, source_array, at, step, i), align=size) for i in range(TILE)]
-        bit = 1
-        while bit < TILE:
-            kept = [lane if not lane & bit else TILE + lane - bit for lane in range(TILE)]
-            moved = [lane + bit if not lane & bit else TILE + lane for lane in range(TILE)]
-            for i in range(TILE):
-                if not i & bit:
-                    rows[i], rows[i | bit] = (
-                        builder.shuffle_vector(rows[i], rows[i | bit], ir.Constant(ir.VectorType(_INT32, TILE), lanes))
-                        for lanes in (kept, moved)
-                    )
-            bit *= 2
-        for j in range(TILE):
-            builder.store(rows[j], row(result, result_array, to, result_step, j), align=size)
+        rows = [builder.load(row(source, source_array, at, step, i), align=4) for i in range(TILE)]
+        for j, column in enumerate(transposed(builder, rows)):
+            builder.store(column, row(result, result_array, to, result_step, j), align=4)
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, result, types.intp, types.intp), generate
+
+
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """TILE vectors of TILE elements each, transposed.
+
+    In log₂ TILE rounds each pair of vectors whose numbers differ in one bit swaps the elements whose places differ in
+    it.
+    """
+    rows, bit = list(rows), 1
+    while bit < TILE:
+        kept = [lane if not lane & bit else TILE + lane - bit for lane in range(TILE)]
+        moved = [lane + bit if not lane & bit else TILE + lane for lane in range(TILE)]
+        for i in range(TILE):
+            if not i & bit:
+                rows[i], rows[i | bit] = (
+                    builder.shuffle_vector(rows[i], rows[i | bit], ir.Constant(ir.VectorType(_INT32, TILE), lanes))
+                    for lanes in (kept, moved)
+                )
+        bit *= 2
+    return rows
 
 
 def round_to(builder: Any, dtype: Any, number: Any) -> Any:
@@ -148,9 +162,16 @@ def round_to(builder: Any, dtype: Any, number: Any) -> Any:
     return number
 
 
-def _widened(builder: Any, dtype: Any, stored: Any) -> Any:
+def widened(builder: Any, dtype: Any, stored: Any) -> Any:
+    """What an array of this dtype holds, or a vector of it, as float32."""
+    lanes = getattr(stored.type, "count", 0)
+
+    def kind(element: Any) -> Any:
+        return ir.VectorType(element, lanes) if lanes else element
+
     if dtype == types.uint16:
-        return builder.bitcast(builder.shl(builder.zext(stored, _INT32), _INT32(16)), _FLOAT)
+        sixteen = ir.Constant(kind(_INT32), [16] * lanes if lanes else 16)
+        return builder.bitcast(builder.shl(builder.zext(stored, kind(_INT32)), sixteen), kind(_FLOAT))
     if dtype == types.int16:
-        return builder.fpext(builder.bitcast(stored, ir.HalfType()), _FLOAT)
+        return builder.fpext(builder.bitcast(stored, kind(ir.HalfType())), kind(_FLOAT))
     return stored

@@ -75,6 +75,19 @@ def test_every_8_bit_float(flush: bool) -> None:
     assert torch.equal(out.isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize("scale", [1.0, -0.37, 2.0**-100, 2.0**-120, 3e-39, 2.0**121, 0.0, float("inf")])
+def test_every_8_bit_float_in_bfloat16(scale: float) -> None:
+    """Rounded by their significands, or one by one where a product may be subnormal or infinite."""
+    every = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
+    scales = torch.tensor([[scale, 1.3 * scale], [1.7 * scale, scale]])
+    out = torch.empty(2, 256, dtype=torch.bfloat16)
+    decode_e4m3(every.numpy(), 128, scales.numpy(), as_written(out))
+    expected = (every.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(128, 1)).bfloat16()
+    assert torch.equal(out.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert torch.equal(out.view(torch.int16)[kept], expected.view(torch.int16)[kept])
+
+
 @settings(max_examples=30, deadline=None)
 @given(rows=counts, groups=counts, half=st.integers(1, 6), dtype=dtypes, seed=counts)
 def test_4_bit_floats(rows: int, groups: int, half: int, dtype: torch.dtype, seed: int) -> None:
