@@ -63,6 +63,11 @@ def main(
                 print(f"left out, as AdapterHub's `adapters` is not installed: {', '.join(left_out)}", file=sys.stderr)
                 chosen = {label: settings for label, settings in chosen.items() if label not in left_out}
             part = replace(table, systems=chosen)
+            if table.rates_of and not any(part.cells(read_rows(results))):
+                raise typer.BadParameter(
+                    f"{name} takes its learning rates from {table.rates_of['table']}, which is not finished in "
+                    f"{results}: run that first"
+                )
             if missing := missing_packages(part.evaluations()):
                 raise typer.BadParameter(
                     f"{name} is evaluated with packages that are missing: pip install {' '.join(missing)}"

@@ -119,6 +119,12 @@ def test_an_unknown_table_is_refused(program: Callable[[list[str]], Result]) -> 
     assert "table9" in done.output
 
 
+def test_a_table_without_the_rates_it_takes_is_refused(program: Callable[[list[str]], Result], tmp_path: Path) -> None:
+    done = program(["reviews-stopping", "--results", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "takes its learning rates from reviews, which is not finished" in done.output
+
+
 def test_what_an_evaluation_needs_is_asked_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.finetune.benchmarks.find_spec", lambda name: None if name == "math_verify" else name)
     assert load("table2").evaluations() == ["gsm8k", "humaneval", "math", "mmlu"]
