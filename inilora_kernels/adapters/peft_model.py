@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..errors import OptionError
@@ -58,6 +59,16 @@ def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **o
             raise OptionError(
                 f"{key}: PEFT's hotswap has put another adapter here since this one was started from factors, and the "
                 f"config is still the old one's; copy the folder that was swapped in"
+            )
+    for name in options.get("selected_adapters") or list(peft_model.peft_config):
+        # Processes other than the one that saves may have gathered nothing.
+        if state_dict and not get_peft_model_state_dict(
+            peft_model, dict(state_dict), name, save_embedding_layers=False
+        ):
+            raise OptionError(
+                f"adapter {name!r}: PEFT finds none of its tensors in this state dict, and would write an empty one "
+                f"(PEFT 0.21 under FSDP1, a plain LoRA's too); use FSDP2, or load the gathered state dict into a model "
+                f"that is not sharded and save that"
             )
     type(peft_model).save_pretrained(peft_model, save_directory, *args, state_dict=state_dict, **options)
 

@@ -63,7 +63,7 @@ def in_a_process(rank: int, folder: Path) -> None:
         base = logits(load(folder / "base"))
         for form in FORMS:
             tolerance = 0.0 if form == "delta" else 1e-6
-            # torch 2.13's FSDP1 cannot train shards on a CPU, a plain LoRA's neither; the first forward pass it can do.
+            # torch 2.13's FSDP1 cannot gather the state dict of shards on a CPU, a plain LoRA's neither; see the docs.
             sharded = fsdp1(started(folder / "base", factors, form), ShardingStrategy.FULL_SHARD)
             assert (sharded(input_ids=IDS).logits - base).abs().max() <= tolerance
             for version in (1, 2):
