@@ -123,7 +123,6 @@ LLAVA = {
     "text_config": {"model_type": "llama", **TEXT},
     "vision_config": {"model_type": "clip_vision_model", **VISION, "projection_dim": 32},
 }
-DUAL = {"text_config": {**TEXT, "projection_dim": 32}, "vision_config": VISION, "projection_dim": 32}
 JAMBA = {
     **TEXT,
     "num_hidden_layers": 4,
@@ -213,8 +212,6 @@ ARCHITECTURES = [
     Architecture("ViTModel", VISION, ALL),
     Architecture("ViTForImageClassification", VISION),
     Architecture("Dinov2Model", VISION),
-    Architecture("CLIPModel", DUAL),
-    Architecture("SiglipModel", DUAL, ALL),
     Architecture("Qwen3_5ForConditionalGeneration", QWEN35, None, "CAUSAL_LM"),
     Architecture("Gemma3ForConditionalGeneration", GEMMA3, None, "CAUSAL_LM"),
     Architecture("Llama4ForConditionalGeneration", LLAMA4, None, "CAUSAL_LM"),
