@@ -142,14 +142,18 @@ def _overwrite(
         assert entry.offset is not None
         with (folder / entry.file.name).open("r+b") as stream:
             _fill(stream, entry.offset, checkpoint, name, change)
-    return {name: entry.file.name for name, entry in checkpoint.tensors.items()}
+    files = {name: entry.file.name for name, entry in checkpoint.tensors.items()}
+    if len(shards) > 1 and not list(checkpoint.path.glob("*.index*.json")):  # transformers loads no shards without one
+        _write_index(checkpoint, folder, files)
+    return files
 
 
 def _rewrite(checkpoint: Checkpoint, shards: list[Path], folder: Path, changes: Mapping[str, Change]) -> dict[str, str]:
     """Write the contents of torch files as safetensors. Returns the file of each tensor."""
     files: dict[str, str] = {}
     for place, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{place:05}-of-{len(shards):05}.safetensors"
+        part = "" if len(shards) == 1 else f"-{place:05}-of-{len(shards):05}"
+        file = f"{_stem(checkpoint)}{part}.safetensors"
         entries = {name: entry for name, entry in checkpoint.tensors.items() if entry.file == shard}
         write_empty_safetensors(folder / file, entries)
         with (folder / file).open("r+b") as stream:
@@ -192,7 +196,14 @@ def _untie(checkpoint: Checkpoint, folder: Path, files: Mapping[str, str], untie
 def _write_index(checkpoint: Checkpoint, folder: Path, files: Mapping[str, str], added: int = 0) -> None:
     size = sum(_size(entry) for entry in checkpoint.tensors.values()) + added
     index = {"metadata": {"total_size": size}, "weight_map": dict(files)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    file = folder / f"{_stem(checkpoint)}.safetensors.index.json"
+    file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _stem(checkpoint: Checkpoint) -> str:
+    """What diffusers or transformers calls a model's weight file."""
+    diffusers = any(entry.file.name.startswith("diffusion_pytorch_model") for entry in checkpoint.tensors.values())
+    return "diffusion_pytorch_model" if diffusers else "model"
 
 
 def _strips(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:

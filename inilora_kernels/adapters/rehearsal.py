@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, TargetError
 from ..model.architecture import quiet_transformers
+from ..model.checkpoint import Checkpoint
+from ..model.layout import variant_of
 from .experts import name_of
 from .live_model import require_called, require_called_by_kernels
 from .plan import Plan
@@ -71,11 +73,12 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
         raise TargetError(f"{where}: PEFT does not fill all layers of this adapter ({unfilled[:300]}); use `attach`")
 
 
-def require_same_start(plan: Plan, base: Path, adapter: Path) -> None:
+def require_same_start(plan: Plan, base: Path | None, adapter: Path) -> None:
     """Raise TargetError if a small model, loaded by transformers and PEFT, has not the original's output at step 0.
 
-    base: the folder of the model to load; adapter: the one to put on it. Both models are run in float32 on the same
-    random input. The error is compared with what the adapter does, which of the delta form is nothing.
+    base: the folder of the model to load, None for the original, which may be stored as transformers alone does not
+        load it; adapter: the one to put on it. Both models are run in float32 on the same random input. The error is
+        compared with what the adapter does, which of the delta form is nothing.
     """
     tensors = plan.checkpoint.tensors.values()
     size = 4 * sum(math.prod(entry.shape) for entry in tensors)
@@ -88,10 +91,11 @@ def require_same_start(plan: Plan, base: Path, adapter: Path) -> None:
     config = plan.architecture.config
     with warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")
-        expected = _output(_load(model_class, plan.checkpoint.path, config))
+        original = _load(model_class, plan.checkpoint, None, config)
+        expected = _output(original)
         if expected is None:
             return
-        loaded = _load(model_class, base, config)
+        loaded = original if base is None else _load(model_class, plan.checkpoint, base, config)
         model: Any = PeftModel.from_pretrained(loaded, str(adapter), torch_device="cpu").eval()
         started = _output(model.get_base_model())
         with model.disable_adapter():  # R's output, in the residual form
@@ -110,14 +114,19 @@ def require_same_start(plan: Plan, base: Path, adapter: Path) -> None:
         )
 
 
-def _load(model_class: Any, folder: Path, config: Any) -> Any:
+def _load(model_class: Any, checkpoint: Checkpoint, folder: Path | None, config: Any) -> Any:
+    """The checkpoint, however it is stored; with a folder, that one, as its user loads it."""
+    config = copy.deepcopy(config)
     try:
         # transformers before 4.56 has another name for the argument dtype.
-        return model_class.from_pretrained(folder, config=copy.deepcopy(config)).float().eval()
+        if folder is None:
+            tensors = {name: checkpoint.tensors[name].read() for name in checkpoint.tensors}
+            return model_class.from_pretrained(None, config=config, state_dict=tensors).float().eval()
+        return model_class.from_pretrained(folder, config=config, variant=variant_of(folder)).float().eval()
     except Exception as error:  # whatever transformers raises on a folder
         raise CheckpointError(
-            f"{folder}: transformers does not load it ({' '.join(str(error).split())[:300]}); config.json and weights "
-            f"do not belong together"
+            f"{folder or checkpoint.path}: transformers does not load it ({' '.join(str(error).split())[:300]}); "
+            f"config.json and weights do not belong together"
         ) from error
 
 

@@ -114,6 +114,14 @@ def weight_files(names: Sequence[str], where: object) -> WeightFiles | None:
     return _variant(names, where) or _shards_without_index(names, where) or _only_file(names, where)
 
 
+def variant_of(folder: Path) -> str | None:
+    """What `from_pretrained` calls the variant of a folder's weights, "fp16" of `model.fp16.safetensors`."""
+    found = weight_files(sorted(entry.name for entry in folder.iterdir()), folder)
+    name = "" if found is None else found.index or found.files[0]
+    match = _VARIANT.fullmatch(name) or _VARIANT_INDEX.fullmatch(name)
+    return match["variant"] if match else None
+
+
 def _model(folder: Path, kept: Collection[str] | None = None) -> Component | None:
     """The weights directly in a folder. kept: for a download, the files that were chosen; None for all."""
     config = _config(folder)

@@ -78,3 +78,20 @@ def test_a_layer_whose_weight_is_read_in_another_branch_alone_is_taken(tmp_path:
     """Bloom's dense is multiplied slice by slice where pretraining_tp says so, and called otherwise."""
     base = save("BloomForCausalLM", tmp_path / "base", vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
     export_delta(base, factorize(base, ("dense",), rank=2), tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {}], ids=["variant", "no index"])
+def test_weights_that_transformers_loads_by_their_variant_or_by_an_index_alone(
+    options: dict[str, str], llama: Path, tmp_path: Path
+) -> None:
+    base, model = tmp_path / "base", AutoModelForCausalLM.from_pretrained(llama)
+    model.save_pretrained(base, max_shard_size="30KB", **options)
+    assert len(list(base.glob("*.safetensors"))) > 1
+    if not options:
+        (base / "model.safetensors.index.json").unlink()
+    factors = factorize(base, ("q_proj", "v_proj"), rank=2)
+    export_delta(base, factors, tmp_path / "delta")
+    export_residual(base, factors, tmp_path / "residual")
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "residual/base", **options)
+    started = PeftModel.from_pretrained(residual, tmp_path / "residual/adapter")
+    torch.testing.assert_close(logits(started), logits(model), rtol=0, atol=1e-5)
