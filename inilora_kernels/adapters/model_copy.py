@@ -17,6 +17,7 @@ from ..errors import CheckpointError, WeightError
 from ..model.checkpoint import Checkpoint
 from ..model.files.safetensors import open_safetensors, write_empty_safetensors
 from ..model.files.tensor import StoredTensor, tensor_bytes
+from ..model.layout import read_weight_map
 from ..model.location import TORCH_SUFFIXES
 from ..storage.atomic import save_tensors
 from ..storage.reading import MOST_JSON, is_there, read_bytes, read_json, reporting
@@ -29,7 +30,7 @@ Change = Callable[[int, Tensor], Tensor]
 # Other copies of a model's weights, other programs' files, and our own record of another folder: a changed model must
 # not carry them along.
 _LEFT_BEHIND = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index\.json)?|\..*"
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index(\.[\w-]+)?\.json)?|\..*"
     rf"|{re.escape(RESIDUAL_RECORD)}"
 )
 _STRIP_BYTES = 1 << 20
@@ -135,7 +136,12 @@ def _overwrite(
     """Copy the shards and overwrite the changed tensors in place. Returns the file of each tensor."""
     for shard in shards:
         shutil.copyfile(shard, folder / shard.name)
-    for index in checkpoint.path.glob("*.safetensors.index.json"):
+    indexes = [
+        index
+        for index in checkpoint.path.glob("*.safetensors.index*.json")
+        if shards[0].name in read_weight_map(index).values()
+    ]
+    for index in indexes:
         shutil.copyfile(index, folder / index.name)
     for name, change in changes.items():
         entry = checkpoint.tensors[name]
@@ -143,7 +149,7 @@ def _overwrite(
         with (folder / entry.file.name).open("r+b") as stream:
             _fill(stream, entry.offset, checkpoint, name, change)
     files = {name: entry.file.name for name, entry in checkpoint.tensors.items()}
-    if len(shards) > 1 and not list(checkpoint.path.glob("*.index*.json")):  # transformers loads no shards without one
+    if len(shards) > 1 and not indexes:  # transformers loads no shards without one
         _write_index(checkpoint, folder, files)
     return files
 

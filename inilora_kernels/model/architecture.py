@@ -311,9 +311,11 @@ def _layers(model: PreTrainedModel) -> dict[str, Layer]:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    """Whether it is nn.Linear, or a class of it that returns one tensor: Llama 4's router returns its choice too."""
-    if not isinstance(module, torch.nn.Linear) or type(module).forward is torch.nn.Linear.forward:
-        return isinstance(module, torch.nn.Linear)
+    """Whether it is nn.Linear, or a class of it that returns one tensor: Llama 4's router returns its choice too.
+    Not out_proj of torch's MultiheadAttention (SigLIP's head), whose weight is read and which is not called."""
+    read = isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if read or not isinstance(module, torch.nn.Linear) or type(module).forward is torch.nn.Linear.forward:
+        return isinstance(module, torch.nn.Linear) and not read
     x = torch.empty(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     try:
         return isinstance(module(x), torch.Tensor)

@@ -57,7 +57,10 @@ def open_live(model: nn.Module | Mapping[str, Tensor], choose: Choose | None = N
         raise CheckpointError(f"{label}: no tensors in it; give a model, its state dict, or its folder")
     without = next((name for name, tensor in held.items() if isinstance(tensor, Tensor) and tensor.is_meta), None)
     if without is not None:
-        raise CheckpointError(f"{label}: {without} is on the meta device, without values; load the weights first")
+        raise CheckpointError(
+            f"{label}: {without} is on the meta device, without values, as accelerate leaves what it offloads; load "
+            f"the weights first, or give the model's folder"
+        )
     adapted = next((name for name in tensors if ".base_layer." in name or ".lora_A." in name), None)
     if adapted is not None:
         raise CheckpointError(f"{label}: it has adapters already ({adapted}); factorize it before any are added")

@@ -2,8 +2,9 @@
 
     W = weight · weight_scale_inv[row // 128, column // 128]
 
-Despite its name, `weight_scale_inv` is multiplied with. A scale without dimensions is for the whole matrix. FP8 with a
-`weight_scale` of another shape is compressed_tensors.py's.
+Despite its name, `weight_scale_inv` is multiplied with. A scale without dimensions is for the whole matrix; Mistral's
+own files (`consolidated.safetensors`) call it `qscale_weight`, as vLLM reads it. FP8 with a `weight_scale` of another
+shape is compressed_tensors.py's.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from ..files.tensor import StoredTensor
 from .weight import StoredModule, StoredWeight, decode_bytes, exponents, in_strips, unreadable
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = ("weight_scale_inv", "qscale_weight")
 
 
 def find(module: StoredModule) -> StoredWeight | None:
     """The weight of a module in this format; None of any other."""
-    if not module.has("weight", "weight_scale_inv") or module.tensors["weight"].dtype not in FLOAT8:
+    part = next((part for part in _SCALES if module.has("weight", part)), None)
+    if part is None or module.tensors["weight"].dtype not in FLOAT8:
         return None
-    weight, scale = module.tensors["weight"], module.tensors["weight_scale_inv"]
+    weight, scale = module.tensors["weight"], module.tensors[part]
     block = _block(weight.shape, scale.shape, module.quantization.get("weight_block_size"))
     if block is None:
         return unreadable(
             module,
-            f"its weight_scale_inv of shape {scale.shape} does not fit blocks of "
+            f"its {part} of shape {scale.shape} does not fit blocks of "
             f"{module.quantization.get('weight_block_size')} in a weight of shape {weight.shape}",
         )
     shape = (weight.shape[0], weight.shape[1])
@@ -41,7 +44,7 @@ def find(module: StoredModule) -> StoredWeight | None:
         shape=shape,
         dtype=module.dtype,
         dequantization=f"fp8 in blocks of {block[0]}×{block[1]}",
-        stored={"weight": weight, "weight_scale_inv": scale},
+        stored={"weight": weight, part: scale},
         dequantize=dequantize,
     )
 

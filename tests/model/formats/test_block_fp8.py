@@ -41,9 +41,12 @@ def test_last_blocks_are_cut_off(tmp_path: Path) -> None:
     assert_reads(read_one(write(tmp_path, tensors, CONFIG)), expected)
 
 
-def test_one_scale_for_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["weight_scale_inv", "qscale_weight"])
+def test_one_scale_for_all(tmp_path: Path, name: str) -> None:
+    """Under transformers' name and under Mistral's."""
     tensors = stored(24, 16, ())
-    expected = (tensors["q_proj.weight"].float() * tensors["q_proj.weight_scale_inv"]).bfloat16()
+    tensors[f"q_proj.{name}"] = tensors.pop("q_proj.weight_scale_inv")
+    expected = (tensors["q_proj.weight"].float() * tensors[f"q_proj.{name}"]).bfloat16()
     assert_reads(read_one(write(tmp_path, tensors, CONFIG)), expected)
 
 
