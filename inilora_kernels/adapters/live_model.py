@@ -34,7 +34,7 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
     modules around each layer says where its weight is read; where the model can be run on random input, that decides
     whether the layer is called after all, and finds what the source does not show.
     """
-    suspects = {name: reader for name in names if (reader := _reader(model, name))}
+    suspects = _methods_with(model, names, _weights_computed_with)
     inputs = random_inputs(model)
     if inputs is not None:
         for name in _bypassed(model, [name for name in names if name not in suspects], inputs):
@@ -47,7 +47,7 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
         # Models that run elsewhere may fail there before they come to a layer: one that is called somewhere passes.
         completed = _completed(model, {suspects[name][0] for name in bypassed}, inputs)
         bypassed -= {
-            name for name in bypassed if suspects[name][0] not in completed and _is_called_somewhere(model, name)
+            name for name in _methods_with(model, bypassed, _layers_called_by) if suspects[name][0] not in completed
         }
     for name in suspects:
         if name in bypassed:
@@ -63,14 +63,12 @@ def require_called_by_kernels(model: nn.Module, names: Collection[str]) -> None:
     Mamba's mixers offer weights to a kernel in training, and call their layers where there is none: an adapter that is
     right here has no effect there. For models that others will load; `require_called` is right about this machine.
     """
-    for name in names:
-        for _, owner, function, chain in _around(model, name):
-            if chain in _weights_offered_by(function):
-                raise TargetError(
-                    f"{name}: {owner} hands its weight to a fused kernel where there is one (on a GPU, say), so an "
-                    f"adapter on it would have no effect there; leave this module out of the factors, or start by "
-                    f"lora_model on the machine that trains, which tries whether it does"
-                )
+    for name, (_, owner) in _methods_with(model, names, _weights_offered_by).items():
+        raise TargetError(
+            f"{name}: {owner} hands its weight to a fused kernel where there is one (on a GPU, say), so an adapter on "
+            f"it would have no effect there; leave this module out of the factors, or start by lora_model on the "
+            f"machine that trains, which tries whether it does"
+        )
 
 
 def reads_weight(model: nn.Module, name: str) -> str | None:
@@ -79,20 +77,7 @@ def reads_weight(model: nn.Module, name: str) -> str | None:
     >>> reads_weight(nn.MultiheadAttention(4, 2), "out_proj")
     'MultiheadAttention.forward'
     """
-    reader = _reader(model, name)
-    return reader[1] if reader else None
-
-
-def _reader(model: nn.Module, name: str) -> tuple[str, str] | None:
-    """The module whose source computes with the layer's weight, and its class and method."""
-    return next(
-        (
-            (module, owner)
-            for module, owner, function, chain in _around(model, name)
-            if chain in _weights_computed_with(function)
-        ),
-        None,
-    )
+    return _methods_with(model, [name], _weights_computed_with).get(name, (None, None))[1]
 
 
 def _bypassed(model: nn.Module, names: Collection[str], inputs: Mapping[str, Tensor]) -> list[str]:
@@ -120,45 +105,59 @@ def _reads(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     """Collects the names of layers whose `weight` something outside asks for within."""
     read: set[str] = set()
     inside: set[str] = set()
-    classes = {name: type(layer) for name, layer in layers.items()}
+    names = {id(layer): name for name, layer in layers.items()}
+    classes: dict[str, Any] = {name: type(layer) for name, layer in layers.items()}
 
-    def watched(name: str, of: Any) -> Any:
+    @functools.cache
+    def watched(of: Any) -> Any:
         class Watched(of):  # type: ignore[misc]
             def __call__(self, *args: Any, **options: Any) -> Any:
-                inside.add(name)
+                inside.add(names[id(self)])
                 try:
                     return super().__call__(*args, **options)
                 finally:
-                    inside.discard(name)
+                    inside.discard(names[id(self)])
 
             @property
             def weight(self) -> Any:
-                if name not in inside:
-                    read.add(name)
+                if names[id(self)] not in inside:
+                    read.add(names[id(self)])
                 return super().weight  # no class has it where it is a parameter: nn.Module then looks it up
 
         return Watched
 
     try:
         for name, layer in layers.items():
-            layer.__class__ = watched(name, classes[name])
+            layer.__class__ = watched(classes[name])
         yield read
     finally:
         for name, layer in layers.items():
             layer.__class__ = classes[name]
 
 
-def _is_called_somewhere(model: nn.Module, name: str) -> bool:
-    return any(chain in _layers_called_by(function) for *_, function, chain in _around(model, name))
-
-
-def _around(model: nn.Module, name: str) -> Iterator[tuple[str, str, Any, Chain]]:
-    """The methods of the modules around a layer: the module, class and name, function, how it would name the layer."""
-    path = name.split(".")
-    for depth in range(len(path)):
-        module = ".".join(path[:depth])
-        for owner, function in _methods(model.get_submodule(module)).items():
-            yield module, owner, function, ("self", *("*" if part.isdecimal() else part for part in path[depth:]))
+def _methods_with(
+    model: nn.Module, names: Collection[str], chains_of: Callable[[Any], frozenset[Chain]]
+) -> dict[str, tuple[str, str]]:
+    """The first method around each layer whose chains have it: the module, class and name. Without layers of none."""
+    # Of this call alone: a class's forward may be replaced later. One entry serves all modules of a class.
+    found_in: dict[Any, dict[Chain, str]] = {}
+    found = {}
+    for name in names:
+        path = name.split(".")
+        modules = [model]
+        for part in path[:-1]:
+            modules.append(modules[-1].get_submodule(part))
+        for depth, module in enumerate(modules):
+            key = module if "forward" in vars(module) else type(module)
+            if key not in found_in:
+                methods = reversed(list(_methods(module).items()))
+                found_in[key] = {chain: owner for owner, function in methods for chain in chains_of(function)}
+            if found_in[key]:
+                chain = ("self", *("*" if part.isdecimal() else part for part in path[depth:]))
+                if chain in found_in[key]:
+                    found[name] = ".".join(path[:depth]), found_in[key][chain]
+                    break
+    return found
 
 
 def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
@@ -276,8 +275,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def _methods(module: nn.Module) -> Mapping[str, Any]:
     """The functions of a module's forward pass, as far as a name tells, by class and name."""
-    its_class: Any = type(module)
-    methods, patched = _methods_of(its_class), vars(module).get("forward")
+    methods, patched = _methods_of(type(module)), vars(module).get("forward")
     if patched is None:
         return methods
     # On the object, as some kernel integrations do.
@@ -286,7 +284,6 @@ def _methods(module: nn.Module) -> Mapping[str, Any]:
     return others | own
 
 
-@functools.cache
 def _methods_of(of: type) -> Mapping[str, Any]:
     functions: dict[str, Any] = {}
     for owner in of.__mro__:

@@ -33,6 +33,9 @@ from .weights import with_shared
 
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
+# Half of what `re` keeps compiled: PEFT compiles other expressions in between.
+_MOST_PATTERNS = 256
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -163,7 +166,7 @@ def lora_config(
     ['q', 'v']
     """
     common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: rank for module, rank in ranks.items() if rank != common}
+    others = _patterns({module: rank for module, rank in ranks.items() if rank != common})
 
     def alpha(rank: int) -> float:
         value = scaling * (math.sqrt(rank) if use_rslora else rank)
@@ -174,7 +177,7 @@ def lora_config(
         "r": common,
         "lora_alpha": alpha(common),
         "rank_pattern": others,
-        "alpha_pattern": {module: alpha(rank) for module, rank in others.items()},
+        "alpha_pattern": {pattern: alpha(rank) for pattern, rank in others.items()},
         "target_modules": _endings(ranks.keys() - set(all_experts), all_modules),
         "target_parameters": _endings(ranks.keys() & set(all_experts), all_experts) or None,
         "use_rslora": use_rslora,
@@ -184,6 +187,22 @@ def lora_config(
         "modules_to_save": None,
         "inference_mode": True,
     }
+
+
+def _patterns(ranks: Mapping[str, int]) -> dict[str, int]:
+    """rank_pattern for these modules: by name, or where there are many, one expression for all of a rank.
+
+    PEFT tries each key on each module, and `re` keeps 512 of them compiled: beyond that loading takes minutes.
+
+    >>> len(_patterns({f"layers.{number}.q_proj": 2 + number % 3 for number in range(300)}))
+    3
+    """
+    if len(ranks) <= _MOST_PATTERNS:
+        return dict(ranks)
+    modules: dict[int, list[str]] = {}
+    for module, rank in ranks.items():
+        modules.setdefault(rank, []).append(module)
+    return {"|".join(names): rank for rank, names in modules.items()}
 
 
 def _endings(chosen: Collection[str], available: Collection[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.storage.reading import free_memory
 
 from ..checkpoints import MIXED, assert_holds, refusal
 
@@ -58,6 +60,14 @@ def test_truncated_torch_file(tmp_path: Path, zipped: bool, part: float) -> None
     torch.save({"w": torch.ones(50, 50)}, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
     assert "corrupt" in refusal(tmp_path)
+
+
+def test_a_file_of_the_older_format_beyond_the_free_memory_is_refused(tmp_path: Path) -> None:
+    """It can only be read whole; the rest of this one is a hole in the file."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(50, 50)}, path, _use_new_zipfile_serialization=False)
+    os.truncate(path, 2 * int(free_memory()))
+    assert "format before 1.6" in refusal(tmp_path)
 
 
 def test_torch_file_that_is_no_state_dict(tmp_path: Path) -> None:
