@@ -48,6 +48,11 @@ VISION: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
+CLIP = {
+    "text_config": {**TEXT, "bos_token_id": 1, "eos_token_id": 10},
+    "vision_config": VISION,
+    "projection_dim": 16,
+}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 DEEPSEEK = {**TEXT, **EXPERTS, **LATENT, "num_key_value_heads": 4, "n_routed_experts": 4, "first_k_dense_replace": 1}
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
@@ -212,6 +217,8 @@ ARCHITECTURES = [
     Architecture("ViTModel", VISION, ALL),
     Architecture("ViTForImageClassification", VISION),
     Architecture("Dinov2Model", VISION),
+    Architecture("CLIPModel", CLIP, ALL),
+    Architecture("SiglipModel", CLIP, ALL),
     Architecture("Qwen3_5ForConditionalGeneration", QWEN35, None, "CAUSAL_LM"),
     Architecture("Gemma3ForConditionalGeneration", GEMMA3, None, "CAUSAL_LM"),
     Architecture("Llama4ForConditionalGeneration", LLAMA4, None, "CAUSAL_LM"),
