@@ -127,9 +127,12 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
         raise FactorFileError(f"{folder}: a delta export of an earlier version, of two adapters; export it again")
     at = folder / "adapter" if is_there(folder / "adapter") else folder
     stored = read_adapter(at).factors
-    _require_difference(stored, at)
     require_unpacked(model, stored)
-    config = halved(LoraConfig.from_pretrained(str(at)))
+    config = LoraConfig.from_pretrained(str(at))
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if rank % 2:
+            raise FactorFileError(f"{at}: this adapter has rank {rank}, which is not twice that of a start; {_GIVE}")
+    config = halved(config)
     named = {key: getattr(config, key) for key in ("base_model_name_or_path", "revision")}
     config.base_model_name_or_path = None  # get_peft_model warns where the model was loaded from elsewhere
     peft_model = get_peft_model(model, config, adapter_name)
@@ -145,13 +148,13 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
             f"{type(model).__name__} under this name; load the class of model that the export was made for "
             f"(its --task-type)"
         )
-    scaled = {}
+    doubled = {}
     for name, layer in layers.items():
         _require_supported(layer, name, adapter_name)
         A, B = stored[paths[layer]]
-        if isinstance(layer, ParamWrapper):
-            A, B = stacks(A, B, layer.num_experts)
-        scaled[name] = start_of(A, B)
+        doubled[name] = stacks(A, B, layer.num_experts) if isinstance(layer, ParamWrapper) else (A, B)
+    _require_difference(doubled, at)
+    scaled = {name: start_of(A, B) for name, (A, B) in doubled.items()}
     require_called(peft_model.get_base_model(), _linear(layers, scaled))
     _start(peft_model, layers, scaled, "delta", adapter_name)
     peft_model.load_adapter(str(at), adapter_name, is_trainable=True)
@@ -161,15 +164,11 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
 def _require_difference(stored: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
     """Raise FactorFileError unless an adapter is [A − A0; A0] and [B, B − B0], and A has moved less than its length.
 
-    The halves of A alone, or of any other LoRA's A, are of one length.
+    The halves of A alone, or of any other LoRA's A, are of one length. A stack of experts has halves in each of them.
     """
     moved = length = 0.0
-    for module, (A, _) in stored.items():
-        if A.shape[0] % 2:
-            raise FactorFileError(
-                f"{folder}: {module} has rank {A.shape[0]}, which is not twice that of a start; {_GIVE}"
-            )
-        difference, start = A.double().chunk(2)
+    for A, _ in stored.values():
+        difference, start = A.double().chunk(2, dim=-2)
         moved, length = moved + float(difference.norm()) ** 2, length + float(start.norm()) ** 2
     if not moved < length / 2:
         raise FactorFileError(

@@ -27,6 +27,8 @@ def test_from_a_folder_through_training_by_peft_to_a_plain_lora_and_a_merged_mod
     train(model)
     trained = logits(model)
     model.save_pretrained(tmp_path / "trained")
+    again = load_delta(AutoModelForCausalLM.from_pretrained(base), tmp_path / "trained")
+    torch.testing.assert_close(logits(again), trained, rtol=0, atol=1e-5 * float(trained.abs().max()))
     near = {"rtol": 0.0, "atol": 1e-5 * float(trained.abs().max())}
 
     assert set(convert(tmp_path / "trained", factors, tmp_path / "plain").values()) == {0.0}
