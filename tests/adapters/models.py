@@ -48,14 +48,14 @@ def save(name: str, folder: Path, **options: Any) -> Path:
 
 
 @torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model.eval()(IDS)[0]  # type: ignore[no-any-return]
+def logits(model: Any, inputs: torch.Tensor = IDS) -> torch.Tensor:
+    return model.eval()(inputs)[0]  # type: ignore[no-any-return]
 
 
-def train(model: Any) -> torch.Tensor:
+def train(model: Any, inputs: torch.Tensor = IDS) -> torch.Tensor:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()
-        (model(IDS)[0] - 1).square().mean().backward()
+        (model(inputs)[0] - 1).square().mean().backward()
         optimizer.step()
-    return logits(model)
+    return logits(model, inputs)

@@ -3,7 +3,7 @@ draws the table of docs/compatibility.md from these runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +33,9 @@ from inilora_kernels import (
 )
 from inilora_kernels.errors import InitializationError
 from inilora_kernels.lora_start import lora_model
-from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.checkpoint import Checkpoint
+from inilora_kernels.model.live import open_model
+from inilora_kernels.model.names import endings
 
 from .drawing import runs
 from .models import IDS, logits, train
@@ -63,15 +65,21 @@ def _run_once(folder: Path) -> Any:
     return model
 
 
+def _itself(folder: Path) -> Path:
+    """What approximate_model and the exports are given: the folder, or the GGUF file in it."""
+    return next(folder.glob("*.gguf"), folder)
+
+
 def _from_gguf(folder: Path) -> Any:
     return _loaded(folder, gguf_file="model.gguf", dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of stored weight.
+    """One kind of stored weight, or one place where models are.
 
-    write: writes a checkpoint of it. load: the live model. live: how the table describes that model.
+    write: writes a checkpoint of it into a folder that it makes. load: the live model, from that folder and from those
+        that are exported. live: how the table describes that model. given: what functions of ours are given for it.
     refused: the steps that are refused; "" where none is.
     eps: of the dtype in which the model computes.
     """
@@ -84,6 +92,8 @@ class Kind:
     eps: float = torch.finfo(torch.bfloat16).eps
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     options: Mapping[str, Any] = field(default_factory=dict)
+    given: Callable[[Path], Any] = _itself
+    inputs: Tensor = IDS
 
 
 _DENSE = "dense on a CPU"
@@ -173,41 +183,51 @@ class Outcome:
 def outcome(kind: Kind, folder: Path) -> Outcome:
     """Every step of STEPS on one kind. Each needs a model that nothing has touched, so each loads its own."""
     with kind.around():
-        return _outcome(kind, folder)
+        result = _outcome(kind, folder)
+    result.refused = {
+        step: reason.replace(f"{folder}/", "").replace(str(folder), "OUT") for step, reason in result.refused.items()
+    }
+    return result
 
 
 def _outcome(kind: Kind, folder: Path) -> Outcome:
     kind.write(folder / "model")
-    files = sorted((folder / "model").glob("*.gguf"))
-    base = files[0] if files else folder / "model"
-    factors = approximate_model(base, rank=4, solver="krylov", cache=False, progress=False, **kind.options)
+    result = Outcome()
 
     def load() -> Any:
         return kind.load(folder / "model")
 
-    expected = logits(load())
-    result = Outcome()
+    def run(model: Any) -> Tensor:
+        return logits(model, kind.inputs)
+
+    base = kind.given(folder / "model")
+    try:
+        factors = approximate_model(base, rank=4, solver="krylov", cache=False, progress=False, **kind.options)
+    except InitializationError as error:
+        result.refused["read"] = str(error)
+        return result
+    expected = run(load())
     if "residual live" not in kind.refused:
-        result.noise = _difference(expected, logits(load().double()))
-    result.try_("read", lambda: _read(base, load(), factors))
-    result.try_("start live", lambda: _difference(logits(lora_model(load(), factors)), expected))
-    result.try_("residual live", lambda: _difference(logits(lora_model(load(), factors, "residual")), expected))
+        result.noise = _difference(expected, logits(load().double(), _double(kind.inputs)))
+    result.try_("read", lambda: _read(base, load(), factors, kind.inputs))
+    result.try_("start live", lambda: _difference(run(lora_model(load(), factors)), expected))
+    result.try_("residual live", lambda: _difference(run(lora_model(load(), factors, "residual")), expected))
 
     def residual() -> float:
         export_residual(base, factors, folder / "residual")
         model = kind.load(folder / "residual/base")
-        return _difference(logits(PeftModel.from_pretrained(model, folder / "residual/adapter")), expected)
+        return _difference(run(PeftModel.from_pretrained(model, folder / "residual/adapter")), expected)
 
     result.try_("residual", residual)
     assert ("residual" in result.refused) != (folder / "residual").exists()
-    export_delta(base, factors, folder / "delta")
     trained: list[Tensor] = []
 
     def delta() -> float:
-        difference = _difference(logits(load_delta(load(), folder / "delta")), expected)
+        export_delta(base, factors, folder / "delta")
+        difference = _difference(run(load_delta(load(), folder / "delta")), expected)
         # Another: on a CPU bitsandbytes packs a model anew that runs without gradients, and passes none after that.
         model = load_delta(load(), folder / "delta")
-        trained.append(train(model))
+        trained.append(train(model, kind.inputs))
         # Otherwise nothing that follows would show anything.
         moved = _difference(trained[0], expected)
         assert moved > 2 * kind.eps, moved
@@ -220,32 +240,51 @@ def _outcome(kind: Kind, folder: Path) -> Outcome:
 
     def converted() -> float:
         convert(folder / "trained", factors, folder / "lora", base)
-        return _difference(logits(PeftModel.from_pretrained(load(), folder / "lora")), trained[0])
+        return _difference(run(PeftModel.from_pretrained(load(), folder / "lora")), trained[0])
 
     def merged() -> float:
         export_merged(folder / "trained", factors, folder / "merged", base)
-        return _difference(logits(kind.load(folder / "merged")), trained[0])
+        return _difference(run(kind.load(folder / "merged")), trained[0])
 
     result.try_("convert", converted)
     result.try_("merge", merged)
     return result
 
 
+def _double(inputs: Tensor) -> Tensor:
+    return inputs.double() if inputs.is_floating_point() else inputs
+
+
 @torch.no_grad()
-def _read(base: Path, model: Any, factors: FactorSet) -> float:
+def _read(base: Any, model: Any, factors: FactorSet, inputs: Tensor) -> float:
     """What the checkpoint's W is, and what the live layer computes: its outputs for the columns of the identity."""
-    checkpoint, largest = open_checkpoint(base), 0.0
-    model.train()(IDS)  # unpacks what compressed-tensors holds; in evaluation bitsandbytes would pack anew
+    checkpoint, largest = open_model(base, None, None, None), 0.0
+    model.train()(inputs)  # unpacks what compressed-tensors holds; in evaluation bitsandbytes would pack anew
+    live = {name.removesuffix(".weight"): module for name, module in _layers(model, checkpoint)}
     for name in factors:
-        parameter, _, expert = name.partition(":")
-        if expert:
-            W = checkpoint.weights[parameter].read()[int(expert)].T
-            live = model.get_parameter(parameter)[int(expert)]
+        parameter, _, part = name.partition(":")
+        if part.isdecimal():
+            W = checkpoint.weights[parameter].read()[int(part)].T
+            found = model.get_parameter(parameter)[int(part)]
         else:
-            W = checkpoint.read(f"{name}.weight")
-            live = model.get_submodule(name)(torch.eye(W.shape[1], dtype=model.dtype)).T
-        largest = max(largest, _difference(live, W))
+            W = checkpoint.read(f"{parameter}.weight")
+            layer = live[parameter]
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.zero_()
+            found = layer(torch.eye(W.shape[1], dtype=next(model.parameters()).dtype)).T
+        largest = max(largest, _difference(found, W))
     return largest
+
+
+def _layers(model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+    """The live model's layer of each weight: their names may differ by a prefix."""
+    modules = dict(model.named_modules())
+    for name in checkpoint.weights:
+        module = name.removesuffix(".weight")
+        end = next((end for end in endings(module) if end in modules), None)
+        prefixed = next((one for one in modules if one.endswith(f".{module}")), None)
+        if end or prefixed:
+            yield name, modules[end or prefixed]
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -268,12 +307,24 @@ def _cell(result: Outcome, step: str) -> str:
 
 def main() -> None:
     """Write the table into docs/compatibility.md."""
+    draw(KINDS, HEADER)
+
+
+def draw(kinds: Sequence[Kind], header: str, why: str = "") -> None:
+    """Run these, and put their rows in place of the page's below this header.
+
+    why: the line below which the page says why; every reason of a refusal by its title.
+    """
     rows: list[str] = []
-    for kind, result in runs(KINDS, outcome):
+    reasons: list[str] = []
+    for kind, result in runs(kinds, outcome):
         rows.append(row(kind, result))
         print(rows[-1], *(f"  {step}: {reason}" for step, reason in result.refused.items()), sep="\n", flush=True)
-    if len(rows) == len(KINDS):
-        write(rows)
+        reasons += [f"- {kind.title}: {reason}" for reason in dict.fromkeys(result.refused.values())]
+    if len(rows) == len(kinds):
+        write(rows, header)
+        if why:
+            write(reasons, why)
 
 
 HEADER = """\
@@ -282,14 +333,12 @@ HEADER = """\
 """
 
 
-def write(rows: list[str], file: Path = Path("docs/compatibility.md")) -> None:
-    """Put these rows in place of the page's."""
-    before, header, after = file.read_text(encoding="utf-8").partition(HEADER)
-    assert header, f"{file} has lost the table's header"
-    rest = after.splitlines()
-    while rest and rest[0].startswith("|"):
-        rest.pop(0)
-    file.write_text(before + header + "\n".join([*rows, *rest]) + "\n", encoding="utf-8")
+def write(rows: list[str], header: str, file: Path = Path("docs/compatibility.md")) -> None:
+    """Put these lines, up to the next empty one, in place of the page's below this header."""
+    before, found, after = file.read_text(encoding="utf-8").partition(header)
+    assert found, f"{file} has lost the table's header"
+    rest = after.partition("\n\n")[2]
+    file.write_text(before + header + "\n".join(rows) + "\n\n" + rest, encoding="utf-8")
 
 
 if __name__ == "__main__":
