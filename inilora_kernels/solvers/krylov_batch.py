@@ -192,7 +192,10 @@ def _converged(batch: GramBatch, searched: Sequence[_Searched], vectors: int) ->
         def look(index: int, T: Tensor = T, coupling: Tensor = coupling) -> bool:
             return searched[index].judge(ritz_pairs(T[index], coupling[index]))
 
-        for index, done in zip(due, side_by_side(look, due, torch.get_num_threads()), strict=True):
+        # On one thread each, however many look at once: MKL's bits change with the number.
+        with one_torch_thread() as threads:
+            verdicts = list(side_by_side(look, due, threads))
+        for index, done in zip(due, verdicts, strict=True):
             looks[index] += _LOOK_EVERY
             if done:
                 searched[index].vectors = spaces.size
@@ -225,7 +228,9 @@ def _look_outside(batch: GramBatch, searched: Sequence[_Searched], digests: Sequ
             continue
         T, _ = others.here()
         for index in sorted(going):
-            if searched[index].judge_outside(float(torch.linalg.eigvalsh(T[index])[-1]), others.passes):
+            with one_torch_thread():
+                largest = float(torch.linalg.eigvalsh(T[index])[-1])
+            if searched[index].judge_outside(largest, others.passes):
                 going.discard(index)
         batch.keep(going)
     for index in going:

@@ -70,12 +70,18 @@ def test_the_certificate_holds_or_the_matrix_is_left(names: list[str]) -> None:
 
 
 def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours() -> None:
+    """With two threads, too: a matrix alone has both to itself where several have one each."""
     W = SPECTRA["decaying, wide"]
-    alone, *_ = principals(TorchBatch([W], count=4, length=576), [[8]], 1e-8, [digest], 256)
     # White noise takes the batch to its end, long after this one has left it.
     weights = [SPECTRA["white noise"], SPECTRA["decaying fast"], W]
     batch = TorchBatch(weights, count=4, length=576)
-    *_, among = principals(batch, [[8], [3], [8]], 1e-8, [digest] * 3, 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone, *_ = principals(TorchBatch([W], count=4, length=576), [[8]], 1e-8, [digest], 256)
+        *_, among = principals(batch, [[8], [3], [8]], 1e-8, [digest] * 3, 256)
+    finally:
+        torch.set_num_threads(threads)
     assert alone is not None
     assert among is not None
     for one, other in ((alone.U, among.U), (alone.S, among.S), (alone.V, among.V)):
