@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -74,16 +75,18 @@ def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **o
 
 
 def _save_base(base: Any, *args: Any, **options: Any) -> Any:
-    """The base model's own save_pretrained, while its layers have no adapters, or with a state dict of plain names.
+    """The base model's own save_pretrained, with a warning while its layers have adapters.
 
-    Raises OptionError otherwise: transformers would write `base_layer.weight`, and load random numbers in its place.
+    transformers writes `base_layer.weight` then, and loads random numbers in its place. No error: this comes at the end
+    of a training (Axolotl's DPO saves so, and its trainer the adapter besides).
     """
     state_dict = options.get("state_dict")
     wrapped = any(isinstance(module, LoraLayer) for module in base.modules())
     if wrapped and (state_dict is None or any(".base_layer." in key for key in state_dict)):
-        raise OptionError(
-            "save_pretrained of the base model under a PeftModel would name its weights so that no model loads them; "
-            "call the PeftModel's own save_pretrained for the adapter, or save what merge_and_unload() returns"
+        warnings.warn(
+            "save_pretrained of the base model under a PeftModel names its weights so that no model loads them; call "
+            "the PeftModel's own save_pretrained for the adapter, or save what merge_and_unload() returns",
+            stacklevel=2,
         )
     return type(base).save_pretrained(base, *args, **options)
 
