@@ -266,10 +266,12 @@ class _Search:
     def _growing(self) -> bool:
         return self._space.room and self._space.size < self._most
 
+    def _expected_outside(self, pairs: RitzPairs) -> float:
+        return self._goal.expected_outside(pairs, float(_missed_factors(self._size, _NARROW)[_EXPECTED_PASSES - 1]))
+
     def _converge(self) -> RitzPairs | None:
         """Grow the space until it promises enough or is full. None if float32 is too coarse."""
         target = max(self._space.size + 1, _expected_vectors(self._rank, self._size))
-        factor = missed_factor(self._size, _NARROW, _EXPECTED_PASSES)
         last: tuple[int, float] | None = None
         while True:
             self._space.grow(min(target, self._most), passes=self._size)
@@ -278,7 +280,7 @@ class _Search:
                 return None
             missed = self._missed
             if missed == math.inf:
-                missed = self._goal.expected_outside(pairs, factor)
+                missed = self._expected_outside(pairs)
             promised = self._goal.promised(pairs, missed, enough=PROMISED)
             if promised <= PROMISED or not self._growing():
                 return pairs
@@ -298,8 +300,7 @@ class _Search:
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
         rounding = self._goal.rounding(pairs)
         highest = float(pairs.theta[self._rank - 1])
-        expected = self._goal.expected_outside(pairs, missed_factor(self._size, _NARROW, _EXPECTED_PASSES))
-        bounds = [*(c * highest for c in _BOUNDS), expected]
+        bounds = [*(c * highest for c in _BOUNDS), self._expected_outside(pairs)]
         enough = next((bound for bound in bounds if self._goal.settled(pairs, bound)), bounds[-2])
         factors = _missed_factors(self._size, len(start))
         stops = np.column_stack([(enough - rounding) / factors - rounding, np.full(len(factors), MISSED * highest)])

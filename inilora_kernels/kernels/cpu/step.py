@@ -29,15 +29,13 @@ from .simd import (
     SMALL_GROUP,
     VECTORS,
     atomic_add,
-    give_way,
     inner_products,
     outer_products,
-    spin_pause,
 )
+from .team import pause
 
 TILE_PANELS = 8
 A_CHUNK_PANELS = 8
-SPINS_BEFORE_YIELD = 4000
 Array = NDArray[np.float32]
 
 
@@ -100,9 +98,7 @@ def _barrier(barrier: Any, team: int) -> None:
     spins = 0
     while atomic_add(barrier, 16, 0) == turn:
         spins += 1
-        spin_pause()
-        if spins > SPINS_BEFORE_YIELD:
-            give_way()
+        pause(spins)
 
 
 @njit(cache=True, nogil=True)

@@ -26,6 +26,14 @@ def job() -> NDArray[np.int64]:
     return np.zeros(_LENGTH, np.int64)
 
 
+@njit(cache=True, nogil=True, inline="always")
+def pause(spins: int) -> None:
+    """Wait a moment, `spins` of them in a row: busily at first, then letting other threads run."""
+    spin_pause()
+    if spins > _SPINS_BEFORE_YIELD:
+        give_way()
+
+
 @njit(cache=True, nogil=True)
 def open_round(job: Any, parts: int) -> None:
     """Open a round of this many parts."""
@@ -64,7 +72,7 @@ def wait_for_part(job: Any) -> Any:
         if part >= 0 or atomic_add(job, _OPENED, 0) < 0:
             return part
         spins += 1
-        _pause(spins)
+        pause(spins)
 
 
 @njit(cache=True, nogil=True)
@@ -73,11 +81,4 @@ def wait_until_done(job: Any) -> None:
     spins = 0
     while atomic_add(job, _DONE, 0) < atomic_add(job, _TAKEN, 0):
         spins += 1
-        _pause(spins)
-
-
-@njit(cache=True, nogil=True)
-def _pause(spins: int) -> None:
-    spin_pause()
-    if spins > _SPINS_BEFORE_YIELD:
-        give_way()
+        pause(spins)
