@@ -4,6 +4,8 @@ Each message says what was wrong, where (file, module, tensor) and what to do ab
 message alone and exits with status 2.
 """
 
+import errno
+
 
 class InitializationError(Exception):
     """Any failure that this library foresees; the parent of all the others.
@@ -59,3 +61,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     (True, False)
     """
     return isinstance(error, MemoryError) or any(one in str(error) for one in ("allocate memory", "out of memory"))
+
+
+def is_out_of_files(error: BaseException) -> bool:
+    """Whether the operating system lets this process, or all of them, open no more files.
+
+    >>> is_out_of_files(OSError(errno.EMFILE, "Too many open files")), is_out_of_files(OSError("no such file"))
+    (True, False)
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors' errors have the system's words alone.
+    return number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error)

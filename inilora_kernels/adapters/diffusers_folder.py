@@ -27,7 +27,7 @@ from ..errors import FactorFileError
 from ..factor_set import FactorSet
 from ..model.checkpoint import Checkpoint
 from ..storage.atomic import save_tensors
-from ..storage.reading import is_there, read_json, require_regular
+from ..storage.reading import is_there, read_json, reporting, require_regular
 from ..suggestions import some
 from .expert_folder import wrapped
 from .folder import Adapter, pattern_value, write_adapter, write_card
@@ -124,10 +124,10 @@ def read_diffusers(folder: Path) -> Adapter | None:
         return None
     require_regular(file, FactorFileError)
     try:
-        with safe_open(file, "pt") as opened:
+        with reporting(file, FactorFileError), safe_open(file, "pt") as opened:
             tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             described = json.loads((opened.metadata() or {}).get(_METADATA, "null"))
-    except (OSError, SafetensorError, ValueError, MemoryError, RecursionError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise FactorFileError(f"{file}: damaged adapter ({error}); save it again") from error
     A, B, alphas = (
         {match["module"]: tensors[key] for key in tensors if (match := pattern.fullmatch(key))}

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import FactorFileError
 from ..options import fits
 from ..storage.atomic import save_tensors
-from ..storage.reading import MOST_JSON, absolute, is_there, read_bytes, require_regular
+from ..storage.reading import MOST_JSON, absolute, is_there, read_bytes, reporting, require_regular
 from ..storage.schema import AdapterConfig, parse
 from ..suggestions import near_names
 from .started import STARTS
@@ -84,8 +84,9 @@ def read_adapter(folder: Path) -> Adapter:
                 )
         text = read_bytes(folder / CONFIG, FactorFileError, MOST_JSON)
         require_regular(folder / WEIGHTS, FactorFileError)
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError, MemoryError) as error:
+        with reporting(folder / WEIGHTS, FactorFileError):
+            tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
         raise FactorFileError(f"{folder}: damaged adapter ({error}); save it again") from error
     config = parse(AdapterConfig, text, str(folder / CONFIG))
     if config.peft_type != "LORA" or config.use_dora or config.bias not in (None, "none"):

@@ -20,7 +20,7 @@ from ..model.files.tensor import StoredTensor, tensor_bytes
 from ..model.layout import read_weight_map
 from ..model.location import TORCH_SUFFIXES
 from ..storage.atomic import save_tensors
-from ..storage.reading import MOST_JSON, is_there, read_bytes, read_json, reporting
+from ..storage.reading import MOST_JSON, is_there, opened, read_bytes, read_json, reporting
 
 RESIDUAL_RECORD = "inilora_residual.json"
 
@@ -57,12 +57,11 @@ def copy_model(
     source = checkpoint.path
     size_of_copy(checkpoint)
     shards, in_place = _shards(checkpoint)
-
-    def left_behind(where: str, names: list[str]) -> list[str]:
-        return [name for name in names if _is_left_behind(source, parts, Path(where), name)]
-
-    parts = _parts_of_sentence_transformers(source)
-    shutil.copytree(source, folder, ignore=left_behind, dirs_exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    for path in _copied(source):
+        # Not the modes: a read-only model's copy is written to. They follow the umask.
+        target = folder / path.relative_to(source)
+        target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
     write = _overwrite if in_place else _rewrite
     files = write(checkpoint, shards, folder, changes)
     if untied:
@@ -73,15 +72,17 @@ def size_of_copy(checkpoint: Checkpoint) -> int:
     """The bytes that `copy_model` will write, without the untied tensors. Raises CheckpointError where it would."""
     source = checkpoint.path
     _shards(checkpoint)
-    parts = _parts_of_sentence_transformers(source)
-    size = sum(map(_size, checkpoint.tensors.values()))
     with reporting(source):
-        for where, folders, files in os.walk(source, onerror=_raise):
-            kept = [name for name in (*folders, *files) if not _is_left_behind(source, parts, Path(where), name)]
-            for name in kept:
-                size += _size_of_copied(Path(where) / name)
-            folders[:] = [name for name in folders if name in kept]
-    return size
+        return sum(map(_size, checkpoint.tensors.values())) + sum(map(_size_of_copied, _copied(source)))
+
+
+def _copied(source: Path) -> Iterator[Path]:
+    """The files and folders to copy, a folder before what is in it."""
+    parts = _parts_of_sentence_transformers(source)
+    for where, folders, files in os.walk(source, onerror=_raise):
+        kept = [name for name in (*folders, *files) if not _is_left_behind(source, parts, Path(where), name)]
+        yield from (Path(where) / name for name in kept)
+        folders[:] = [name for name in folders if name in kept]
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -111,13 +112,16 @@ def _is_left_behind(source: Path, parts: Collection[str], where: Path, name: str
 
 
 def _size_of_copied(path: Path) -> int:
-    """The size of a file, 0 of a folder. Refuses what a copy would not come back from: a link to a folder may lead into
-    a loop, and a pipe has no end."""
+    """The size of a file, 0 of a folder. Refuses what cannot be read, and what a copy would not come back from: a link
+    to a folder may lead into a loop, and a pipe has no end."""
     if path.is_dir() and path.is_symlink():
         raise CheckpointError(f"{path}: a link to a folder, which is not followed; remove it or put the folder there")
     if not (path.is_dir() or path.is_file()):
         raise CheckpointError(f"{path}: not a regular file, or a link that leads nowhere; remove it from the folder")
-    return 0 if path.is_dir() else path.stat().st_size
+    if path.is_dir():
+        return 0
+    with opened(path) as stream:
+        return os.fstat(stream.fileno()).st_size
 
 
 def _parts_of_sentence_transformers(folder: Path) -> frozenset[str]:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from torch import Tensor
 
-from ..errors import CheckpointError, TargetError
+from ..errors import CheckpointError, TargetError, is_out_of_files, is_out_of_memory
 from ..model.architecture import quiet_transformers
 from ..model.checkpoint import Checkpoint
 from ..model.layout import variant_of
@@ -46,6 +46,7 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
         try:
             loaded = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
         except Exception as error:  # PEFT raises many kinds
+            _require_resources(error, folder)
             raise TargetError(
                 f"{where}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make the factors "
                 f"again without them, or train with `attach`, which needs no PEFT"
@@ -124,9 +125,19 @@ def _load(model_class: Any, checkpoint: Checkpoint, folder: Path | None, config:
             return model_class.from_pretrained(None, config=config, state_dict=tensors).float().eval()
         return model_class.from_pretrained(folder, config=config, variant=variant_of(folder)).float().eval()
     except Exception as error:  # whatever transformers raises on a folder
+        _require_resources(error, folder or checkpoint.path)
         raise CheckpointError(
             f"{folder or checkpoint.path}: transformers does not load it ({' '.join(str(error).split())[:300]}); "
             f"config.json and weights do not belong together"
+        ) from error
+
+
+def _require_resources(error: Exception, what: Path | str) -> None:
+    """Raise CheckpointError for an error that says nothing of the model: there is no memory, or no more open files."""
+    if is_out_of_memory(error) or is_out_of_files(error):
+        raise CheckpointError(
+            f"{what}: cannot be loaded and run as its user will ({' '.join(str(error).split())[:300]}); free some "
+            f"memory, or raise the limits of this process (ulimit)"
         ) from error
 
 
@@ -135,7 +146,8 @@ def _output(model: Any) -> Tensor | None:
     """Its first output on random input, float64; None where it cannot be run on what can be guessed of its inputs."""
     try:
         output = model(**_inputs(model))
-    except Exception:  # whatever a model raises on input that is not meant for it
+    except Exception as error:  # whatever a model raises on input that is not meant for it
+        _require_resources(error, "the model")
         return None
     first = next((value for value in output.values() if isinstance(value, Tensor)), None)
     return None if first is None or not first.is_floating_point() else first.double()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InitializationError, ProcessError, is_out_of_memory
+from ..errors import InitializationError, ProcessError, is_out_of_files, is_out_of_memory
 from ..suggestions import did_you_mean
 from ..version import __version__
 
@@ -127,9 +127,10 @@ def main() -> None:
         raise
     except OSError as error:
         # What is read and written raises errors of ours; this one may be of what is printed, to a full disk, say.
-        if not _cannot_print():
+        reason = f"cannot write to the standard output: {error.strerror}" if _cannot_print() else _foreseen(error)
+        if reason is None:
             raise
-        print(f"inilora: cannot write to the standard output: {error.strerror}", file=sys.stderr)
+        print(f"inilora: {reason}", file=sys.stderr)
         sys.exit(2)
     except ProcessError:
         # The process that failed has said why.
@@ -146,9 +147,11 @@ def main() -> None:
 
 
 def _foreseen(error: Exception) -> str | None:
-    """What to say of an error that is not this library's: no memory, no peft, or a package that does not start."""
+    """What to say of another's error: no memory, no more open files, no peft, or a package that does not start."""
     if is_out_of_memory(error):
         return "out of memory, nothing was written; free some, raise its limit, or lower --concurrency"
+    if is_out_of_files(error):
+        return "too many open files, nothing was written; raise the limit with `ulimit -n`"
     if isinstance(error, ModuleNotFoundError) and error.name == "peft":
         return "this command needs peft: pip install 'inilora-kernels[peft]'"
     # HF_HUB_DOWNLOAD_TIMEOUT=abc, say, is a ValueError of the import.

@@ -56,8 +56,9 @@ def _approximate(
         if picture is not None:
             _require_no_input(picture, [*inputs, path])
         require_plot(picture)
+    first = next(iter(outputs.values()))
     try:
-        results = approximate_each(model, ModelOptions(**options), functools.partial(require_writable, output))
+        results = approximate_each(model, ModelOptions(**options), functools.partial(require_writable, first))
     except KeyboardInterrupt as interrupted:
         print(f"inilora: {str(interrupted) or 'stopped before any matrix was solved'}", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -29,6 +30,8 @@ _LOADED = re.compile(r".*config\.json|.*\.index\.json|(model|pytorch_model|adapt
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another place",
     errno.EDQUOT: "your quota is full; free some space or choose another place",
+    errno.EFBIG: "its file system, or `ulimit -f`, allows no file of that size; choose another place",
+    errno.EMFILE: "raise the limit with `ulimit -n`",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "make its folder first, or choose another place",
     errno.ENOTDIR: "a part of the path is a file; choose another place",
@@ -47,7 +50,7 @@ def require_writable(path: Path, size: int = 0) -> None:
         sweep(path.parent)
         probe = temporary_file(path.parent)
         probe.close()
-        probe.path.unlink()
+        _remove_probe(probe.path, path)
     _require_space(path, size)
 
 
@@ -70,13 +73,11 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
                     os.fsync(stream.fileno())
             os.replace(temporary.path, path)
             if durable:
-                _sync(path.parent)
+                _sync_name(path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.path.unlink()
+            temporary.discard()
             raise
-        finally:
-            temporary.close()
+        temporary.close()
 
 
 def require_new_folder(path: Path, size: int = 0) -> None:
@@ -100,7 +101,7 @@ def require_new_folder(path: Path, size: int = 0) -> None:
         sweep(parent)
         probe = temporary_folder(parent)
         probe.close()
-        probe.path.rmdir()
+        _remove_probe(probe.path, path)
     _require_space(path, size)
 
 
@@ -126,12 +127,10 @@ def whole_folder(path: Path, size: int = 0) -> Iterator[Path]:
                 _sync_all(temporary.path)
                 _take_name(temporary.path, path)
                 finished = True
-                _sync(path.parent)
+                _sync_name(path)
         finally:
             if temporary is not None:
-                if not finished:
-                    shutil.rmtree(temporary.path, ignore_errors=True)
-                temporary.close()
+                temporary.close() if finished else temporary.discard()
             if not finished:
                 for folder in reversed(made):
                     with contextlib.suppress(OSError):
@@ -213,6 +212,16 @@ def _nearest(path: Path) -> Path:
     return parent
 
 
+def _remove_probe(probe: Path, path: Path) -> None:
+    try:
+        probe.rmdir() if probe.is_dir() else probe.unlink()
+    except OSError as error:  # a folder to which things can only be added
+        raise OutputError(
+            f"cannot write {path}: {probe}, which was made to try it, cannot be removed ({error.strerror or error}); "
+            f"choose another place"
+        ) from error
+
+
 def _take_name(temporary: Path, path: Path) -> None:
     try:
         temporary.rename(path)
@@ -250,6 +259,18 @@ def _sync_all(folder: Path) -> None:
         for file in files:
             _sync(Path(parent) / file)
         _sync(Path(parent))
+
+
+def _sync_name(path: Path) -> None:
+    """Sync the folder that holds the name; the output is complete by now, so that a failure is only told."""
+    try:
+        _sync(path.parent)
+    except OSError as error:  # a folder that may not be listed, or a file system that cannot sync one
+        warnings.warn(
+            f"{path} is complete, but a power cut within seconds might undo it: its folder cannot be synced "
+            f"({error.strerror or error})",
+            stacklevel=4,
+        )
 
 
 def _sync(path: Path) -> None:

@@ -6,7 +6,9 @@ Only files with an entry's name, and what killed runs left, are ever removed: th
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from ..places import cache_folder
 from .cache import read_entry
 from .temporary import sweep
 
-_NAME = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,20 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All entries, least recently used first; none if there is no cache."""
+    """All entries, least recently used first; none if there is no cache. Raises OutputError if it cannot be listed."""
     found = []
     for part in _parts():
-        for path in part.glob("*.safetensors"):
+        try:
+            names = os.listdir(part)
+        except (FileNotFoundError, PermissionError):  # removed meanwhile, or another user's
+            continue
+        except OSError as error:
+            raise OutputError(f"{part}: cannot be listed: {error.strerror or error}; check the disk") from error
+        for path in (part / name for name in names if _NAME.fullmatch(name)):
             # An entry may vanish while another process clears the cache.
             with contextlib.suppress(OSError):
-                if _NAME.fullmatch(path.stem) and not path.is_symlink():
-                    state = path.stat()
+                state = path.lstat()
+                if not stat.S_ISLNK(state.st_mode):
                     found.append(Entry(path, state.st_size, state.st_mtime))
     return sorted(found, key=lambda entry: (entry.last_used, entry.path))
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, InitializationError, is_out_of_memory
+from ..errors import CheckpointError, InitializationError, is_out_of_files, is_out_of_memory
 
 # The index of the largest models takes 15 MB.
 MOST_JSON = 1 << 28
@@ -66,8 +66,11 @@ def reporting(path: Path, refusal: Refusal = CheckpointError, part: str = "") ->
         ) from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise refusal(f"{error.filename or path}: {cannot}: {reason}; check the path and its rights") from error
+        advice = "raise the limit with `ulimit -n`" if is_out_of_files(error) else "check the path and its rights"
+        raise refusal(f"{error.filename or path}: {cannot}: {reason}; {advice}") from error
     except (MemoryError, RuntimeError) as error:
+        if "unable to open file" in str(error):  # torch's words, of a file that is mapped
+            raise refusal(f"{path}: {cannot}: {error}; check its rights, and the limits of this process") from error
         if not is_out_of_memory(error):
             raise
         raise refusal(f"{path}: {cannot}: not enough memory; free some, or raise its limit") from error

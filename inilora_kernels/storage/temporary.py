@@ -40,6 +40,17 @@ class Temporary:
         if self.descriptor >= 0:
             os.close(self.descriptor)
 
+    def discard(self) -> None:
+        """Release the lock and remove the file or folder; warn of what cannot be removed."""
+        self.close()  # first, for a process that has no more files to open
+        try:
+            shutil.rmtree(self.path) if self.path.is_dir() else self.path.unlink()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            reason = error.strerror or error
+            warnings.warn(f"an unfinished output is left, {self.path} ({reason}); remove it", stacklevel=4)
+
 
 def temporary_file(folder: Path) -> Temporary:
     """A new empty file in `folder`, open for writing; its mode follows the umask. Raises OSError."""
@@ -61,6 +72,9 @@ def temporary_folder(folder: Path) -> Temporary:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except FileNotFoundError:
             continue
+        except OSError:  # too many open files, say
+            path.rmdir()
+            raise
         if _hold(path, descriptor):
             return Temporary(path, descriptor)
 

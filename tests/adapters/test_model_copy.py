@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,23 @@ def test_a_copy_that_would_not_end_is_refused(
     with pytest.raises(CheckpointError, match=r"notes: .*remove it"):
         export_residual(model, minilm_factors, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_read_only_model_is_copied_and_changed(llama: Path, tmp_path: Path) -> None:
+    """Models are often installed read-only, for all users; the copy's modes follow the umask."""
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling/config.json").write_text("{}")
+    for path in (*base.rglob("*"), base):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = os.umask(0o022)
+    try:
+        export_residual(base, factorize(base, ("q_proj",)), tmp_path / "out")
+    finally:
+        os.umask(before)
+        for path in (base, base / "1_Pooling"):
+            path.chmod(0o755)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")}
+    assert modes == {0o755, 0o644}
+    assert (tmp_path / "out/base/1_Pooling/config.json").is_file()

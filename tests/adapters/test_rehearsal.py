@@ -15,7 +15,7 @@ from inilora_kernels import initialize_peft, lora_model
 from inilora_kernels.adapters import rehearsal
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.plan import _all_but
-from inilora_kernels.errors import TargetError
+from inilora_kernels.errors import CheckpointError, TargetError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets
 
@@ -95,3 +95,17 @@ def test_weights_that_transformers_loads_by_their_variant_or_by_an_index_alone(
     residual = AutoModelForCausalLM.from_pretrained(tmp_path / "residual/base", **options)
     started = PeftModel.from_pretrained(residual, tmp_path / "residual/adapter")
     torch.testing.assert_close(logits(started), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("unable to open file: Too many open files (24)")])
+@pytest.mark.parametrize("place", [(PeftModel, "from_pretrained"), (transformers.LlamaForCausalLM, "forward")])
+def test_a_lack_of_memory_or_files_is_not_blamed_on_the_model(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[type, str], error: Exception
+) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise error
+
+    factors = factorize(llama, ("q_proj",))
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(CheckpointError, match="ulimit"):
+        export_delta(llama, factors, tmp_path / "out")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -102,3 +104,19 @@ def test_messages_that_nobody_takes_do_not_cost_the_result(model: Path, tmp_path
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, check=False)
     assert result.returncode == 0
     assert (tmp_path / "out").exists()
+
+
+def test_no_more_files_to_open_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In another package too: matplotlib opens its fonts when it draws."""
+
+    def draw() -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "DejaVuSans.ttf")
+
+    main = import_module("inilora_kernels.cli.main")
+    monkeypatch.setattr(main, "application", draw)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert "inilora: too many open files, nothing was written; raise the limit" in capsys.readouterr().err

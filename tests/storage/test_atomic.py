@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -111,3 +112,47 @@ def test_the_loser_of_a_race_is_told_so(tmp_path: Path) -> None:
 def test_an_error_from_elsewhere_is_not_called_a_race(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="File exists"), whole_folder(tmp_path / "new") as folder:
         folder.mkdir()
+
+
+def test_a_folder_that_cannot_be_synced_costs_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems refuse to sync folders, and one may be writable without being readable."""
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.warns(UserWarning, match="is complete, but a power cut"):
+        write_whole(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_was_made_to_try_a_place_is_named_if_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder to which things can only be added, `chattr +a`."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "rmdir", refuse)
+    with pytest.raises(OutputError, match=r"\.inilora-.* cannot be removed"):
+        require_writable(tmp_path / "file")
+    with pytest.raises(OutputError, match=r"\.inilora-.* cannot be removed"):
+        require_new_folder(tmp_path / "folder")
+
+
+def test_without_more_files_to_open_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opens = os.open
+
+    def open_files(path: Path, *arguments: object, **more: object) -> int:
+        if Path(path).is_dir():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opens(path, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", open_files)
+    with pytest.raises(OutputError, match="ulimit -n"):
+        require_new_folder(tmp_path / "folder")
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())

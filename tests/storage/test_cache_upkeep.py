@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from typing import Any, NoReturn
 
+import pytest
+
+from inilora_kernels.errors import OutputError
 from inilora_kernels.places import cache_folder
 from inilora_kernels.storage import cache, cache_upkeep
 
@@ -34,3 +39,14 @@ def test_clearing_removes_entries_and_nothing_else() -> None:
     (folder / FIRST[:2] / "model.safetensors").write_text("mine")
     cache_upkeep.remove(cache_upkeep.entries())
     assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["model.safetensors", "notes.txt"]
+
+
+def test_a_broken_disk_is_no_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.keep(FIRST, example())
+
+    def broken(path: Any) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "listdir", broken)
+    with pytest.raises(OutputError, match=r"cannot be listed: Input/output error"):
+        cache_upkeep.entries()

@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from inilora_kernels import FactorSet
+from inilora_kernels.adapters.diffusers_folder import read_diffusers
 from inilora_kernels.adapters.folder import read_adapter
 from inilora_kernels.adapters.model_copy import size_of_copy
 from inilora_kernels.errors import CheckpointError, FactorFileError, InitializationError
@@ -228,3 +231,32 @@ def test_a_quantizers_description_that_is_nonsense(tmp_path: Path, state: bytes)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InitializationError, match="query"):
         find_targets(open_checkpoint(tmp_path), ["query"])[0].read()
+
+
+def test_without_more_files_to_open_readers_raise_errors_of_ours(llama: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    FactorSet({"q": example()}, {}).save(tmp_path / "factors.safetensors")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig()).save_pretrained(tmp_path / "adapter")
+    readers: list[Callable[[], object]] = [
+        lambda: [target.read() for target in find_targets(open_checkpoint(llama), ["q_proj"])],
+        lambda: FactorSet.load(tmp_path / "factors.safetensors"),
+        lambda: read_adapter(tmp_path / "adapter"),
+        lambda: read_diffusers(tmp_path / "adapter/adapter_model.safetensors"),
+    ]
+    for read in readers:
+        read()
+        process = os.fork()
+        if not process:
+            free = os.open(os.devnull, os.O_RDONLY)
+            os.close(free)
+            refused = []
+            for limit in range(free, free + 3):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+                try:
+                    read()
+                except InitializationError:
+                    refused.append(limit)
+                except BaseException:
+                    os._exit(1)
+            os._exit(not refused)
+        assert os.waitpid(process, 0)[1] == 0
