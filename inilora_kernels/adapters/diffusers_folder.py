@@ -38,6 +38,8 @@ _METADATA = "lora_adapter_metadata"
 _A = re.compile(r"(?P<module>.+)\.(lora_A|lora\.down|lora_linear_layer\.down)\.weight")
 _B = re.compile(r"(?P<module>.+)\.(lora_B|lora\.up|lora_linear_layer\.up)\.weight")
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+# Wan's second denoiser: `load_lora_weights` passes over it too, unless load_into_transformer_2 says that a file is for it.
+_BY_AN_OPTION = frozenset({"transformer_2"})
 
 
 def is_diffusers(checkpoint: Checkpoint) -> bool:
@@ -65,7 +67,8 @@ def write_for(checkpoint: Checkpoint, folder: Path, adapter: Adapter, about: str
 def loaded_by_pipeline(checkpoint: Checkpoint, factors: FactorSet) -> FactorSet:
     """The factors of those models of a pipeline to which its `load_lora_weights` gives adapters.
 
-    It passes over others without a word: T5 in Flux and Stable Diffusion 3, every text encoder of most video pipelines.
+    It passes over others without a word: T5 in Flux and Stable Diffusion 3, every text encoder of most video pipelines,
+    Wan 2.2's second denoiser.
     Warns of what is left out. Raises TargetError where nothing is left. Without diffusers all are kept.
     """
     index = read_json(checkpoint.path / "model_index.json") if _is_pipeline(checkpoint) else {}
@@ -77,16 +80,17 @@ def loaded_by_pipeline(checkpoint: Checkpoint, factors: FactorSet) -> FactorSet:
     parts = getattr(getattr(diffusers, pipeline, None), "_lora_loadable_modules", None)
     if parts is None:
         return factors
+    parts = [part for part in parts if part not in _BY_AN_OPTION]
     left_out = [name for name in factors if name.partition(".")[0] not in parts]
     if not left_out:
         return factors
     loads = f"{pipeline} loads adapters for {', '.join(parts)} alone"
+    instead = "give that model's own folder as the base"
     return without(
         factors,
         set(left_out),
-        f"{checkpoint.path}: left out {some(left_out, most=1)}: {loads}",
-        f"{checkpoint.path}: {loads}, and the factors are of other models ({left_out[0]}, …); give that model's own "
-        f"folder as the base",
+        f"{checkpoint.path}: left out {some(left_out, most=1)}: {loads}; to train others, {instead}",
+        f"{checkpoint.path}: {loads}, and the factors are of other models ({left_out[0]}, …); {instead}",
     )
 
 

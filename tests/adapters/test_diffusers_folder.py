@@ -116,19 +116,19 @@ def test_a_pipeline_by_its_own_loaders_and_back(
             ["transformer", "text_encoder", "text_encoder_2"],
             "text_encoder_3",
         ),
-        (save_wan, wan_output, ["transformer", "transformer_2"], "text_encoder"),
+        (save_wan, wan_output, ["transformer"], "transformer_2"),
         (save_ltx, ltx_output, ["transformer"], "text_encoder"),
     ],
 )
 def test_pipelines_that_load_no_adapters_for_all_their_models(
     tmp_path: Path, save: Any, compute: Any, models: list[str], left_out: str
 ) -> None:
-    """Their T5 gets no adapters from diffusers' loaders, which pass over its tensors without a word."""
+    """diffusers' loaders pass over the tensors of their T5, and of Wan's second denoiser, without a word."""
     base = save(tmp_path / "base")
     factors = factorized(base)
-    assert {name.partition(".")[0] for name in factors} == {*models, left_out}
+    assert {name.partition(".")[0] for name in factors} >= {*models, left_out}
     assert any("attn.add_q_proj" in name for name in factors) == ("text_encoder" in models)
-    with pytest.warns(UserWarning, match=rf"left out {left_out}.* and 3 more: .*Pipeline loads adapters for"):
+    with pytest.warns(UserWarning, match=rf"left out .* and \d+ more: .*Pipeline loads adapters for {', '.join(models)} alone"):
         export_delta(base, factors, tmp_path / "delta")
     alone = FactorSet({name: part for name, part in factors.items() if name.startswith(left_out)}, factors.options)
     with pytest.raises(TargetError, match="give that model's own folder as the base"):
