@@ -121,6 +121,6 @@ clean:
 triton-versions: .venv/dev
 	for version in 3.5.0 3.6.0; do $(BIN)/pip install --quiet --no-deps --target .triton-versions/$$version triton==$$version; done
 
-# For the slow tests that run trainers with versions of their own; 680 MB.
+# For the slow tests that run trainers with versions of their own, and DeepSpeed; 690 MB.
 trainers: .venv/dev
-	for name in axolotl llama-factory ms-swift; do $(BIN)/pip install --quiet --no-deps --target .trainers/$$name --requirement tests/trainers/versions/$$name.txt; done
+	for name in axolotl deepspeed llama-factory ms-swift; do $(BIN)/pip install --quiet --no-deps --target .trainers/$$name --requirement tests/trainers/versions/$$name.txt; done

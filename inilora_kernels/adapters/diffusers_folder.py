@@ -38,7 +38,7 @@ _METADATA = "lora_adapter_metadata"
 _A = re.compile(r"(?P<module>.+)\.(lora_A|lora\.down|lora_linear_layer\.down)\.weight")
 _B = re.compile(r"(?P<module>.+)\.(lora_B|lora\.up|lora_linear_layer\.up)\.weight")
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
-# Wan's second denoiser: `load_lora_weights` passes over it too, unless load_into_transformer_2 says that a file is for it.
+# Wan's second denoiser: `load_lora_weights` passes over it too, unless load_into_transformer_2 says a file is for it.
 _BY_AN_OPTION = frozenset({"transformer_2"})
 
 

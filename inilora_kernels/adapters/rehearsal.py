@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, is_out_of_files, is_out_of_memory
-from ..model.architecture import quiet_transformers
+from ..model.aside import aside
 from ..model.checkpoint import Checkpoint
 from ..model.layout import variant_of
 from .experts import name_of
@@ -41,7 +41,7 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
     experts = {name for name, (A, _) in plan.adapter.factors.items() if A.dim() == 3}
     model = copy.deepcopy(plan.architecture.model)
     where = f"{plan.checkpoint.path}: {type(model).__name__}"
-    with warnings.catch_warnings(record=True) as caught, quiet_transformers():
+    with warnings.catch_warnings(record=True) as caught, aside():
         warnings.simplefilter("always")
         try:
             loaded = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
@@ -90,7 +90,7 @@ def require_same_start(plan: Plan, base: Path | None, adapter: Path) -> None:
         return
     model_class = type(plan.architecture.model)
     config = plan.architecture.config
-    with warnings.catch_warnings(), quiet_transformers():
+    with warnings.catch_warnings(), aside():
         warnings.simplefilter("ignore")
         original = _load(model_class, plan.checkpoint, None, config)
         expected = _output(original)

@@ -79,6 +79,8 @@ def has_weight_of(model: nn.Module, factors: FactorSet, name: str, start: Start)
     weight = getattr(base_layer, "weight", None)
     if start.A.dim() == 3 or not isinstance(weight, Tensor) or not is_plain(weight.data) or weight.is_meta:
         return True
+    if not weight.numel():  # sharded by ZeRO-3
+        return True
     W = oriented(base_layer, weight.detach())  # its own inverse
     for part in map(factors.__getitem__, start.names):
         rows = W[row_index(part.rows, len(W))]

@@ -10,7 +10,6 @@ at all (the layers for multi-token prediction).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import warnings
@@ -22,15 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..choices import TaskType
+from .aside import aside, modules_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Heads on top of the body, for classes without `get_output_embeddings`. PEFT trains them whole.
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
-
-# Of a model, besides twenty for each weight in its checkpoint.
-_MOST_MODULES = 20_000
 
 # The class that loads models for each of PEFT's task_types.
 AUTO_CLASSES: Mapping[TaskType, str] = {
@@ -191,23 +188,6 @@ def loaded_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, st
     return names
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from long reports about models that the user did not ask for."""
-    import transformers
-
-    before = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        if bars:
-            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
     every = _layers(model)
     loads_into = _loader(model)
@@ -323,24 +303,6 @@ def _is_linear(module: torch.nn.Module) -> bool:
         return True
 
 
-@contextlib.contextmanager
-def modules_for(weights: int) -> Iterator[None]:
-    """End the building of a model by an error once it has far more modules than weights: a config may ask for any."""
-    count, most = 0, _MOST_MODULES + 20 * weights
-
-    def counted(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > most:
-            raise ValueError(f"config.json describes more than {most:,} modules, and there are {weights:,} weights")
-
-    handle = torch.nn.modules.module.register_module_module_registration_hook(counted)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _build(config: Mapping[str, Any], kind: str, weights: int) -> PreTrainedModel | None:
     """The model for a config.json, on the meta device. kind: its class, an auto class or one of transformers' own."""
     import transformers
@@ -370,7 +332,7 @@ def _build(config: Mapping[str, Any], kind: str, weights: int) -> PreTrainedMode
             if type(settings) is not model_class.config_class and model_class.config_class in _sub_configs(settings):
                 settings = settings.get_text_config()
             build = model_class
-        with torch.device("meta"), quiet_transformers(), modules_for(weights):
+        with torch.device("meta"), aside(), modules_for(weights):
             model: PreTrainedModel = build(settings)
         model.get_output_embeddings()  # type: ignore[no-untyped-call]
         model.eval()  # type: ignore[no-untyped-call]

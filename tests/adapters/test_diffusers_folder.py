@@ -128,7 +128,9 @@ def test_pipelines_that_load_no_adapters_for_all_their_models(
     factors = factorized(base)
     assert {name.partition(".")[0] for name in factors} >= {*models, left_out}
     assert any("attn.add_q_proj" in name for name in factors) == ("text_encoder" in models)
-    with pytest.warns(UserWarning, match=rf"left out .* and \d+ more: .*Pipeline loads adapters for {', '.join(models)} alone"):
+    with pytest.warns(
+        UserWarning, match=rf"left out .* and \d+ more: .*Pipeline loads adapters for {', '.join(models)} alone"
+    ):
         export_delta(base, factors, tmp_path / "delta")
     alone = FactorSet({name: part for name, part in factors.items() if name.startswith(left_out)}, factors.options)
     with pytest.raises(TargetError, match="give that model's own folder as the base"):

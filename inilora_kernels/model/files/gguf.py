@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
-from ..architecture import modules_for
+from ..aside import aside, modules_for
 from ..config import require_counts
 from .gguf_header import read_header
 from .tensor import ContiguousTensor
@@ -97,7 +97,7 @@ def _as_file(content: bytes) -> Iterator[str]:
 def _model(config: dict[str, Any], weights: int) -> Any:
     transformers = importlib.import_module("transformers")
     settings = transformers.AutoConfig.for_model(**config)
-    with torch.device("meta"), modules_for(weights):
+    with torch.device("meta"), aside(), modules_for(weights):
         return transformers.AutoModelForCausalLM.from_config(settings)
 
 
