@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, WeightError
 from ..model.checkpoint import Checkpoint
+from ..model.files.distributed import DistributedTensor
 from ..model.files.safetensors import open_safetensors, write_empty_safetensors
 from ..model.files.tensor import StoredTensor, tensor_bytes
 from ..model.layout import read_weight_map
@@ -30,8 +31,8 @@ Change = Callable[[int, Tensor], Tensor]
 # Other copies of a model's weights, other programs' files, and our own record of another folder: a changed model must
 # not carry them along.
 _LEFT_BEHIND = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index(\.[\w-]+)?\.json)?|\..*"
-    rf"|{re.escape(RESIDUAL_RECORD)}"
+    r".*\.(safetensors|bin|pt|pth|ckpt|distcp|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index(\.[\w-]+)?\.json)?|\..*"
+    rf"|optimizer_\d+|{re.escape(RESIDUAL_RECORD)}"
 )
 _STRIP_BYTES = 1 << 20
 
@@ -49,7 +50,8 @@ def copy_model(
         them so far. config.json then says that nothing is shared.
 
     A safetensors shard is copied as a file and then overwritten in the places of the changed tensors, so everything
-    else stays the same to the byte. A torch file becomes safetensors. Memory holds a strip of one tensor.
+    else stays the same to the byte. A torch file becomes safetensors, as does a distributed checkpoint. Memory holds a
+    strip of one tensor; of a distributed checkpoint one tensor.
 
     Raises CheckpointError for a single file, weights in another folder than the config, other kinds of file, and a
     folder that holds links to folders, pipes or devices.
@@ -58,7 +60,7 @@ def copy_model(
     size_of_copy(checkpoint)
     shards, in_place = _shards(checkpoint)
     folder.mkdir(exist_ok=True)
-    for path in _copied(source):
+    for path in _copied(source, shards):
         # Not the modes: a read-only model's copy is written to. They follow the umask.
         target = folder / path.relative_to(source)
         target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
@@ -71,16 +73,20 @@ def copy_model(
 def size_of_copy(checkpoint: Checkpoint) -> int:
     """The bytes that `copy_model` will write, without the untied tensors. Raises CheckpointError where it would."""
     source = checkpoint.path
-    _shards(checkpoint)
+    shards, _ = _shards(checkpoint)
     with reporting(source):
-        return sum(map(_size, checkpoint.tensors.values())) + sum(map(_size_of_copied, _copied(source)))
+        return sum(map(_size, checkpoint.tensors.values())) + sum(map(_size_of_copied, _copied(source, shards)))
 
 
-def _copied(source: Path) -> Iterator[Path]:
-    """The files and folders to copy, a folder before what is in it."""
+def _copied(source: Path, shards: Collection[Path]) -> Iterator[Path]:
+    """The files and folders to copy beside the weights, a folder before what is in it."""
     parts = _parts_of_sentence_transformers(source)
     for where, folders, files in os.walk(source, onerror=_raise):
-        kept = [name for name in (*folders, *files) if not _is_left_behind(source, parts, Path(where), name)]
+        kept = [
+            name
+            for name in (*folders, *files)
+            if Path(where, name) not in shards and not _is_left_behind(source, parts, Path(where), name)
+        ]
         yield from (Path(where) / name for name in kept)
         folders[:] = [name for name in folders if name in kept]
 
@@ -95,11 +101,12 @@ def _shards(checkpoint: Checkpoint) -> tuple[list[Path], bool]:
     if not source.is_dir():
         raise CheckpointError(f"{source}: a single file; give the model's folder, with its config and tokenizer")
     shards = sorted({entry.file for entry in checkpoint.tensors.values()})
-    elsewhere = next((shard.parent for shard in shards if shard.parent != source), None)
+    # A distributed checkpoint is a folder itself: the model's own, or one in it.
+    elsewhere = next((shard.parent for shard in shards if source not in (shard, shard.parent)), None)
     if elsewhere is not None:
         raise CheckpointError(f"{source}: its weights are in {elsewhere}; give that folder as the base")
     in_place = all(shard.suffix == ".safetensors" for shard in shards)
-    if not in_place and not all(shard.suffix in TORCH_SUFFIXES for shard in shards):
+    if not in_place and not all(shard.suffix in TORCH_SUFFIXES or shard.is_dir() for shard in shards):
         raise CheckpointError(
             f"{shards[0]}: neither safetensors nor a torch file; save the model with save_pretrained first"
         )
@@ -159,7 +166,7 @@ def _overwrite(
 
 
 def _rewrite(checkpoint: Checkpoint, shards: list[Path], folder: Path, changes: Mapping[str, Change]) -> dict[str, str]:
-    """Write the contents of torch files as safetensors. Returns the file of each tensor."""
+    """Write the contents of torch's files and folders as safetensors. Returns the file of each tensor."""
     files: dict[str, str] = {}
     for place, shard in enumerate(shards, 1):
         part = "" if len(shards) == 1 else f"-{place:05}-of-{len(shards):05}"
@@ -221,9 +228,13 @@ def _strips(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
     if not shape:
         yield 0, checkpoint.tensors[name].read()
         return
-    step = max(1, _STRIP_BYTES * shape[0] // max(1, _size(checkpoint.tensors[name])))
+    tensor = checkpoint.tensors[name]
+    if isinstance(tensor, DistributedTensor):  # which would be read whole for each strip
+        yield 0, tensor.read()
+        return
+    step = max(1, _STRIP_BYTES * shape[0] // max(1, _size(tensor)))
     for start in range(0, shape[0], step):
-        yield start, checkpoint.tensors[name].read(slice(start, start + step))
+        yield start, tensor.read(slice(start, start + step))
 
 
 def _checked(change: Change, name: str, start: int, rows: Tensor) -> Tensor:

@@ -209,11 +209,14 @@ def _only_file(names: Iterable[str], where: object) -> WeightFiles | None:
 
 
 def _distributed(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:
-    """A folder of torch.distributed.checkpoint, or the one that FSDP trainers put next to the config."""
-    for name in ("", *names):
-        if is_there(folder / name / METADATA) and any((folder / name).glob("*.distcp")):
-            return Component("", folder, (folder / name,), config)
-    return None
+    """A folder of torch.distributed.checkpoint, or the model's among those that FSDP trainers put into one."""
+    found = [
+        name for name in ("", *names) if is_there(folder / name / METADATA) and any((folder / name).glob("*.distcp"))
+    ]
+    found = [name for name in found if not name.startswith("optimizer")] or found
+    if len(found) > 1:
+        raise CheckpointError(f"{folder}: several distributed checkpoints ({some(found, 6)}); give the model's")
+    return Component("", folder, (folder / found[0],), config) if found else None
 
 
 def trained_components(model_index: Path) -> list[str]:

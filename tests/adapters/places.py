@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..mixtures import mixture
 from .quantized_checkpoints import gguf_file, llama
 from .stored_kinds import Kind, draw
 from .test_shared_weights import ZAMBA
@@ -29,6 +30,7 @@ from .vision_towers import IMAGES, load_open_clip, load_timm, save_open_clip, sa
 _F32 = torch.finfo(torch.float32).eps
 _EVERY = frozenset({"read"})
 _EXPORTS = frozenset({"residual", "delta"})  # what comes after is not tried
+_LIVE = frozenset({"start live", "residual live"})
 _FILES = frozenset({"residual", "merge"})  # which copy the model's folder
 _COMMIT = "1" * 40
 
@@ -229,6 +231,11 @@ def _zamba(folder: Path) -> None:
     transformers.ZambaForCausalLM(transformers.ZambaConfig(**ZAMBA)).save_pretrained(folder)
 
 
+def _mixtral(folder: Path) -> None:
+    """On disk each expert's matrices are by themselves, in the model in one parameter."""
+    mixture("mixtral").save_pretrained(folder)
+
+
 # What is answered with what to give
 
 
@@ -282,7 +289,7 @@ PLACES = [
     _place("a state dict", _sharded, given=_state_dict, refused=_EXPORTS),
     _place("a file of DistributedDataParallel, `module.`", partial(_wrapped, prefix="module."), refused=_EXPORTS),
     _place("a file of torch.compile, `_orig_mod.`", partial(_wrapped, prefix="_orig_mod."), refused=_EXPORTS),
-    _place("torch's distributed checkpoint", _distributed, refused=_FILES),
+    _place("torch's distributed checkpoint", _distributed),
     _place("Lightning's `.ckpt`", _lightning, _load_lightning),
     _place("sentence-transformers", partial(_sentence_transformer, inner=""), _load_bert),
     _place(
@@ -295,6 +302,14 @@ PLACES = [
     _place("one `consolidated.00.pth`", partial(_consolidated, file="consolidated.00.pth"), _load_own_names),
     _place("timm", save_timm, load_timm, **_TORCHS),
     _place("open_clip, its MLPs", save_open_clip, load_open_clip, options={"target_modules": ["c_fc"]}, **_TORCHS),
+    _place("open_clip, its attention", save_open_clip, load_open_clip, refused=_EXPORTS | _LIVE, **_TORCHS),
+    _place(
+        "experts by themselves (Mixtral)",
+        _mixtral,
+        partial(_loaded, experts_implementation="eager"),  # torch groups no matrices of float64
+        refused=frozenset({"residual", "residual live"}),
+        options={"target_parameters": ["experts.down_proj"]},
+    ),
     _place("linear layers that share one weight (Zamba)", _zamba, refused=_FILES | {"residual live"}),
     _place("LLaMA's own weights in several parts", _in_parts, refused=_EVERY),
     _place("a folder of DeepSpeed", _deepspeed, refused=_EVERY),

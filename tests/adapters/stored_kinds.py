@@ -36,6 +36,7 @@ from inilora_kernels.lora_start import lora_model
 from inilora_kernels.model.checkpoint import Checkpoint
 from inilora_kernels.model.live import open_model
 from inilora_kernels.model.names import endings
+from inilora_kernels.model.targets import find_targets
 
 from .drawing import runs
 from .models import IDS, logits, train
@@ -207,9 +208,9 @@ def _outcome(kind: Kind, folder: Path) -> Outcome:
         result.refused["read"] = str(error)
         return result
     expected = run(load())
-    if "residual live" not in kind.refused:
+    if not {"residual live", "merge"} <= kind.refused:
         result.noise = _difference(expected, logits(load().double(), _double(kind.inputs)))
-    result.try_("read", lambda: _read(base, load(), factors, kind.inputs))
+    result.try_("read", lambda: _read(base, load(), factors, kind))
     result.try_("start live", lambda: _difference(run(lora_model(load(), factors)), expected))
     result.try_("residual live", lambda: _difference(run(lora_model(load(), factors, "residual")), expected))
 
@@ -256,16 +257,20 @@ def _double(inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _read(base: Any, model: Any, factors: FactorSet, inputs: Tensor) -> float:
+def _read(base: Any, model: Any, factors: FactorSet, kind: Kind) -> float:
     """What the checkpoint's W is, and what the live layer computes: its outputs for the columns of the identity."""
     checkpoint, largest = open_model(base, None, None, None), 0.0
-    model.train()(inputs)  # unpacks what compressed-tensors holds; in evaluation bitsandbytes would pack anew
+    model.train()(kind.inputs)  # unpacks what compressed-tensors holds; in evaluation bitsandbytes would pack anew
     live = {name.removesuffix(".weight"): module for name, module in _layers(model, checkpoint)}
+    parameters = kind.options.get("target_parameters")
+    experts = {one.module: one for one in find_targets(checkpoint, None, None, parameters)} if parameters else {}
     for name in factors:
         parameter, _, part = name.partition(":")
         if part.isdecimal():
-            W = checkpoint.weights[parameter].read()[int(part)].T
-            found = model.get_parameter(parameter)[int(part)]
+            W, found = experts[name].read(), model.get_parameter(parameter)[int(part)]
+            found = found if found.shape == W.shape else found.T
+        elif parameter not in live:  # in_proj_weight of torch's MultiheadAttention
+            W, found = checkpoint.read(f"{parameter}.weight"), model.get_parameter(f"{parameter}_weight")
         else:
             W = checkpoint.read(f"{parameter}.weight")
             layer = live[parameter]

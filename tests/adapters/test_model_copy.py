@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -67,6 +68,26 @@ def test_a_torch_bin_becomes_safetensors(minilm: Path, minilm_factors: FactorSet
     base = AutoModel.from_pretrained(tmp_path / "out/base")
     model = PeftModel.from_pretrained(base, tmp_path / "out/adapter")
     assert (output(model) - output(AutoModel.from_pretrained(minilm))).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("inner", ["", "pytorch_model_fsdp_0"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_distributed_checkpoint_becomes_safetensors(
+    minilm: Path, minilm_factors: FactorSet, tmp_path: Path, inner: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_bytes((minilm / "config.json").read_bytes())
+    model = load_file(minilm / "model.safetensors")
+    dcp.save({"model": model}, checkpoint_id=source / inner, no_dist=True)
+    if inner:
+        dcp.save({"step": torch.ones(1)}, checkpoint_id=source / "optimizer_0", no_dist=True)
+    export_residual(source, minilm_factors, tmp_path / "out")
+    assert sorted(files(tmp_path / "out/base")) == ["config.json", "inilora_residual.json", "model.safetensors"]
+    assert not (tmp_path / "out/base/optimizer_0").exists()
+    written = load_file(tmp_path / "out/base/model.safetensors")
+    changed = {name for name in model if not torch.equal(written[name], model[name])}
+    assert changed == {f"{module}.weight" for module in minilm_factors}
 
 
 @pytest.mark.parametrize("strip_bytes", [100, 1 << 20])

@@ -104,7 +104,7 @@ def test_json_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_config_of_far_more_modules_than_there_are_weights(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inilora_kernels.model.architecture._MOST_MODULES", 100)
+    monkeypatch.setattr("inilora_kernels.model.aside._MOST_MODULES", 100)
     config = {**json.loads((llama / "config.json").read_text()), "num_hidden_layers": 999_999}
     with pytest.warns(UserWarning, match="more than 120 modules"):
         assert describe(config, ["model.layers.0.self_attn.q_proj"]) is None

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...storage.reading import empty_tensor, opened, require_regular
 from .tensor import tensor_sha256
+from .torch_file import STATE_DICTS
 
 METADATA = ".metadata"
 
@@ -39,7 +40,7 @@ AnyKind = TypeVar("AnyKind")
 
 @dataclass(frozen=True)
 class DistributedTensor:
-    """A tensor of a DCP folder; see `StoredTensor`. It may be split among several files."""
+    """A tensor of a DCP folder; see `StoredTensor`. It may be split among several files, and is read whole."""
 
     name: str
     file: Path
@@ -69,22 +70,41 @@ class DistributedTensor:
 
 
 def open_distributed(folder: Path) -> dict[str, DistributedTensor]:
-    """The tensors of a DCP folder by name. Raises CheckpointError."""
+    """The tensors of a DCP folder by name; of one that holds more than a model, the model's. Raises CheckpointError."""
     described: Any = importlib.import_module("torch.distributed.checkpoint.metadata")
     for part in sorted(folder.glob("*.distcp")):
         require_regular(part)
     try:
         metadata = _reader(folder).read_metadata()
-        return {
+        tensors = {
             name: DistributedTensor(name, folder, _of_kind(entry.properties.dtype, torch.dtype), _shape(entry.size))
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, described.TensorStorageMetadata)
         }
+        return {name: tensors[key] for name, key in _of_model(tensors, metadata.planner_data).items()}
     except Exception as error:
         raise CheckpointError(
             f"{folder / METADATA}: damaged, or holds more than torch's description of tensors ({_reason(error)}); "
             f"write the checkpoint again"
         ) from error
+
+
+def _of_model(keys: Collection[str], paths: Any) -> dict[str, str]:
+    """The key of each of the model's tensors, by its name in the model.
+
+    paths: where each was in the nested dict that was saved: ("model", "layers.0.weight") as accelerate does, next to an
+        optimizer's ("optimizer", "state", "layers.0.weight", "exp_avg") as torch's own examples do.
+    """
+    places = paths if isinstance(paths, dict) else {}
+    nested = {key: place for key in keys if isinstance(place := places.get(key), tuple) and len(place) > 1}
+    plain = {key: key for key in keys if key not in nested}
+    if plain or not nested:
+        return plain
+    dicts = {place[:-1] for place in nested.values() if place[-2] in STATE_DICTS}
+    if len(dicts) != 1:
+        return {key: key for key in keys}
+    (chosen,) = dicts
+    return {str(place[-1]): key for key, place in nested.items() if place[:-1] == chosen}
 
 
 def _shape(size: Any) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from .tensor import ContiguousTensor, tensor_sha256, what_it_is
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
 # Where trainers put the model's state_dict when the file holds more: Lightning, open_clip, timm, DeepSpeed.
-_STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _torch_load(file: Path, device: str, mmap: bool) -> Any:
 def _state_dict(content: dict[Any, Any]) -> dict[Any, Any]:
     if all(isinstance(value, Tensor) for value in content.values()):
         return content
-    for key in _STATE_DICTS:
+    for key in STATE_DICTS:
         inner = content.get(key)
         if isinstance(inner, dict) and inner and all(isinstance(value, Tensor) for value in inner.values()):
             return inner

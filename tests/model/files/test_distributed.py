@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,32 @@ def test_distributed_checkpoint(tmp_path: Path, inner: str) -> None:
     save_file(TENSORS, tmp_path.parent / f"{tmp_path.name}.safetensors")
     same = open_checkpoint(tmp_path.parent / f"{tmp_path.name}.safetensors")
     assert checkpoint.sha256(name) == same.sha256(name)
+
+
+@pytest.mark.parametrize(
+    ("nested", "around"),
+    [
+        ({"model": TENSORS}, {}),
+        ({"model": TENSORS}, {"optimizer": {"state": {"layers.0.q_proj.weight": {"exp_avg": torch.ones(4)}}}}),
+        ({"app": {"model": TENSORS}}, {"app": {"optim": {"state": {"step": torch.ones(1)}}}}),
+        (TENSORS, {"optimizer": {"state": {"step": torch.ones(1)}}}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_the_model_among_what_a_trainer_saves(tmp_path: Path, nested: Any, around: Any) -> None:
+    """As accelerate saves FSDP's shards, torch's examples, and torchtitan."""
+    (tmp_path / "optimizer_0").mkdir()
+    dcp.save({"state": {"step": torch.ones(1)}}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
+    saved = {key: {**value, **around.get(key, {})} if key == "app" else value for key, value in nested.items()}
+    dcp.save({**around, **saved}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
+    assert holds(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_models(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        dcp.save(dict(TENSORS), checkpoint_id=tmp_path / name, no_dist=True)
+    assert "several distributed checkpoints (one, other)" in refusal(tmp_path)
 
 
 class Hostile:

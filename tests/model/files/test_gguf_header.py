@@ -70,7 +70,7 @@ QUERY = b"blk.0.attn_q.weight"
 def test_damaged_headers(
     tmp_path: Path, spoil: Callable[[bytes], bytes], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inilora_kernels.model.architecture._MOST_MODULES", 100)
+    monkeypatch.setattr("inilora_kernels.model.aside._MOST_MODULES", 100)
     path = write(tmp_path / "model.gguf", model(), TYPES.Q8_0)
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(CheckpointError, match=what) as error:
