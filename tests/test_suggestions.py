@@ -17,7 +17,9 @@ from inilora_kernels import (
     approximate,
     approximate_model,
     attach,
+    convert,
     export_delta,
+    load_delta,
     lora_model,
 )
 from inilora_kernels.kernels.gpu.gpus import gpu_named
@@ -93,6 +95,12 @@ def test_a_file_nearly_named(model: Path, tmp_path: Path) -> None:
         FactorSet.load(factors)  # type: ignore[arg-type]
     with pytest.raises(InitializationError, match="not as a Linear"):
         export_delta(torch.nn.Linear(2, 2), factors, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(InitializationError, match="not as a Linear"):
+        load_delta(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(InitializationError, match="not as a Linear"):
+        convert(torch.nn.Linear(2, 2), factors, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(InitializationError, match="a factor file, where training starts"):
+        convert(tmp_path / "factors.safetensors", factors, tmp_path / "out", model)
 
 
 def test_a_start_may_be_a_files_path(model: Path, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from ..model.experts import ExpertParameter, find_expert_parameters, parameter_o
 from ..model.location import located, near_models
 from ..model.names import match_names
 from ..model.needed import tensors_of_modules, tensors_read
-from ..storage.reading import MOST_JSON, is_there, read_bytes
-from ..storage.schema import ResidualRecord, parse
+from ..model.residual import RESIDUAL_RECORD, residual_record
+from ..storage.reading import read_bytes
+from ..storage.schema import ResidualRecord
 from .folder import named_base
-from .model_copy import RESIDUAL_RECORD
 from .modules import module_of
 
 
@@ -187,19 +187,6 @@ def find_original(
 
 def sha256_of_file(file: Path) -> str:
     return hashlib.sha256(read_bytes(file, FactorFileError)).hexdigest()
-
-
-def residual_record(folder: Path | None) -> ResidualRecord | None:
-    """Return the record of a residual folder; None for any other, even one to which a program has copied the record."""
-    file = None if folder is None else folder / RESIDUAL_RECORD
-    if folder is None or file is None or not is_there(file):
-        return None
-    record = parse(ResidualRecord, read_bytes(file, FactorFileError, MOST_JSON), str(file))
-    for tensor, sha256 in list(record.residual_sha256.items())[:1]:
-        checkpoint = open_checkpoint(folder)
-        if tensor not in checkpoint.tensors or checkpoint.sha256(tensor) != sha256:
-            return None
-    return record
 
 
 def _local(name: str, revision: str | None) -> Path | None:

@@ -31,7 +31,7 @@ from ..torch_defaults import created_on_the_cpu
 from .base import expert_parameters, find_original
 from .diffusers_folder import named_as, read_diffusers, write_for
 from .expert_folder import unwrapped
-from .folder import CONFIG, KEY_PREFIX, Adapter, named_base, read_adapter
+from .folder import CONFIG, KEY_PREFIX, Adapter, adapter_path, named_base, read_adapter
 from .model_copy import Change, copy_model, size_of_copy
 from .modules import Start, find_starts, module_of
 from .started import difference
@@ -74,7 +74,7 @@ def convert(
     Raises FactorFileError (the factors are of another model or another run; the folder holds no plain LoRA, or NaN),
     OptionError (rank; the base cannot be found), CheckpointError and OutputError, and then leaves nothing behind.
     """
-    trained, out = Path(trained), Path(out)
+    trained, out = adapter_path(trained), Path(out)
     if rank is not None and rank < 1:
         raise OptionError(f"rank={rank}: it must be at least 1")
     require_new_folder(out)
@@ -129,7 +129,7 @@ def export_merged(
     base, WeightError if a weight is quantized or the sum leaves the range of its dtype, TargetError if ΔW would change
     a weight that other modules share.
     """
-    trained, out = Path(trained), Path(out)
+    trained, out = adapter_path(trained), Path(out)
     require_new_folder(out)
     factors = factor_set(factors, base)
     adapter = _read(trained, factors)

@@ -27,6 +27,7 @@ from ..errors import FactorFileError
 from ..factor_set import FactorSet
 from ..model.checkpoint import Checkpoint
 from ..storage.atomic import save_tensors
+from ..storage.factor_file import METADATA_KEY
 from ..storage.reading import is_there, read_json, reporting, require_regular
 from ..suggestions import some
 from .expert_folder import wrapped
@@ -130,9 +131,12 @@ def read_diffusers(folder: Path) -> Adapter | None:
     try:
         with reporting(file, FactorFileError), safe_open(file, "pt") as opened:
             tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            described = json.loads((opened.metadata() or {}).get(_METADATA, "null"))
+            metadata = opened.metadata() or {}
+            described = json.loads(metadata.get(_METADATA, "null"))
     except (SafetensorError, ValueError, RecursionError) as error:
         raise FactorFileError(f"{file}: damaged adapter ({error}); save it again") from error
+    if METADATA_KEY in metadata:
+        raise FactorFileError(f"{file}: a factor file, where training starts; give what the trainer saved")
     A, B, alphas = (
         {match["module"]: tensors[key] for key in tensors if (match := pattern.fullmatch(key))}
         for pattern in (_A, _B, _ALPHA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -68,6 +69,15 @@ def pattern_value(pattern: Mapping[str, float], module: str, otherwise: float) -
     4
     """
     return next((value for key, value in pattern.items() if fits(key, module)), otherwise)
+
+
+def adapter_path(given: str | Path) -> Path:
+    """Where a trained adapter is. Raises FactorFileError for what is no path, such as the model itself."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise FactorFileError(
+            f"the trained adapter is given by its folder, not as a {type(given).__name__}; save it by save_pretrained"
+        )
+    return Path(given)
 
 
 def read_adapter(folder: Path) -> Adapter:

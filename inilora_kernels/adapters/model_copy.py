@@ -20,10 +20,9 @@ from ..model.files.safetensors import open_safetensors, write_empty_safetensors
 from ..model.files.tensor import StoredTensor, tensor_bytes
 from ..model.layout import read_weight_map
 from ..model.location import TORCH_SUFFIXES
+from ..model.residual import RESIDUAL_RECORD
 from ..storage.atomic import save_tensors
 from ..storage.reading import MOST_JSON, is_there, opened, read_bytes, read_json, reporting
-
-RESIDUAL_RECORD = "inilora_residual.json"
 
 # (index of the first row, rows as stored) ↦ the new rows, in the same shape and dtype.
 Change = Callable[[int, Tensor], Tensor]

@@ -18,7 +18,7 @@ from ..storage.reading import is_there
 from ..suggestions import require_choice, some
 from .base import require_original, require_residual, sha256_of_file
 from .experts import expert_shapes, name_of, require_expert_parameter, stacks, start_experts
-from .folder import WEIGHTS, named_base, read_adapter
+from .folder import WEIGHTS, adapter_path, named_base, read_adapter
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, linear_shape
 from .peft_check import disabled, parts_of, put_back, require_layer_unchanged
@@ -122,7 +122,8 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
 
     Raises FactorFileError (a folder of another kind, of A and B alone, say), and what peft and `initialize_peft` raise.
     """
-    folder = Path(folder)
+    folder = adapter_path(folder)
+    require_original(model)
     if is_there(folder / "initial"):
         raise FactorFileError(f"{folder}: a delta export of an earlier version, of two adapters; export it again")
     at = folder / "adapter" if is_there(folder / "adapter") else folder

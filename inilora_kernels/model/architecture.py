@@ -130,7 +130,7 @@ def describe(config: Mapping[str, Any], modules: Iterable[str], auto_class: str 
     config: the checkpoint's config.json.
     auto_class: the class that will load it, such as "AutoModelForCausalLM". None: the one that config.json names, or
         AutoModel if the checkpoint lacks less of that one: all-mpnet-base-v2 names MPNetForMaskedLM and holds the
-        bare model.
+        bare model. Where config.json names none, the first of `AUTO_CLASSES` that the most of the weights fit.
 
     Returns None if transformers has no such model, and also, with a warning, if it fails to build it.
     """
@@ -140,6 +140,8 @@ def describe(config: Mapping[str, Any], modules: Iterable[str], auto_class: str 
     if model is None:
         return None
     named = _architecture(model, names)
+    if auto_class is None and not config.get("architectures"):
+        return _best_fit(config, names, named)
     if auto_class is not None or not named.missing:
         return named
     bare_model = _build(config, "AutoModel", len(names))
@@ -147,6 +149,16 @@ def describe(config: Mapping[str, Any], modules: Iterable[str], auto_class: str 
         return named
     bare = _architecture(bare_model, names)
     return bare if len(bare.missing) < len(named.missing) else named
+
+
+def _best_fit(config: Mapping[str, Any], names: list[str], bare: Architecture) -> Architecture:
+    """Of the bare model and those with a head, the first that has the fewest weights of its own or of the file left."""
+    if not bare.unloaded:
+        return bare
+    kinds = [kind for kind in dict.fromkeys(AUTO_CLASSES.values()) if kind != "AutoModel" and has_class(config, kind)]
+    models = [model for kind in kinds if (model := _build(config, kind, len(names))) is not None]
+    described = [bare, *(_architecture(model, names) for model in models)]
+    return min(described, key=lambda one: len(one.unloaded) + len(one.missing))
 
 
 def architectures(config: Mapping[str, Any], modules: Iterable[str]) -> Iterator[Architecture]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..storage.factor_file import METADATA_KEY
 from ..storage.reading import absolute, reporting, require_regular
 from ..suggestions import some
 from .config import read_config
@@ -28,6 +29,7 @@ from .formats.weight import StoredWeight
 from .hub import Choose, fetch
 from .layout import Component, find_components
 from .location import TORCH_SUFFIXES, located
+from .names import adapter_among
 
 # What DistributedDataParallel and torch.compile put before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -103,8 +105,6 @@ def open_checkpoint(
     Raises CheckpointError if the path does not exist, a folder has no weights, a file is truncated or corrupt or holds
     code, a shard is missing or lacks a tensor of the index, or config.json is not a JSON object.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise CheckpointError(f"the model is given by its path or hub id, not as a {type(path).__name__}")
     folder, name, kept = located(path), "", None
     if not os.path.exists(folder) or revision is not None:
         download = fetch(folder, revision, token, choose)
@@ -140,6 +140,7 @@ def _open_component(component: Component) -> Checkpoint:
         tensors = {name: tensors[name] for name in component.weight_map}
     else:
         tensors = _without_wrappers(tensors)
+    _refuse_adapters(component, tensors, metadata)
     weights = find_weights(tensors, config, metadata)
     return Checkpoint(component.folder, tensors, weights, config, absent=component.absent)
 
@@ -150,6 +151,21 @@ def _without_wrappers(tensors: dict[str, StoredTensor]) -> dict[str, StoredTenso
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _refuse_adapters(component: Component, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
+    name = adapter_among(tensors)
+    if name is None:
+        return
+    file = tensors[name].file
+    if METADATA_KEY in metadata:
+        raise CheckpointError(f"{file}: a factor file, not a model; give the model that it was computed from")
+    if ".base_layer." in name:
+        raise CheckpointError(
+            f"{file}: a model with adapters in it, as PEFT names them ({name}); call merge_and_unload and save that, "
+            f"or give the model without them"
+        )
+    raise CheckpointError(f"{file}: an adapter, not a model ({name}); give its base model")
 
 
 def _open_file(file: Path) -> tuple[Mapping[str, StoredTensor], dict[str, str], dict[str, Any] | None]:

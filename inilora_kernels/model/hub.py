@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from ..errors import CheckpointError
 from ..storage.reading import read_json
 from .layout import read_weight_map, trained_components, weight_files
-from .location import hub_id, near_models
+from .location import WEIGHT_SUFFIXES, hub_id, near_models
 
 # (names of all tensors that are in shards, config.json) ↦ those that will be read. Names in a pipeline begin with the
 # model's, and it has no config.json.
@@ -63,13 +63,20 @@ def fetch(path: Path, revision: str | None, token: str | None, choose: Choose | 
 
 def _meant(text: str) -> str:
     """What was probably meant by something that looks like an id, to end an error."""
-    where = r"(https?:/+(huggingface|hf)\.co|hf:)/+"
+    where = r"((https?:/+)?(huggingface|hf)\.co|hf:)/+"
     address = re.match(where + r"(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<revision>[\w.-]+))?", text)
     if address:
         return f": {address['id']}{'@' + address['revision'] if address['revision'] else ''}"
+    if gguf := re.fullmatch(r"([\w.-]+/[\w.-]+):((UD-)?(I?Q\d|B?F16|F32|MXFP4)\w*)", text):
+        return (
+            f". Of a repository's GGUF files: `hf download {gguf[1]} --include '*{gguf[2]}*' --local-dir OUT`, and "
+            f"give the file"
+        )
     if with_revision := re.fullmatch(r"([\w.-]+/[\w.-]+):([\w.-]+)", text):
         return f"@revision: {'@'.join(with_revision.groups())}"
     if within := re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w.-]+)", text):
+        if within[2].endswith(WEIGHT_SUFFIXES):
+            return f". Of one file of a repository: `hf download {within[1]} {within[2]}`, and give the path it prints"
         return (
             f". Of a repository's folder: `hf download {within[1]} --include '{within[2]}/*' --local-dir OUT`, and "
             f"give OUT/{within[2]}; a pipeline's models are all found by {within[1]}"

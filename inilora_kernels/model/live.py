@@ -20,6 +20,8 @@ from .files.tensor import StoredTensor
 from .formats.find import find_weights
 from .hub import Choose
 from .location import located
+from .names import adapter_among
+from .residual import require_no_residual
 
 # A model's folder, weight file or hub id; or the model itself, or its state dict.
 Model: TypeAlias = str | PathLike[str] | nn.Module | Mapping[str, Tensor]
@@ -30,7 +32,9 @@ def open_model(model: Model, revision: str | None, token: str | None, choose: Ch
     if isinstance(model, (nn.Module, Mapping)):
         return open_live(model, choose)
     if isinstance(model, (str, PathLike)):
-        return open_checkpoint(located(model), revision, token, choose)
+        path = located(model)
+        require_no_residual(path)
+        return open_checkpoint(path, revision, token, choose)
     raise CheckpointError(
         f"approximate_model was given a {type(model).__name__}; give a model's path or hub id, the live model, or its "
         f"state dict; approximate takes matrices in memory"
@@ -54,14 +58,16 @@ def open_live(model: nn.Module | Mapping[str, Tensor], choose: Choose | None = N
     live = {name: LiveTensor(name, label, tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
     tensors: dict[str, StoredTensor] = {**live}
     if not tensors:
-        raise CheckpointError(f"{label}: no tensors in it; give a model, its state dict, or its folder")
+        raise CheckpointError(f"{label}: no tensors in it; give a model, its state dict, or its folder{_inside(held)}")
+    if isinstance(model, nn.Linear):
+        raise CheckpointError(f"{label}: a single layer; `approximate` takes layers and matrices")
     without = next((name for name, tensor in held.items() if isinstance(tensor, Tensor) and tensor.is_meta), None)
     if without is not None:
         raise CheckpointError(
             f"{label}: {without} is on the meta device, without values, as accelerate leaves what it offloads; load "
             f"the weights first, or give the model's folder"
         )
-    adapted = next((name for name in tensors if ".base_layer." in name or ".lora_A." in name), None)
+    adapted = adapter_among(tensors)
     if adapted is not None:
         raise CheckpointError(f"{label}: it has adapters already ({adapted}); factorize it before any are added")
     config = _config(model)
@@ -84,6 +90,14 @@ def open_live(model: nn.Module | Mapping[str, Tensor], choose: Choose | None = N
             if name.removesuffix(".weight") in linear or weight.is_fused_attention
         }
     return Checkpoint(label, tensors, weights, config, name=str(getattr(model, "name_or_path", "") or label))
+
+
+def _inside(held: Mapping[str, Any]) -> str:
+    """What there is in place of tensors, to end an error."""
+    key = next((key for key, value in held.items() if isinstance(value, Mapping) and value), None)
+    if key is not None:
+        return f"; there is another dict under {key!r}: give that"
+    return f"; there are values of type {type(next(iter(held.values()))).__name__}" if held else ""
 
 
 def _without_what_is_unused(model: nn.Module) -> dict[str, Tensor]:

@@ -22,11 +22,16 @@ def located(given: str | os.PathLike[str]) -> Path:
     """The path that was given; an absolute one where only a path can be meant and nothing has that name.
 
     Path forgets the "./" and the last "/" by which a mistyped folder differs from a hub id. Raises CheckpointError for
-    an empty text.
+    an empty text, and for what is no path.
 
     >>> located("org/model") == Path("org/model"), located("./nothing").is_absolute(), located("nothing/").is_absolute()
     (True, True, True)
     """
+    if not isinstance(given, (str, os.PathLike)):
+        raise CheckpointError(
+            f"the model is given by its path or hub id here, not as a {type(given).__name__}; save it by its "
+            f"save_pretrained and give that folder, or start the one in memory by lora_model"
+        )
     text, path = os.fspath(given), Path(given)
     if not text.strip():
         # Path("") is the folder where one happens to be; a variable that is not set must not choose it.
@@ -53,6 +58,7 @@ def near_models(path: Path) -> str:
     >>> near_models(Path("https://huggingface.co/org/name/tree/main"))
     '; did you mean "org/name"?'
     """
-    if path.parts[:1] in (("https:",), ("http:",)) and len(path.parts) >= 4:
-        return f'; did you mean "{path.parts[2]}/{path.parts[3]}"?'
+    host = 1 if path.parts[:1] in (("https:",), ("http:",)) else 0
+    if path.parts[host : host + 1] in (("huggingface.co",), ("hf.co",)) and len(path.parts) >= host + 3:
+        return f'; did you mean "{path.parts[host + 1]}/{path.parts[host + 2]}"?'
     return near_names(path, WEIGHT_SUFFIXES)

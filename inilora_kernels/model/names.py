@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ..errors import TargetError
 from ..suggestions import some
+
+# As PEFT and, in small letters, llama.cpp name an adapter's parts.
+_ADAPTER = re.compile(r"\.(base_layer|lora_[ABab])(\.|$)")
+
+
+def adapter_among(names: Iterable[str]) -> str | None:
+    """The first name among a model's tensors that is of an adapter; a layer's own comes before its A and B.
+
+    >>> adapter_among(["0.q_proj.lora_A.weight", "0.q_proj.base_layer.weight"])
+    '0.q_proj.base_layer.weight'
+    """
+    found = [name for name in names if _ADAPTER.search(name)]
+    return next((name for name in found if ".base_layer." in name), found[0] if found else None)
 
 
 def match_names(wanted: Sequence[str], available: Collection[str], where: str) -> dict[str, str]:

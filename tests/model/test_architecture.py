@@ -30,6 +30,16 @@ def test_a_broken_installation_is_named(llama: Path, monkeypatch: pytest.MonkeyP
         assert describe(config, ["model.layers.0.self_attn.q_proj"]) is None
 
 
+def test_without_a_class_in_the_config_the_weights_tell(llama: Path) -> None:
+    """As torch.save and config.save_pretrained leave a model: an adapter for the bare one fits no model with a head."""
+    config = json.loads((llama / "config.json").read_text())
+    del config["architectures"]
+    query = "model.layers.0.self_attn.q_proj"
+    whole = describe(config, [query, "lm_head"])
+    bare = describe(config, [query])
+    assert [type(one.model).__name__ for one in (whole, bare) if one] == ["LlamaForCausalLM", "LlamaModel"]
+
+
 def test_no_code_of_the_models_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """config.json with auto_map: transformers asks on standard input, and a y there ran the folder's code."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")

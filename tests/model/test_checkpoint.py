@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 
 from inilora_kernels.model.checkpoint import open_checkpoint
 
+from ..factorized import factorize
 from .checkpoints import assert_holds, refusal
 
 
@@ -26,6 +27,25 @@ def bert(layers: int = 2) -> BertModel:
             max_position_embeddings=16,
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["0.q_proj.base_layer.weight", "0.q_proj.lora_A.default.weight"], "a model with adapters in it"),
+        (["base_model.model.0.q_proj.lora_A.weight"], "an adapter, not a model"),
+        (["blk.0.attn_q.weight.lora_a"], "an adapter, not a model"),
+    ],
+)
+def test_adapters_in_a_weight_file(tmp_path: Path, names: list[str], said: str) -> None:
+    """A PeftModel's state dict: all-linear took lora_A for a layer of the model."""
+    save_file({name: torch.ones(4, 4) for name in [*names, "0.k_proj.weight"]}, tmp_path / "model.safetensors")
+    assert said in refusal(tmp_path)
+
+
+def test_a_factor_file_is_no_model(llama: Path, tmp_path: Path) -> None:
+    factorize(llama, ("q_proj",)).save(tmp_path / "factors.safetensors")
+    assert "a factor file, not a model" in refusal(tmp_path / "factors.safetensors")
 
 
 def test_folder_with_one_file(tmp_path: Path) -> None:

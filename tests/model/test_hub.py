@@ -322,6 +322,9 @@ def test_a_base_that_is_not_on_the_hub(tmp_path: Path, offline: Path) -> None:
         ("https://huggingface.co/org/name/tree/v2", "org/name: org/name@v2"),
         ("hf://org/name", "org/name: org/name"),
         ("org/name:v2", "@revision: org/name@v2"),
+        ("hf.co/org/name", "org/name: org/name"),
+        ("org/name:Q4_K_M", "hf download org/name --include '*Q4_K_M*' --local-dir OUT`, and give the file"),
+        ("org/name/model.gguf", "hf download org/name model.gguf`, and give the path it prints"),
         ("org/name/unet", "hf download org/name --include 'unet/*' --local-dir OUT`, and give OUT/unet"),
     ],
 )

@@ -71,6 +71,10 @@ def test_what_is_refused(llama: Path) -> None:
         open_live(empty)
     with pytest.raises(CheckpointError, match="no tensors"):
         open_live({})
+    with pytest.raises(CheckpointError, match="another dict under 'model'"):
+        open_live({"model": {"q_proj.weight": torch.ones(2, 2)}})
+    with pytest.raises(CheckpointError, match="`approximate` takes layers"):
+        open_live(nn.Linear(4, 4))
     with pytest.raises(CheckpointError, match="has adapters already"):
         open_live({"q_proj.base_layer.weight": torch.ones(2, 2), "q_proj.lora_A.weight": torch.ones(1, 2)})
 

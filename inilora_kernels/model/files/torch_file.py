@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import re
 import struct
 import sys
 import zipfile
@@ -186,6 +187,13 @@ def _load_checked(file: Path, device: str, mmap: bool = False) -> Mapping[str, T
                 f"{file}: not enough memory to map or read it; free some, or raise its limit"
             ) from error
         # torch raises whatever its unpickler meets; a hostile file and a broken one look alike.
+        refers = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+        if refers:
+            raise CheckpointError(
+                f"{file}: holds pickled objects other than tensors, which are never run ({refers[1]}); where you trust "
+                f"it, load it with torch.load(…, weights_only=False) and save the model by save_pretrained, or its "
+                f"state_dict"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"{file}: corrupt, or holds pickled objects other than tensors, which are never run ({reason})"
