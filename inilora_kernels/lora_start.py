@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from .adapters.base import require_original
@@ -19,7 +20,7 @@ from .adapters.plan import common_scaling, lora_config
 from .adapters.weights import has_weight_of, require_unpacked, with_shared
 from .approximate import approximate_model
 from .choices import TASK_TYPES, Form
-from .errors import InitializationError, OptionError
+from .errors import InitializationError, OptionError, TargetError
 from .factor_set import FactorSet, factor_set
 from .suggestions import require_choice
 
@@ -73,13 +74,29 @@ def lora_model(
     config = lora_config_of(
         model, factors, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_dropout=lora_dropout, task_type=task_type
     )
-    peft_model = peft.get_peft_model(model, config)
-    assert isinstance(peft_model, PeftModel)
+    peft_model = _with_adapters(model, config)
     try:
         return initialize_peft(peft_model, factors, form)
     except InitializationError:
         peft_model.unload()
         raise
+
+
+def _with_adapters(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """`get_peft_model`; where PEFT refuses a module, after it has adapted others, the model is put back."""
+    try:
+        peft_model = peft.get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, LoraLayer) and not isinstance(module, LoraLayer):
+                    setattr(module, name, child.get_base_layer())
+        raise TargetError(
+            f"{type(model).__name__}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make "
+            f"the factors again without them, or train with `attach`, which needs no PEFT"
+        ) from error
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
 
 
 def lora_config_of(

@@ -7,9 +7,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM, GPT2LMHeadModel
 
-from inilora_kernels import FactorSet, lora_config_of, lora_model
+from inilora_kernels import FactorSet, approximate_model, lora_config_of, lora_model
 from inilora_kernels.errors import OptionError, TargetError
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -54,6 +54,23 @@ def test_a_callers_saved_folder_is_a_plain_lora_for_the_original(llama: Path, tm
     started.save_pretrained(tmp_path)
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path)
     torch.testing.assert_close(plain(IDS).logits, started(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_peft_refuses_leaves_the_model_as_it_was() -> None:
+    """PEFT adapts the layers before Mamba's out_proj, then raises a ValueError."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = FalconH1ForCausalLM(FalconH1Config(**sizes, **heads, **mamba)).eval()
+    modules, expected = [type(module) for module in model.modules()], model(IDS).logits
+    factors = approximate_model(
+        model, rank=2, solver="krylov", target_modules="all-linear", cache=False, progress=False
+    )
+    with pytest.raises(TargetError, match=r"PEFT does not take these modules .*out_proj"):
+        lora_model(model, factors)
+    assert [type(module) for module in model.modules()] == modules
+    assert torch.equal(model(IDS).logits, expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_what_is_refused_leaves_the_model_as_it_was(minilm: Path, gpt2_factors: FactorSet, llama: Path) -> None:

@@ -303,14 +303,14 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
     starts = with_shared(starts, base, shapes)
     without = [name for name in layers if name not in starts]
     if without:
-        experts = (
-            ", parameters of experts, into which PEFT turns the names of layers that they have too (gate_proj, say)"
-        )
-        raise TargetError(
-            f"target_modules selects {some(without, most=1)} that have no factors"
-            f"{experts if isinstance(layers[without[0]], ParamWrapper) else ''}; name the modules "
-            f"that were factorized, or factorize these too"
-        )
+        instead = "; name the modules that were factorized, or factorize these too"
+        if isinstance(layers[without[0]], ParamWrapper):
+            instead = (
+                ", parameters of experts, into which PEFT turns the names of layers that they have too; make the "
+                "factors again without gate, gate_proj, up_proj and down_proj (target_modules), or train with "
+                "`attach`, which needs no PEFT"
+            )
+        raise TargetError(f"target_modules selects {some(without, most=1)} that have no factors{instead}")
     return {name: start for name, start in starts.items() if name in layers}
 
 

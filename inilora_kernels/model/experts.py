@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import CheckpointError, TargetError
 from ..suggestions import some
 from .architecture import Architecture
 from .checkpoint import Checkpoint
+from .files.gguf import GGUFTensor
 from .files.tensor import tensor_sha256
 from .formats.weight import StoredWeight
 
@@ -35,7 +37,7 @@ class ExpertParameter:
     shape: (d, k) of each expert's W, out_features by in_features as PEFT takes them.
     transposed: the parameter holds Wᵀ for each expert; PEFT knows that by the module's `is_transposed`.
     stored: for each expert, the weights whose rows, one below the other, are its W. If the checkpoint stores all
-        experts in one tensor: that weight, with three dimensions, for all.
+        experts in one tensor, or in two that are joined: these weights, with three dimensions, for all.
     count: how many experts the model has.
     """
 
@@ -58,7 +60,8 @@ class ExpertParameter:
         parts = self.stored[expert]
         if len(parts[0].shape) == 2:
             return parts[0].read() if len(parts) == 1 else torch.cat([part.read() for part in parts])
-        W = parts[0].read(slice(expert, expert + 1))[0]
+        own = [part.read(slice(expert, expert + 1))[0] for part in parts]
+        W = own[0] if len(own) == 1 else torch.cat(own)
         return W.T.contiguous() if self.turned else W
 
     @property
@@ -96,7 +99,7 @@ def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | 
             if min(weight.shape) > 1 and not name.endswith((".weight", ".bias"))
         ]
     live = {architecture.live_name(name): weight for name, weight in _fused(checkpoint).items()}
-    stacked = _stacked(checkpoint, architecture)
+    stacked, stacks = _stacked(checkpoint, architecture), _stacks_of_gguf(checkpoint)
     found = []
     for name, parameter in architecture.model.named_parameters():
         module = architecture.model.get_submodule(name.rpartition(".")[0])
@@ -105,7 +108,8 @@ def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | 
         count, *sides = parameter.shape
         transposed = bool(getattr(module, "is_transposed", False))
         shape = (sides[1], sides[0]) if transposed else (sides[0], sides[1])
-        parts = ((live[name],),) * count if name in live else stacked.get(name)
+        whole = (live[name],) if name in live else stacks.get(name)
+        parts = (whole,) * count if whole else stacked.get(name)
         if parts is None:
             continue
         found.append(ExpertParameter(name, shape, transposed, parts, count))
@@ -113,12 +117,15 @@ def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | 
 
 
 def may_hold_experts(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a module's own parameter may be the matrices of several experts; a position or a token of a ViT is none.
+    """Whether a module's own parameter may be the matrices of several experts.
+
+    A position or a token of a ViT is none, nor is a convolution's weight, also where weight_norm keeps its parts.
 
     parameter: also one that ZeRO-3 has partitioned.
     """
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) == 3 and min(shape) > 1 and not isinstance(module, (nn.Conv1d, nn.Linear, nn.Embedding))
+    other = (nn.Conv1d, nn.ConvTranspose1d, nn.Linear, nn.Embedding, parametrize.ParametrizationList)
+    return len(shape) == 3 and min(shape) > 1 and not isinstance(module, other)
 
 
 def selected(
@@ -186,6 +193,16 @@ def _stacked(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, tu
     }
 
 
+def _stacks_of_gguf(checkpoint: Checkpoint) -> dict[str, tuple[StoredWeight, ...]]:
+    """By the parameter: GGUF's stacks of all experts' rows, the gate's before those of `up`."""
+    found: dict[str, dict[str, StoredWeight]] = {}
+    for name, weight in checkpoint.weights.items():
+        parameter, _, part = name.removesuffix(".weight").rpartition(".")
+        if len(weight.shape) == 3 and any(isinstance(tensor, GGUFTensor) for tensor in weight.stored.values()):
+            found.setdefault(parameter, {})[part] = weight
+    return {parameter: tuple(parts[part] for part in sorted(parts)) for parameter, parts in found.items()}
+
+
 def _expert_number(module: str, parameter: str) -> int | None:
     """The last number in a stored module's name, which its parameter lacks."""
     numbers = re.findall(r"(?<=\.)\d+(?=\.)", module)
@@ -202,7 +219,9 @@ def _require_shape(checkpoint: Checkpoint, parameter: ExpertParameter) -> None:
             raise CheckpointError(f"{where}: expert {number} cannot be read ({refused})")
         d, k = parameter.shape
         if len(parts[0].shape) == 3:
-            fits = parts[0].shape == ((count, k, d) if parameter.turned else (count, d, k))
+            rows = sum(part.shape[1] for part in parts)
+            whole = (*parts[0].shape[:1], rows, *parts[0].shape[2:]) if len(parts) > 1 else parts[0].shape
+            fits = whole == ((count, k, d) if parameter.turned else (count, d, k))
         else:
             fits = sum(part.shape[0] for part in parts) == d and all(part.shape[1:] == (k,) for part in parts)
         if not fits:

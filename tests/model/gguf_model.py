@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 TYPES = gguf.GGMLQuantizationType
 
@@ -65,6 +65,53 @@ def write(path: Path, live: LlamaForCausalLM, kind: Any) -> Path:
             writer.add_tensor(stored, raw.reshape(values.shape[0], -1), raw_dtype=kind)
         else:
             writer.add_tensor(stored, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def mixture() -> Qwen3MoeForCausalLM:
+    """transformers reads no size of the experts from a GGUF file and takes 768, which Qwen3-30B-A3B has."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 1, "head_dim": 32, "moe_intermediate_size": 768}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 3, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads))
+
+
+def write_mixture(path: Path, live: Qwen3MoeForCausalLM, kind: Any) -> Path:
+    """As llama.cpp's converter does: a stack of all experts for each of gate, up and down."""
+    config = live.config
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([1] * config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
+    for name, parameter in live.state_dict().items():
+        module, _, part = name.rpartition(".")
+        if module.endswith("experts"):
+            layer, stacks = name.split(".")[2], {"down": parameter}
+            if part == "gate_up_proj":
+                stacks = dict(zip(("gate", "up"), parameter.chunk(2, dim=1), strict=True))
+            for stack, values in stacks.items():
+                packed = gguf.quants.quantize(values.contiguous().numpy(), kind)
+                writer.add_tensor(f"blk.{layer}.ffn_{stack}_exps.weight", packed, raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{names.get_name(module)}.{part}", parameter.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,6 +18,7 @@ from inilora_kernels.model.targets import find_targets, tensors_of
 
 from ..mixtures import CONFIGS, EXPERTS, PARAMETERS
 from ..mixtures import saved as save
+from .gguf_model import TYPES, mixture, write_mixture
 from .live_factors import same
 
 
@@ -42,6 +43,17 @@ def test_each_expert_is_a_matrix_of_the_live_parameter(saved: dict[str, Path], k
     live = find_targets(open_live(model), None, None, PARAMETERS)
     assert [(one.module, one.sha256()) for one in live] == [(one.module, one.sha256()) for one in targets]
     assert len({one.sha256() for one in targets}) == len(targets)
+
+
+def test_the_stacks_of_a_gguf_file(tmp_path: Path) -> None:
+    """llama.cpp stacks gate, up and down by themselves; transformers joins the first two."""
+    path = write_mixture(tmp_path / "model.gguf", mixture(), TYPES.Q8_0)
+    live = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    targets = find_targets(open_checkpoint(path), None, None, PARAMETERS)
+    assert len(targets) == len(PARAMETERS) * 3
+    for target in targets:
+        name, _, number = target.module.rpartition(":")
+        assert torch.equal(target.read(), live.get_parameter(name)[int(number)])
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])

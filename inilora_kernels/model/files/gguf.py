@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
         with _as_file(header.without_values()) as path:
             config = loading.load_gguf_checkpoint(path, return_tensors=False)["config"]
         require_counts(config, file)
-        processor = loading.TENSOR_PROCESSORS.get(config["model_type"], loading.TensorProcessor)(config=config)
+        processor = _processor(loading, config)
         model = _model(config, len(header.tensors))
         names = loading.get_gguf_hf_weights_map(model, processor)
     except CheckpointError:
@@ -65,7 +66,7 @@ def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
     tensors = {}
     for stored in header.tensors:
         rows = stored.shape[0] if stored.shape else 1
-        tensors[names.get(stored.name, stored.name)] = GGUFTensor(
+        tensors[_name(stored.name, names, processor)] = GGUFTensor(
             name=stored.name,
             file=file,
             dtype=torch.uint8,
@@ -77,6 +78,22 @@ def open_gguf(file: Path) -> tuple[dict[str, GGUFTensor], dict[str, Any]]:
         )
     # A GGUF file does not name the class; without, an adapter would be named for the model without its head.
     return tensors, {**config, "architectures": [type(model).__name__]}
+
+
+def _processor(loading: Any, config: dict[str, Any]) -> Any:
+    """transformers', which it files by llama.cpp's name of the architecture: qwen3moe, minimax-m2."""
+    kind = str(config["model_type"])
+    known = loading.TENSOR_PROCESSORS
+    own = next((known[name] for name in (kind, kind.replace("_", ""), kind.replace("_", "-")) if name in known), None)
+    return (own or loading.TensorProcessor)(config=config)
+
+
+def _name(stored: str, names: Mapping[str, str], processor: Any) -> str:
+    """A tensor's name in the model; of a stack of experts, the parameter's with what llama.cpp calls it."""
+    stack = re.fullmatch(r"(.+\.ffn_(gate|up|down)_exps)\.weight", stored)
+    if stack and stack[1] in names and type(processor).__name__ == "Qwen2MoeTensorProcessor":
+        return f"{names[stack[1]]}.{stack[2]}.weight"
+    return names.get(stored, stored)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,9 @@ def find(module: StoredModule) -> StoredWeight | None:
     order = _stored_rows(stored) if len(stored.values) == 2 else None
 
     def dequantize_all(rows: slice) -> Tensor:
+        if stored.name.endswith("_exps.weight"):  # one row of bytes for each expert
+            experts = _dequantized(stored.read(rows), stored)
+            return torch.from_numpy(experts.reshape(-1, *stored.values[1:])).contiguous()
         values = _processed(stored, _dequantized(stored.read(), stored).reshape(stored.values))
         return torch.from_numpy(values[rows]).contiguous()
 
