@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from inilora_kernels import approximate_model
 from inilora_kernels.errors import CheckpointError, TargetError
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.experts import may_hold_experts
 from inilora_kernels.model.live import open_live
 from inilora_kernels.model.targets import find_targets, tensors_of
 
@@ -43,6 +45,12 @@ def test_each_expert_is_a_matrix_of_the_live_parameter(saved: dict[str, Path], k
     live = find_targets(open_live(model), None, None, PARAMETERS)
     assert [(one.module, one.sha256()) for one in live] == [(one.module, one.sha256()) for one in targets]
     assert len({one.sha256() for one in targets}) == len(targets)
+
+
+def test_the_parts_of_a_weight_norm_are_no_experts() -> None:
+    """wav2vec2's convolution of positions: all-linear named it as something that target_parameters factorizes."""
+    module = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)).parametrizations.weight
+    assert not may_hold_experts(module, module.original1)
 
 
 def test_the_stacks_of_a_gguf_file(tmp_path: Path) -> None:
