@@ -231,7 +231,7 @@ KILLED = """
     os.environ["INILORA_CACHE"] = f"{os.environ['INILORA_CACHE']}-{rank}"  # nodes without a shared folder
     def die(moment):
         if (rank, attempt, moment) == (os.environ["VICTIM"], "0", os.environ["MOMENT"]):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
     keep, together, gather, save = cache.keep, Job.together, Job.gather, FactorSet.save
     def keep_and_die(key, factors):
         keep(key, factors)
@@ -311,12 +311,18 @@ def test_a_trainers_own_gloo_processes(model: Path, tmp_path: Path, size: int) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("victim", "moment"),
-    [(victim, moment) for moment in ("survey", "solving", "gathering") for victim in "012"] + [("0", "writing")],
+    ("victim", "moment", "signal"),
+    [
+        *((victim, moment, "SIGKILL") for moment in ("survey", "solving", "gathering") for victim in "012"),
+        ("0", "writing", "SIGKILL"),
+        ("0", "writing", "SIGHUP"),
+        ("1", "gathering", "SIGHUP"),
+        ("2", "solving", "SIGTERM"),
+    ],
 )
-def test_torchrun_restarts_what_was_killed(model: Path, tmp_path: Path, victim: str, moment: str) -> None:
+def test_torchrun_restarts_what_was_killed(model: Path, tmp_path: Path, victim: str, moment: str, signal: str) -> None:
     log, out = tmp_path / "log", tmp_path / "out"
-    dying = {"VICTIM": victim, "MOMENT": moment, "LOG": str(log)}
+    dying = {"VICTIM": victim, "MOMENT": moment, "LOG": str(log), "SIGNAL": signal}
     torchrun(tmp_path, 3, KILLED, "approximate", model, "-o", out, *KRYLOV, **dying)
     assert out.read_bytes() == alone(model)
     keys = log.read_text().split()
