@@ -26,6 +26,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from inilora_kernels import FactorSet, approximate_model, convert, export_delta, export_merged, export_residual
 from inilora_kernels.adapters.diffusers_folder import read_diffusers
@@ -52,6 +53,13 @@ def originals(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     factors.save(folder / "factors.safetensors")
     export_delta(folder / "model", factors, folder / "delta")
     export_residual(folder / "model", factors, folder / "residual")
+    generator = torch.Generator().manual_seed(0)
+    for form in ("delta", "residual"):
+        file = folder / form / "adapter/adapter_model.safetensors"
+        trained = {
+            name: one + 0.01 * torch.randn(one.shape, generator=generator) for name, one in load_file(file).items()
+        }
+        save_file(trained, file, metadata={"format": "pt"})
     return folder
 
 
