@@ -34,9 +34,9 @@ _LOOKS = 2000
 _LONGEST_MEETING = 30 * 60
 # A process that has waited this many seconds for the others to begin says so.
 _PATIENCE = 15.0
-# Bytes of results that travel together, and bytes put into the store at once: TCPStore takes 8 MiB and closes the
-# connection above that.
-_PARCEL, _PIECE = 16 << 20, 4 << 20
+# Bytes of results that travel together: one parcel is packed while another is unpacked. And bytes put into the store at
+# once: TCPStore closes the connection above 8 MiB, and is quickest at one.
+_PARCEL, _PIECE = 1 << 19, 1 << 20
 AnyKey = TypeVar("AnyKey", str, int)
 
 
@@ -75,9 +75,9 @@ class Job:
             return results
         own = {name: factors for name, factors in mine.items() if owners[name] == self.rank}
         parcels = _parcels(own) if self.rank or self.everywhere else []
+        self.give(f"parcels/{self.rank}", str(len(parcels)).encode())
         for place, parcel in enumerate(parcels):
             self.give(f"result/{self.rank}/{place}", factor_file.encode(parcel, {}))
-        self.give(f"parcels/{self.rank}", str(len(parcels)).encode())
         if self.rank and not self.everywhere:
             return results
         keys = []
