@@ -119,9 +119,10 @@ def decode_tables(packed: Any, group_of: Any, planes: Any, out: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def decode_integers(packed: Any, bits: int, offset: Any, scale: Any, out: Any) -> None:
+def decode_integers(packed: Any, bits: int, offset: Any, scale: Any, affine: bool, out: Any) -> None:
     """out[i, j] = (code[i, j] − offset[i, g]) · scale[i, g].
 
+    affine, MLX's: out[i, j] = code[i, j] · scale[i, g] + offset[i, g], the product rounded to out's dtype too.
     packed: (rows, k · bits / 8) uint8, bits 4 (the low half first) or 8. offset, scale: (rows, groups), for k / groups
     neighbours each. Reads bits / 8 bytes for each value that it writes.
     """
@@ -133,45 +134,24 @@ def decode_integers(packed: Any, bits: int, offset: Any, scale: Any, out: Any) -
         planes = np.empty(SIXTEEN * out.itemsize, np.uint8)
         for i in range(rows):
             for g in range(groups):
-                put_integers(offset[i, g], scale[i, g], result, planes)
+                if affine:
+                    put_affine(scale[i, g], offset[i, g], result, planes)
+                else:
+                    put_integers(offset[i, g], scale[i, g], result, planes)
                 for j in range((i * groups + g) * width, (i * groups + g + 1) * width, SIXTEEN):
                     look_up(flat, j // 2, planes, 0, result, j)
         return
-    codes, less, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
+    codes, other, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
     for i in range(rows):
         _unpack(flat, i, bits, codes)
-        _spread(offset, i, k // groups, less)
-        _spread(scale, i, k // groups, wide)
-        for j in range(k):
-            put(result, i * k + j, (float32(get(codes, j)) - get(less, j)) * get(wide, j))
-
-
-@njit(cache=True, nogil=True)
-def decode_affine(packed: Any, bits: int, scale: Any, bias: Any, out: Any) -> None:
-    """MLX: out[i, j] = code[i, j] · scale[i, g] + bias[i, g], the product rounded to out's dtype too.
-
-    packed: (rows, k · bits / 8) uint8, bits 4 (the low half first) or 8. scale, bias: (rows, groups), for
-    k / groups neighbours each. Reads bits / 8 bytes for each value that it writes.
-    """
-    rows, groups = scale.shape
-    k = out.shape[1]
-    flat, result = packed.reshape(packed.size), out.reshape(out.size)
-    width = k // groups
-    if bits == 4 and width % SIXTEEN == 0:
-        planes = np.empty(SIXTEEN * out.itemsize, np.uint8)
-        for i in range(rows):
-            for g in range(groups):
-                put_affine(scale[i, g], bias[i, g], result, planes)
-                for j in range((i * groups + g) * width, (i * groups + g + 1) * width, SIXTEEN):
-                    look_up(flat, j // 2, planes, 0, result, j)
-        return
-    codes, more, wide = np.empty(k, np.uint8), np.empty(k, np.float32), np.empty(k, np.float32)
-    for i in range(rows):
-        _spread(bias, i, k // groups, more)
-        _spread(scale, i, k // groups, wide)
-        _unpack(flat, i, bits, codes)
-        for j in range(k):
-            put(result, i * k + j, rounded(result, float32(get(codes, j)) * get(wide, j)) + get(more, j))
+        _spread(offset, i, width, other)
+        _spread(scale, i, width, wide)
+        if affine:
+            for j in range(k):
+                put(result, i * k + j, rounded(result, float32(get(codes, j)) * get(wide, j)) + get(other, j))
+        else:
+            for j in range(k):
+                put(result, i * k + j, (float32(get(codes, j)) - get(other, j)) * get(wide, j))
 
 
 @njit(cache=True, nogil=True)

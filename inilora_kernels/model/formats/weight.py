@@ -173,7 +173,8 @@ def decode_integers(packed: Tensor, bits: int, scale: Tensor, offset: Tensor, ou
     packed: bytes (rows, k · bits / 8). scale, offset: (rows, groups).
     """
     with _rounding(out) as result:
-        _kernels().decode_integers(packed.numpy(), bits, _float32(offset).numpy(), _float32(scale).numpy(), result)
+        less, factor = _float32(offset).numpy(), _float32(scale).numpy()
+        _kernels().decode_integers(packed.numpy(), bits, less, factor, False, result)
 
 
 def decode_columns(words: Tensor, first: int, group: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
@@ -194,7 +195,8 @@ def decode_affine(packed: Tensor, bits: int, scale: Tensor, bias: Tensor, out: T
         torch.add(product.view(*bias.shape, -1), bias.unsqueeze(-1), out=out.view(*bias.shape, -1))
         return
     with _rounding(out) as result:
-        _kernels().decode_affine(packed.numpy(), bits, _float32(scale).numpy(), _float32(bias).numpy(), result)
+        more, factor = _float32(bias).numpy(), _float32(scale).numpy()
+        _kernels().decode_integers(packed.numpy(), bits, more, factor, True, result)
 
 
 def decode_words(words: Tensor, shifts: Sequence[int], first: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inilora_kernels.kernels.cpu.dequantize import (
-    decode_affine,
     decode_bytes,
     decode_columns,
     decode_e2m1,
@@ -122,10 +121,10 @@ def test_integers(rows: int, groups: int, half: int, bits: int, dtype: torch.dty
     group = torch.arange(k) // (2 * half)
     packed = halves(codes) if bits == 4 else codes.numpy()
     out = torch.empty(rows, k, dtype=dtype)
-    decode_integers(packed, bits, offset.numpy(), scale.numpy(), as_written(out))
+    decode_integers(packed, bits, offset.numpy(), scale.numpy(), False, as_written(out))
     assert torch.equal(out, ((codes.float() - offset[:, group]) * scale[:, group]).to(dtype))
     scale, offset = scale.to(dtype), offset.to(dtype)
-    decode_affine(packed, bits, scale.float().numpy(), offset.float().numpy(), as_written(out))
+    decode_integers(packed, bits, offset.float().numpy(), scale.float().numpy(), True, as_written(out))
     assert torch.equal(out, codes.to(dtype) * scale[:, group] + offset[:, group])
 
 
