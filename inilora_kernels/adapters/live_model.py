@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from .modules import linear_shape
+from .weights import require_unfused
 
 # What a module may ask of a weight without computing with it.
 _QUESTIONS = frozenset(
@@ -24,7 +25,9 @@ _QUESTIONS = frozenset(
 Chain = tuple[str, ...]
 _NONE: dict[str, list[Chain]] = {}
 
-_NOT_THE_FORWARD_PASS = ("__init__", "_init", "init_", "reset_", "_reset", "tie_", "_tie", "set_", "get_", "extra_repr")
+# The beginnings of methods' names that are called before it, if at all: diffusers' Attention has a fuse_projections.
+_BEFORE_IT = ("extra_repr", "fuse_", "unfuse_")
+_NOT_THE_FORWARD_PASS = ("__init__", "_init", "init_", "reset_", "_reset", "tie_", "_tie", "set_", "get_", *_BEFORE_IT)
 
 
 def require_called(model: nn.Module, names: Collection[str]) -> None:
@@ -34,6 +37,7 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
     modules around each layer says where its weight is read; where the model can be run on random input, that decides
     whether the layer is called after all, and finds what the source does not show.
     """
+    require_unfused(model, names)
     suspects = _methods_with(model, names, _weights_computed_with)
     inputs = random_inputs(model)
     if inputs is not None:

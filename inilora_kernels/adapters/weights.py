@@ -50,6 +50,16 @@ def require_unpacked(model: nn.Module, names: Collection[str]) -> None:
             )
 
 
+def require_unfused(model: nn.Module, names: Collection[str]) -> None:
+    """Raise TargetError if diffusers' fuse_qkv_projections has put another layer in the place of one of these."""
+    for name in names:
+        if getattr(model.get_submodule(name.rpartition(".")[0]), "fused_projections", False):
+            raise TargetError(
+                f"{name}: its attention computes with to_qkv, which fuse_qkv_projections made of it, so an adapter on "
+                f"it would have no effect; call unfuse_qkv_projections first"
+            )
+
+
 def require_summable(weight: Tensor, what: str) -> None:
     """Raise WeightError if a weight holds a quantized matrix's codes, to which no update of the matrix can be added."""
     if weight.dtype.itemsize < 2 or not weight.is_floating_point():

@@ -142,6 +142,9 @@ def selected(
         if not any(is_selected(one.name, [name]) for one in parameters):
             endings = sorted({".".join(one.name.split(".")[-2:]) for one in parameters})
             there = f"here there are {', '.join(endings)}" if endings else "this checkpoint has no fused experts"
+            stacks = [] if endings else [stack for stack in _fused(checkpoint) if is_selected(stack, [name])]
+            if stacks or (not endings and any("switch_mlp" in stack for stack in _fused(checkpoint))):
+                there = "the stacks of experts here (MLX's) have other names than those that transformers loads"
             raise TargetError(
                 f"target_parameters: {name!r} selects no parameter of experts; {there}. Linear layers are named in "
                 f"target_modules"

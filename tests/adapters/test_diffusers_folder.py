@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inilora_kernels import FactorSet, approximate_model, convert, export_delta, export_merged, export_residual
 from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError, TargetError
+from inilora_kernels.lora_start import lora_model
 
 from .pipelines import (
     flux_output,
@@ -179,6 +180,23 @@ def test_one_model_of_it(pipeline: Path, tmp_path: Path) -> None:
     assert close(unet_output(diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "merged")), trained)
     # A file by itself, as civitai has them.
     convert(tmp_path / "trained/pytorch_lora_weights.safetensors", factors, tmp_path / "again", base=base)
+
+
+@pytest.mark.parametrize("form", ["delta", "residual"])
+def test_a_live_model_of_it(pipeline: Path, form: Any) -> None:
+    """Its Attention has a method that joins the weights of query, key and value: it was taken for a forward pass."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    expected = unet_output(unet).detach()
+    started = lora_model(unet, factorized(pipeline / "unet"), form)
+    if form == "delta":
+        assert torch.equal(unet_output(started), expected)
+    assert close(unet_output(started), expected)
+    train(dict(started.named_parameters()), lambda: unet_output(started))
+    assert not close(unet_output(started), expected)
+    fused = diffusers.UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    fused.fuse_qkv_projections()
+    with pytest.raises(TargetError, match="call unfuse_qkv_projections first"):
+        lora_model(fused, factorized(pipeline / "unet"), form)
 
 
 def test_the_residual_of_one_model(pipeline: Path, tmp_path: Path) -> None:
