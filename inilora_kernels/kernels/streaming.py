@@ -17,8 +17,8 @@ from .threads import one_torch_thread
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
 _STRIP_ELEMENTS = 1 << 21
-# Columns of X that are multiplied at a time in float64: W is read once more for others, rather than their sums be kept.
-_WIDE_COLUMNS = 32
+# Rows of X that are multiplied at a time in float64: W is read once more for others, rather than their sums be kept.
+_WIDE_ROWS = 32
 
 
 def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
@@ -82,15 +82,14 @@ def energy(W: Tensor) -> float:
 
 
 def products(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, Tensor]:
-    """WX (d×s) and WᵀWX (k×s) in float64, for X (k×s) in float64: as `gram_multiplier`, some columns at a time.
+    """XWᵀ (s×d) and XWᵀW (s×k) in float64, for X (s×k) in float64: as `gram_multiplier`, some rows at a time.
 
-    >>> products(2 * torch.eye(2), torch.ones(2, 1).double(), threads=1)[1]
-    tensor([[4.],
-            [4.]], dtype=torch.float64)
+    >>> products(2 * torch.eye(2), torch.ones(1, 2).double(), threads=1)[1]
+    tensor([[4., 4.]], dtype=torch.float64)
     """
     multiply = gram_multiplier(W, torch.float64, threads)
-    found = [multiply(columns.T.contiguous()) for columns in torch.split(X, _WIDE_COLUMNS, dim=1)]
-    return torch.cat([Y for Y, _ in found]).T, torch.cat([image for _, image in found]).T
+    found = [multiply(rows) for rows in torch.split(X, _WIDE_ROWS)]
+    return torch.cat([Y for Y, _ in found]), torch.cat([image for _, image in found])
 
 
 def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:

@@ -46,16 +46,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from .krylov_space import RitzPairs
-
 # The probability that the bound on c is wrong, over the draw of the second space's start.
 FAILURE_PROBABILITY = 1e-12
-# How many Ritz vectors beyond r may go into X.
-_BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 
 
 def missed_factor(n: int, block: int, passes: int) -> float:
@@ -66,55 +58,3 @@ def missed_factor(n: int, block: int, passes: int) -> float:
     """
     odds = math.sqrt(2 * n / math.pi) * FAILURE_PROBABILITY ** (-1 / block)
     return 1 + math.sinh(math.asinh(odds) / (2 * passes - 1)) ** 2
-
-
-def bound_outside(pairs: RitzPairs, kept: int, missed: float, rounding: float = 0.0) -> float:
-    """c': the bound on all that is orthogonal to the `kept` leading Ritz vectors, given c = missed.
-
-    >>> values, coupling = torch.tensor([5.0, 1.0]), torch.tensor([[0.0, 0.5]])
-    >>> round(bound_outside(RitzPairs(values, torch.eye(2), coupling), kept=1, missed=0.75), 2)
-    1.39
-    """
-    from ..kernels.cpu.outside import least_outside
-
-    return float(least_outside(pairs.theta, pairs.g, kept, missed)) + rounding
-
-
-def shortfall(values: Tensor, residual_gram: Tensor, rank: int, outside: float) -> float:
-    """The upper bound on Σ_{i≤r} λ_i − Σ_{i≤r} θ_i from Ritz values θ (s, descending), RᵀR (s×s) and c' = outside.
-
-    >>> values = torch.tensor([5.0, 3.0])
-    >>> round(shortfall(values, torch.diag(torch.tensor([0.0, 0.01])), rank=2, outside=1.0), 6)
-    0.005
-    """
-    gap = float(values[rank - 1]) - outside
-    if gap > 0 and len(values) == rank:
-        # None of the upper values is below θ_r = c' + t, so that the r largest are theirs, and their sum the trace.
-        return max(0.0, float(residual_gram.trace()) / gap)
-    # Without a gap, a little of everything outside may outweigh the last of the θ.
-    splits = [gap] if gap > 0 else [outside * 10.0**-power for power in range(1, 13) if outside > 0]
-    best = math.inf
-    for split in splits:
-        upper = torch.linalg.eigvalsh(torch.diag(values) + residual_gram / split)
-        highest = torch.cat([upper, upper.new_full((rank,), outside + split)]).topk(rank).values
-        best = min(best, float(highest.sum() - values[:rank].sum()))
-    return max(0.0, best)
-
-
-def promise(
-    pairs: RitzPairs, rank: int, missed: float, rounding: float, noise: float, enough: float = 0.0
-) -> tuple[float, int, float]:
-    """The least shortfall over the numbers s of Ritz vectors to keep, or the first found to be `enough`.
-
-    noise: the part of a residual that the arithmetic is expected to add, at right angles to all others. Returns that
-    shortfall, from above, its s, and c' with it.
-    """
-    from ..kernels.cpu.outside import least_shortfall
-
-    theta = pairs.theta
-    highest = float(theta[rank - 1])
-    candidates = [rank + beyond for beyond in _BEYOND if rank + beyond < len(theta) and theta[rank + beyond] < highest]
-    if highest <= missed or not candidates:
-        return math.inf, rank, math.inf
-    best, kept, outside = least_shortfall(theta, pairs.g, rank, np.array(candidates), missed, rounding, noise, enough)
-    return float(best), int(kept), float(outside)

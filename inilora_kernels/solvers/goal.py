@@ -6,24 +6,16 @@ How small the excess must be, and how much of it must be promised before the pro
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..factors import FLOAT32_FLOOR
-from .certificate import promise
-from .krylov_space import RitzPairs
-
-# Before the second space has bounded λ_max outside of the first: this share of the Ritz values beyond θ_r is above it
-# (0.15 to 0.3 where it pays to look); and the bound is at most this share of θ_r.
-_REACHED, _EXPECTED_OUTSIDE = 0.17, 0.93
-# The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to this little of the energy.
-_COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
-# Projections are float32's own, also where products are less exact.
-_FLOAT32_UNIT = 2.0**-23
-# Roundings are independent: what they leave in a residual was a 6th to a 50th of the most that `rounding` allows for.
-_EXPECTED_NOISE = 0.25
-# A proof of this share of what is allowed survives that the last products are float64's.
-_AMPLE = 0.5
+from .ritz import RitzPairs
 
 
 @dataclass(frozen=True)
@@ -46,23 +38,23 @@ class Goal:
         """The largest one."""
         return max(self.ranks)
 
+    @cached_property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """As judgement.py takes it."""
+        return float(self.energy), float(self.tolerance), FLOAT32_FLOOR, float(self.unit)
+
+    @cached_property
+    def each_rank(self) -> NDArray[np.int64]:
+        """The ranks, as judgement.py takes them."""
+        return np.array(self.ranks, dtype=np.int64)
+
     def rounding(self, pairs: RitzPairs) -> float:
         """By how much a step of the space, MX = QT + NL, can be off for a unit vector; see certificate.py."""
-        largest = max(0.0, float(pairs.theta[0]))
-        projecting = min(self.unit, _FLOAT32_UNIT) * math.sqrt(len(pairs.theta)) * largest
-        return self.unit * math.sqrt(largest * self.energy) + projecting
-
-    def noise(self, pairs: RitzPairs) -> float:
-        """What a Ritz pair's residual is expected to have of it; the last pass finds how much it really is."""
-        return _EXPECTED_NOISE * self.rounding(pairs)
+        return float(_judgement().rounding(pairs.theta, self.numbers))
 
     def allowed(self, pairs: RitzPairs, rank: int) -> float:
         """How much energy may be missed: `tolerance` of f*, and never less than float32 factors can show."""
-        return max(self.tolerance * self.missing(pairs, rank), FLOAT32_FLOOR * self.energy)
-
-    def missing(self, pairs: RitzPairs, rank: int) -> float:
-        """What the Ritz pairs have not captured: f* and the energy they missed."""
-        return max(0.0, self.energy - float(pairs.captured[rank - 1]))
+        return float(_judgement().allowed(pairs.theta, rank, self.numbers))
 
     def promised(self, pairs: RitzPairs, missed: float, enough: float = 0.0) -> float:
         """The promise of the rank that is furthest from its allowance, as a multiple of the allowance.
@@ -70,13 +62,7 @@ class Goal:
         missed: a bound on λ_max outside of the space.
         enough: a multiple below which it does not matter how much better it could be.
         """
-        rounding, noise = self.rounding(pairs), self.noise(pairs)
-        worst = 0.0
-        for rank in self.ranks:
-            allowed = self.allowed(pairs, rank)
-            if self.missing(pairs, rank) > allowed:
-                worst = max(worst, promise(pairs, rank, missed, rounding, noise, enough * allowed)[0] / allowed)
-        return worst
+        return float(_judgement().promised(pairs.theta, pairs.g, self.each_rank, missed, self.numbers, enough))
 
     def settled(self, pairs: RitzPairs, missed: float) -> bool:
         """Whether every rank is proven, if the last pass finds no more noise than is expected."""
@@ -87,28 +73,36 @@ class Goal:
 
         factor: `missed_factor` of as many passes as the second space may reasonably take.
         """
-        highest = max(0.0, float(pairs.theta[self.rank - 1]))
-        place = self.rank + int(_REACHED * (len(pairs.theta) - self.rank))
-        reached = factor * max(0.0, float(pairs.theta[min(place, len(pairs.theta) - 1)]))
-        return min(_EXPECTED_OUTSIDE * highest, reached)
+        return float(_judgement().expected_outside(pairs.theta, self.rank, factor))
 
     def too_coarse(self, pairs: RitzPairs) -> bool:
         """Whether the products' rounding hides what must be proven."""
-        if self.exact:
-            return False
-        highest = float(pairs.theta[self.rank - 1])
-        rounding = self.rounding(pairs)
-        hidden = self.rank * self.noise(pairs) ** 2 / (_COARSE_GAP * max(highest, 1e-300))
-        return (
-            rounding > _COARSE_GAP**2 * highest
-            or any(self.missing(pairs, rank) < _COARSE_ENERGY * self.energy for rank in self.ranks)
-            or any(hidden > self.allowed(pairs, rank) for rank in self.ranks)
-        )
+        return not self.exact and bool(_judgement().too_coarse(pairs.theta, self.each_rank, self.numbers))
+
+    def bound_to_reach(self, pairs: RitzPairs, bounds: Sequence[float]) -> float:
+        """The first of the bounds on λ_max outside that settles all ranks; the last but one if none does."""
+        numbers = np.array(bounds)
+        return float(_judgement().bound_to_reach(pairs.theta, pairs.g, self.each_rank, numbers, self.numbers))
 
     def kept(self, pairs: RitzPairs, missed: float) -> int:
         """How many Ritz vectors the proof of all ranks uses."""
-        rounding, noise = self.rounding(pairs), self.noise(pairs)
-        proofs = [
-            promise(pairs, rank, missed, rounding, noise, _AMPLE * self.allowed(pairs, rank)) for rank in self.ranks
-        ]
-        return min(max(kept for _, kept, _ in proofs), len(pairs.theta))
+        return int(_judgement().kept(pairs.theta, pairs.g, self.each_rank, missed, self.numbers))
+
+
+def next_size(size: int, promised: float, before: int, then: float, wanted: float) -> float:
+    """How many vectors to have at the next look, when the promise should have come down to `wanted`.
+
+    Residuals fall by about the same factor with each pass. promised: at `size` vectors; then: at `before`, infinite
+    where there is none.
+
+    >>> round(next_size(80, 4.0, 60, 400.0, wanted=1.0))
+    86
+    """
+    return float(_judgement().next_size(size, promised, before, then, wanted))
+
+
+def _judgement() -> Any:
+    """judgement.py, at its first use: numba takes as long to import as all the rest."""
+    from ..kernels.cpu import judgement
+
+    return judgement

@@ -22,9 +22,11 @@ from ..kernels.streaming import gram_product
 from ..kernels.threads import one_torch_thread, side_by_side
 from .certificate import missed_factor
 from .goal import Goal
-from .krylov import FLOAT32_RANGE, GRAM_SIZE, MISSED, PROMISED, Digest
-from .krylov_space import RitzPairs, combined
-from .krylov_spaces import UNIT, KrylovSpaces, ritz_pairs
+from .krylov import FLOAT32_RANGE, GRAM_SIZE
+from .krylov_search import MISSED, PROMISED, Digest
+from .krylov_space import combined
+from .krylov_spaces import UNIT, KrylovSpaces
+from .ritz import RitzPairs, largest_eigenvalue, ritz_pairs
 from .triplets import LastPass, Principal, concluded
 
 # A tensor core's product of float32 parts, with what it drops and truncates, is within a few units of float32's; one
@@ -98,7 +100,7 @@ class _Searched:
         rounding = self.goal.rounding(self.pairs)
         missed = missed_factor(self.n, 16, passes) * (largest + rounding) + rounding
         self.missed = min(self.missed, missed)
-        highest = float(self.pairs.values[self.goal.rank - 1])
+        highest = float(self.pairs.theta[self.goal.rank - 1])
         if self.missed < highest and self.goal.settled(self.pairs, self.missed):
             return True
         self.lost = passes > _FIRST_LOOK_OUTSIDE and largest >= MISSED * highest
@@ -190,7 +192,7 @@ def _converged(batch: GramBatch, searched: Sequence[_Searched], vectors: int) ->
         T, coupling = spaces.here()
 
         def look(index: int, T: Tensor = T, coupling: Tensor = coupling) -> bool:
-            return searched[index].judge(ritz_pairs(T[index], coupling[index]))
+            return searched[index].judge(ritz_pairs(T[index], spaces.leaving(coupling[index])))
 
         # On one thread each, however many look at once: MKL's bits change with the number.
         with one_torch_thread() as threads:
@@ -228,9 +230,7 @@ def _look_outside(batch: GramBatch, searched: Sequence[_Searched], digests: Sequ
             continue
         T, _ = others.here()
         for index in sorted(going):
-            with one_torch_thread():
-                largest = float(torch.linalg.eigvalsh(T[index])[-1])
-            if searched[index].judge_outside(largest, others.passes):
+            if searched[index].judge_outside(largest_eigenvalue(T[index]), others.passes):
                 going.discard(index)
         batch.keep(going)
     for index in going:
@@ -242,8 +242,8 @@ def _finished(batch: GramBatch, index: int, one: _Searched, Q: Tensor) -> Princi
     assert one.pairs is not None
     pairs, W = one.pairs, batch.tall(index)
     kept = one.goal.kept(pairs, one.missed)
-    X = combined(Q[: one.vectors, : one.n], pairs.vectors[:, :kept])
-    Y, image = (product.T for product in gram_product(W, X.T))
+    X = combined(Q[: one.vectors, : one.n], pairs.vectors(kept))
+    Y, image = gram_product(W, X)
     found = concluded(
         one.goal,
         pairs,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.streaming import GramReader
 from ..kernels.threads import helped
+from .ritz import RitzPairs, largest_eigenvalue, ritz_pairs
 
 # What a projection leaves of a vector is rounding if it is below this many units in the last place of its length.
 _ROUNDING_UNITS = 8
@@ -23,35 +23,9 @@ _STILL_LONG = 0.5
 _MOST_PROJECTIONS = 5
 # Rows of memory taken at a time for the basis.
 _ROWS_AT_ONCE = 64
+# For float32, as the kernels take them.
+LIMITS = (_ROUNDING_UNITS * torch.finfo(torch.float32).eps, _WELL_CONDITIONED, _STILL_LONG)
 _NO_STOPS = np.empty((0, 2))
-
-
-@dataclass(frozen=True, eq=False)
-class RitzPairs:
-    """Ritz pairs of M on a Krylov space, on the CPU in float64.
-
-    values: θ (m, descending). vectors (m×m): column i belongs to θ_i, in the basis Q. coupling (b×m): column i holds
-        the residual Mx_i − θ_i·x_i in an orthonormal basis of what leaves the space, so its norm is the residual's.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    coupling: Tensor
-
-    @cached_property
-    def theta(self) -> NDArray[np.float64]:
-        """θ (m), as the kernels take it."""
-        return np.ascontiguousarray(self.values.numpy())
-
-    @cached_property
-    def g(self) -> NDArray[np.float64]:
-        """The residuals' coordinates (m×b), a row each, as the kernels take them."""
-        return np.ascontiguousarray(self.coupling.T.numpy())
-
-    @cached_property
-    def captured(self) -> NDArray[np.float64]:
-        """The sums (m) of the leading θ: how much of the energy the first 1, 2, … capture."""
-        return np.cumsum(self.theta)
 
 
 class KrylovSpace:
@@ -135,7 +109,7 @@ class KrylovSpace:
 
     def largest(self) -> float:
         """λ_max(QMQᵀ)."""
-        return float(torch.linalg.eigvalsh(self.T)[-1])
+        return largest_eigenvalue(self.T)
 
     def _expand_compiled(self, passes: int, stops: NDArray[np.float64]) -> tuple[int, bool]:
         """As many passes in one compiled call, where the kernels have one.
@@ -167,9 +141,10 @@ class KrylovSpace:
                 coupling.numpy(),
                 self.size,
                 passes,
-                (_ROUNDING_UNITS * torch.finfo(torch.float32).eps, _WELL_CONDITIONED, _STILL_LONG),
+                LIMITS,
                 stops[:passes],
                 shared,
+                False,
             )
         self.size += taken * block
         self.passes += taken
@@ -199,13 +174,7 @@ class KrylovSpace:
         self._leaving = mixing.cpu() @ leaving
 
     def ritz(self) -> RitzPairs:
-        values, vectors = torch.linalg.eigh(self.T)
-        values, vectors = values.flip(0), vectors.flip(1)
-        return RitzPairs(values, vectors, self._leaving @ vectors)
-
-    def vectors(self, coefficients: Tensor) -> Tensor:
-        """The vectors of the space with these coefficients (m×s), as orthonormal columns (n×s) in float64."""
-        return combined(self.Q, coefficients)
+        return ritz_pairs(self.T, self._leaving)
 
     def _hold(self, size: int) -> None:
         held = len(self._rows)
@@ -277,13 +246,17 @@ class KrylovSpace:
 
 
 def combined(rows: Tensor, coefficients: Tensor) -> Tensor:
-    """The combinations of orthonormal rows (m×n) with these coefficients (m×s), orthonormal columns (n×s), float64."""
-    weights = coefficients.to(rows.device).T
+    """The combinations of orthonormal rows (m×n) with these coefficients (s×m), orthonormal too (s×n), in float64."""
+    if rows.device.type == "cpu":
+        from ..kernels.cpu.last_pass import combine
+
+        return torch.from_numpy(combine(rows.contiguous().numpy(), coefficients.numpy()))
+    weights = coefficients.to(rows.device)
     X = torch.zeros(len(weights), rows.shape[1], dtype=torch.float64, device=rows.device)
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         several = slice(first, first + _ROWS_AT_ONCE)
         X.addmm_(weights[:, several], rows[several].double())
     # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the combinations so to float64's.
     triangle = torch.linalg.cholesky(X @ X.T)
-    columns: Tensor = torch.linalg.solve_triangular(triangle, X, upper=False).T
-    return columns
+    found: Tensor = torch.linalg.solve_triangular(triangle, X, upper=False)
+    return found

@@ -20,8 +20,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .krylov_space import RitzPairs
-
 # float32's unit, in which rounding and the random part of a row are counted.
 UNIT = 2.0**-23
 # What a projection leaves of a row is rounding if it is below this many units of its length.
@@ -80,6 +78,12 @@ class KrylovSpaces:
         """T and the β (c×b×b) of the last block, on the CPU: the host waits for the device here, and nowhere else."""
         return self.T.cpu(), self._coupling.cpu()
 
+    def leaving(self, coupling: Tensor) -> Tensor:
+        """L (b×m) of one space, given the β (b×b) of its last block: what MQᵀ has outside of it."""
+        found = coupling.new_zeros(len(coupling), self.size)
+        found[:, self.size - coupling.shape[1] :] = coupling
+        return found
+
     def _orthonormal(self, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows X, orthonormal and orthogonal to all the others, β and Z's part along the basis; see KrylovSpace."""
         count, block, _ = Z.shape
@@ -118,10 +122,3 @@ def _orthonormal_rows(Z: Tensor) -> tuple[Tensor, Tensor]:
     rows = wide / lengths
     triangle, _ = torch.linalg.cholesky_ex(rows @ rows.mT)
     return torch.linalg.solve_triangular(triangle, rows, upper=False).float(), (lengths * triangle).mT
-
-
-def ritz_pairs(T: Tensor, coupling: Tensor) -> RitzPairs:
-    """The Ritz pairs of one space from its T (m×m) and the β (b×b) of its last block, float64, on the CPU."""
-    values, vectors = torch.linalg.eigh(T)
-    values, vectors = values.flip(0), vectors.flip(1)
-    return RitzPairs(values, vectors, coupling @ vectors[len(vectors) - coupling.shape[1] :])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.threads import one_torch_thread
-from .krylov import GRAM_SIZE, Digest, principal
+from .krylov import GRAM_SIZE, principal
+from .krylov_search import Digest
 from .triplets import LEADING, ROUNDING_SHARE, Principal
 
 # `loss_near`: the loss as a share of ||W||² below which it is read off W, and ||D||² of factors rounded to float32.

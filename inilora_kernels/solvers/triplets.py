@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..factors import FLOAT32_FLOOR
-from .certificate import bound_outside, shortfall
 from .goal import Goal
-from .krylov_space import RitzPairs
+from .ritz import RitzPairs
 
 # At most this many singular values are kept for the picture of the spectrum.
 LEADING = 64
@@ -53,7 +52,7 @@ class Principal:
 class LastPass:
     """What the proof rests on, all in float64.
 
-    X (k×s): the leading Ritz vectors of a space, orthonormal. Y (d×s): WX. image (k×s): MX.
+    X (s×k): the leading Ritz vectors of a space, orthonormal rows. Y (s×d): XWᵀ. image (s×k): XM.
     """
 
     X: Tensor
@@ -66,40 +65,54 @@ def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, pa
 
     missed: the bound on λ_max outside of the space of `pairs`; infinite where there is none.
     """
-    rank, total = goal.rank, goal.energy
-    form = last.Y.T @ last.Y
-    # On the CPU, where a matrix so small is decomposed at once.
-    values_here, rotation = torch.linalg.eigh(form.cpu())
-    values_here, rotation = values_here.flip(0).clamp(min=0.0), rotation.flip(1)
-    turn = rotation.to(form.device)
-    X, Y, residuals = last.X @ turn[:, :rank], last.Y @ turn[:, :rank], last.image - last.X @ form
-    residual_gram = rotation.T @ (residuals.T @ residuals).cpu() @ rotation
-    outside = math.inf
-    if math.isfinite(missed):
-        outside = bound_outside(pairs, len(form), missed, goal.rounding(pairs))
-    shortfalls, certified = {}, {}
-    for one in goal.ranks:
-        missing = max(0.0, total - float(values_here[:one].sum()))
-        bound = missing
-        if math.isfinite(outside):
-            bound = min(bound, shortfall(values_here, residual_gram, one, outside))
-        shortfalls[one] = bound
-        certified[one] = bound <= max(goal.tolerance * (missing - bound), FLOAT32_FLOOR * total)
-    S = values_here.sqrt()
-    lengths = torch.linalg.vector_norm(Y, dim=0)
-    sure = pairs.coupling.square().sum(0) <= (0.02 * pairs.values.clamp(min=0.0)).square()
-    sure[:rank] = True
-    leading = pairs.values.clamp(min=0.0).sqrt()
-    leading[:rank] = S[:rank]
-    found = leading[:LEADING][sure[:LEADING]]
+    U, V, (values, _, shortfalls, certified) = (_triplets if last.X.device.type == "cpu" else _triplets_on_device)(
+        last, (pairs.theta, pairs.g, goal.each_rank, missed, goal.numbers)
+    )
+    S = torch.from_numpy(np.sqrt(values[: goal.rank]))
     return Principal(
-        U=Y / torch.where(lengths > 0, lengths, 1.0),
-        S=S[:rank].to(X.device),
-        V=X,
-        shortfalls=shortfalls,
-        certified=certified,
-        energy=total,
-        leading=tuple(found.tolist()),
+        U=U.T,
+        S=S.to(V.device),
+        V=V.T,
+        shortfalls=dict(zip(goal.ranks, shortfalls.tolist(), strict=True)),
+        certified=dict(zip(goal.ranks, certified.tolist(), strict=True)),
+        energy=goal.energy,
+        leading=_leading(pairs, S),
         passes=passes,
         vectors=vectors,
     )
+
+
+def _triplets(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """U (r×d) and V (r×k), rows, and the verdict of judgement.py, which is `asked` the rest of its arguments."""
+    from ..kernels.cpu.judgement import verdict
+    from ..kernels.cpu.last_pass import combined, forms
+
+    X, Y, image = last.X.numpy(), last.Y.numpy(), last.image.numpy()
+    found = verdict(*forms(X, Y, image), *asked)
+    V, Y = combined(X, found[1]), combined(Y, found[1])
+    lengths = np.linalg.norm(Y, axis=1, keepdims=True)
+    return torch.from_numpy(Y / np.where(lengths > 0, lengths, 1.0)), torch.from_numpy(V), found
+
+
+def _triplets_on_device(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """The same where only what is s×s comes to the CPU."""
+    from ..kernels.cpu.judgement import verdict
+
+    form = last.Y @ last.Y.T
+    residuals = last.image - form @ last.X
+    found = verdict(form.cpu().numpy(), (residuals @ residuals.T).cpu().numpy(), *asked)
+    turn = torch.from_numpy(found[1]).to(form.device)
+    V, Y = turn @ last.X, turn @ last.Y
+    lengths = torch.linalg.vector_norm(Y, dim=1, keepdim=True)
+    return Y / torch.where(lengths > 0, lengths, 1.0), V, found
+
+
+def _leading(pairs: RitzPairs, S: Tensor) -> tuple[float, ...]:
+    """S, and the other Ritz values' roots where the residual says that they are good to 1 %; the first `LEADING`."""
+    theta, g = pairs.theta[:LEADING].clip(min=0.0), pairs.g[:LEADING]
+    sure = np.square(g).sum(1) <= np.square(0.02 * theta)
+    found = np.sqrt(theta)
+    rank = min(len(S), LEADING)
+    sure[:rank] = True
+    found[:rank] = S[:rank].numpy()
+    return tuple(found[sure].tolist())

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from inilora_kernels.factors import FLOAT32_FLOOR
 from inilora_kernels.solvers.goal import Goal
-from inilora_kernels.solvers.krylov_space import RitzPairs
+from inilora_kernels.solvers.ritz import RitzPairs
 
 
 def pairs(values: list[float], residual: float) -> RitzPairs:
-    theta = torch.tensor(values, dtype=torch.float64)
-    return RitzPairs(theta, torch.eye(len(theta), dtype=torch.float64), torch.full((1, len(theta)), residual).double())
+    theta = np.array(values)
+    return RitzPairs(theta, np.full((len(theta), 1), residual), np.diag(theta))
 
 
 def goal(tolerance: float = 1e-8, unit: float = 2.0**-52) -> Goal:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from inilora_kernels.solvers import krylov, krylov_batch, krylov_spaces
 from inilora_kernels.solvers.goal import Goal
 from inilora_kernels.solvers.krylov_batch import principals, room
-from inilora_kernels.solvers.krylov_space import RitzPairs
+from inilora_kernels.solvers.ritz import RitzPairs
 from inilora_kernels.solvers.triplets import Principal
 
 from .test_krylov import with_spectrum

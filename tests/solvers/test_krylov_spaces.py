@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inilora_kernels.solvers.krylov_spaces import UNIT, KrylovSpaces, ritz_pairs
+from inilora_kernels.solvers.krylov_spaces import UNIT, KrylovSpaces
+from inilora_kernels.solvers.ritz import ritz_pairs
 
 from .torch_batch import TorchBatch
 
@@ -77,13 +78,14 @@ def test_ritz_pairs_are_those_of_the_space() -> None:
     for _ in range(5):
         spaces.expand()
     T, coupling = spaces.here()
-    pairs = ritz_pairs(T[0], coupling[0])
+    pairs = ritz_pairs(T[0], spaces.leaving(coupling[0]))
     W, Q = CASES[0].double(), spaces.Q[0].double()
-    X = Q.T @ pairs.vectors
-    residuals = W.T @ (W @ X) - X * pairs.values
-    size = float(pairs.values[0])
-    assert torch.allclose(residuals.norm(dim=0), pairs.coupling.norm(dim=0), atol=200 * UNIT * size, rtol=1e-4)
-    assert float(pairs.values[0]) <= float(torch.linalg.matrix_norm(W, 2)) ** 2 * (1 + 1e-6)
+    X = pairs.vectors(len(Q)) @ Q
+    residuals = X @ W.T @ W - torch.from_numpy(pairs.theta)[:, None] * X
+    size = float(pairs.theta[0])
+    lengths = torch.from_numpy(pairs.g).norm(dim=1)
+    assert torch.allclose(residuals.norm(dim=1), lengths, atol=200 * UNIT * size, rtol=1e-4)
+    assert size <= float(torch.linalg.matrix_norm(W, 2)) ** 2 * (1 + 1e-6)
 
 
 def test_growing_never_waits_for_the_device() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from inilora_kernels.solvers.goal import Goal
-from inilora_kernels.solvers.krylov_space import RitzPairs
+from inilora_kernels.solvers.ritz import RitzPairs
 from inilora_kernels.solvers.triplets import LastPass, Principal, concluded
 
 RANK, N = 3, 40
@@ -19,9 +20,16 @@ def concluded_from(W: Tensor, X: Tensor) -> Principal:
     beyond = torch.eye(N, dtype=torch.float64) - X @ X.T
     missed = float(torch.linalg.eigvalsh(beyond @ M @ beyond)[-1])
     values = torch.linalg.eigvalsh(X.T @ M @ X).flip(0)
-    pairs = RitzPairs(values, torch.eye(X.shape[1]).double(), torch.zeros(1, X.shape[1], dtype=torch.float64))
+    pairs = RitzPairs(values.numpy(), np.zeros((X.shape[1], 1)), torch.diag(values).numpy())
     goal = Goal(float(W.square().sum()), (RANK,), tolerance=1e-8, unit=2.0**-23, exact=False)
-    return concluded(goal, pairs, missed, LastPass(X, W @ X, M @ X), passes=1, vectors=1)
+    return concluded(
+        goal,
+        pairs,
+        missed,
+        LastPass(X.T.contiguous(), (W @ X).T.contiguous(), (M @ X).T.contiguous()),
+        passes=1,
+        vectors=1,
+    )
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-7, 1e-4, 1e-2])

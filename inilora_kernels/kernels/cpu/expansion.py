@@ -19,15 +19,16 @@ from .team import close, open_round, part_done, take_part, wait_for_part, wait_u
 @njit(cache=True, nogil=True)
 def expand(
     W: Any, layout: Any, work: Any, rows: Any, T: Any, held: Any, block: Any, leaving: Any,
-    size: int, passes: int, limits: Any, stops: Any, job: Any,
+    size: int, passes: int, limits: Any, stops: Any, job: Any, raw: bool,
 ) -> Any:  # fmt: skip
     """Take `passes` blocks into the basis, one pass over W each; stop where a block has no new direction.
 
     W, layout, work: `FusedGramReader`'s. rows (m', n), T (m', m'): the basis and QMQᵀ, of which `size` rows are in use,
-    and there is room. held (s, n): what the space is kept orthogonal to. block (b, n): the next block, replaced;
-    leaving (b, b): replaced by β of the last step. limits: `orthonormal_against`'s vanished, spread, long. stops
-    (passes or 0, 2): after the i-th pass of the call, end it where λ_max(T) is below the first number of row i, or not
-    below the second. job: a new one of team.py's; `assist` helps.
+    and there is room. held (s, n): what the space is kept orthogonal to. block (b, n): the next block, replaced; raw:
+    whether it has to be made orthonormal first. leaving (b, b): replaced by β of the last step. limits:
+    `orthonormal_against`'s vanished, spread, long. stops (passes or 0, 2): after the i-th pass of the call, end it
+    where λ_max(T) is below the first number of row i, or not below the second. job: a new one of team.py's; `assist`
+    helps.
 
     Returns how many steps were taken, whether the last one is whole, and whether a stop ended them. Where it is not
     whole, block is MX itself, not yet orthonormal.
@@ -36,6 +37,13 @@ def expand(
     by_rows = layout[0] == 1
     X = np.zeros((work[1].shape[1] if by_rows else work[1].shape[0], n), dtype=np.float32)
     taken, whole, stopped = 0, True, False
+    if raw:
+        X[:b] = block
+        whole = make_orthonormal(rows[:0], held, X, np.eye(b), np.zeros((0, b)), limits[0], limits[1], limits[2])
+        if not whole:
+            close(job)
+            return taken, whole, stopped
+        block[:] = X[:b]
     while taken < passes and not stopped:
         first, last = size, size + b
         rows[first:last] = block

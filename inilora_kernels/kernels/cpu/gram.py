@@ -21,7 +21,7 @@ from torch import Tensor
 from ..rounding import round_up
 from ..threads import share
 from .in_place import RUN, WIDE_ROWS, WIDE_VECTORS, inner_runs
-from .jit import njit
+from .jit import ZERO, njit
 from .plain_products import SUMS, add_inner_plain, add_outer_plain
 from .simd import LANES, LOADS_FLOAT16, SMALL_GROUP, entry, kernel_view, outer_products
 
@@ -67,7 +67,7 @@ class FusedGramReaders:
 class FusedGramReader:
     """X ↦ XWᵀ (b×d) and XWᵀW (b×k), float32 or float64, for any X (b×k) of one width b, in work space of its own.
 
-    threads: on how many its parts can be shared, at most.
+    threads: on how many its parts can be shared, at most; `most_threads` is as many as W's size is worth.
 
     >>> Y, Z = FusedGramReader(2 * torch.eye(48), width=1, threads=1)(torch.ones(1, 48))
     >>> float(Y[0, 0]), float(Z[0, 0])
@@ -89,7 +89,8 @@ class FusedGramReader:
         wanted = max(1, min(MOST_SLOTS, m * n // _SLOT_ELEMENTS))
         self._parts_a_slot = ceil(self._parts / wanted)
         slots = ceil(self._parts / self._parts_a_slot)
-        self.threads = max(1, min(threads, slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
+        self.most_threads = max(1, min(slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
+        self.threads = min(threads, self.most_threads)
         along_columns, along_rows = (b, n), (m, b)
         self._given = torch.zeros(along_columns if self._by_rows else along_rows, dtype=dtype)
         self._once = torch.empty(along_rows if self._by_rows else along_columns, dtype=dtype)
@@ -175,8 +176,8 @@ def row_strips(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, stri
     for part in range(first, last):
         top, bottom = part * strip, min((part + 1) * strip, m)
         Y[top:bottom] = 0
-        add_inner_products(W, stride, top, bottom, 0, n, X, Y)
-        add_outer_products(W, stride, top, bottom, 0, n, Y, Z)
+        add_inner_products(W, stride, top, bottom, ZERO, n, X, Y)
+        add_outer_products(W, stride, top, bottom, ZERO, n, Y, Z)
 
 
 @njit(cache=True, nogil=True)
@@ -191,8 +192,8 @@ def column_tiles(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, ti
         left = part * tile
         count = min(tile, n - left)
         Y[:, left : left + count] = 0
-        add_outer_products(W, stride, 0, m, left, count, X, Y)
-        add_inner_products(W, stride, 0, m, left, count, Y, Z)
+        add_outer_products(W, stride, ZERO, m, left, count, X, Y)
+        add_inner_products(W, stride, ZERO, m, left, count, Y, Z)
 
 
 @njit(cache=True, nogil=True)
@@ -220,8 +221,8 @@ def wide_column_tiles(
         left = part * tile
         count = min(tile, n - left)
         Y[:, left : left + count] = 0
-        add_outer_plain(W, stride, 0, m, left, count, X, Y)
-        add_inner_plain(W, stride, 0, m, left, count, Y, Z)
+        add_outer_plain(W, stride, ZERO, m, left, count, X, Y)
+        add_inner_plain(W, stride, ZERO, m, left, count, Y, Z)
 
 
 def squares(W: Tensor) -> float:

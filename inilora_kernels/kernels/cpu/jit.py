@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numba
+import numpy as np
 from numba.core import config as numba_config
 from numba.core.caching import FunctionCache
 
 from ...places import private_folder
+
+# Zero as an argument: for the literal, numba would compile what is called once more.
+ZERO = np.int64(0)
 
 
 def njit(

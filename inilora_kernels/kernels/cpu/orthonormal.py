@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rounding import round_up
 from .gram import BLOCK, add_inner_products, add_outer_products
-from .jit import njit
+from .jit import ZERO, njit
 from .plain_products import SUMS
 
 # From all rows: one as a rule, a second where much of a row was along rows other than the last.
@@ -95,11 +95,11 @@ def _project(Q: Any, X: Any, parts: Any) -> None:
     m, n = Q.shape
     flat = Q.reshape(-1)
     parts[:m] = 0
-    add_inner_products(flat, n, 0, m, 0, n, X, parts)
+    add_inner_products(flat, n, ZERO, m, ZERO, n, X, parts)
     for i in range(m):
         for c in range(len(X)):
             parts[i, c] = -parts[i, c]
-    add_outer_products(flat, n, 0, m, 0, n, parts, X)
+    add_outer_products(flat, n, ZERO, m, ZERO, n, parts, X)
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)

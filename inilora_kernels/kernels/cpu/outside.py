@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .jit import njit
+from .jit import ZERO, njit
 
 # c is found to a 4096th of the range that it may lie in, and no finer than this share of itself.
 _HALVINGS, _FINEST = 12, 1e-6
@@ -98,7 +98,7 @@ def shortfall_without_eigenvalues(
     form = np.empty((g.shape[1], g.shape[1]))
     spread = noise**2 / gap
     y = theta[rank - 1] + above - spread
-    if not _definite(theta[rank:kept], g[rank:kept], 0, y, y - gap, form):
+    if not _definite(theta[rank:kept], g[rank:kept], ZERO, y, y - gap, form):
         return np.inf
     total = rank * spread
     solved = np.empty(g.shape[1])

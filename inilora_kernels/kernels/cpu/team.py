@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .jit import njit
 from .simd import atomic_add, compare_and_swap, give_way, spin_pause
@@ -21,7 +20,8 @@ _OPENED, _TAKEN, _DONE, _LENGTH = 0, 16, 32, 48
 _CLOSED = -(1 << 62)
 
 
-def job() -> NDArray[np.int64]:
+@njit(cache=True, nogil=True)
+def job() -> Any:
     """The shared array of a new job, with no round opened."""
     return np.zeros(_LENGTH, np.int64)
 

@@ -1,0 +1,322 @@
+"""Eigenvalues of a symmetric matrix, a few rows times all its eigenvectors, and the vectors of the largest values.
+
+This is what a Krylov space needs of its T = QMQᵀ. LAPACK's routine finds all eigenvectors whole and cannot be called
+from compiled code, which holds no lock. Everything is float64: T = HDHᵀ with D tridiagonal and H a product of
+reflections, then implicit QL steps on D, and inverse iteration for single vectors of D (Parlett 1980, chapters 7, 8
+and 4).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .jit import njit
+from .plain_products import SUMS
+
+_UNIT = 2.0**-53
+# QL takes less than two steps a value; after so many it is given up.
+_MOST_STEPS = 40
+# Vectors of values this close, as a share of |D|, are made orthogonal.
+_CLOSE = 1e-3
+_MOST_INVERSE_STEPS = 5
+# A vector counts if what D makes of it is its value's multiple to so many roundings of |D|.
+_ACCURATE = 256
+
+
+@njit(cache=True, nogil=True)
+def tridiagonal(T: Any, d: Any, e: Any, betas: Any) -> None:
+    """D of T (m×m, symmetric), in place: d (m), e (m, its last zero); row k of T becomes v_k of I − β_k·v_k·v_kᵀ.
+
+    Reads and writes what is left of T once a reflection: 2·m³ FLOPs in all.
+    """
+    m = len(T)
+    p, w = np.zeros(m), np.zeros(m)
+    for k in range(m):
+        updated = k > 0 and betas[k - 1] != 0.0
+        v = T[k - 1]
+        if updated:
+            less_outer(T[k, k:], v[k], w[k], v[k:], w[k:])
+        d[k] = T[k, k]
+        if k == m - 1:
+            break
+        x = T[k, k + 1 :]
+        betas[k], e[k] = _reflection(x)
+        for i in range(k + 1, m):
+            row = T[i, k + 1 :]
+            if updated:
+                less_outer(row, v[i], w[i], v[k + 1 :], w[k + 1 :])
+            p[i] = dot(row, x)
+        beta = betas[k]
+        half = 0.5 * beta * beta * dot(p[k + 1 :], x)
+        for i in range(k + 1, m):
+            w[i] = beta * p[i] - half * x[i - k - 1]
+    e[m - 1] = betas[m - 1] = 0.0
+
+
+@njit(cache=True, nogil=True)
+def _reflection(x: Any) -> Any:
+    """β and what stays of x under I − βvvᵀ, which makes all but its first entry zero; x becomes v."""
+    rest = dot(x[1:], x[1:])
+    if rest == 0.0:
+        return 0.0, x[0]
+    length = np.sqrt(rest + x[0] ** 2)
+    stays = -length if x[0] > 0.0 else length
+    x[0] -= stays
+    return 2.0 / (rest + x[0] ** 2), stays
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def dot(x: Any, y: Any) -> Any:
+    """xᵀy."""
+    total = 0.0
+    for j in range(len(x)):
+        total += x[j] * y[j]
+    return total
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def less(x: Any, factor: float, y: Any) -> None:
+    """x less factor·y, in place."""
+    for j in range(len(x)):
+        x[j] -= factor * y[j]
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def less_outer(row: Any, one: float, other: float, v: Any, w: Any) -> None:
+    """A row of a matrix less its row of vwᵀ + wvᵀ, in place."""
+    for j in range(len(row)):
+        row[j] -= one * w[j] + other * v[j]
+
+
+@njit(cache=True, nogil=True)
+def times_reflections(rows: Any, T: Any, betas: Any) -> None:
+    """rows (c×m) times H, in place. T, betas: as `tridiagonal` leaves them."""
+    for k in range(len(T) - 1):
+        if betas[k] != 0.0:
+            for c in range(len(rows)):
+                y = rows[c, k + 1 :]
+                less(y, betas[k] * dot(T[k, k + 1 :], y), T[k, k + 1 :])
+
+
+@njit(cache=True, nogil=True)
+def by_ql(d: Any, e: Any, E: Any) -> bool:
+    """The eigenvalues of D in d, unordered, and E's columns times its eigenvectors; e is used up.
+
+    d (m), e (m, its last zero), E (m, c). False where it does not converge.
+    """
+    m = len(d)
+    # What is below D's own rounding is nothing.
+    least = 0.0
+    for i in range(m):
+        least = max(least, _UNIT * (abs(d[i]) + abs(e[i])))
+    for low in range(m):
+        for step in range(_MOST_STEPS + 1):
+            high = low
+            while high < m - 1 and abs(e[high]) > least:
+                high += 1
+            if high == low:
+                break
+            if step == _MOST_STEPS:
+                return False
+            # Wilkinson's shift: the eigenvalue of the first 2×2 block that is nearer to its first entry.
+            g = (d[low + 1] - d[low]) / (2.0 * e[low])
+            r = np.sqrt(g * g + 1.0)
+            g = d[high] - d[low] + e[low] / (g + (r if g >= 0.0 else -r))
+            s, c, p = 1.0, 1.0, 0.0
+            whole = True
+            for i in range(high - 1, low - 1, -1):
+                f, b = s * e[i], c * e[i]
+                r = np.sqrt(f * f + g * g)
+                e[i + 1] = r
+                if r == 0.0:
+                    d[i + 1] -= p
+                    e[high] = 0.0
+                    whole = False
+                    break
+                s, c = f / r, g / r
+                g = d[i + 1] - p
+                r = (d[i] - g) * s + 2.0 * c * b
+                p = s * r
+                d[i + 1] = g + p
+                g = c * r - b
+                for column in range(E.shape[1]):
+                    f = E[i + 1, column]
+                    E[i + 1, column] = s * E[i, column] + c * f
+                    E[i, column] = c * E[i, column] - s * f
+            if whole:
+                d[low] -= p
+                e[low] = g
+                e[high] = 0.0
+    return True
+
+
+@njit(cache=True, nogil=True)
+def leading_vectors(reduced: Any, values: Any, count: int, vectors: Any) -> bool:
+    """The eigenvectors of T of its `count` largest values, as the rows of `vectors` (count, m), by inverse iteration.
+
+    reduced, values: `decomposed`'s. False where one is not accurate.
+    """
+    T, betas, d, e, scale = reduced
+    theta = values / scale
+    m = len(d)
+    size = max(abs(theta[0]), abs(theta[m - 1]))
+    if not size > 0.0:
+        return False
+    upper, second, third, factor = np.empty(m), np.empty(m), np.empty(m), np.empty(m)
+    swapped = np.empty(m, dtype=np.bool_)
+    start = np.empty(m)
+    state = np.uint64(1)
+    first = 0
+    value = np.inf
+    for one in range(count):
+        if one and theta[one - 1] - theta[one] > _CLOSE * size:
+            first = one
+        # Of equal values each gets a place of its own, so that the iterations differ.
+        value = min(theta[one], value - 8 * _UNIT * size) if one > first else theta[one]
+        _factor(d, e, value, size, upper, second, third, factor, swapped)
+        y = vectors[one]
+        for i in range(m):
+            state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+            start[i] = np.float64(state >> np.uint64(40)) * 2.0**-24 - 0.5
+        y[:] = start
+        accurate = False
+        for step in range(_MOST_INVERSE_STEPS):
+            _solve(upper, second, third, factor, swapped, y, step > 0)
+            for earlier in range(first, one):
+                less(y, dot(vectors[earlier], y), vectors[earlier])
+            length = np.sqrt(dot(y, y))
+            if not 0.0 < length < np.inf:
+                return False
+            for i in range(m):
+                y[i] /= length
+            accurate = _left(d, e, theta[one], y) <= _ACCURATE * _UNIT * size * np.sqrt(m)
+            if accurate and step > 0:
+                break
+        if not accurate:
+            return False
+    for k in range(m - 2, -1, -1):
+        if betas[k] != 0.0:
+            for one in range(count):
+                y = vectors[one, k + 1 :]
+                less(y, betas[k] * dot(T[k, k + 1 :], y), T[k, k + 1 :])
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _factor(
+    d: Any, e: Any, value: float, size: float, upper: Any, second: Any, third: Any, factor: Any, swapped: Any
+) -> None:
+    """D − value·I = P·L·U by elimination with row exchanges; U has three diagonals."""
+    m = len(d)
+    least = _UNIT * size
+    here, right = d[0] - value, e[0]
+    for i in range(m - 1):
+        below, middle, far = e[i], d[i + 1] - value, e[i + 1]
+        swapped[i] = abs(below) > abs(here)
+        if swapped[i]:
+            upper[i], second[i], third[i] = below, middle, far
+            factor[i] = here / below
+            here, right = right - factor[i] * middle, -factor[i] * far
+        else:
+            if abs(here) < least:
+                here = least
+            upper[i], second[i], third[i] = here, right, 0.0
+            factor[i] = below / here
+            here, right = middle - factor[i] * right, far
+    upper[m - 1] = here if abs(here) > least else least
+
+
+@njit(cache=True, nogil=True)
+def _solve(upper: Any, second: Any, third: Any, factor: Any, swapped: Any, y: Any, forward: bool) -> None:
+    """y = (D − value·I)⁻¹y; without `forward`, of another y, of which this is L⁻¹y."""
+    m = len(y)
+    if forward:
+        for i in range(m - 1):
+            if swapped[i]:
+                y[i], y[i + 1] = y[i + 1], y[i] - factor[i] * y[i + 1]
+            else:
+                y[i + 1] -= factor[i] * y[i]
+    y[m - 1] /= upper[m - 1]
+    if m > 1:
+        y[m - 2] = (y[m - 2] - second[m - 2] * y[m - 1]) / upper[m - 2]
+    for i in range(m - 3, -1, -1):
+        y[i] = (y[i] - second[i] * y[i + 1] - third[i] * y[i + 2]) / upper[i]
+
+
+@njit(cache=True, nogil=True)
+def _left(d: Any, e: Any, value: float, y: Any) -> Any:
+    """|Dy − value·y|."""
+    m = len(d)
+    total = 0.0
+    for i in range(m):
+        part = (d[i] - value) * y[i]
+        if i:
+            part += e[i - 1] * y[i - 1]
+        if i < m - 1:
+            part += e[i] * y[i + 1]
+        total += part * part
+    return np.sqrt(total)
+
+
+@njit(cache=True, nogil=True)
+def decomposed(T: Any, rows: Any) -> Any:
+    """The eigenvalues of T (m×m), and `rows` (c×m) times its eigenvectors.
+
+    Returns θ (m, descending), g (m×c), whose j-th row belongs to θ_j, what `leading_vectors` takes (T, β, d and e as
+    `tridiagonal` leaves them, and a scale), and whether QL converged. Reads T and `rows`.
+    """
+    m = len(T)
+    # Squares of T's entries then stay in range; a power of two rounds nothing.
+    largest = 0.0
+    for i in range(m):
+        for j in range(m):
+            largest = max(largest, abs(T[i, j]))
+    scale = math.ldexp(1.0, min(1020, math.frexp(largest)[1]))
+    form, betas, d, e = T / scale, np.empty(m), np.empty(m), np.empty(m)
+    tridiagonal(form, d, e, betas)
+    reflected = rows.copy()
+    times_reflections(reflected, form, betas)
+    g = np.ascontiguousarray(reflected.T)
+    values, beside = d.copy(), e.copy()
+    if abs(d[0]) > abs(d[m - 1]):
+        # QL wants the small entries first.
+        values, g = values[::-1].copy(), g[::-1].copy()
+        beside[: m - 1] = e[: m - 1][::-1]
+    converged = by_ql(values, beside, g)
+    _sort(values, g)
+    return values * scale, g, (form, betas, d, e, scale), converged
+
+
+@njit(cache=True, nogil=True)
+def _sort(values: Any, g: Any) -> None:
+    """Both in place, by falling values; by insertion, since numba would compile its own sort for half a second."""
+    for i in range(1, len(values)):
+        value, row = values[i], g[i].copy()
+        j = i
+        while j > 0 and values[j - 1] < value:
+            values[j] = values[j - 1]
+            g[j] = g[j - 1]
+            j -= 1
+        values[j] = value
+        g[j] = row
+
+
+@njit(cache=True, nogil=True)
+def leading_pairs(T: Any, count: int) -> Any:
+    """The eigenvalues of T (m×m), descending, its first `count` eigenvectors as rows, and whether QL converged."""
+    values, _, reduced, converged = decomposed(T, np.empty((0, len(T))))
+    vectors = np.empty((count, len(T)))
+    if not leading_vectors(reduced, values, count, vectors):
+        values, every, _, converged = decomposed(T, np.eye(len(T)))
+        vectors[:] = every[:count]
+    return values, vectors, converged
+
+
+@njit(cache=True, nogil=True)
+def largest_eigenvalue(T: Any) -> Any:
+    """λ_max of T (m×m); NaN where QL does not converge."""
+    theta, _, _, converged = decomposed(T, np.empty((0, len(T))))
+    return theta[0] if converged else np.nan

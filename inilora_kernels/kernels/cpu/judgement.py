@@ -1,0 +1,203 @@
+"""What Ritz pairs promise, in compiled calls: solvers/goal.py says what is asked, and certificate.py why it holds.
+
+θ (m) descends, g (m×b) has the coordinates of each residual; float64. goal: ||W||_F², the tolerance of the excess,
+float32's resolution of ||W||² and the relative error of a product with W. missed: a bound on λ_max outside of the
+space.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .eigen import leading_pairs
+from .jit import ZERO, njit
+from .outside import least_outside, least_shortfall
+
+# How many Ritz vectors beyond r may go into X.
+_BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+# Before the second space has bounded λ_max outside of the first: this share of the Ritz values beyond θ_r is above it
+# (0.15 to 0.3 where it pays to look); and the bound is at most this share of θ_r.
+_REACHED, _EXPECTED_OUTSIDE = 0.17, 0.93
+# The arithmetic is too coarse where what it hides comes to this share of θ_r − c', or f* to this little of the energy.
+_COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
+# Projections are float32's own, also where products are less exact.
+_FLOAT32_UNIT = 2.0**-23
+# Roundings are independent: what they leave in a residual was a 6th to a 50th of the most that `rounding` allows for.
+_EXPECTED_NOISE = 0.25
+# A proof of this share of what is allowed survives that the last products are float64's.
+_AMPLE = 0.5
+
+
+@njit(cache=True, nogil=True)
+def rounding(theta: Any, goal: Any) -> Any:
+    """By how much a step of the space, MX = QT + NL, can be off for a unit vector; see certificate.py."""
+    energy, _, _, unit = goal
+    largest = max(0.0, theta[0])
+    return unit * math.sqrt(largest * energy) + min(unit, _FLOAT32_UNIT) * math.sqrt(len(theta)) * largest
+
+
+@njit(cache=True, nogil=True)
+def missing(theta: Any, rank: int, goal: Any) -> Any:
+    """What the first Ritz pairs have not captured: f* and the energy they missed."""
+    captured = 0.0
+    for j in range(rank):
+        captured += theta[j]
+    return max(0.0, goal[0] - captured)
+
+
+@njit(cache=True, nogil=True)
+def allowed(theta: Any, rank: int, goal: Any) -> Any:
+    """How much energy may be missed: the tolerance's share of f*, never less than float32 factors can show."""
+    return max(goal[1] * missing(theta, rank, goal), goal[2] * goal[0])
+
+
+@njit(cache=True, nogil=True)
+def promise(theta: Any, g: Any, rank: int, missed: float, goal: Any, enough: float) -> Any:
+    """The least shortfall over the numbers s of Ritz vectors to keep, or the first found to be `enough`; and its s."""
+    highest = theta[rank - 1]
+    candidates = np.empty(len(_BEYOND), dtype=np.int64)
+    count = 0
+    for beyond in _BEYOND:
+        if rank + beyond < len(theta) and theta[rank + beyond] < highest:
+            candidates[count] = rank + beyond
+            count += 1
+    if highest <= missed or count == 0:
+        return np.inf, rank
+    off = rounding(theta, goal)
+    best, kept, _ = least_shortfall(
+        theta, g, rank, candidates[:count], missed, off, _EXPECTED_NOISE * off, enough
+    )  # fmt: skip
+    return best, kept
+
+
+@njit(cache=True, nogil=True)
+def promised(theta: Any, g: Any, ranks: Any, missed: float, goal: Any, enough: float) -> Any:
+    """The promise of the rank that is furthest from its allowance, as a multiple of the allowance.
+
+    enough: a multiple below which it does not matter how much better it could be.
+    """
+    worst = 0.0
+    for rank in ranks:
+        most = allowed(theta, rank, goal)
+        if missing(theta, rank, goal) > most:
+            worst = max(worst, promise(theta, g, rank, missed, goal, enough * most)[0] / most)
+    return worst
+
+
+@njit(cache=True, nogil=True)
+def kept(theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
+    """How many Ritz vectors the proof of all ranks uses."""
+    most = 0
+    for rank in ranks:
+        most = max(most, promise(theta, g, rank, missed, goal, _AMPLE * allowed(theta, rank, goal))[1])
+    return min(most, len(theta))
+
+
+@njit(cache=True, nogil=True)
+def expected_outside(theta: Any, rank: int, factor: float) -> Any:
+    """Roughly how a second space will bound λ_max outside of this one, judging by how far the Ritz values reach.
+
+    factor: `missed_factor` of as many passes as the second space may reasonably take.
+    """
+    place = min(rank + int(_REACHED * (len(theta) - rank)), len(theta) - 1)
+    return min(_EXPECTED_OUTSIDE * max(0.0, theta[rank - 1]), factor * max(0.0, theta[place]))
+
+
+@njit(cache=True, nogil=True)
+def too_coarse(theta: Any, ranks: Any, goal: Any) -> Any:
+    """Whether the products' rounding hides what must be proven."""
+    rank = 0
+    for one in ranks:
+        rank = max(rank, one)
+    highest = theta[rank - 1]
+    off = rounding(theta, goal)
+    if off > _COARSE_GAP**2 * highest:
+        return True
+    hidden = rank * (_EXPECTED_NOISE * off) ** 2 / (_COARSE_GAP * max(highest, 1e-300))
+    for one in ranks:
+        if missing(theta, one, goal) < _COARSE_ENERGY * goal[0] or hidden > allowed(theta, one, goal):
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def bound_to_reach(theta: Any, g: Any, ranks: Any, bounds: Any, goal: Any) -> Any:
+    """The first of the bounds on λ_max outside that settles all ranks; the last but one if none does."""
+    for bound in bounds:
+        if promised(theta, g, ranks, bound, goal, 1.0) <= 1.0:
+            return bound
+    return bounds[len(bounds) - 2]
+
+
+@njit(cache=True, nogil=True)
+def verdict(form: Any, residual_gram: Any, theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
+    """What a last pass in float64 proves. form: XᵀMX (s×s) of the s leading Ritz vectors; residual_gram: RᵀR.
+
+    Returns the eigenvalues of `form` (s, descending, none below 0), its leading eigenvectors (max(ranks)×s, rows), and
+    for each rank the shortfall and whether it is certified. If QL does not converge, which has not been seen, X itself
+    takes the place of the eigenvectors, and nothing is certified.
+    """
+    s = len(form)
+    values, vectors, converged = leading_pairs(form, ranks.max())
+    if not converged:
+        vectors[:] = 0.0
+        for i in range(s):
+            values[i] = form[i, i]
+            if i < len(vectors):
+                vectors[i, i] = 1.0
+    for i in range(s):
+        values[i] = max(0.0, values[i])
+    outside = np.inf
+    if converged and missed < np.inf:
+        outside = least_outside(theta, g, s, missed) + rounding(theta, goal)
+    bounds, certified = np.empty(len(ranks)), np.empty(len(ranks), dtype=np.bool_)
+    for i, rank in enumerate(ranks):
+        lacking = missing(values, rank, goal)
+        bounds[i] = min(lacking, shortfall(form, residual_gram, values, rank, outside))
+        certified[i] = converged and bounds[i] <= max(goal[1] * (lacking - bounds[i]), goal[2] * goal[0])
+    return values, vectors, bounds, certified
+
+
+@njit(cache=True, nogil=True)
+def shortfall(form: Any, residual_gram: Any, values: Any, rank: int, outside: float) -> Any:
+    """The upper bound on Σ_{i≤r} λ_i − Σ_{i≤r} θ_i of certificate.py's third step.
+
+    form (s×s): XᵀMX, in any basis of X. residual_gram (s×s): RᵀR in the same. values: θ. outside: c'; infinite where
+    nothing is known.
+    """
+    if outside == np.inf:
+        return np.inf
+    gap = values[rank - 1] - outside
+    if gap > 0 and len(form) == rank:
+        # None of the upper values is below θ_r = c' + t, so that the r largest are theirs, and their sum the trace.
+        total = 0.0
+        for i in range(rank):
+            total += residual_gram[i, i] / gap
+        return total
+    best = np.inf
+    # Without a gap, a little of everything outside may outweigh the last of the θ.
+    for power in range(12):
+        split = gap if gap > 0 else outside * 10.0 ** -(power + 1)
+        if split > 0.0:
+            upper, _, converged = leading_pairs(form + residual_gram / split, ZERO)
+            total = 0.0
+            for i in range(rank):
+                total += max(upper[i], outside + split) - values[i]
+            if converged:
+                best = min(best, total)
+        if gap > 0:
+            break
+    return max(0.0, best)
+
+
+@njit(cache=True, nogil=True)
+def next_size(size: int, now: float, before: int, then: float, wanted: float) -> Any:
+    """`goal.next_size`, with `now` for promised."""
+    step = 0.12 * size
+    if now < then < np.inf:
+        rate = math.log(then / now) / (size - before)
+        step = min(max(math.log(now / wanted) / rate, 1.0), 0.3 * size)
+    return size + step

@@ -1,0 +1,103 @@
+"""Triplets in float64, in compiled calls: from the vectors of a search and its last pass, or from all of a small WᵀW.
+
+Rows are vectors. Sums over long rows are plain_products.py's, which take blocks of four rows and columns, so that all
+that they are given is padded with zeros to a multiple of four.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .eigen import leading_pairs
+from .jit import ZERO, njit
+from .plain_products import add_inner_plain, add_outer_plain
+
+_BLOCK = 4
+# Columns at a time that stay in the second cache.
+_COLUMNS = 512
+
+
+@njit(cache=True, nogil=True)
+def combine(rows: Any, coefficients: Any) -> Any:
+    """The combinations of orthonormal rows (m×n) with these coefficients (s×m), orthonormal too (s×n), in float64.
+
+    Reads `rows` s/4 times, by columns that stay in a cache.
+    """
+    X = combined(rows, coefficients)
+    s = len(X)
+    # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the combinations so to float64's.
+    gram = inner(X, X)
+    inverse = np.zeros((s, s))
+    for c in range(s):
+        inverse[c, c] = 1.0
+    for c in range(s):
+        # Row by row: the triangle L of gram = LLᵀ below, L⁻¹ from the identity.
+        for e in range(c):
+            total = gram[c, e]
+            for i in range(e):
+                total -= gram[c, i] * gram[e, i]
+            gram[c, e] = total / gram[e, e]
+        total = gram[c, c]
+        for i in range(c):
+            total -= gram[c, i] ** 2
+        gram[c, c] = np.sqrt(total)
+        for e in range(c):
+            for i in range(e + 1):
+                inverse[c, i] -= gram[c, e] * inverse[e, i]
+        for i in range(c + 1):
+            inverse[c, i] /= gram[c, c]
+    return combined(X, inverse)
+
+
+@njit(cache=True, nogil=True)
+def forms(X: Any, Y: Any, image: Any) -> Any:
+    """XᵀMX and RᵀR (s×s) of a last pass, for `verdict`. X (s×k), Y (s×d): XWᵀ, image (s×k): XM; R = MX − X·XᵀMX."""
+    form = inner(Y, Y)
+    residuals = image - combined(X, form)
+    return form, inner(residuals, residuals)
+
+
+@njit(cache=True, nogil=True)
+def combined(rows: Any, coefficients: Any) -> Any:
+    """coefficients (s×m) times rows (m×n), in float64."""
+    s, m = coefficients.shape
+    n = rows.shape[1]
+    weights = np.zeros((m, (s + _BLOCK - 1) // _BLOCK * _BLOCK))
+    weights[:, :s] = coefficients.T
+    found = np.zeros((weights.shape[1], n))
+    flat = rows.reshape(-1)
+    for left in range(0, n, _COLUMNS):
+        add_outer_plain(flat, n, ZERO, m, left, min(_COLUMNS, n - left), weights, found)
+    return found[:s]
+
+
+@njit(cache=True, nogil=True)
+def inner(left: Any, right: Any) -> Any:
+    """left·rightᵀ of two sets of rows, in float64."""
+    s, n = right.shape
+    padded = np.zeros(((s + _BLOCK - 1) // _BLOCK * _BLOCK, n))
+    padded[:s] = right
+    found = np.zeros((len(left), len(padded)))
+    flat = left.reshape(-1)
+    for at in range(0, n, _COLUMNS):
+        add_inner_plain(flat, n, ZERO, len(left), at, min(_COLUMNS, n - at), padded, found)
+    return found[:, :s].copy()
+
+
+@njit(cache=True, nogil=True)
+def by_gram(W: Any, count: int) -> Any:
+    """The `count` leading triplets of a small W (d×k, float64) from WᵀW, formed and solved whole.
+
+    Returns U (count×d) and V (count×k), rows, S (count), and whether that worked.
+    """
+    gram = combined(W, np.ascontiguousarray(W.T))
+    _, V, converged = leading_pairs(gram, count)
+    U = inner(V, W)
+    S = np.zeros(count)
+    for i in range(count):
+        S[i] = np.sqrt(np.sum(U[i] * U[i]))
+        if S[i] > 0:
+            U[i] /= S[i]
+    return U, S, V, converged

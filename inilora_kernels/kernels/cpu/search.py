@@ -1,0 +1,125 @@
+"""The whole search for the leading triplets of one small W in one compiled call, which holds no lock.
+
+solvers/krylov.py has the same search step by step, for every other W, and for those that this one leaves to it. Between
+the passes over a small W, calls would take longer than sums, and Python would let one matrix's in at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .eigen import decomposed
+from .expansion import expand
+from .jit import ZERO, njit
+from .judgement import bound_to_reach, expected_outside, next_size, promised, rounding, too_coarse
+from .team import job
+
+# How a search ended: settled or at its end; float32 is too coarse; something that this search does not do.
+ENDED, COARSE, LEFT = 0, 1, 2
+
+
+@njit(cache=True, nogil=True)
+def search(
+    W: Any, layout: Any, works: Any, start: Any, fresh: Any, ranks: Any, goal: Any, sizes: Any, limits: Any,
+    factors: Any, aims: Any, bounds: Any,
+) -> Any:  # fmt: skip
+    """Grow a space from `start` (b, n) until it promises enough, then one outside of it from `fresh` (b', n).
+
+    W, layout, works: as `expand` takes them, the work space for b and for b' columns. goal: as judgement.py has it.
+    sizes: vectors to the first look, and the most. limits: `expand`'s. factors: `missed_factor` after 1, 2, … passes of
+    the second space. aims: the promise to reach, the passes that a second space is expected to take, the least of them
+    before it is judged, and the share of θ_r that says that it has found what the first one missed. bounds: shares of
+    θ_r at which λ_max outside may suffice.
+
+    Returns how it ended; the basis Q (m, n); θ, g, QMQᵀ and its reduced form, as `RitzPairs` has them; the bound on
+    λ_max outside; the passes of the first space, and the vectors of the others.
+    """
+    b, n = start.shape
+    most, rank = min(sizes[1], n - b), ranks.max()
+    rows, T = np.empty((most + b, n), dtype=np.float32), np.empty((most + b, most + b))
+    block, leaving = start.copy(), np.empty((b, b))
+    nothing, no_stops = rows[:0], np.empty((0, 2))
+    size = passes = spent = ZERO
+    missed, target, before, then = np.inf, sizes[0], 0, np.inf
+    theta, g, reduced, converged = decomposed(np.eye(1), np.zeros((b, 1)))
+    # What the next passes grow: the space itself, or that outside of it.
+    inside = True
+    other_rows, other_T, other_block, stops = nothing, T[:0, :0].copy(), fresh, no_stops
+    other_leaving = np.empty((len(fresh), len(fresh)))
+    while True:
+        if inside:
+            wanted = min(math.ceil((min(target, most) - size) / b), (n - size) // b - 1)
+            if wanted > 0:
+                taken, whole, _ = expand(
+                    W, layout, works[0], rows, T, nothing, block, leaving, size, wanted, limits, no_stops, job(),
+                    size == 0,
+                )  # fmt: skip
+                size += taken * b
+                passes += taken
+                if not whole:
+                    ended = LEFT
+                    break
+            last = np.zeros((b, size))
+            last[:, size - b :] = leaving
+            theta, g, reduced, converged = decomposed(np.ascontiguousarray(T[:size, :size]), last)
+            if not converged or too_coarse(theta, ranks, goal):
+                ended = COARSE if converged else LEFT
+                break
+            outside = missed if missed < np.inf else expected_outside(theta, rank, factors[aims[1] - 1])
+            now = promised(theta, g, ranks, outside, goal, aims[0])
+            if now > aims[0] and size + 2 * b <= n and size < most:
+                target = next_size(size, now, before, then, aims[0])
+                before, then = size, now
+                continue
+            if promised(theta, g, ranks, missed, goal, 1.0) <= 1.0:
+                ended = ENDED
+                break
+            c = len(fresh)
+            wanted = min(len(factors), (n - size) // c - 1)
+            if wanted < 1:
+                ended = LEFT
+                break
+            stops = _stops(theta, g, ranks, goal, factors[:wanted], aims, bounds)
+            other_rows, other_T = np.empty((wanted * c, n), dtype=np.float32), np.empty((wanted * c, wanted * c))
+            other_block, inside = fresh.copy(), False
+        else:
+            taken, whole, _ = expand(
+                W, layout, works[1], other_rows, other_T, rows[:size], other_block, other_leaving, ZERO, len(stops),
+                limits, stops, job(), len(stops) > 0,
+            )  # fmt: skip
+            form = np.ascontiguousarray(other_T[: taken * c, : taken * c])
+            values, _, _, converged = decomposed(form, np.empty((0, len(form))))
+            if not whole or not converged:
+                ended = LEFT
+                break
+            off = rounding(theta, goal)
+            missed = min(missed, factors[taken - 1] * (values[0] + off) + off)
+            spent += taken * c
+            settled = promised(theta, g, ranks, missed, goal, 1.0) <= 1.0
+            if not settled and values[0] >= aims[3] * theta[rank - 1]:
+                ended = LEFT
+                break
+            if settled or size + 2 * b > n or size >= most:
+                ended = ENDED
+                break
+            target, before, then, inside = max(size + 1.0, sizes[0]), 0, np.inf, True
+    return ended, rows[:size], (theta, g, np.ascontiguousarray(T[:size, :size]), reduced), missed, passes, spent
+
+
+@njit(cache=True, nogil=True)
+def _stops(theta: Any, g: Any, ranks: Any, goal: Any, factors: Any, aims: Any, bounds: Any) -> Any:
+    """The λ_max of the second space after each pass at which it may end: low enough to settle all, or too high."""
+    highest, off = theta[ranks.max() - 1], rounding(theta, goal)
+    tried = np.empty(len(bounds) + 1)
+    tried[:-1] = bounds * highest
+    tried[-1] = expected_outside(theta, ranks.max(), factors[min(aims[1], len(factors)) - 1])
+    enough = bound_to_reach(theta, g, ranks, tried, goal)
+    stops = np.empty((len(factors), 2))
+    for i in range(len(factors)):
+        early = i < aims[2] - 1
+        stops[i, 0] = 0.0 if early else (enough - off) / factors[i] - off
+        stops[i, 1] = np.inf if early else aims[3] * highest
+    return stops

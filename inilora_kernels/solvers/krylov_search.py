@@ -1,0 +1,233 @@
+"""The search for the leading Ritz pairs of one W: a block Krylov space, and a second one that bounds what it missed.
+
+Where W is so small that calls would take longer than sums, the whole search is one compiled call
+(kernels/cpu/search.py). Otherwise, and where that one comes upon something rare, it goes step by step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.streaming import GramReader, gram_multiplier
+from .certificate import missed_factor
+from .goal import Goal, next_size
+from .krylov_space import LIMITS, KrylovSpace
+from .ritz import RitzPairs
+
+if TYPE_CHECKING:
+    from ..kernels.cpu.gram import FusedGramReaders
+
+# A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
+# faster and converge more slowly, which pays where the space is large anyway.
+_NARROW, _WIDE, _WIDE_RANK = 4, 8, 48
+# Vectors that a real spectrum takes to converge: about this many times the rank, plus a constant; and those of a large
+# matrix by wide blocks. They decide when to look, since a look costs an eigenvalue problem of the space's size.
+_VECTORS_A_RANK, _VECTORS_MORE = 3.75, 34
+_LARGE_SIZE, _LARGE_A_RANK, _LARGE_MORE = 1536, 4.1, 44
+# The space may grow to this many times that before the search is given up.
+_MOST_GROWTH = 10
+# The space has converged when its promise is below this share of what the certificate must reach.
+PROMISED = 0.5
+# A second space whose Ritz values come this close to θ_r has found what the first one missed.
+MISSED = 0.985
+# It has found enough where λ_max outside is below so many times θ_r, or what was expected: the first that settles all.
+_BOUNDS = (0.98, 0.96, 0.93, 0.9)
+# Passes of the second space before it may be judged.
+_JUDGED_AFTER = 4
+# As many as are worth having for a first space that need not grow on.
+_EXPECTED_PASSES = 18
+_MOST_CERTIFYING = 64
+
+# The sha256 of W's bytes.
+Digest = Callable[[], bytes]
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """What a search found: Ritz pairs, the basis Q of their space (m×n, rows), and the bound on λ_max outside of it.
+
+    passes: over W. vectors: that W was multiplied with, on both sides.
+    """
+
+    pairs: RitzPairs
+    basis: Tensor
+    missed: float
+    passes: int
+    vectors: int
+
+
+def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int) -> Searched | None:
+    """The Ritz pairs of W (d×k, d ≥ k) that reach the goal, or all that were worth looking for.
+
+    key: W's hash, which decides the random blocks. None if products in this dtype turn out to be too coarse.
+    """
+    multiply = gram_multiplier(W, dtype, threads)
+    if dtype == torch.float32 and W.device.type == "cpu":
+        from ..kernels.cpu.gram import FusedGramReaders
+
+        if isinstance(multiply, FusedGramReaders) and multiply.of(_block(goal.rank)).most_threads == 1:
+            # A copy of what is so small takes less time than compiling the search for another dtype.
+            readers = multiply if W.dtype == torch.float32 else FusedGramReaders(W.float(), threads=1)
+            left, found = _in_one_call(W.shape[1], goal, readers, key)
+            if not left:
+                return found
+    return _Search(W, goal, multiply, dtype, key).run()
+
+
+def expected_vectors(rank: int, size: int) -> float:
+    """How many vectors a search is expected to take for W of this smaller side.
+
+    >>> expected_vectors(8, 768)
+    64.0
+    """
+    if rank >= _WIDE_RANK and size >= _LARGE_SIZE:
+        return _LARGE_A_RANK * rank + _LARGE_MORE
+    return _VECTORS_A_RANK * rank + _VECTORS_MORE
+
+
+@functools.cache
+def _missed_factors(size: int, block: int) -> NDArray[np.float64]:
+    """`missed_factor` after 1, 2, … passes of the second space."""
+    return np.array([missed_factor(size, block, 1 + passes) for passes in range(_MOST_CERTIFYING)])
+
+
+def _block(rank: int) -> int:
+    return _NARROW if rank < _WIDE_RANK else _WIDE
+
+
+def _most_vectors(size: int, rank: int) -> int:
+    return min(size - 2 * _block(rank), int(_MOST_GROWTH * expected_vectors(rank, size)))
+
+
+def _start_stream() -> torch.Generator:
+    """For a first space's start: its quality is checked, not trusted, so that it may be the same for every W."""
+    return torch.Generator().manual_seed(0)
+
+
+def _trusted_stream(key: Digest) -> torch.Generator:
+    """For all other draws: decided by W's hash."""
+    return torch.Generator().manual_seed(int.from_bytes(key()[:8], "big") >> 1)
+
+
+def _in_one_call(size: int, goal: Goal, readers: FusedGramReaders, key: Digest) -> tuple[bool, Searched | None]:
+    """The search by one compiled call; and whether it left it to the search step by step."""
+    from ..kernels.cpu import search as compiled
+
+    block = _block(goal.rank)
+    start, fresh = (
+        torch.randn(rows, size, generator=stream, dtype=torch.float32).numpy()
+        for rows, stream in ((block, _start_stream()), (_NARROW, _trusted_stream(key)))
+    )
+    stored, layout, work = readers.of(block).compiled
+    ended, basis, parts, missed, passes, spent = compiled.search(
+        stored,
+        layout,
+        (work, readers.of(_NARROW).compiled[2]),
+        start,
+        fresh,
+        goal.each_rank,
+        goal.numbers,
+        (expected_vectors(goal.rank, size), _most_vectors(size, goal.rank)),
+        LIMITS,
+        _missed_factors(size, _NARROW),
+        (PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED),
+        np.array(_BOUNDS),
+    )
+    if ended != compiled.ENDED:
+        return ended == compiled.LEFT, None
+    passes += spent // _NARROW
+    return False, Searched(RitzPairs(*parts), torch.from_numpy(basis), missed, passes, len(basis) + spent)
+
+
+class _Search:
+    """The search step by step, for any device and dtype."""
+
+    def __init__(self, W: Tensor, goal: Goal, multiply: GramReader, dtype: torch.dtype, key: Digest) -> None:
+        self._device, self._size, self._dtype, self._multiply = W.device, W.shape[1], dtype, multiply
+        self._goal, self._key = goal, key
+        self._drawn: torch.Generator | None = None
+        stream = _start_stream()
+        self._space = KrylovSpace(multiply, self._random(_block(goal.rank), stream), stream)
+        # An upper bound on what lies outside of the space, once there is one.
+        self._missed = math.inf
+        self._most = _most_vectors(self._size, goal.rank)
+        self._spent = 0
+
+    def run(self) -> Searched | None:
+        """What was found; None if the dtype turns out to be too coarse."""
+        pairs = self._converge()
+        while pairs is not None and not self._goal.settled(pairs, self._missed):
+            other = self._look_outside(pairs)
+            if other is not None:
+                self._space.take(other)
+                self._missed = math.inf
+            elif self._goal.settled(pairs, self._missed) or not self._growing():
+                break
+            pairs = self._converge()
+        if pairs is None:
+            return None
+        passes = self._space.passes + self._spent // _NARROW
+        return Searched(pairs, self._space.Q, self._missed, passes, self._space.size + self._spent)
+
+    def _random(self, rows: int, stream: torch.Generator) -> Tensor:
+        return torch.randn(rows, self._size, generator=stream, dtype=torch.float32).to(self._device, self._dtype)
+
+    def _stream(self) -> torch.Generator:
+        if self._drawn is None:
+            self._drawn = _trusted_stream(self._key)
+        return self._drawn
+
+    def _growing(self) -> bool:
+        return self._space.room and self._space.size < self._most
+
+    def _expected_outside(self, pairs: RitzPairs) -> float:
+        return self._goal.expected_outside(pairs, float(_missed_factors(self._size, _NARROW)[_EXPECTED_PASSES - 1]))
+
+    def _converge(self) -> RitzPairs | None:
+        """Grow the space until it promises enough or is full. None if float32 is too coarse."""
+        target = max(self._space.size + 1, expected_vectors(self._goal.rank, self._size))
+        last = 0, math.inf
+        while True:
+            self._space.grow(min(target, self._most), passes=self._size)
+            pairs = self._space.ritz()
+            if self._goal.too_coarse(pairs):
+                return None
+            missed = self._missed
+            if missed == math.inf:
+                missed = self._expected_outside(pairs)
+            promised = self._goal.promised(pairs, missed, enough=PROMISED)
+            if promised <= PROMISED or not self._growing():
+                return pairs
+            size = self._space.size
+            target = next_size(size, promised, *last, PROMISED)
+            last = size, promised
+
+    def _look_outside(self, pairs: RitzPairs) -> KrylovSpace | None:
+        """Lower the bound on what lies outside until all is settled. Returns what was missed, if anything."""
+        stream = self._stream()
+        start = self._random(min(_NARROW, self._size - self._space.size), stream)
+        other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
+        rounding = self._goal.rounding(pairs)
+        highest = float(pairs.theta[self._goal.rank - 1])
+        enough = self._goal.bound_to_reach(pairs, [*(c * highest for c in _BOUNDS), self._expected_outside(pairs)])
+        factors = _missed_factors(self._size, len(start))
+        stops = np.column_stack([(enough - rounding) / factors - rounding, np.full(len(factors), MISSED * highest)])
+        stops[: _JUDGED_AFTER - 1] = (0.0, math.inf)
+        other.grow(math.inf, passes=_MOST_CERTIFYING, stops=stops)
+        if other.passes == 0:
+            return None
+        largest = other.largest()
+        self._missed = min(self._missed, float(factors[other.passes - 1]) * (largest + rounding) + rounding)
+        if largest >= MISSED * highest and not self._goal.settled(pairs, self._missed):
+            return other if self._growing() else None
+        self._spent += other.size
+        return None

@@ -1,0 +1,68 @@
+"""Ritz pairs of M = WᵀW on a Krylov space: what the certificate and the triplets are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class RitzPairs:
+    """Ritz pairs of M, on the CPU in float64.
+
+    theta: θ (m), descending.
+    g (m×b): row i holds the residual Mx_i − θ_i·x_i in an orthonormal basis of what leaves the space, so its norm is
+        the residual's.
+    T (m×m): QMQᵀ, of which θ are the eigenvalues.
+    reduced: T's tridiagonal form, as eigen.py has it.
+    """
+
+    theta: Array
+    g: Array
+    T: Array
+    reduced: tuple[Array, Array, Array, Array, float] | None = None
+
+    def vectors(self, count: int) -> Tensor:
+        """The first `count` Ritz vectors in the basis Q (count×m, rows)."""
+        from ..kernels.cpu.eigen import leading_vectors
+
+        found = np.empty((count, len(self.theta)))
+        if self.reduced is not None and leading_vectors(self.reduced, self.theta, count, found):
+            return torch.from_numpy(found)
+        every: Tensor = torch.linalg.eigh(torch.from_numpy(self.T)).eigenvectors.T.flip(0)
+        return every[:count]
+
+
+def ritz_pairs(T: Tensor, leaving: Tensor) -> RitzPairs:
+    """The Ritz pairs of a space with QMQᵀ = T (m×m) and M·Qᵀ = QᵀT + N·leaving (b×m), float64, on the CPU.
+
+    >>> pairs = ritz_pairs(torch.tensor([[1.0, 0.0], [0.0, 4.0]]).double(), torch.tensor([[0.0, 0.5]]).double())
+    >>> pairs.theta.tolist(), abs(pairs.g).tolist()
+    ([4.0, 1.0], [[0.5], [0.0]])
+    """
+    from ..kernels.cpu.eigen import decomposed
+
+    form = T.contiguous().numpy()
+    theta, g, reduced, converged = decomposed(form, leaving.numpy())
+    if converged:
+        return RitzPairs(theta, g, form, reduced)
+    values, vectors = torch.linalg.eigh(T)
+    return RitzPairs(values.flip(0).numpy(), (leaving @ vectors.flip(1)).T.contiguous().numpy(), form)
+
+
+def largest_eigenvalue(T: Tensor) -> float:
+    """λ_max of a symmetric T (m×m), float64, on the CPU.
+
+    >>> largest_eigenvalue(torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)))
+    3.0
+    """
+    from ..kernels.cpu import eigen
+
+    found = float(eigen.largest_eigenvalue(T.contiguous().numpy()))
+    return found if found == found else float(torch.linalg.eigvalsh(T)[-1])
