@@ -1,0 +1,33 @@
+"""What a search returns before anything is proven: the pairs, their space, and what it cost."""
+
+from __future__ import annotations
+
+import torch
+
+from inilora_kernels.solvers.goal import Goal
+from inilora_kernels.solvers.krylov_search import Searched, expected_vectors, search
+
+from .test_krylov import with_spectrum
+
+
+def searched(W: torch.Tensor, rank: int) -> Searched:
+    goal = Goal(float(W.double().square().sum()), (rank,), 1e-8, 2.0**-23, exact=False)
+    found = search(W, goal, torch.float32, lambda: bytes(32), threads=1)
+    assert found is not None
+    return found
+
+
+def test_the_space_holds_its_pairs() -> None:
+    for shape in ((620, 540), (1300, 1200)):
+        W = with_spectrum(*shape, lambda i: i**-0.5)
+        found = searched(W, 8)
+        Q, M = found.basis.double(), W.double().T @ W.double()
+        X = found.pairs.vectors(8) @ Q
+        residuals = X @ M - torch.from_numpy(found.pairs.theta[:8])[:, None] * X
+        lengths = torch.from_numpy(found.pairs.g[:8]).norm(dim=1)
+        # Of float32's products: a hundredth of what goal.py allows for a step.
+        torch.testing.assert_close(residuals.norm(dim=1), lengths, rtol=1e-2, atol=1e-6)
+        outside = torch.eye(shape[1]).double() - Q.T @ Q
+        assert float(torch.linalg.eigvalsh(outside @ M @ outside)[-1]) <= found.missed
+        assert len(Q) < found.vectors < 4 * expected_vectors(8, shape[1])
+        assert found.passes * 4 >= found.vectors
