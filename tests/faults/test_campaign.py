@@ -299,7 +299,11 @@ def killing(place: str, count: int, number: signal.Signals) -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("place", ["fsync", "replace", "rename"])
 @pytest.mark.parametrize(
-    "name", ["approximate", "approximate by adam", "residual", "delta", "convert", "merge", "authors' files"]
+    "name",
+    [
+        *("approximate", "approximate by adam", "start", "residual", "delta", "authors' files"),
+        *("convert", "convert a residual", "merge"),
+    ],
 )
 def test_kills(originals: Path, tmp_path: Path, name: str, place: str, number: signal.Signals) -> None:
     """Killed at each fsync, replace or rename in turn, then run again: a complete output, and nothing else is left."""
