@@ -33,7 +33,7 @@ from .triplets import LEADING, LastPass, Principal, concluded
 TOLERANCE = 1e-8
 # Up to the first size all eigenvectors of WᵀW take less time than a search; up to the second, where they are no more
 # than so many times what a search would need; and beyond that, all singular vectors up to so many times.
-TINY_SIZE, GRAM_SIZE, _GRAM_BELOW, _DENSE_BELOW = 300, 512, 2.4, 1.1
+TINY_SIZE, GRAM_SIZE, _GRAM_BELOW, _DENSE_BELOW = 300, 512, 1.2, 1.1
 # Up to this size a full decomposition is the answer if the certificate is not reached.
 DENSE_SIZE = 2048
 # Squares of squares stay in float32's range.
