@@ -22,6 +22,8 @@ from ..files.tensor import StoredTensor, reader
 # a thread waits for Python's lock, and some schedulers leave one that was waiting on a busy core for milliseconds.
 LEAST_IN_STRIP, MOST_IN_STRIP = 1 << 19, 1 << 22
 _STRIPS_A_THREAD = 2
+# Two threads gain at most a third, and take several times as long where a machine runs both on one core for a while.
+_LEAST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def in_strips(
     """
     values = empty((rows.stop - rows.start, k), dtype)
     threads = torch.get_num_threads()
+    threads = threads if threads >= _LEAST_THREADS else 1
     most = max(LEAST_IN_STRIP, min(MOST_IN_STRIP, values.numel() // (threads * _STRIPS_A_THREAD)))
     step = max(1, most // max(1, k))
     strips = [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]

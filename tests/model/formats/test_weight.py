@@ -51,7 +51,7 @@ def test_bare_exponents_are_powers_of_two() -> None:
     assert exponents(torch.tensor([0.25], dtype=torch.bfloat16)).tolist() == [0.25]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 5])
 @pytest.mark.parametrize("rows", [slice(0, 41), slice(3, 40), slice(4, 4)])
 def test_strips_are_put_together_in_order(rows: slice, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
