@@ -6,7 +6,6 @@ How small the excess must be, and how much of it must be promised before the pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..factors import FLOAT32_FLOOR
-from .ritz import RitzPairs
+from .ritz import Array, RitzPairs
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,6 @@ class Goal:
         """By how much a step of the space, MX = QT + NL, can be off for a unit vector; see certificate.py."""
         return float(_judgement().rounding(pairs.theta, self.numbers))
 
-    def allowed(self, pairs: RitzPairs, rank: int) -> float:
-        """How much energy may be missed: `tolerance` of f*, and never less than float32 factors can show."""
-        return float(_judgement().allowed(pairs.theta, rank, self.numbers))
-
     def promised(self, pairs: RitzPairs, missed: float, enough: float = 0.0) -> float:
         """The promise of the rank that is furthest from its allowance, as a multiple of the allowance.
 
@@ -79,10 +74,14 @@ class Goal:
         """Whether the products' rounding hides what must be proven."""
         return not self.exact and bool(_judgement().too_coarse(pairs.theta, self.each_rank, self.numbers))
 
-    def bound_to_reach(self, pairs: RitzPairs, bounds: Sequence[float]) -> float:
-        """The first of the bounds on λ_max outside that settles all ranks; the last but one if none does."""
-        numbers = np.array(bounds)
-        return float(_judgement().bound_to_reach(pairs.theta, pairs.g, self.each_rank, numbers, self.numbers))
+    def stops_outside(
+        self, pairs: RitzPairs, factors: Array, expected: float, aims: tuple[float, int, int, float], bounds: Array
+    ) -> Array:
+        """The λ_max at which a second space may end, (passes, 2), as judgement.py has it."""
+        found: Array = _judgement().stops_outside(
+            pairs.theta, pairs.g, self.each_rank, self.numbers, factors, expected, aims, bounds
+        )
+        return found
 
     def kept(self, pairs: RitzPairs, missed: float) -> int:
         """How many Ritz vectors the proof of all ranks uses."""

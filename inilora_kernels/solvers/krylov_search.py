@@ -40,12 +40,14 @@ PROMISED = 0.5
 # A second space whose Ritz values come this close to θ_r has found what the first one missed.
 MISSED = 0.985
 # It has found enough where λ_max outside is below so many times θ_r, or what was expected: the first that settles all.
-_BOUNDS = (0.98, 0.96, 0.93, 0.9)
+_BOUNDS = np.array([0.98, 0.96, 0.93, 0.9])
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
 # As many as are worth having for a first space that need not grow on.
 _EXPECTED_PASSES = 18
 _MOST_CERTIFYING = 64
+# As kernels/cpu/search.py takes them.
+_AIMS = PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED
 
 # The sha256 of W's bytes.
 Digest = Callable[[], bytes]
@@ -139,8 +141,8 @@ def _in_one_call(size: int, goal: Goal, readers: FusedGramReaders, key: Digest) 
         (expected_vectors(goal.rank, size), _most_vectors(size, goal.rank)),
         LIMITS,
         _missed_factors(size, _NARROW),
-        (PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED),
-        np.array(_BOUNDS),
+        _AIMS,
+        _BOUNDS,
     )
     if ended != compiled.ENDED:
         return ended == compiled.LEFT, None
@@ -217,17 +219,14 @@ class _Search:
         start = self._random(min(_NARROW, self._size - self._space.size), stream)
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
         rounding = self._goal.rounding(pairs)
-        highest = float(pairs.theta[self._goal.rank - 1])
-        enough = self._goal.bound_to_reach(pairs, [*(c * highest for c in _BOUNDS), self._expected_outside(pairs)])
         factors = _missed_factors(self._size, len(start))
-        stops = np.column_stack([(enough - rounding) / factors - rounding, np.full(len(factors), MISSED * highest)])
-        stops[: _JUDGED_AFTER - 1] = (0.0, math.inf)
+        stops = self._goal.stops_outside(pairs, factors, self._expected_outside(pairs), _AIMS, _BOUNDS)
         other.grow(math.inf, passes=_MOST_CERTIFYING, stops=stops)
         if other.passes == 0:
             return None
         largest = other.largest()
         self._missed = min(self._missed, float(factors[other.passes - 1]) * (largest + rounding) + rounding)
-        if largest >= MISSED * highest and not self._goal.settled(pairs, self._missed):
+        if largest >= MISSED * float(pairs.theta[self._goal.rank - 1]) and not self._goal.settled(pairs, self._missed):
             return other if self._growing() else None
         self._spent += other.size
         return None

@@ -31,19 +31,7 @@ def model() -> LlamaForCausalLM:
 def write(path: Path, live: LlamaForCausalLM, kind: Any) -> Path:
     """As llama.cpp's converter does, which moves the rows of q_proj and k_proj."""
     config = live.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([1] * config.vocab_size)
+    writer = _begun(path, "llama", config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     generator = np.random.default_rng(0)
     for name, parameter in live.state_dict().items():
@@ -65,11 +53,7 @@ def write(path: Path, live: LlamaForCausalLM, kind: Any) -> Path:
             writer.add_tensor(stored, raw.reshape(values.shape[0], -1), raw_dtype=kind)
         else:
             writer.add_tensor(stored, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return _written(path, writer)
 
 
 def mixture() -> Qwen3MoeForCausalLM:
@@ -83,23 +67,11 @@ def mixture() -> Qwen3MoeForCausalLM:
 def write_mixture(path: Path, live: Qwen3MoeForCausalLM, kind: Any) -> Path:
     """As llama.cpp's converter does: a stack of all experts for each of gate, up and down."""
     config = live.config
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer = _begun(path, "qwen3moe", config)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([1] * config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
     for name, parameter in live.state_dict().items():
         module, _, part = name.rpartition(".")
@@ -112,6 +84,28 @@ def write_mixture(path: Path, live: Qwen3MoeForCausalLM, kind: Any) -> Path:
                 writer.add_tensor(f"blk.{layer}.ffn_{stack}_exps.weight", packed, raw_dtype=kind)
         else:
             writer.add_tensor(f"{names.get_name(module)}.{part}", parameter.numpy())
+    return _written(path, writer)
+
+
+def _begun(path: Path, architecture: str, config: Any) -> gguf.GGUFWriter:
+    """With what every model's header has."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([1] * config.vocab_size)
+    return writer
+
+
+def _written(path: Path, writer: gguf.GGUFWriter) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from inilora_kernels.factors import FLOAT32_FLOOR
+from inilora_kernels.kernels.cpu.judgement import allowed
 from inilora_kernels.solvers.goal import Goal
 from inilora_kernels.solvers.ritz import RitzPairs
 
@@ -39,5 +40,6 @@ def test_rounding_beyond_the_tolerance_asks_for_float64() -> None:
 
 
 def test_what_float32_factors_cannot_show_is_allowed() -> None:
-    assert goal(tolerance=0.0).allowed(pairs([9.0, 5.0], 0.0), 2) == FLOAT32_FLOOR * 20.0
-    assert goal(tolerance=0.5).allowed(pairs([9.0, 5.0], 0.0), 2) == 3.0
+    theta = pairs([9.0, 5.0], 0.0).theta
+    assert allowed(theta, 2, goal(tolerance=0.0).numbers) == FLOAT32_FLOOR * 20.0
+    assert allowed(theta, 2, goal(tolerance=0.5).numbers) == 3.0

@@ -133,6 +133,28 @@ def bound_to_reach(theta: Any, g: Any, ranks: Any, bounds: Any, goal: Any) -> An
 
 
 @njit(cache=True, nogil=True)
+def stops_outside(
+    theta: Any, g: Any, ranks: Any, goal: Any, factors: Any, expected: float, aims: Any, bounds: Any
+) -> Any:  # fmt: skip
+    """The λ_max of the second space after each pass at which it may end: low enough to settle all, or too high.
+
+    factors: `missed_factor` after 1, 2, … passes. expected: the bound on λ_max outside that it is likely to give. aims,
+    bounds: as `search` takes them. Returns (passes, 2), as `expand` takes it.
+    """
+    highest, off = theta[ranks.max() - 1], rounding(theta, goal)
+    tried = np.empty(len(bounds) + 1)
+    tried[:-1] = bounds * highest
+    tried[-1] = expected
+    enough = bound_to_reach(theta, g, ranks, tried, goal)
+    stops = np.empty((len(factors), 2))
+    for i in range(len(factors)):
+        early = i < aims[2] - 1
+        stops[i, 0] = 0.0 if early else (enough - off) / factors[i] - off
+        stops[i, 1] = np.inf if early else aims[3] * highest
+    return stops
+
+
+@njit(cache=True, nogil=True)
 def verdict(form: Any, residual_gram: Any, theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
     """What a last pass in float64 proves. form: XᵀMX (s×s) of the s leading Ritz vectors; residual_gram: RᵀR.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .eigen import leading_pairs
 from .jit import ZERO, njit
+from .outside import definite
 from .plain_products import add_inner_plain, add_outer_plain
 
 _BLOCK = 4
@@ -29,20 +30,10 @@ def combine(rows: Any, coefficients: Any) -> Any:
     s = len(X)
     # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the combinations so to float64's.
     gram = inner(X, X)
-    inverse = np.zeros((s, s))
+    if not definite(gram):
+        gram[:] = np.nan
+    inverse = np.eye(s)
     for c in range(s):
-        inverse[c, c] = 1.0
-    for c in range(s):
-        # Row by row: the triangle L of gram = LLᵀ below, L⁻¹ from the identity.
-        for e in range(c):
-            total = gram[c, e]
-            for i in range(e):
-                total -= gram[c, i] * gram[e, i]
-            gram[c, e] = total / gram[e, e]
-        total = gram[c, c]
-        for i in range(c):
-            total -= gram[c, i] ** 2
-        gram[c, c] = np.sqrt(total)
         for e in range(c):
             for i in range(e + 1):
                 inverse[c, i] -= gram[c, e] * inverse[e, i]

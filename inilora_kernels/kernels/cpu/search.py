@@ -14,7 +14,7 @@ import numpy as np
 from .eigen import decomposed
 from .expansion import expand
 from .jit import ZERO, njit
-from .judgement import bound_to_reach, expected_outside, next_size, promised, rounding, too_coarse
+from .judgement import expected_outside, next_size, promised, rounding, stops_outside, too_coarse
 from .team import job
 
 # How a search ended: settled or at its end; float32 is too coarse; something that this search does not do.
@@ -82,7 +82,8 @@ def search(
             if wanted < 1:
                 ended = LEFT
                 break
-            stops = _stops(theta, g, ranks, goal, factors[:wanted], aims, bounds)
+            expected = expected_outside(theta, rank, factors[min(aims[1], wanted) - 1])
+            stops = stops_outside(theta, g, ranks, goal, factors[:wanted], expected, aims, bounds)
             other_rows, other_T = np.empty((wanted * c, n), dtype=np.float32), np.empty((wanted * c, wanted * c))
             other_block, inside = fresh.copy(), False
         else:
@@ -107,19 +108,3 @@ def search(
                 break
             target, before, then, inside = max(size + 1.0, sizes[0]), 0, np.inf, True
     return ended, rows[:size], (theta, g, np.ascontiguousarray(T[:size, :size]), reduced), missed, passes, spent
-
-
-@njit(cache=True, nogil=True)
-def _stops(theta: Any, g: Any, ranks: Any, goal: Any, factors: Any, aims: Any, bounds: Any) -> Any:
-    """The λ_max of the second space after each pass at which it may end: low enough to settle all, or too high."""
-    highest, off = theta[ranks.max() - 1], rounding(theta, goal)
-    tried = np.empty(len(bounds) + 1)
-    tried[:-1] = bounds * highest
-    tried[-1] = expected_outside(theta, ranks.max(), factors[min(aims[1], len(factors)) - 1])
-    enough = bound_to_reach(theta, g, ranks, tried, goal)
-    stops = np.empty((len(factors), 2))
-    for i in range(len(factors)):
-        early = i < aims[2] - 1
-        stops[i, 0] = 0.0 if early else (enough - off) / factors[i] - off
-        stops[i, 1] = np.inf if early else aims[3] * highest
-    return stops
