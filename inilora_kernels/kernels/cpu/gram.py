@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
-from math import ceil
+from math import ceil, lcm
 from typing import Any
 
 import numpy as np
@@ -20,21 +20,26 @@ from torch import Tensor
 
 from ..rounding import round_up
 from ..threads import share
-from .in_place import RUN, WIDE_ROWS, WIDE_VECTORS, inner_runs
+from .in_place import WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
 from .jit import ZERO, njit
 from .plain_products import SUMS, add_inner_plain, add_outer_plain
-from .simd import LANES, LOADS_FLOAT16, SMALL_GROUP, entry, kernel_view, outer_products
+from .simd import LANES, LOADS_FLOAT16, entry, kernel_view
 
 MOST_SLOTS = 12
-# A strip of rows of W, or all rows of a tile of its columns, stays in a core's second cache between its two products.
-_STRIP_BYTES, _COLUMN_BYTES = 1 << 18, 1 << 19
-_LEAST_COLUMNS, _MOST_COLUMNS = 128, 1024
+# A strip of rows of W, and what of the next one is already fetched, stay in a core's second cache between the two
+# products; all rows of a tile of its columns in the third. Few columns, or parts, would be slower.
+_STRIP_BYTES, _TILE_BYTES = 3 << 17, 6 << 20
+_LEAST_COLUMNS, _MOST_COLUMNS = 288, 960
 # Columns of W at a time in float64.
 _WIDE_COLUMNS = 512
 # One slot per this many elements, up to MOST_SLOTS.
 _SLOT_ELEMENTS = 1 << 19
 # Columns of X in a loop, and rows of W.
 BLOCK = 4
+# Rows of W that fill the blocks of both products, and columns that fill those of one.
+_WHOLE_ROWS, RUN = lcm(BLOCK, WIDE_ROWS), LANES * WIDE_VECTORS
+# As many rows of W as make up for reading and writing the sums once more.
+_OUTER_ROWS = 24
 # Below this a second thread costs more than it saves.
 _FLOPS_A_THREAD = 1e7
 
@@ -79,14 +84,14 @@ class FusedGramReader:
         self._flat, self._stride, self._shape = _stored(W)
         m, n = self._shape
         b = round_up(width, BLOCK)
+        wanted = max(1, min(MOST_SLOTS, m * n // _SLOT_ELEMENTS))
         if self._by_rows:
-            self._step = max(BLOCK, _STRIP_BYTES // (n * W.element_size()) // BLOCK * BLOCK)
+            self._step = max(1, _STRIP_BYTES // (n * W.element_size()) // _WHOLE_ROWS) * _WHOLE_ROWS
             self._parts = ceil(m / self._step)
         else:
-            columns = max(_LEAST_COLUMNS, _COLUMN_BYTES // (m * W.element_size()))
-            self._step = min(max(1, min(columns, _MOST_COLUMNS) // RUN) * RUN, n)
+            columns = min(_MOST_COLUMNS, n // wanted, _TILE_BYTES // (m * W.element_size()))
+            self._step = max(_LEAST_COLUMNS, columns) // RUN * RUN
             self._parts = ceil(n / self._step)
-        wanted = max(1, min(MOST_SLOTS, m * n // _SLOT_ELEMENTS))
         self._parts_a_slot = ceil(self._parts / wanted)
         slots = ceil(self._parts / self._parts_a_slot)
         self.most_threads = max(1, min(slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
@@ -137,32 +142,54 @@ class FusedGramReader:
 
 
 @njit(cache=True, nogil=True)
-def add_inner_products(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
-    """out[i, c] += Σ_j W[i, left + j]·X[c, left + j] for rows [top, bottom) of W and all c."""
-    runs = count // RUN
+def add_inner_products(
+    W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any, ahead: int
+) -> None:  # fmt: skip
+    """out[i, c] += Σ_j W[i, left + j]·X[c, left + j] for rows [top, bottom) of W and all c.
+
+    Entries of W that lie `ahead` further are brought into the second cache.
+    """
+    runs = count // LANES
     blocks = top + (bottom - top) // WIDE_ROWS * WIDE_ROWS if runs else top
     b, n = X.shape
     X_flat, out_flat = X.reshape(-1), out.reshape(-1)
     for i in range(top, blocks, WIDE_ROWS):
         for column in range(0, b, BLOCK):
-            inner_runs(out_flat, i * b + column, b, W, i * stride + left, stride, X_flat, column * n + left, n, runs)
-    add_inner_plain(W, stride, top, blocks, left + runs * RUN, count - runs * RUN, X, out)
+            inner_runs(
+                out_flat, i * b + column, b, W, i * stride + left, stride, X_flat, column * n + left, n, runs, ahead
+            )
+    add_inner_plain(W, stride, top, blocks, left + runs * LANES, count - runs * LANES, X, out)
     add_inner_plain(W, stride, blocks, bottom, left, count, X, out)
 
 
 @njit(cache=True, nogil=True)
-def add_outer_products(W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any) -> None:
-    """out[c, left + j] += Σ_i X[i, c]·W[i, left + j] for rows [top, bottom) of W and all c."""
+def add_outer_products(
+    W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any, ahead: int
+) -> None:  # fmt: skip
+    """out[c, left + j] += Σ_i X[i, c]·W[i, left + j] for rows [top, bottom) of W and all c. ahead: as above."""
     b, n = out.shape
     X_flat, out_flat = X.reshape(-1), out.reshape(-1)
-    runs = count // RUN
-    for j in range(left, left + runs * RUN, RUN):
+    whole, runs = left + count // RUN * RUN, left + count // LANES * LANES
+    for j in range(left, whole, RUN):
         for column in range(0, b, BLOCK):
-            outer_products(
-                out_flat, column * n + j, n, X_flat, top * b + column, b, 1, W, top * stride + j, stride, bottom - top,
-                SMALL_GROUP, LANES, WIDE_VECTORS,
+            outer_runs(
+                out_flat, column * n + j, n, X_flat, top * b + column, b, W, top * stride + j, stride, bottom - top,
+                ahead, WIDE_VECTORS,
             )  # fmt: skip
-    add_outer_plain(W, stride, top, bottom, left + runs * RUN, count - runs * RUN, X, out)
+    for j in range(whole, runs, LANES):
+        for column in range(0, b, BLOCK):
+            outer_runs(
+                out_flat, column * n + j, n, X_flat, top * b + column, b, W, top * stride + j, stride, bottom - top,
+                ahead, 1,
+            )  # fmt: skip
+    add_outer_plain(W, stride, top, bottom, runs, left + count - runs, X, out)
+
+
+@njit(cache=True, nogil=True)
+def add_outer_by_strips(W: Any, stride: int, m: int, left: int, count: int, X: Any, out: Any) -> None:
+    """`add_outer_products` for all m rows of W, so few at a time that they are read almost as they lie in memory."""
+    for top in range(0, m, _OUTER_ROWS):
+        add_outer_products(W, stride, top, min(top + _OUTER_ROWS, m), left, count, X, out, _OUTER_ROWS * stride)
 
 
 @njit(cache=True, nogil=True)
@@ -176,8 +203,8 @@ def row_strips(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, stri
     for part in range(first, last):
         top, bottom = part * strip, min((part + 1) * strip, m)
         Y[top:bottom] = 0
-        add_inner_products(W, stride, top, bottom, ZERO, n, X, Y)
-        add_outer_products(W, stride, top, bottom, ZERO, n, Y, Z)
+        add_inner_products(W, stride, top, bottom, ZERO, n, X, Y, WIDE_ROWS * stride)
+        add_outer_products(W, stride, top, bottom, ZERO, n, Y, Z, strip * stride)
 
 
 @njit(cache=True, nogil=True)
@@ -192,8 +219,8 @@ def column_tiles(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, ti
         left = part * tile
         count = min(tile, n - left)
         Y[:, left : left + count] = 0
-        add_outer_products(W, stride, ZERO, m, left, count, X, Y)
-        add_inner_products(W, stride, ZERO, m, left, count, Y, Z)
+        add_outer_by_strips(W, stride, m, left, count, X, Y)
+        add_inner_products(W, stride, ZERO, m, left, count, Y, Z, WIDE_ROWS * stride)
 
 
 @njit(cache=True, nogil=True)

@@ -1,4 +1,4 @@
-"""simd.py's `inner_products` on rows of W as they lie in memory, without a copy into panels."""
+"""simd.py's two products on rows of W as they lie in memory, without a copy into panels."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from .simd import (
     ROWS,
     SMALL_GROUP,
     VECTORS,
+    _add_outer_products,
+    _fetch,
     _fma,
     _intrinsic,
     _load,
@@ -27,26 +29,49 @@ from .simd import (
 # The register blocks of simd.py with SMALL_GROUP columns of X, and as many more rows or vectors of W instead.
 WIDE_ROWS = ROWS * GROUP // SMALL_GROUP
 WIDE_VECTORS = VECTORS * GROUP // SMALL_GROUP
-# Entries of one row of W in a run.
-RUN = LANES * WIDE_VECTORS
+
+
+@_intrinsic
+def outer_runs(
+    typing: Any, out: Any, out_start: Any, out_stride: Any, x: Any, x_start: Any, x_stride: Any, W: Any,
+    W_start: Any, W_stride: Any, count: Any, ahead: Any, vectors: Any,
+) -> Any:  # fmt: skip
+    """out[p, :] += Σ_{i<count} x[i, p]·W[i, :] for p < SMALL_GROUP and LANES·vectors columns.
+
+    Row i of out, x and W begins at its start + i·stride. Reads count·LANES·vectors elements of W and has those that lie
+    `ahead` elements further brought into the second cache; reads count·SMALL_GROUP scalars of x; reads and writes
+    SMALL_GROUP·LANES·vectors of out. The sums stay in registers over all i. vectors is a compile-time constant.
+    """
+    if not isinstance(vectors, types.IntegerLiteral):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out_, out_0, out_row, x_, x_0, x_i, W_, W_0, W_i, n, beyond, _ = arguments
+        given = out_, out_0, out_row, x_, x_0, x_i, _INT64(1), W_, W_0, W_i, n
+        _add_outer_products(context, builder, (out, x, W), given, (SMALL_GROUP, LANES, vectors.literal_value), beyond)
+        return context.get_dummy_value()
+
+    at = types.int64
+    return types.void(out, at, at, x, at, at, W, at, at, at, at, vectors), generate
 
 
 @_intrinsic
 def inner_runs(
     typing: Any, out: Any, out_start: Any, out_stride: Any, W: Any, W_start: Any, W_stride: Any, X: Any,
-    X_start: Any, X_stride: Any, runs: Any,
+    X_start: Any, X_stride: Any, runs: Any, ahead: Any,
 ) -> Any:  # fmt: skip
-    """out[i, p] += Σ_j W[i, j] · X[p, j] for i < WIDE_ROWS, p < SMALL_GROUP, over `runs` runs of columns.
+    """out[i, p] += Σ_j W[i, j]·X[p, j] for i < WIDE_ROWS, p < SMALL_GROUP, over `runs` runs of LANES columns.
 
-    Row i of out, W and X begins at its start + i·stride. Reads WIDE_ROWS·RUN elements of W and SMALL_GROUP·RUN of X a
-    run; reads and writes WIDE_ROWS·SMALL_GROUP of out. The sums stay in registers over all runs.
+    Row i of out, W and X begins at its start + i·stride. Reads WIDE_ROWS·LANES elements of W a run and has those that
+    lie `ahead` elements further brought into the second cache; reads SMALL_GROUP·LANES of X a run; reads and writes
+    WIDE_ROWS·SMALL_GROUP of out. The sums stay in registers over all runs.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out_at, W_at, X_at = (
             _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (W, 3), (X, 6))
         )
-        out_0, out_row, W_0, W_row, X_0, X_row, n = (arguments[i] for i in (1, 2, 4, 5, 7, 8, 9))
+        out_0, out_row, W_0, W_row, X_0, X_row, n, beyond = (arguments[i] for i in (1, 2, 4, 5, 7, 8, 9, 10))
         kind = _vector_type(LANES)
         sums = [[cgutils.alloca_once(builder, kind) for _ in range(SMALL_GROUP)] for _ in range(WIDE_ROWS)]
         zero = ir.Constant(kind, [0.0] * LANES)
@@ -56,14 +81,14 @@ def inner_runs(
         W_rows = [builder.add(W_0, builder.mul(W_row, _INT64(i))) for i in range(WIDE_ROWS)]
         X_rows = [builder.add(X_0, builder.mul(X_row, _INT64(p))) for p in range(SMALL_GROUP)]
         with cgutils.for_range(builder, n) as loop:
-            run = builder.mul(loop.index, _INT64(RUN))
-            for v in range(WIDE_VECTORS):
-                along = builder.add(run, _INT64(v * LANES))
-                others = [_load(builder, X_at, builder.add(row, along), LANES, types.float32) for row in X_rows]
-                for i in range(WIDE_ROWS):
-                    value = _load(builder, W_at, builder.add(W_rows[i], along), LANES, W.dtype)
-                    for p in range(SMALL_GROUP):
-                        builder.store(_fma(builder, value, others[p], builder.load(sums[i][p])), sums[i][p])
+            along = builder.mul(loop.index, _INT64(LANES))
+            others = [_load(builder, X_at, builder.add(row, along), LANES, types.float32) for row in X_rows]
+            for i in range(WIDE_ROWS):
+                here = builder.add(W_rows[i], along)
+                value = _load(builder, W_at, here, LANES, W.dtype)
+                _fetch(builder, W_at, builder.add(here, beyond), LANES, W.dtype)
+                for p in range(SMALL_GROUP):
+                    builder.store(_fma(builder, value, others[p], builder.load(sums[i][p])), sums[i][p])
         for i in range(WIDE_ROWS):
             total = _sum_lanes(builder, [builder.load(sums[i][p]) for p in range(SMALL_GROUP)])
             at = builder.add(out_0, builder.mul(out_row, _INT64(i)))
@@ -72,4 +97,4 @@ def inner_runs(
         return context.get_dummy_value()
 
     at = types.int64
-    return types.void(out, at, at, W, at, at, X, at, at, at), generate
+    return types.void(out, at, at, W, at, at, X, at, at, at, at), generate

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..rounding import round_up
-from .gram import BLOCK, add_inner_products, add_outer_products
+from .gram import BLOCK, add_inner_products, add_outer_by_strips
+from .in_place import WIDE_ROWS
 from .jit import ZERO, njit
 from .plain_products import SUMS
 
@@ -95,11 +96,11 @@ def _project(Q: Any, X: Any, parts: Any) -> None:
     m, n = Q.shape
     flat = Q.reshape(-1)
     parts[:m] = 0
-    add_inner_products(flat, n, ZERO, m, ZERO, n, X, parts)
+    add_inner_products(flat, n, ZERO, m, ZERO, n, X, parts, WIDE_ROWS * n)
     for i in range(m):
         for c in range(len(X)):
             parts[i, c] = -parts[i, c]
-    add_outer_products(flat, n, ZERO, m, ZERO, n, parts, X)
+    add_outer_by_strips(flat, n, m, ZERO, n, parts, X)
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)

@@ -67,13 +67,14 @@ def _vector_type(lanes: int, element: Any = _FLOAT) -> Any:
     return ir.VectorType(element, lanes) if lanes > 1 else element
 
 
+# Bytes of an entry and its LLVM type, by the dtype that numba sees.
+_STORED = {types.float32: (4, _FLOAT), types.uint16: (2, ir.IntType(16)), types.int16: (2, ir.HalfType())}
+_CACHE_LINE = 64
+
+
 def _load(builder: Any, address: Any, index: Any, lanes: int, dtype: Any) -> Any:
     """`lanes` neighbours at `index` as float32; uint16 holds bfloat16's bits, int16 float16's."""
-    width, element = {
-        types.float32: (4, _FLOAT),
-        types.uint16: (2, ir.IntType(16)),
-        types.int16: (2, ir.HalfType()),
-    }[dtype]
+    width, element = _STORED[dtype]
     place = builder.add(address, builder.mul(index, _INT64(width)))
     kind = _vector_type(lanes, element)
     value = builder.load(builder.inttoptr(place, kind.as_pointer()), align=width)
@@ -105,6 +106,19 @@ def entry(typing: Any, array: Any, index: Any) -> Any:
 
     kind = types.float64 if array.dtype == types.float64 else types.float32
     return kind(array, types.intp), generate
+
+
+def _fetch(builder: Any, address: Any, index: Any, count: int, dtype: Any) -> None:
+    """Have the lines of `count` neighbours at `index` brought into the second cache; they need not be in the array."""
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    width = _STORED[dtype][0]
+    first = builder.add(address, builder.mul(index, _INT64(width)))
+    read, second_cache, data = number(0), number(2), number(1)
+    for line in range(0, count * width, _CACHE_LINE):
+        place = builder.inttoptr(builder.add(first, _INT64(line)), byte)
+        builder.call(function, [place, read, second_cache, data])
 
 
 def _store(builder: Any, address: Any, index: Any, value: Any) -> None:
@@ -184,38 +198,49 @@ def outer_products(
         return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        n_rows, n_lanes, n_vectors = (t.literal_value for t in (rows, lanes, vectors))
-        out_at, x_at, W_at = (
-            _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (x, 3), (W, 7))
-        )
-        out_0, out_row, x_0, x_i, x_p, W_0, W_i, n = (arguments[i] for i in (1, 2, 4, 5, 6, 8, 9, 10))
-        sums = [[cgutils.alloca_once(builder, _vector_type(n_lanes)) for _ in range(n_vectors)] for _ in range(n_rows)]
-
-        def place(p: int, v: int) -> Any:
-            return builder.add(builder.add(out_0, builder.mul(out_row, _INT64(p))), _INT64(v * n_lanes))
-
-        for p in range(n_rows):
-            for v in range(n_vectors):
-                builder.store(_load(builder, out_at, place(p, v), n_lanes, types.float32), sums[p][v])
-        with cgutils.for_range(builder, n) as loop:
-            row = builder.add(W_0, builder.mul(loop.index, W_i))
-            values = [
-                _load(builder, W_at, builder.add(row, _INT64(v * n_lanes)), n_lanes, W.dtype) for v in range(n_vectors)
-            ]
-            scalar = builder.add(x_0, builder.mul(loop.index, x_i))
-            for p in range(n_rows):
-                at = builder.add(scalar, builder.mul(x_p, _INT64(p)))
-                factor = _broadcast(builder, _load(builder, x_at, at, 1, types.float32), n_lanes)
-                for v in range(n_vectors):
-                    builder.store(_fma(builder, factor, values[v], builder.load(sums[p][v])), sums[p][v])
-        for p in range(n_rows):
-            for v in range(n_vectors):
-                _store(builder, out_at, place(p, v), builder.load(sums[p][v]))
+        block = tuple(t.literal_value for t in (rows, lanes, vectors))
+        _add_outer_products(context, builder, (out, x, W), arguments, block)
         return context.get_dummy_value()
 
     places = [types.int64] * 8
     signature = types.void(out, *places[:2], x, *places[:3], W, *places[:3], rows, lanes, vectors)
     return signature, generate
+
+
+def _add_outer_products(
+    context: Any, builder: Any, kinds: Any, arguments: Any, block: tuple[int, int, int], ahead: Any = None
+) -> None:
+    """The code of `outer_products`. ahead: how far beyond an entry of W lies one to fetch into the second cache."""
+    out, x, W = kinds
+    n_rows, n_lanes, n_vectors = block
+    out_at, x_at, W_at = (
+        _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (x, 3), (W, 7))
+    )
+    out_0, out_row, x_0, x_i, x_p, W_0, W_i, n = (arguments[i] for i in (1, 2, 4, 5, 6, 8, 9, 10))
+    sums = [[cgutils.alloca_once(builder, _vector_type(n_lanes)) for _ in range(n_vectors)] for _ in range(n_rows)]
+
+    def place(p: int, v: int) -> Any:
+        return builder.add(builder.add(out_0, builder.mul(out_row, _INT64(p))), _INT64(v * n_lanes))
+
+    for p in range(n_rows):
+        for v in range(n_vectors):
+            builder.store(_load(builder, out_at, place(p, v), n_lanes, types.float32), sums[p][v])
+    with cgutils.for_range(builder, n) as loop:
+        row = builder.add(W_0, builder.mul(loop.index, W_i))
+        values = [
+            _load(builder, W_at, builder.add(row, _INT64(v * n_lanes)), n_lanes, W.dtype) for v in range(n_vectors)
+        ]
+        if ahead is not None:
+            _fetch(builder, W_at, builder.add(row, ahead), n_vectors * n_lanes, W.dtype)
+        scalar = builder.add(x_0, builder.mul(loop.index, x_i))
+        for p in range(n_rows):
+            at = builder.add(scalar, builder.mul(x_p, _INT64(p)))
+            factor = _broadcast(builder, _load(builder, x_at, at, 1, types.float32), n_lanes)
+            for v in range(n_vectors):
+                builder.store(_fma(builder, factor, values[v], builder.load(sums[p][v])), sums[p][v])
+    for p in range(n_rows):
+        for v in range(n_vectors):
+            _store(builder, out_at, place(p, v), builder.load(sums[p][v]))
 
 
 @_intrinsic

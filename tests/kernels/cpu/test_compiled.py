@@ -18,8 +18,8 @@ def test_an_empty_cache_is_known(tmp_path: Path) -> None:
                 "import numpy as np\n"
                 "from inilora_kernels.kernels.cpu.gram import add_inner_products, add_outer_products\n"
                 "W, X, Y = (np.ones(shape, np.float32) for shape in ((4, 8), (4, 8), (4, 4)))\n"
-                "add_inner_products(W.reshape(-1), 8, 0, 4, 0, 8, X, Y)\n"
-                "add_outer_products(W.reshape(-1), 8, 0, 4, 0, 8, Y, X)"
+                "add_inner_products(W.reshape(-1), 8, 0, 4, 0, 8, X, Y, 0)\n"
+                "add_outer_products(W.reshape(-1), 8, 0, 4, 0, 8, Y, X, 0)"
             )
             subprocess.run([sys.executable, "-c", products], env=environment, check=True)
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import pytest
 import torch
 
-from inilora_kernels.kernels.cpu.in_place import RUN, WIDE_ROWS, WIDE_VECTORS, inner_runs
-from inilora_kernels.kernels.cpu.simd import LANES, LOADS_FLOAT16, SMALL_GROUP, kernel_view, outer_products
+from inilora_kernels.kernels.cpu.in_place import WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
+from inilora_kernels.kernels.cpu.simd import LANES, LOADS_FLOAT16, SMALL_GROUP, kernel_view
 
+# What is fetched ahead may lie anywhere, outside of the array too.
+AHEAD = 1 << 40
 DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if LOADS_FLOAT16 else [])]
 
 
 @numba.njit
 def inner(out, W, X, stride, runs):  # type: ignore[no-untyped-def]
-    inner_runs(out, 5, SMALL_GROUP, W, 3, stride, X, 7, stride, runs)
+    inner_runs(out, 5, SMALL_GROUP, W, 3, stride, X, 7, stride, runs, AHEAD)
 
 
 @numba.njit
-def outer(out, X, W, stride, count):  # type: ignore[no-untyped-def]
-    outer_products(out, 5, stride, X, 7, SMALL_GROUP, 1, W, 3, stride, count, SMALL_GROUP, LANES, WIDE_VECTORS)
+def outer_by_one(out, X, W, stride, count):  # type: ignore[no-untyped-def]
+    outer_runs(out, 5, stride, X, 7, SMALL_GROUP, W, 3, stride, count, AHEAD, 1)
+
+
+@numba.njit
+def outer_by_many(out, X, W, stride, count):  # type: ignore[no-untyped-def]
+    outer_runs(out, 5, stride, X, 7, SMALL_GROUP, W, 3, stride, count, AHEAD, WIDE_VECTORS)
 
 
 def amid_nan(rows: int, columns: int, stride: int, first: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,28 +41,31 @@ def amid_nan(rows: int, columns: int, stride: int, first: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inner_products_of_runs(dtype: torch.dtype) -> None:
-    stride = 3 * RUN + 11
+    columns = 17 * LANES
+    stride = columns + 11
     (W_memory, W), (X_memory, X) = (
-        amid_nan(WIDE_ROWS, 3 * RUN, stride, 3, dtype),
-        amid_nan(SMALL_GROUP, 3 * RUN, stride, 7, torch.float32),
+        amid_nan(WIDE_ROWS, columns, stride, 3, dtype),
+        amid_nan(SMALL_GROUP, columns, stride, 7, torch.float32),
     )
     out = torch.ones(5 + WIDE_ROWS * SMALL_GROUP + 5)
-    inner(out.numpy(), kernel_view(W_memory), X_memory.numpy(), stride, 3)
+    inner(out.numpy(), kernel_view(W_memory), X_memory.numpy(), stride, 17)
     expected = torch.ones(len(out), dtype=torch.float64)
     expected[5:-5] += (W.double() @ X.double().T).flatten()
-    # Sums of 3·RUN products in float32, each rounded once.
+    # Sums of 17·LANES products in float32, each rounded once.
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("outer", "vectors"), [(outer_by_one, 1), (outer_by_many, WIDE_VECTORS)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_outer_products_of_a_run(dtype: torch.dtype) -> None:
-    stride, count = RUN + 11, 7
+def test_outer_products_of_a_run(dtype: torch.dtype, outer: Callable[..., None], vectors: int) -> None:
+    columns, count = LANES * vectors, 7
+    stride = columns + 11
     (W_memory, W), (X_memory, X) = (
-        amid_nan(count, RUN, stride, 3, dtype),
+        amid_nan(count, columns, stride, 3, dtype),
         amid_nan(count, SMALL_GROUP, SMALL_GROUP, 7, torch.float32),
     )
     out = torch.ones(5 + SMALL_GROUP * stride)
     outer(out.numpy(), X_memory.numpy(), kernel_view(W_memory), stride, count)
     expected = torch.ones(len(out), dtype=torch.float64)
-    expected.as_strided((SMALL_GROUP, RUN), (stride, 1), 5).add_(X.double().T @ W.double())
+    expected.as_strided((SMALL_GROUP, columns), (stride, 1), 5).add_(X.double().T @ W.double())
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
