@@ -88,8 +88,11 @@ def products(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, Tensor]:
     tensor([[4., 4.]], dtype=torch.float64)
     """
     multiply = gram_multiplier(W, torch.float64, threads)
-    found = [multiply(rows) for rows in torch.split(X, _WIDE_ROWS)]
-    return torch.cat([Y for Y, _ in found]), torch.cat([image for _, image in found])
+    Y, image = X.new_empty(len(X), W.shape[0]), torch.empty_like(X)
+    for first in range(0, len(X), _WIDE_ROWS):
+        several = slice(first, first + _WIDE_ROWS)
+        Y[several], image[several] = multiply(X[several])
+    return Y, image
 
 
 def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:

@@ -115,17 +115,20 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
     searched = search(W, goal, dtype, key, threads)
     if searched is None:
         return None
-    pairs, missed = searched.pairs, searched.missed
+    pairs, missed, passes, vectors = searched.pairs, searched.missed, searched.passes, searched.vectors
     kept = goal.kept(pairs, missed)
     X = combined(searched.basis, pairs.vectors(kept))
+    # At high ranks the basis and its projection take half of W's bytes, which the last pass needs.
+    pairs = pairs.without_vectors()
+    del searched
     Y, image = products(W, X, threads)
     found = concluded(
         goal,
         pairs,
         missed,
         LastPass(X, Y, image),
-        passes=searched.passes + 1,
-        vectors=searched.vectors + kept,
+        passes=passes + 1,
+        vectors=vectors + kept,
     )
     # What the last pass finds beyond what was promised is rounding.
     if all(found.certified.values()) or goal.exact or not goal.settled(pairs, missed):

@@ -177,14 +177,16 @@ class KrylovSpace:
         return ritz_pairs(self.T, self._leaving)
 
     def _hold(self, size: int) -> None:
-        held = len(self._rows)
-        if size > held:
-            rows = max(size, held + max(_ROWS_AT_ONCE, held // 2))
-            wider = self._rows.new_empty(rows, self._rows.shape[1])
-            wider[:held] = self._rows
-            T = self._T.new_zeros(rows, rows)
-            T[:held, :held] = self._T
-            self._rows, self._T = wider, T
+        if size > len(self._rows):
+            # Rows that are never written take no memory on a CPU, and copies would take it twice.
+            wider = self._rows.new_empty(size + max(_ROWS_AT_ONCE, size // 2), self._rows.shape[1])
+            wider[: self.size] = self.Q
+            self._rows = wider
+        if size > len(self._T):
+            side = size + size // 8
+            T = self._T.new_zeros(side, side)
+            T[: self.size, : self.size] = self.T
+            self._T = T
 
     def _orthonormal(self, Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows X (b×n), orthonormal and orthogonal to all the others, with Z = βᵀX + (what Z has along the basis).

@@ -28,6 +28,10 @@ class RitzPairs:
     T: Array
     reduced: tuple[Array, Array, Array, Array, float] | None = None
 
+    def without_vectors(self) -> RitzPairs:
+        """θ and g alone, without the m² numbers that `vectors` takes."""
+        return RitzPairs(self.theta, self.g, np.empty((0, 0)))
+
     def vectors(self, count: int) -> Tensor:
         """The first `count` Ritz vectors in the basis Q (count×m, rows)."""
         from ..kernels.cpu.eigen import leading_vectors
@@ -48,8 +52,8 @@ def ritz_pairs(T: Tensor, leaving: Tensor) -> RitzPairs:
     """
     from ..kernels.cpu.eigen import decomposed
 
-    form = T.contiguous().numpy()
-    theta, g, reduced, converged = decomposed(form, leaving.numpy())
+    form = T.numpy()
+    theta, g, reduced, converged = decomposed(form.copy(), leaving.numpy())
     if converged:
         return RitzPairs(theta, g, form, reduced)
     values, vectors = torch.linalg.eigh(T)

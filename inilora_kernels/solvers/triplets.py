@@ -52,7 +52,8 @@ class Principal:
 class LastPass:
     """What the proof rests on, all in float64.
 
-    X (s×k): the leading Ritz vectors of a space, orthonormal rows. Y (s×d): XWᵀ. image (s×k): XM.
+    X (s×k): the leading Ritz vectors of a space, orthonormal rows. Y (s×d): XWᵀ. image (s×k): XM. `concluded` writes
+    over X and Y.
     """
 
     X: Tensor
@@ -85,13 +86,16 @@ def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, pa
 def _triplets(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """U (r×d) and V (r×k), rows, and the verdict of judgement.py, which is `asked` the rest of its arguments."""
     from ..kernels.cpu.judgement import verdict
-    from ..kernels.cpu.last_pass import combined, forms
+    from ..kernels.cpu.last_pass import forms, turn
 
     X, Y, image = last.X.numpy(), last.Y.numpy(), last.image.numpy()
     found = verdict(*forms(X, Y, image), *asked)
-    V, Y = combined(X, found[1]), combined(Y, found[1])
-    lengths = np.linalg.norm(Y, axis=1, keepdims=True)
-    return torch.from_numpy(Y / np.where(lengths > 0, lengths, 1.0)), torch.from_numpy(V), found
+    turn(X, found[1])
+    turn(Y, found[1])
+    U, V = Y[: len(found[1])], X[: len(found[1])]
+    lengths = np.linalg.norm(U, axis=1, keepdims=True)
+    U /= np.where(lengths > 0, lengths, 1.0)
+    return torch.from_numpy(U), torch.from_numpy(V), found
 
 
 def _triplets_on_device(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:

@@ -266,7 +266,7 @@ def decomposed(T: Any, rows: Any) -> Any:
     """The eigenvalues of T (m×m), and `rows` (c×m) times its eigenvectors.
 
     Returns θ (m, descending), g (m×c), whose j-th row belongs to θ_j, what `leading_vectors` takes (T, β, d and e as
-    `tridiagonal` leaves them, and a scale), and whether QL converged. Reads T and `rows`.
+    `tridiagonal` leaves them, and a scale), and whether QL converged. Reads `rows`; T's memory is that form's now.
     """
     m = len(T)
     # Squares of T's entries then stay in range; a power of two rounds nothing.
@@ -275,10 +275,11 @@ def decomposed(T: Any, rows: Any) -> Any:
         for j in range(m):
             largest = max(largest, abs(T[i, j]))
     scale = math.ldexp(1.0, min(1020, math.frexp(largest)[1]))
-    form, betas, d, e = T / scale, np.empty(m), np.empty(m), np.empty(m)
-    tridiagonal(form, d, e, betas)
+    T /= scale
+    betas, d, e = np.empty(m), np.empty(m), np.empty(m)
+    tridiagonal(T, d, e, betas)
     reflected = rows.copy()
-    times_reflections(reflected, form, betas)
+    times_reflections(reflected, T, betas)
     g = np.ascontiguousarray(reflected.T)
     values, beside = d.copy(), e.copy()
     if abs(d[0]) > abs(d[m - 1]):
@@ -287,7 +288,7 @@ def decomposed(T: Any, rows: Any) -> Any:
         beside[: m - 1] = e[: m - 1][::-1]
     converged = by_ql(values, beside, g)
     _sort(values, g)
-    return values * scale, g, (form, betas, d, e, scale), converged
+    return values * scale, g, (T, betas, d, e, scale), converged
 
 
 @njit(cache=True, nogil=True)
@@ -307,10 +308,10 @@ def _sort(values: Any, g: Any) -> None:
 @njit(cache=True, nogil=True)
 def leading_pairs(T: Any, count: int) -> Any:
     """The eigenvalues of T (m×m), descending, its first `count` eigenvectors as rows, and whether QL converged."""
-    values, _, reduced, converged = decomposed(T, np.empty((0, len(T))))
+    values, _, reduced, converged = decomposed(T.copy(), np.empty((0, len(T))))
     vectors = np.empty((count, len(T)))
     if not leading_vectors(reduced, values, count, vectors):
-        values, every, _, converged = decomposed(T, np.eye(len(T)))
+        values, every, _, converged = decomposed(T.copy(), np.eye(len(T)))
         vectors[:] = every[:count]
     return values, vectors, converged
 
@@ -318,5 +319,5 @@ def leading_pairs(T: Any, count: int) -> Any:
 @njit(cache=True, nogil=True)
 def largest_eigenvalue(T: Any) -> Any:
     """λ_max of T (m×m); NaN where QL does not converge."""
-    theta, _, _, converged = decomposed(T, np.empty((0, len(T))))
+    theta, _, _, converged = decomposed(T.copy(), np.empty((0, len(T))))
     return theta[0] if converged else np.nan

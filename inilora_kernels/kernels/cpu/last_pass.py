@@ -39,15 +39,25 @@ def combine(rows: Any, coefficients: Any) -> Any:
                 inverse[c, i] -= gram[c, e] * inverse[e, i]
         for i in range(c + 1):
             inverse[c, i] /= gram[c, c]
-    return combined(X, inverse)
+    turn(X, inverse)
+    return X
 
 
 @njit(cache=True, nogil=True)
 def forms(X: Any, Y: Any, image: Any) -> Any:
     """XᵀMX and RᵀR (s×s) of a last pass, for `verdict`. X (s×k), Y (s×d): XWᵀ, image (s×k): XM; R = MX − X·XᵀMX."""
     form = inner(Y, Y)
-    residuals = image - combined(X, form)
-    return form, inner(residuals, residuals)
+    s, n = X.shape
+    weights = _weights(form)
+    R, products = _strip(s, n), np.zeros((s, weights.shape[1]))
+    for left in range(0, n, _COLUMNS):
+        count = min(_COLUMNS, n - left)
+        _combine_strip(X, left, count, weights, R)
+        for i in range(s):
+            for j in range(count):
+                R[i, j] = image[i, left + j] - R[i, j]
+        add_inner_plain(R.reshape(-1), R.shape[1], ZERO, s, ZERO, count, R, products)
+    return form, products[:, :s].copy()
 
 
 @njit(cache=True, nogil=True)
@@ -55,8 +65,7 @@ def combined(rows: Any, coefficients: Any) -> Any:
     """coefficients (s×m) times rows (m×n), in float64."""
     s, m = coefficients.shape
     n = rows.shape[1]
-    weights = np.zeros((m, (s + _BLOCK - 1) // _BLOCK * _BLOCK))
-    weights[:, :s] = coefficients.T
+    weights = _weights(coefficients)
     found = np.zeros((weights.shape[1], n))
     flat = rows.reshape(-1)
     for left in range(0, n, _COLUMNS):
@@ -65,15 +74,49 @@ def combined(rows: Any, coefficients: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
+def turn(rows: Any, coefficients: Any) -> None:
+    """The first s of m rows (m×n, float64) become coefficients (s×m) times all of them."""
+    s, n = len(coefficients), rows.shape[1]
+    weights, strip = _weights(coefficients), _strip(s, n)
+    for left in range(0, n, _COLUMNS):
+        count = min(_COLUMNS, n - left)
+        _combine_strip(rows, left, count, weights, strip)
+        rows[:s, left : left + count] = strip[:s, :count]
+
+
+@njit(cache=True, nogil=True)
+def _combine_strip(rows: Any, left: int, count: int, weights: Any, strip: Any) -> None:
+    """The first columns of `strip` become weightsᵀ times `count` columns of the rows."""
+    strip[:, :count] = 0.0
+    add_outer_plain(rows.reshape(-1)[left:], rows.shape[1], ZERO, len(rows), ZERO, count, weights, strip)
+
+
+@njit(cache=True, nogil=True)
+def _weights(coefficients: Any) -> Any:
+    """Their transpose, padded."""
+    s, m = coefficients.shape
+    weights = np.zeros((m, (s + _BLOCK - 1) // _BLOCK * _BLOCK))
+    weights[:, :s] = coefficients.T
+    return weights
+
+
+@njit(cache=True, nogil=True)
+def _strip(rows: int, n: int) -> Any:
+    """Zeros for the columns that are taken at a time of so many rows, padded."""
+    return np.zeros(((rows + _BLOCK - 1) // _BLOCK * _BLOCK, min(n, _COLUMNS)))
+
+
+@njit(cache=True, nogil=True)
 def inner(left: Any, right: Any) -> Any:
     """left·rightᵀ of two sets of rows, in float64."""
     s, n = right.shape
-    padded = np.zeros(((s + _BLOCK - 1) // _BLOCK * _BLOCK, n))
-    padded[:s] = right
-    found = np.zeros((len(left), len(padded)))
+    strip = _strip(s, n)
+    found = np.zeros((len(left), len(strip)))
     flat = left.reshape(-1)
     for at in range(0, n, _COLUMNS):
-        add_inner_plain(flat, n, ZERO, len(left), at, min(_COLUMNS, n - at), padded, found)
+        count = min(_COLUMNS, n - at)
+        strip[:s, :count] = right[:, at : at + count]
+        add_inner_plain(flat[at:], n, ZERO, len(left), ZERO, count, strip, found)
     return found[:, :s].copy()
 
 

@@ -64,7 +64,7 @@ def search(
                     break
             last = np.zeros((b, size))
             last[:, size - b :] = leaving
-            theta, g, reduced, converged = decomposed(np.ascontiguousarray(T[:size, :size]), last)
+            theta, g, reduced, converged = decomposed(T[:size, :size].copy(), last)
             if not converged or too_coarse(theta, ranks, goal):
                 ended = COARSE if converged else LEFT
                 break
@@ -91,7 +91,7 @@ def search(
                 W, layout, works[1], other_rows, other_T, rows[:size], other_block, other_leaving, ZERO, len(stops),
                 limits, stops, job(), len(stops) > 0,
             )  # fmt: skip
-            form = np.ascontiguousarray(other_T[: taken * c, : taken * c])
+            form = other_T[: taken * c, : taken * c].copy()
             values, _, _, converged = decomposed(form, np.empty((0, len(form))))
             if not whole or not converged:
                 ended = LEFT

@@ -50,9 +50,10 @@ def test_on_a_device_it_is_the_same() -> None:
     values = torch.linalg.eigvalsh(X @ M @ X.T).flip(0)
     pairs = RitzPairs(values.numpy(), np.full((6, 1), 1e-7), torch.diag(values).numpy())
     goal = Goal(float(W.square().sum()), (2, 4), tolerance=1e-8, unit=2.0**-23, exact=False)
-    last = LastPass(X, X @ W.T, X @ M)
     asked = (pairs.theta, pairs.g, goal.each_rank, float(values[5]) * 0.9, goal.numbers)
-    (U, V, here), (other_U, other_V, there) = _triplets(last, asked), _triplets_on_device(last, asked)
+    (U, V, here), (other_U, other_V, there) = (
+        compute(LastPass(X.clone(), X @ W.T, X @ M), asked) for compute in (_triplets, _triplets_on_device)
+    )
     np.testing.assert_allclose(here[0], there[0], rtol=1e-13)
     # Differences of sums of squares, which are rounded.
     np.testing.assert_allclose(here[2], there[2], rtol=1e-6, atol=1e-14 * goal.energy)
