@@ -115,6 +115,17 @@ def _start_stream() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@functools.cache
+def _start(rows: int, size: int) -> NDArray[np.float32]:
+    """A first space's start."""
+    found: NDArray[np.float32] = _gaussian(rows, size, _start_stream()).numpy()
+    return found
+
+
+def _gaussian(rows: int, size: int, stream: torch.Generator) -> Tensor:
+    return torch.randn(rows, size, generator=stream, dtype=torch.float32)
+
+
 def _trusted_stream(key: Digest) -> torch.Generator:
     """For all other draws: decided by W's hash."""
     return torch.Generator().manual_seed(int.from_bytes(key()[:8], "big") >> 1)
@@ -125,16 +136,13 @@ def _in_one_call(size: int, goal: Goal, readers: FusedGramReaders, key: Digest) 
     from ..kernels.cpu import search as compiled
 
     block = _block(goal.rank)
-    start, fresh = (
-        torch.randn(rows, size, generator=stream, dtype=torch.float32).numpy()
-        for rows, stream in ((block, _start_stream()), (_NARROW, _trusted_stream(key)))
-    )
+    fresh = _gaussian(_NARROW, size, _trusted_stream(key)).numpy()
     stored, layout, work = readers.of(block).compiled
     ended, basis, parts, missed, passes, spent = compiled.search(
         stored,
         layout,
         (work, readers.of(_NARROW).compiled[2]),
-        start,
+        _start(block, size),
         fresh,
         goal.each_rank,
         goal.numbers,
@@ -181,7 +189,7 @@ class _Search:
         return Searched(pairs, self._space.Q, self._missed, passes, self._space.size + self._spent)
 
     def _random(self, rows: int, stream: torch.Generator) -> Tensor:
-        return torch.randn(rows, self._size, generator=stream, dtype=torch.float32).to(self._device, self._dtype)
+        return _gaussian(rows, self._size, stream).to(self._device, self._dtype)
 
     def _stream(self) -> torch.Generator:
         if self._drawn is None:

@@ -93,8 +93,9 @@ def _triplets(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor, Tensor, t
     turn(X, found[1])
     turn(Y, found[1])
     U, V = Y[: len(found[1])], X[: len(found[1])]
-    lengths = np.linalg.norm(U, axis=1, keepdims=True)
-    U /= np.where(lengths > 0, lengths, 1.0)
+    lengths = np.sqrt(np.square(U).sum(1))
+    lengths[lengths == 0.0] = 1.0
+    U /= lengths[:, None]
     return torch.from_numpy(U), torch.from_numpy(V), found
 
 

@@ -97,31 +97,30 @@ class FusedGramReader:
         self.most_threads = max(1, min(slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
         self.threads = min(threads, self.most_threads)
         along_columns, along_rows = (b, n), (m, b)
-        self._given = torch.zeros(along_columns if self._by_rows else along_rows, dtype=dtype)
-        self._once = torch.empty(along_rows if self._by_rows else along_columns, dtype=dtype)
-        self._twice = torch.empty(slots, *self._given.shape, dtype=dtype)
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        self._given: NDArray[Any] = np.zeros(along_columns if self._by_rows else along_rows, kind)
+        self._once: NDArray[Any] = np.empty(along_rows if self._by_rows else along_columns, kind)
+        self._twice: NDArray[Any] = np.empty((slots, *self._given.shape), kind)
 
     @property
     def compiled(self) -> tuple[NDArray[np.generic], tuple[int, ...], tuple[NDArray[np.float32], ...]]:
         """W's memory, its layout and the work space, as expansion.py takes them."""
         layout = (int(self._by_rows), self._stride, *self._shape, self._step, self._parts, self._parts_a_slot)
-        return self._flat, layout, (self._given.numpy(), self._once.numpy(), self._twice.numpy())
+        return self._flat, layout, (self._given, self._once, self._twice)
 
     def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        if self._by_rows:
-            self._given[: self._width] = X
-        else:
-            self._given[:, : self._width] = X.T
+        given, once = (self._given, self._once.T) if self._by_rows else (self._given.T, self._once)
+        given[: self._width] = X.numpy()
         share(self._read, range(len(self._twice)), self.threads)
         # One after the other, as expansion.py does.
-        total = reduce(torch.add, self._twice)
-        if self._by_rows:
-            return self._once[:, : self._width].T.contiguous(), total[: self._width].clone()
-        return self._once[: self._width].clone(), total[:, : self._width].T.contiguous()
+        total = reduce(np.add, self._twice)
+        twice = total if self._by_rows else total.T
+        Y, Z = (sums[: self._width].copy(order="C") for sums in (once, twice))
+        return torch.from_numpy(Y), torch.from_numpy(Z)
 
     def _read(self, slots: Iterator[int]) -> None:
         m, n = self._shape
-        if self._given.dtype == torch.float32:
+        if self._given.dtype == np.float32:
             kernel = row_strips if self._by_rows else column_tiles
         else:
             kernel = wide_row_strips if self._by_rows else wide_column_tiles
@@ -132,9 +131,9 @@ class FusedGramReader:
                 self._stride,
                 m,
                 n,
-                self._given.numpy(),
-                self._once.numpy(),
-                self._twice[slot].numpy(),
+                self._given,
+                self._once,
+                self._twice[slot],
                 self._step,
                 first,
                 min(first + self._parts_a_slot, self._parts),
