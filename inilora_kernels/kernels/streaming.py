@@ -88,6 +88,8 @@ def products(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, Tensor]:
     tensor([[4., 4.]], dtype=torch.float64)
     """
     multiply = gram_multiplier(W, torch.float64, threads)
+    if len(X) <= _WIDE_ROWS:
+        return multiply(X)
     Y, image = X.new_empty(len(X), W.shape[0]), torch.empty_like(X)
     for first in range(0, len(X), _WIDE_ROWS):
         several = slice(first, first + _WIDE_ROWS)

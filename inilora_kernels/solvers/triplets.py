@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .goal import Goal
-from .ritz import RitzPairs
+from .ritz import Array, RitzPairs
 
 # At most this many singular values are kept for the picture of the spectrum.
 LEADING = 64
@@ -69,10 +69,10 @@ def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, pa
     U, V, (values, _, shortfalls, certified) = (_triplets if last.X.device.type == "cpu" else _triplets_on_device)(
         last, (pairs.theta, pairs.g, goal.each_rank, missed, goal.numbers)
     )
-    S = torch.from_numpy(np.sqrt(values[: goal.rank]))
+    S = np.sqrt(values[: goal.rank])
     return Principal(
         U=U.T,
-        S=S.to(V.device),
+        S=torch.from_numpy(S).to(V.device),
         V=V.T,
         shortfalls=dict(zip(goal.ranks, shortfalls.tolist(), strict=True)),
         certified=dict(zip(goal.ranks, certified.tolist(), strict=True)),
@@ -93,7 +93,7 @@ def _triplets(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor, Tensor, t
     turn(X, found[1])
     turn(Y, found[1])
     U, V = Y[: len(found[1])], X[: len(found[1])]
-    lengths = np.sqrt(np.square(U).sum(1))
+    lengths = np.sqrt(np.einsum("ij,ij->i", U, U))
     lengths[lengths == 0.0] = 1.0
     U /= lengths[:, None]
     return torch.from_numpy(U), torch.from_numpy(V), found
@@ -112,12 +112,12 @@ def _triplets_on_device(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor,
     return Y / torch.where(lengths > 0, lengths, 1.0), V, found
 
 
-def _leading(pairs: RitzPairs, S: Tensor) -> tuple[float, ...]:
+def _leading(pairs: RitzPairs, S: Array) -> tuple[float, ...]:
     """S, and the other Ritz values' roots where the residual says that they are good to 1 %; the first `LEADING`."""
     theta, g = pairs.theta[:LEADING].clip(min=0.0), pairs.g[:LEADING]
     sure = np.square(g).sum(1) <= np.square(0.02 * theta)
     found = np.sqrt(theta)
     rank = min(len(S), LEADING)
     sure[:rank] = True
-    found[:rank] = S[:rank].numpy()
+    found[:rank] = S[:rank]
     return tuple(found[sure].tolist())
