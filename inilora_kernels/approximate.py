@@ -157,12 +157,13 @@ def _factorize(
     keys: dict[str, str] = {}
     with ProgressBar((keeps if options.progress is None else options.progress) and job.rank == 0) as bar:
         announce_reading(targets, options, bar)
-        tasks = require_ranks_taken(_tasks(targets, options, start, job, bar), options)
-        for task in tasks:
+        surveyed = _tasks(targets, options, start, job, bar, in_memory=not keeps and not cached)
+        tasks = require_ranks_taken(surveyed, options)
+        for task in tasks if cached else ():
             for rank in task.ranks:
                 place = _place(task, rank)
                 keys[place] = _cache_key(task, rank, device, record)
-                if cached and (known := cache.find(keys[place], task.sha256)) is not None:
+                if (known := cache.find(keys[place], task.sha256)) is not None:
                     results[place] = known
         owners = job.together("found", dict.fromkeys(results, job.rank))
         missing = [task for task in tasks if any(_place(task, rank) not in owners for rank in task.ranks)]
@@ -208,10 +209,12 @@ def _place(task: Task, rank: int) -> str:
     return f"{task.target.module} {rank}"
 
 
-def _tasks(targets: Sequence[Target], options: Options, start: Any, job: Job, bar: ProgressBar) -> list[Task]:
+def _tasks(
+    targets: Sequence[Target], options: Options, start: Any, job: Job, bar: ProgressBar, *, in_memory: bool
+) -> list[Task]:
     """Each matrix surveyed, with its ranks and its start settled; each process surveys a share."""
     mine = sorted(shares([float(math.prod(target.shape)) for target in targets], job.size)[job.rank])
-    hashes, own_stds = survey([targets[place] for place in mine], bar)
+    hashes, own_stds = survey([targets[place] for place in mine], bar, in_memory=in_memory)
     share = options.energy_share
     if share is not None:
         bar.phase("ranks", len(mine), len(mine))

@@ -78,6 +78,17 @@ def helped(help: Callable[[], object], count: int) -> Iterator[None]:
         one.result()
 
 
+def beside(work: Callable[[], Result], threads: int) -> Callable[[], Result]:
+    """Begin `work` on another thread, where there are that many. The call that is returned waits for its result.
+
+    What has not begun by then is done by that call itself, so it never waits for other work than this.
+    """
+    if threads <= 1:
+        return functools.cache(work)
+    begun = _kept(threads - 1).submit(work)
+    return functools.cache(lambda: work() if begun.cancel() else begun.result())
+
+
 def share(work: Callable[[Iterator[Item]], object], items: Iterable[Item], count: int) -> None:
     """Call `work` on this many threads, this one among them, each with one of torch's own; they share the items.
 

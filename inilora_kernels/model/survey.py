@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from math import fsum
 
 import torch
@@ -14,41 +15,38 @@ from torch import Tensor
 from ..display.progress import ProgressBar
 from ..errors import WeightError
 from ..kernels.streaming import strips
-from ..kernels.threads import at_once, in_groups, share, side_by_side
+from ..kernels.threads import at_once, beside, in_groups, one_torch_thread, side_by_side
 from .files.tensor import tensor_sha256
 from .targets import Target
 
 _FLOAT32 = torch.finfo(torch.float32)
 # A random start of the same deviation may reach 6 times as far.
 _LARGEST = _FLOAT32.max / 16
+# The sha256 of a matrix, or a call that waits for it.
+Hash = str | Callable[[], str]
 # Of a matrix in memory for each thread that surveys: what two threads may hold in any case.
 _BYTES_A_THREAD = 32 << 20
 
 
-def survey(targets: Sequence[Target], bar: ProgressBar) -> tuple[list[str], list[float]]:
+def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = False) -> tuple[list[Hash], list[float]]:
     """The sha256 and the standard deviation of every matrix; each is read once, before any long work.
+
+    in_memory: the matrices stay as they are, so the hash of one that has all threads to itself need not be waited for.
 
     Raises WeightError for a matrix that cannot be factorized.
     """
     bar.phase("reading", len(targets), len(targets))
     threads = torch.get_num_threads()
-    found: dict[str, tuple[str, float]] = {}
+    found: dict[str, tuple[Hash, float]] = {}
 
     def surveyed(target: Target) -> None:
         W = target.read()
-        hashes: list[str] = []
-        stds: list[float] = []
-
-        def take(todo: Iterator[bool]) -> None:
-            for hashed in todo:
-                if hashed:
-                    hashes.append(tensor_sha256(W) if target.hashes_values else target.sha256())
-                else:
-                    stds.append(_deviation(W, target.module))
-
-        # A matrix that has all threads to itself has two for these, which take about as long.
-        share(take, (True, False), min(2, torch.get_num_threads()))
-        found[target.module] = hashes[0], stds[0]
+        # A matrix that has all threads to itself has another one for its hash, which takes longer than the rest.
+        with one_torch_thread() as alone:
+            hashed = beside(partial(tensor_sha256, W) if target.hashes_values else target.sha256, alone)
+            std = _deviation(W, target.module)
+        # What is known does not hold W.
+        found[target.module] = hashed if in_memory and alone > 1 else hashed(), std
 
     for count, group in in_groups(targets, lambda target: surveyed_together(target, threads)):
         with closing(side_by_side(surveyed, group, count)) as results:

@@ -20,7 +20,7 @@ from ..kernels.backend import Backend, GramBatch, Problem, Sample, Stored
 from ..kernels.loading import load_backend
 from ..kernels.streaming import losses
 from ..kernels.threads import in_groups, side_by_side
-from ..model.survey import together
+from ..model.survey import Hash, together
 from ..model.targets import Target
 from ..options import Options
 from .adam import Checkpoints, History, adam
@@ -39,14 +39,20 @@ RandomStart = Callable[[Shape, int, float, torch.Generator], Pair]
 class Task:
     """A matrix to factorize: what the survey found, the ranks to do it for, and its start.
 
-    std: σ̄ of the random start. start: factors that the "nearest" gauge comes close to, instead of the random start.
+    hash: W's sha256, which may still be computed beside the work. std: σ̄ of the random start. start: factors that the
+        "nearest" gauge comes close to, instead of the random start.
     """
 
     target: Target
-    sha256: str
+    hash: Hash
     ranks: tuple[int, ...]
     std: float
     start: Factors | None = None
+
+    @property
+    def sha256(self) -> str:
+        """W's hash, in hexadecimal digits."""
+        return self.hash if isinstance(self.hash, str) else self.hash()
 
     def digest(self) -> bytes:
         """The bytes that decide the direct solver's random blocks."""

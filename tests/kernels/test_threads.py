@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from inilora_kernels.kernels.threads import helped, in_groups, one_torch_thread, share, side_by_side
+from inilora_kernels.kernels.threads import beside, helped, in_groups, one_torch_thread, share, side_by_side
 
 
 def test_torch_has_its_threads_back_after_an_error() -> None:
@@ -139,3 +139,18 @@ def test_when_one_raises_the_others_take_no_more(in_this_thread: bool) -> None:
     with pytest.raises(ValueError, match="it"):
         share(work, range(10**6), 2)
     assert len(taken) < 10**6
+
+
+def test_what_has_not_begun_beside_is_done_by_who_asks() -> None:
+    goes_on, calls = threading.Event(), []
+
+    def work() -> int:
+        calls.append(threading.get_ident())
+        return 7
+
+    with helped(lambda: goes_on.wait(60), 1):
+        asked = beside(work, 2)
+        assert (asked(), asked()) == (7, 7)
+        goes_on.set()
+    assert calls == [threading.get_ident()]
+    assert beside(work, 1)() == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from inilora_kernels import approximate
 from inilora_kernels.display.progress import ProgressBar
 from inilora_kernels.errors import WeightError
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.in_memory import target_in_memory
 from inilora_kernels.model.survey import survey, surveyed_together, together
 from inilora_kernels.model.targets import Target, find_targets
 
@@ -75,3 +77,26 @@ def test_a_gpus_host_hashes_with_all_its_threads(
     assert [surveyed_together(target, threads) for threads in (2, 16)] == [on_two, on_sixteen]
     # Two threads hold no more than they do elsewhere.
     assert together(target, 2) == on_two
+
+
+def test_the_hash_of_a_matrix_in_memory_need_not_be_waited_for() -> None:
+    """It is begun on another thread, where there is one."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def sha256() -> str:
+        begun.set()
+        assert goes_on.wait(60)
+        return "ab"
+
+    target = dataclasses.replace(target_in_memory("q", torch.randn(8, 6)), sha256=sha256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ProgressBar(False) as bar:
+            [hashed], _ = survey([target], bar, in_memory=True)
+        assert begun.wait(60)
+        goes_on.set()
+        assert callable(hashed)
+        assert hashed() == "ab" == hashed()
+    finally:
+        torch.set_num_threads(threads)

@@ -36,8 +36,8 @@ def test_changed_weights_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         age(model)
     survey = main_job.survey
 
-    def saved_meanwhile(*arguments: Any) -> Any:
-        result = survey(*arguments)
+    def saved_meanwhile(*arguments: Any, in_memory: bool) -> Any:
+        result = survey(*arguments, in_memory=in_memory)
         save_file(after, model)
         return result
 
