@@ -24,6 +24,8 @@ _FLOAT32 = torch.finfo(torch.float32)
 _LARGEST = _FLOAT32.max / 16
 # The sha256 of a matrix, or a call that waits for it.
 Hash = str | Callable[[], str]
+# Entries that are held in another dtype at a time; in float32 they stay in a core's cache for both sums over them.
+_WIDE_ELEMENTS = 1 << 18
 # Of a matrix in memory for each thread that surveys: what two threads may hold in any case.
 _BYTES_A_THREAD = 32 << 20
 
@@ -85,9 +87,17 @@ def _deviation(W: Tensor, module: str) -> float:
             )
         max_entry = max(max_entry, largest)
         # float32 row sums are good to 1e-7; squares of very large or small entries leave its range.
-        strip = strip.to(torch.float32 if strip.dtype != torch.float64 and 1e-12 < largest < 1e15 else torch.float64)
-        sums.append(float(strip.sum(dim=1).double().sum()))
-        squares.append(float(torch.linalg.vector_norm(strip, dim=1).double().square().sum()))
+        wide = torch.float32 if strip.dtype != torch.float64 and 1e-12 < largest < 1e15 else torch.float64
+        row_sums, norms = torch.empty(2, len(strip), dtype=wide)
+        # A strip that is read as it lies needs no parts, and torch sums columns in another order where there are fewer.
+        whole = strip.dtype == wide or not strip.is_contiguous()
+        for part in strips(strip, strip.numel() if whole else _WIDE_ELEMENTS):
+            few = strip[part].to(wide)
+            torch.sum(few, dim=1, out=row_sums[part])
+            torch.linalg.vector_norm(few, dim=1, out=norms[part])
+            del few
+        sums.append(float(row_sums.double().sum()))
+        squares.append(float(norms.double().square().sum()))
     if 0 < max_entry < _FLOAT32.tiny:
         raise WeightError(
             f"{module}: its largest entry, {max_entry:.3g}, is too small for float32, in which factors are stored; "
