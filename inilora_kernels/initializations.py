@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import OptionError
 from .factors import Factors
 from .kernels.backend import Backend
+from .kernels.streaming import FEW_ELEMENTS, strips
 from .options import Options
 from .solvers.krylov import TOLERANCE, dense
 from .solvers.run import (
@@ -238,10 +239,18 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> Pair:
     >>> nearest(A, B, -A, -B)
     (tensor([[-3.,  0.]]), tensor([[-3.]]))
     """
-    A, B = A.double(), B.double()
-    left, _, right = torch.linalg.svd(B.T @ B_start.to(B) + A @ A_start.to(A).T)
+    cross = torch.zeros(len(A), len(A), dtype=torch.float64, device=A.device)
+    # A part at a time: in float64, the factors of a high rank and those that they come near to take half of W's bytes.
+    for factor, start in (B, B_start), (A.T, A_start.T):
+        for rows in strips(factor, FEW_ELEMENTS):
+            cross.addmm_(factor[rows].double().T, start[rows].to(cross))
+    left, _, right = torch.linalg.svd(cross)
     G = left @ right
-    return (G.T @ A).float(), (B @ G).float()
+    A_near, B_near = (torch.empty(one.shape, dtype=torch.float32, device=one.device) for one in (A, B))
+    for factor, near in (B, B_near), (A.T, A_near.T):
+        for rows in strips(factor, FEW_ELEMENTS):
+            near[rows] = factor[rows].double() @ G
+    return A_near, B_near
 
 
 def _filled(shape: Shape, rank: int, fill: Callable[[Tensor], Tensor]) -> Pair:

@@ -17,6 +17,8 @@ from .threads import one_torch_thread
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
 _STRIP_ELEMENTS = 1 << 21
+# What is held beside others at a time: 256 KiB in float64.
+FEW_ELEMENTS = 1 << 15
 # Rows of X that are multiplied at a time in float64: W is read once more for others, rather than their sums be kept.
 _WIDE_ROWS = 32
 

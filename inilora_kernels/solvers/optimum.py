@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.streaming import FEW_ELEMENTS, strips
 from ..kernels.threads import one_torch_thread
 from .krylov import GRAM_SIZE, principal
 from .krylov_search import Digest
@@ -79,14 +80,21 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
     """
     # One thread, so that the bits do not depend on how many there are.
     with one_torch_thread():
-        US, V = found.U[:, :rank] * found.S[:rank], found.V[:, :rank]
-        wide_A, wide_B = A.to(V.device, torch.float64), B.to(V.device, torch.float64)
-        left, right = torch.cat([wide_B, US], dim=1), torch.cat([wide_A, -V.T])
-        apart = max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+        U, S, V = found.U[:, :rank], found.S[:rank], found.V[:, :rank]
+        apart = max(0.0, float((_gram_beside(B, U, S) * _gram_beside(A.T, V, -torch.ones_like(S))).sum()))
         rest = found.energy - float(found.S[:rank].square().sum())
     if rest < _READ_BELOW * found.energy or apart > _ROUNDING * found.energy or not found.certified[rank]:
         return None
     return rest + apart
+
+
+def _gram_beside(factor: Tensor, vectors: Tensor, scales: Tensor) -> Tensor:
+    """FᵀF (2r×2r) of F = [factor, vectors·diag(scales)], each n×r, in float64; some rows at a time."""
+    gram = vectors.new_zeros(2 * len(scales), 2 * len(scales))
+    for rows in strips(vectors, FEW_ELEMENTS):
+        F = torch.cat([factor[rows].to(vectors), vectors[rows] * scales], dim=1)
+        gram.addmm_(F.T, F)
+    return gram
 
 
 def rank_for_energy(W: Tensor, share: float) -> int:
