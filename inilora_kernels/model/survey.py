@@ -7,14 +7,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
-from math import fsum
 
 import torch
 from torch import Tensor
 
 from ..display.progress import ProgressBar
 from ..errors import WeightError
-from ..kernels.streaming import strips
 from ..kernels.threads import at_once, beside, in_groups, one_torch_thread, side_by_side
 from .files.tensor import tensor_sha256
 from .targets import Target
@@ -24,8 +22,6 @@ _FLOAT32 = torch.finfo(torch.float32)
 _LARGEST = _FLOAT32.max / 16
 # The sha256 of a matrix, or a call that waits for it.
 Hash = str | Callable[[], str]
-# Entries that are held in another dtype at a time; in float32 they stay in a core's cache for both sums over them.
-_WIDE_ELEMENTS = 1 << 18
 # Of a matrix in memory for each thread that surveys: what two threads may hold in any case.
 _BYTES_A_THREAD = 32 << 20
 
@@ -72,39 +68,25 @@ def surveyed_together(target: Target, threads: int) -> int:
 
 
 def _deviation(W: Tensor, module: str) -> float:
-    """W's unbiased standard deviation, a strip at a time."""
-    sums, squares, max_entry = [], [], 0.0
-    for rows in strips(W):
-        strip = W[rows]
-        low, high = (float(bound) for bound in torch.aminmax(strip))
-        largest = max(abs(low), abs(high))
-        if not largest < float("inf"):
-            _refuse(W, module)
-        if largest > _LARGEST:
-            raise WeightError(
-                f"{module}: an entry of {largest:.3g} leaves no room in float32, in which factors are stored; divide "
-                f"the weights by a number first"
-            )
-        max_entry = max(max_entry, largest)
-        # float32 row sums are good to 1e-7; squares of very large or small entries leave its range.
-        wide = torch.float32 if strip.dtype != torch.float64 and 1e-12 < largest < 1e15 else torch.float64
-        row_sums, norms = torch.empty(2, len(strip), dtype=wide)
-        # A strip that is read as it lies needs no parts, and torch sums columns in another order where there are fewer.
-        whole = strip.dtype == wide or not strip.is_contiguous()
-        for part in strips(strip, strip.numel() if whole else _WIDE_ELEMENTS):
-            few = strip[part].to(wide)
-            torch.sum(few, dim=1, out=row_sums[part])
-            torch.linalg.vector_norm(few, dim=1, out=norms[part])
-            del few
-        sums.append(float(row_sums.double().sum()))
-        squares.append(float(norms.double().square().sum()))
-    if 0 < max_entry < _FLOAT32.tiny:
+    """W's unbiased standard deviation."""
+    # Brings numba.
+    from ..kernels.cpu.moments import moments
+
+    found = moments(W)
+    if not math.isfinite(found.largest):
+        _refuse(W, module)
+    if found.largest > _LARGEST:
         raise WeightError(
-            f"{module}: its largest entry, {max_entry:.3g}, is too small for float32, in which factors are stored; "
+            f"{module}: an entry of {found.largest:.3g} leaves no room in float32, in which factors are stored; divide "
+            f"the weights by a number first"
+        )
+    if 0 < found.largest < _FLOAT32.tiny:
+        raise WeightError(
+            f"{module}: its largest entry, {found.largest:.3g}, is too small for float32, in which factors are stored; "
             f"multiply the weights by a number first"
         )
-    count, total, square = W.numel(), fsum(sums), fsum(squares)
-    variance = max(0.0, square - total**2 / count) / max(1, count - 1)
+    count, square = W.numel(), found.squares
+    variance = max(0.0, square - found.total**2 / count) / max(1, count - 1)
     # A constant matrix has no deviation, and Adam would never leave a start of zeros: its root mean square stands in.
     # Whatever variance rounding leaves of a constant counts as none.
     return float(variance**0.5 if variance > 1e-12 * square / count else (square / count) ** 0.5)

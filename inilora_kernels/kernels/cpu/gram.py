@@ -81,7 +81,7 @@ class FusedGramReader:
 
     def __init__(self, W: Tensor, width: int, threads: int, dtype: torch.dtype = torch.float32) -> None:
         self._by_rows, self._width = W.stride(1) == 1, width
-        self._flat, self._stride, self._shape = _stored(W)
+        self._flat, self._stride, self._shape = stored(W)
         m, n = self._shape
         b = round_up(width, BLOCK)
         wanted = max(1, min(MOST_SLOTS, m * n // _SLOT_ELEMENTS))
@@ -257,12 +257,12 @@ def squares(W: Tensor) -> float:
     >>> squares(2 * torch.eye(8))
     32.0
     """
-    flat, stride, (m, n) = _stored(W)
+    flat, stride, (m, n) = stored(W)
     return float(_sum_of_squares(flat, stride, m, n))
 
 
-def _stored(W: Tensor) -> tuple[NDArray[np.generic], int, tuple[int, int]]:
-    """W's memory, or Wᵀ's if its rows are the contiguous ones: the elements, from row to row, and the shape."""
+def stored(W: Tensor) -> tuple[NDArray[np.generic], int, tuple[int, int]]:
+    """The memory of W, one of whose strides is 1: of its rows, or of its columns; how far they are apart; the shape."""
     stored = W if W.stride(1) == 1 else W.T
     m, n = stored.shape
     stride = stored.stride(0)

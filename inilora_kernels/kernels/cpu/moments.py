@@ -1,0 +1,62 @@
+"""What a survey asks of all entries of a matrix, from one reading of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .gram import stored
+from .jit import njit
+from .plain_products import SUMS
+from .simd import LOADS_FLOAT16, entry
+
+# By bytes of an entry: the integers that its bits are, without the sign, in the order of what they stand for.
+_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of all entries: the largest magnitude, infinite or NaN if one is; their sum, and that of their squares."""
+
+    largest: float
+    total: float
+    squares: float
+
+
+def moments(W: Tensor) -> Moments:
+    """The moments of W (d×k), of any float dtype, on the CPU, summed in float64.
+
+    >>> moments(torch.tensor([[1.0, -3.0], [0.5, 0.0]]))
+    Moments(largest=3.0, total=-1.5, squares=10.25)
+    """
+    W = W if 1 in W.stride() else W.contiguous()
+    if W.dtype == torch.float16 and not LOADS_FLOAT16:
+        W = W.float()
+    flat, stride, (m, n) = stored(W)
+    kind = _BITS[flat.itemsize]
+    sign = kind(1) << kind(8 * flat.itemsize - 1)
+    largest, total, squares = _moments(flat, flat.view(kind), sign, stride, m, n)
+    entry = torch.from_numpy(np.array([largest], dtype=kind)).view(W.dtype)
+    return Moments(float(entry), float(total), float(squares))
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def _moments(W: Any, bits: Any, sign: Any, stride: int, m: int, n: int) -> Any:
+    """The largest bits without the sign, Σ W and Σ W² of the stored m×n matrix. Reads W once."""
+    largest, total, squares = bits.dtype.type(0), 0.0, 0.0
+    for i in range(m):
+        row, its_bits = W[i * stride : i * stride + n], bits[i * stride : i * stride + n]
+        part, square = 0.0, 0.0
+        for j in range(n):
+            wide = np.float64(entry(row, j))
+            part += wide
+            square += wide * wide
+        total += part
+        squares += square
+        for j in range(n):
+            largest = max(largest, bits.dtype.type(its_bits[j] & ~sign))
+    return largest, total, squares
