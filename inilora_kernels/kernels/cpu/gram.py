@@ -38,6 +38,9 @@ _SLOT_ELEMENTS = 1 << 19
 BLOCK = 4
 # Rows of W that fill the blocks of both products, and columns that fill those of one.
 _WHOLE_ROWS, RUN = lcm(BLOCK, WIDE_ROWS), LANES * WIDE_VECTORS
+# What rows along W's columns are longer by: a power of two apart, they would push each other, and W's rows, out of the
+# first cache.
+_CACHE_LINE = 64
 # As many rows of W as make up for reading and writing the sums once more.
 _OUTER_ROWS = 24
 # Below this a second thread costs more than it saves.
@@ -96,8 +99,8 @@ class FusedGramReader:
         slots = ceil(self._parts / self._parts_a_slot)
         self.most_threads = max(1, min(slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
         self.threads = min(threads, self.most_threads)
-        along_columns, along_rows = (b, n), (m, b)
         kind = np.float64 if dtype == torch.float64 else np.float32
+        along_columns, along_rows = (b, n + _CACHE_LINE // np.dtype(kind).itemsize), (m, b)
         self._given: NDArray[Any] = np.zeros(along_columns if self._by_rows else along_rows, kind)
         self._once: NDArray[Any] = np.empty(along_rows if self._by_rows else along_columns, kind)
         self._twice: NDArray[Any] = np.empty((slots, *self._given.shape), kind)
@@ -110,13 +113,14 @@ class FusedGramReader:
 
     def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
         given, once = (self._given, self._once.T) if self._by_rows else (self._given.T, self._once)
-        given[: self._width] = X.numpy()
+        (m, n), b = self._shape, self._width
+        d, k = (m, n) if self._by_rows else (n, m)
+        given[:b, :k] = X.numpy()
         share(self._read, range(len(self._twice)), self.threads)
         # One after the other, as expansion.py does.
         total = reduce(np.add, self._twice)
         twice = total if self._by_rows else total.T
-        Y, Z = (sums[: self._width].copy(order="C") for sums in (once, twice))
-        return torch.from_numpy(Y), torch.from_numpy(Z)
+        return torch.from_numpy(once[:b, :d].copy(order="C")), torch.from_numpy(twice[:b, :k].copy(order="C"))
 
     def _read(self, slots: Iterator[int]) -> None:
         m, n = self._shape
