@@ -117,10 +117,11 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
         return None
     pairs, missed, passes, vectors = searched.pairs, searched.missed, searched.passes, searched.vectors
     kept = goal.kept(pairs, missed)
-    X = combined(searched.basis, pairs.vectors(kept))
-    # At high ranks the basis and its projection take half of W's bytes, which the last pass needs.
-    pairs = pairs.without_vectors()
+    # At high ranks the basis and its projection take two thirds of W's bytes, which the last pass needs.
+    coefficients, basis, pairs = pairs.vectors(kept), searched.basis, pairs.without_vectors()
     del searched
+    X = combined(basis, coefficients)
+    del basis, coefficients
     Y, image = products(W, X, threads)
     found = concluded(
         goal,

@@ -1,0 +1,44 @@
+"""What the direct solver adds to a process at its peak, measured in one of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Compiled code and the threads' stacks are resident before; the decay is about a real spectrum's.
+SCRIPT = """
+import sys
+import torch
+from bench.harness import PeakMemory
+from inilora_kernels import approximate
+
+torch.set_num_threads(2)
+d, k, rank = map(int, sys.argv[1:])
+random = torch.Generator().manual_seed(0)
+def decaying(d, k):
+    decay = torch.arange(1, k + 1) ** -0.4
+    return (torch.randn(d, k, generator=random) * decay).to(torch.bfloat16)
+for side in 640, 1280:
+    approximate(decaying(side, 1024), rank=16, solver="krylov")
+W = decaying(d, k)
+peak = PeakMemory()
+factors = approximate(W, rank=rank, solver="krylov")
+print(peak.bytes() / (4 * d * k), factors.certificate.excess)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("d", "k", "rank"), [(2048, 2048, 8), (2048, 2048, 128)])
+def test_peak_is_at_most_1_3_times_the_matrix_in_float32(d: int, k: int, rank: int) -> None:
+    """At rank 128 of a 2048² some 620 vectors take 0.3 of it, and their QMQᵀ in float64, in two forms, 0.35. They are
+    gone in the last pass, where three times 180 vectors in float64 take 0.5, and the sums over parts of W 0.2.
+    """
+    command = [sys.executable, "-c", SCRIPT, str(d), str(k), str(rank)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    times, excess = map(float, done.stdout.split())
+    assert excess <= 1e-8
+    assert times <= 1.3
