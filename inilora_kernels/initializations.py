@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .errors import OptionError
 from .factors import Factors
+from .gauge import nearest
 from .kernels.backend import Backend
-from .kernels.streaming import FEW_ELEMENTS, strips
 from .options import Options
 from .solvers.krylov import TOLERANCE, dense
 from .solvers.run import (
@@ -226,31 +226,6 @@ def milora(U: Tensor, S: Tensor, V: Tensor) -> Pair:
     0.25
     """
     return pissa(U, S, V)
-
-
-def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> Pair:
-    """IniLoRA from a direct solver: of all balanced factors with the product BA, those nearest to (A_start, B_start).
-
-    (GᵀA, BG) with G orthogonal (r×r) minimizing ||BG − B_start||² + ||GᵀA − A_start||²: the Procrustes rotation G = XYᵀ
-    of the SVD BᵀB_start + A·A_startᵀ = XΣYᵀ. The loss does not see G; training does. Adam's own result is such a pair
-    too, in another rotation that remembers more of its start. Scaling: s = 1.
-
-    >>> A, B = torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0]])
-    >>> nearest(A, B, -A, -B)
-    (tensor([[-3.,  0.]]), tensor([[-3.]]))
-    """
-    cross = torch.zeros(len(A), len(A), dtype=torch.float64, device=A.device)
-    # A part at a time: in float64, the factors of a high rank and those that they come near to take half of W's bytes.
-    for factor, start in (B, B_start), (A.T, A_start.T):
-        for rows in strips(factor, FEW_ELEMENTS):
-            cross.addmm_(factor[rows].double().T, start[rows].to(cross))
-    left, _, right = torch.linalg.svd(cross)
-    G = left @ right
-    A_near, B_near = (torch.empty(one.shape, dtype=torch.float32, device=one.device) for one in (A, B))
-    for factor, near in (B, B_near), (A.T, A_near.T):
-        for rows in strips(factor, FEW_ELEMENTS):
-            near[rows] = factor[rows].double() @ G
-    return A_near, B_near
 
 
 def _filled(shape: Shape, rank: int, fill: Callable[[Tensor], Tensor]) -> Pair:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels.streaming import FEW_ELEMENTS, strips
-from ..kernels.threads import one_torch_thread
+from ..kernels.threads import both, one_torch_thread
 from .krylov import GRAM_SIZE, principal
 from .krylov_search import Digest
 from .triplets import LEADING, ROUNDING_SHARE, Principal
@@ -78,23 +79,28 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
     >>> round(loss_near(found, 1, found.V[:, :1].T.float(), (found.U * found.S)[:, :1].float()), 6)
     5.0
     """
-    # One thread, so that the bits do not depend on how many there are.
-    with one_torch_thread():
+    # One thread for each side, so that the bits do not depend on how many there are.
+    with one_torch_thread() as threads:
         U, S, V = found.U[:, :rank], found.S[:rank], found.V[:, :rank]
-        apart = max(0.0, float((_gram_beside(B, U, S) * _gram_beside(A.T, V, -torch.ones_like(S))).sum()))
-        rest = found.energy - float(found.S[:rank].square().sum())
+        (BB, BU), (AA, AV) = both(
+            partial(_inner_products, B, U), partial(_inner_products, A.T, V), threads, 4 * A.numel() * rank
+        )
+        total = S.square().sum()
+        apart = max(0.0, float((BB * AA).sum() - 2 * (BU * AV).sum(0) @ S + total))
+        rest = found.energy - float(total)
     if rest < _READ_BELOW * found.energy or apart > _ROUNDING * found.energy or not found.certified[rank]:
         return None
     return rest + apart
 
 
-def _gram_beside(factor: Tensor, vectors: Tensor, scales: Tensor) -> Tensor:
-    """FᵀF (2r×2r) of F = [factor, vectors·diag(scales)], each n×r, in float64; some rows at a time."""
-    gram = vectors.new_zeros(2 * len(scales), 2 * len(scales))
+def _inner_products(factor: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """factorᵀ·factor and factorᵀ·vectors (r×r) of two n×r matrices, in float64; some rows at a time."""
+    own, other = vectors.new_zeros(2, vectors.shape[1], vectors.shape[1])
     for rows in strips(vectors, FEW_ELEMENTS):
-        F = torch.cat([factor[rows].to(vectors), vectors[rows] * scales], dim=1)
-        gram.addmm_(F.T, F)
-    return gram
+        part = factor[rows].to(vectors)
+        own.addmm_(part.T, part)
+        other.addmm_(part.T, vectors[rows])
+    return own, other
 
 
 def rank_for_energy(W: Tensor, share: float) -> int:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from inilora_kernels.kernels.threads import beside, helped, in_groups, one_torch_thread, share, side_by_side
+from inilora_kernels.kernels.threads import beside, both, helped, in_groups, one_torch_thread, share, side_by_side
 
 
 def test_torch_has_its_threads_back_after_an_error() -> None:
@@ -154,3 +154,20 @@ def test_what_has_not_begun_beside_is_done_by_who_asks() -> None:
         goes_on.set()
     assert calls == [threading.get_ident()]
     assert beside(work, 1)() == 7
+
+
+@pytest.mark.parametrize(("threads", "flops", "together"), [(2, 1e9, True), (2, 1e3, False), (1, 1e9, False)])
+def test_both_are_on_a_thread_each_where_it_pays(threads: int, flops: float, together: bool) -> None:
+    begun = threading.Event()
+
+    def left() -> int:
+        assert begun.wait(60 if together else 0) == together
+        return threading.get_ident()
+
+    def right() -> int:
+        begun.set()
+        return threading.get_ident()
+
+    first, second = both(left, right, threads, flops)
+    assert first == threading.get_ident()
+    assert (first != second) == together
