@@ -30,7 +30,7 @@ _ACCURATE = 256
 def tridiagonal(T: Any, d: Any, e: Any, betas: Any) -> None:
     """D of T (m×m, symmetric), in place: d (m), e (m, its last zero); row k of T becomes v_k of I − β_k·v_k·v_kᵀ.
 
-    Reads and writes what is left of T once a reflection: 2·m³ FLOPs in all.
+    Reads and writes what is left of T's upper triangle once a reflection: 4/3·m³ FLOPs in all.
     """
     m = len(T)
     p, w = np.zeros(m), np.zeros(m)
@@ -44,16 +44,42 @@ def tridiagonal(T: Any, d: Any, e: Any, betas: Any) -> None:
             break
         x = T[k, k + 1 :]
         betas[k], e[k] = _reflection(x)
+        p[k + 1 :] = 0.0
         for i in range(k + 1, m):
-            row = T[i, k + 1 :]
+            row, here = T[i, i:], x[i - k - 1 :]
             if updated:
-                less_outer(row, v[i], w[i], v[k + 1 :], w[k + 1 :])
-            p[i] = dot(row, x)
+                p[i] += _updated_products(row, v[i], w[i], v[i:], w[i:], here, p[i:])
+            else:
+                p[i] += _products(row, here, p[i:])
         beta = betas[k]
         half = 0.5 * beta * beta * dot(p[k + 1 :], x)
         for i in range(k + 1, m):
             w[i] = beta * p[i] - half * x[i - k - 1]
     e[m - 1] = betas[m - 1] = 0.0
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def _products(row: Any, x: Any, p: Any) -> Any:
+    """rowᵀx, of the row from the diagonal on; what the column gives to the other rows' sums is added to p[1:]."""
+    first, total = x[0], row[0] * x[0]
+    for j in range(1, len(row)):
+        total += row[j] * x[j]
+        p[j] += row[j] * first
+    return total
+
+
+@njit(cache=True, nogil=True, fastmath=SUMS)
+def _updated_products(row: Any, one: float, other: float, v: Any, w: Any, x: Any, p: Any) -> Any:
+    """`_products` of the row less its row of vwᵀ + wvᵀ, which it becomes."""
+    first = x[0]
+    row[0] -= one * w[0] + other * v[0]
+    total = row[0] * first
+    for j in range(1, len(row)):
+        entry = row[j] - (one * w[j] + other * v[j])
+        row[j] = entry
+        total += entry * x[j]
+        p[j] += entry * first
+    return total
 
 
 @njit(cache=True, nogil=True)
