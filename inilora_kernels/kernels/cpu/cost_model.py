@@ -61,7 +61,7 @@ def adam_seconds(shape: Shape, rank: int, steps: int, speed: float) -> float:
 def krylov_seconds(shape: Shape, rank: int, speed: float) -> float:
     """Subspace, certificate and loss of one matrix.
 
-    >>> round(krylov_seconds((4096, 4096), rank=8, speed=188e9), 2)  # measured: 0.10 among 64, 0.13 alone
+    >>> round(krylov_seconds((4096, 4096), rank=8, speed=188e9), 2)  # measured: 0.09 among 64, 0.08 alone
     0.1
     """
     n = min(shape)
