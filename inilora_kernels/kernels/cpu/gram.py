@@ -23,7 +23,7 @@ from ..threads import share
 from .in_place import WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
 from .jit import ZERO, njit
 from .plain_products import SUMS, add_inner_plain, add_outer_plain
-from .simd import LANES, LOADS_FLOAT16, entry, kernel_view
+from .simd import CACHE_LINE, LANES, LOADS_FLOAT16, entry, kernel_view
 
 MOST_SLOTS = 12
 # A strip of rows of W, and what of the next one is already fetched, stay in a core's second cache between the two
@@ -38,9 +38,6 @@ _SLOT_ELEMENTS = 1 << 19
 BLOCK = 4
 # Rows of W that fill the blocks of both products, and columns that fill those of one.
 _WHOLE_ROWS, RUN = lcm(BLOCK, WIDE_ROWS), LANES * WIDE_VECTORS
-# What rows along W's columns are longer by: a power of two apart, they would push each other, and W's rows, out of the
-# first cache.
-_CACHE_LINE = 64
 # As many rows of W as make up for reading and writing the sums once more.
 _OUTER_ROWS = 24
 # Below this a second thread costs more than it saves.
@@ -100,7 +97,8 @@ class FusedGramReader:
         self.most_threads = max(1, min(slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
         self.threads = min(threads, self.most_threads)
         kind = np.float64 if dtype == torch.float64 else np.float32
-        along_columns, along_rows = (b, n + _CACHE_LINE // np.dtype(kind).itemsize), (m, b)
+        # Rows a power of two apart would push each other, and W's rows, out of the first cache.
+        along_columns, along_rows = (b, n + CACHE_LINE // np.dtype(kind).itemsize), (m, b)
         self._given: NDArray[Any] = np.zeros(along_columns if self._by_rows else along_rows, kind)
         self._once: NDArray[Any] = np.empty(along_rows if self._by_rows else along_columns, kind)
         self._twice: NDArray[Any] = np.empty((slots, *self._given.shape), kind)

@@ -69,7 +69,8 @@ def _vector_type(lanes: int, element: Any = _FLOAT) -> Any:
 
 # Bytes of an entry and its LLVM type, by the dtype that numba sees.
 _STORED = {types.float32: (4, _FLOAT), types.uint16: (2, ir.IntType(16)), types.int16: (2, ir.HalfType())}
-_CACHE_LINE = 64
+# Bytes.
+CACHE_LINE = 64
 
 
 def _load(builder: Any, address: Any, index: Any, lanes: int, dtype: Any) -> Any:
@@ -116,7 +117,7 @@ def _fetch(builder: Any, address: Any, index: Any, count: int, dtype: Any) -> No
     width = _STORED[dtype][0]
     first = builder.add(address, builder.mul(index, _INT64(width)))
     read, second_cache, data = number(0), number(2), number(1)
-    for line in range(0, count * width, _CACHE_LINE):
+    for line in range(0, count * width, CACHE_LINE):
         place = builder.inttoptr(builder.add(first, _INT64(line)), byte)
         builder.call(function, [place, read, second_cache, data])
 
