@@ -20,15 +20,16 @@ from torch import Tensor
 
 from ..rounding import round_up
 from ..threads import share
-from .in_place import WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
+from .in_place import FETCHES_STRIPS, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
 from .jit import ZERO, njit
 from .plain_products import SUMS, add_inner_plain, add_outer_plain
 from .simd import CACHE_LINE, LANES, LOADS_FLOAT16, entry, kernel_view
 
 MOST_SLOTS = 12
 # A strip of rows of W, and what of the next one is already fetched, stay in a core's second cache between the two
-# products; all rows of a tile of its columns in the third. Few columns, or parts, would be slower.
-_STRIP_BYTES, _TILE_BYTES = 3 << 17, 6 << 20
+# products: 1 MiB or more beside vectors of a cache line, half of that at most beside narrower ones. All rows of a tile
+# of its columns stay in the third. Few columns, or parts, would be slower.
+_STRIP_BYTES, _TILE_BYTES = 3 << (17 if FETCHES_STRIPS else 16), 6 << 20
 _LEAST_COLUMNS, _MOST_COLUMNS = 288, 960
 # Columns of W at a time in float64.
 _WIDE_COLUMNS = 512

@@ -10,6 +10,7 @@ from numba.core import cgutils
 
 from .simd import (
     _INT64,
+    CACHE_LINE,
     GROUP,
     LANES,
     ROWS,
@@ -29,6 +30,9 @@ from .simd import (
 # The register blocks of simd.py with SMALL_GROUP columns of X, and as many more rows or vectors of W instead.
 WIDE_ROWS = ROWS * GROUP // SMALL_GROUP
 WIDE_VECTORS = VECTORS * GROUP // SMALL_GROUP
+# Whether `outer_runs`, which leaves most of a row for later, fetches ahead: a third faster with vectors of a cache line
+# (Zen 4), a third slower with those of half a line (Zen 3), where each line would be asked for several times.
+FETCHES_STRIPS = LANES * 4 >= CACHE_LINE
 
 
 @_intrinsic
@@ -38,9 +42,10 @@ def outer_runs(
 ) -> Any:  # fmt: skip
     """out[p, :] += Σ_{i<count} x[i, p]·W[i, :] for p < SMALL_GROUP and LANES·vectors columns.
 
-    Row i of out, x and W begins at its start + i·stride. Reads count·LANES·vectors elements of W and has those that lie
-    `ahead` elements further brought into the second cache; reads count·SMALL_GROUP scalars of x; reads and writes
-    SMALL_GROUP·LANES·vectors of out. The sums stay in registers over all i. vectors is a compile-time constant.
+    Row i of out, x and W begins at its start + i·stride. Reads count·LANES·vectors elements of W and, where that is
+    faster, has those that lie `ahead` elements further brought into the second cache; reads count·SMALL_GROUP scalars
+    of x; reads and writes SMALL_GROUP·LANES·vectors of out. The sums stay in registers over all i. vectors is a
+    compile-time constant.
     """
     if not isinstance(vectors, types.IntegerLiteral):
         return None
@@ -48,7 +53,8 @@ def outer_runs(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out_, out_0, out_row, x_, x_0, x_i, W_, W_0, W_i, n, beyond, _ = arguments
         given = out_, out_0, out_row, x_, x_0, x_i, _INT64(1), W_, W_0, W_i, n
-        _add_outer_products(context, builder, (out, x, W), given, (SMALL_GROUP, LANES, vectors.literal_value), beyond)
+        fetched = beyond if FETCHES_STRIPS else None
+        _add_outer_products(context, builder, (out, x, W), given, (SMALL_GROUP, LANES, vectors.literal_value), fetched)
         return context.get_dummy_value()
 
     at = types.int64
@@ -82,13 +88,31 @@ def inner_runs(
         X_rows = [builder.add(X_0, builder.mul(X_row, _INT64(p))) for p in range(SMALL_GROUP)]
         with cgutils.for_range(builder, n) as loop:
             along = builder.mul(loop.index, _INT64(LANES))
-            others = [_load(builder, X_at, builder.add(row, along), LANES, types.float32) for row in X_rows]
-            for i in range(WIDE_ROWS):
+
+            def of_W(i: int) -> Any:
                 here = builder.add(W_rows[i], along)
-                value = _load(builder, W_at, here, LANES, W.dtype)
                 _fetch(builder, W_at, builder.add(here, beyond), LANES, W.dtype)
+                return _load(builder, W_at, here, LANES, W.dtype)
+
+            def of_X(p: int) -> Any:
+                return _load(builder, X_at, builder.add(X_rows[p], along), LANES, types.float32)
+
+            def add(i: int, p: int, row: Any, other: Any) -> None:
+                builder.store(_fma(builder, row, other, builder.load(sums[i][p])), sums[i][p])
+
+            # The fewer stay in registers; with one of the others and the sums they fill the register file.
+            if WIDE_ROWS < SMALL_GROUP:
+                rows = [of_W(i) for i in range(WIDE_ROWS)]
                 for p in range(SMALL_GROUP):
-                    builder.store(_fma(builder, value, others[p], builder.load(sums[i][p])), sums[i][p])
+                    other = of_X(p)
+                    for i in range(WIDE_ROWS):
+                        add(i, p, rows[i], other)
+            else:
+                others = [of_X(p) for p in range(SMALL_GROUP)]
+                for i in range(WIDE_ROWS):
+                    row = of_W(i)
+                    for p in range(SMALL_GROUP):
+                        add(i, p, row, others[p])
         for i in range(WIDE_ROWS):
             total = _sum_lanes(builder, [builder.load(sums[i][p]) for p in range(SMALL_GROUP)])
             at = builder.add(out_0, builder.mul(out_row, _INT64(i)))
