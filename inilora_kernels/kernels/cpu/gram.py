@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..rounding import round_up
 from ..threads import share
-from .in_place import FETCHES_STRIPS, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
+from .in_place import FETCHES_STRIPS, FILLS_VECTORS, WIDE_LANES, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
 from .jit import ZERO, njit
 from .plain_products import SUMS, add_inner_plain, add_outer_plain
 from .simd import CACHE_LINE, LANES, LOADS_FLOAT16, entry, kernel_view
@@ -151,7 +151,8 @@ def add_inner_products(
 
     Entries of W that lie `ahead` further are brought into the second cache.
     """
-    runs = count // LANES
+    lanes = _vector_of(X)
+    runs = count // lanes
     blocks = top + (bottom - top) // WIDE_ROWS * WIDE_ROWS if runs else top
     b, n = X.shape
     X_flat, out_flat = X.reshape(-1), out.reshape(-1)
@@ -160,7 +161,7 @@ def add_inner_products(
             inner_runs(
                 out_flat, i * b + column, b, W, i * stride + left, stride, X_flat, column * n + left, n, runs, ahead
             )
-    add_inner_plain(W, stride, top, blocks, left + runs * LANES, count - runs * LANES, X, out)
+    add_inner_plain(W, stride, top, blocks, left + runs * lanes, count - runs * lanes, X, out)
     add_inner_plain(W, stride, blocks, bottom, left, count, X, out)
 
 
@@ -171,20 +172,30 @@ def add_outer_products(
     """out[c, left + j] += Σ_i X[i, c]·W[i, left + j] for rows [top, bottom) of W and all c. ahead: as above."""
     b, n = out.shape
     X_flat, out_flat = X.reshape(-1), out.reshape(-1)
-    whole, runs = left + count // RUN * RUN, left + count // LANES * LANES
-    for j in range(left, whole, RUN):
+    lanes = _vector_of(out)
+    run = lanes * WIDE_VECTORS
+    whole, runs = left + count // run * run, left + count // lanes * lanes
+    for j in range(left, whole, run):
         for column in range(0, b, BLOCK):
             outer_runs(
                 out_flat, column * n + j, n, X_flat, top * b + column, b, W, top * stride + j, stride, bottom - top,
                 ahead, WIDE_VECTORS,
             )  # fmt: skip
-    for j in range(whole, runs, LANES):
+    for j in range(whole, runs, lanes):
         for column in range(0, b, BLOCK):
             outer_runs(
                 out_flat, column * n + j, n, X_flat, top * b + column, b, W, top * stride + j, stride, bottom - top,
                 ahead, 1,
             )  # fmt: skip
     add_outer_plain(W, stride, top, bottom, runs, left + count - runs, X, out)
+
+
+@njit(cache=True, nogil=True)
+def _vector_of(sums: Any) -> int:
+    """How many sums of an array's dtype make a vector; more than there are columns where plain loops are faster."""
+    if sums.itemsize == 4:
+        return LANES
+    return WIDE_LANES if FILLS_VECTORS else 1 << 40
 
 
 @njit(cache=True, nogil=True)
@@ -235,9 +246,9 @@ def wide_row_strips(
         top, bottom = part * strip, min((part + 1) * strip, m)
         Y[top:bottom] = 0
         for left in range(0, n, _WIDE_COLUMNS):
-            add_inner_plain(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), X, Y)
+            add_inner_products(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), X, Y, WIDE_ROWS * stride)
         for left in range(0, n, _WIDE_COLUMNS):
-            add_outer_plain(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), Y, Z)
+            add_outer_products(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), Y, Z, strip * stride)
 
 
 @njit(cache=True, nogil=True)
@@ -250,8 +261,8 @@ def wide_column_tiles(
         left = part * tile
         count = min(tile, n - left)
         Y[:, left : left + count] = 0
-        add_outer_plain(W, stride, ZERO, m, left, count, X, Y)
-        add_inner_plain(W, stride, ZERO, m, left, count, Y, Z)
+        add_outer_by_strips(W, stride, m, left, count, X, Y)
+        add_inner_products(W, stride, ZERO, m, left, count, Y, Z, WIDE_ROWS * stride)
 
 
 def squares(W: Tensor) -> float:

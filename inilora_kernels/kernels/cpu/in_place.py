@@ -1,4 +1,8 @@
-"""simd.py's two products on rows of W as they lie in memory, without a copy into panels."""
+"""simd.py's two products on rows of W as they lie in memory, without a copy into panels, in float32 or float64.
+
+out and X are of one dtype, that of the sums; W is of its own. A vector holds LANES sums of float32 and WIDE_LANES of
+float64.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from numba import types
 from numba.core import cgutils
 
 from .simd import (
+    _DOUBLE,
+    _FLOAT,
     _INT64,
     CACHE_LINE,
     GROUP,
@@ -30,6 +36,9 @@ from .simd import (
 # The register blocks of simd.py with SMALL_GROUP columns of X, and as many more rows or vectors of W instead.
 WIDE_ROWS = ROWS * GROUP // SMALL_GROUP
 WIDE_VECTORS = VECTORS * GROUP // SMALL_GROUP
+# As many as the products of SMALL_GROUP columns are summed to; where vectors hold fewer, FILLS_VECTORS is False.
+WIDE_LANES = max(LANES // 2, SMALL_GROUP)
+FILLS_VECTORS = WIDE_LANES == LANES // 2
 # Whether `outer_runs`, which leaves most of a row for later, fetches ahead: a third faster with vectors of a cache line
 # (Zen 4), a third slower with those of half a line (Zen 3), where each line would be asked for several times.
 FETCHES_STRIPS = LANES * 4 >= CACHE_LINE
@@ -40,12 +49,12 @@ def outer_runs(
     typing: Any, out: Any, out_start: Any, out_stride: Any, x: Any, x_start: Any, x_stride: Any, W: Any,
     W_start: Any, W_stride: Any, count: Any, ahead: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """out[p, :] += Σ_{i<count} x[i, p]·W[i, :] for p < SMALL_GROUP and LANES·vectors columns.
+    """out[p, :] += Σ_{i<count} x[i, p]·W[i, :] for p < SMALL_GROUP and as many columns as so many vectors hold.
 
-    Row i of out, x and W begins at its start + i·stride. Reads count·LANES·vectors elements of W and, where that is
+    Row i of out, x and W begins at its start + i·stride. Reads that many elements of count rows of W and, where that is
     faster, has those that lie `ahead` elements further brought into the second cache; reads count·SMALL_GROUP scalars
-    of x; reads and writes SMALL_GROUP·LANES·vectors of out. The sums stay in registers over all i. vectors is a
-    compile-time constant.
+    of x; reads and writes SMALL_GROUP rows of out. The sums stay in registers over all i. vectors is a compile-time
+    constant.
     """
     if not isinstance(vectors, types.IntegerLiteral):
         return None
@@ -53,8 +62,8 @@ def outer_runs(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out_, out_0, out_row, x_, x_0, x_i, W_, W_0, W_i, n, beyond, _ = arguments
         given = out_, out_0, out_row, x_, x_0, x_i, _INT64(1), W_, W_0, W_i, n
-        fetched = beyond if FETCHES_STRIPS else None
-        _add_outer_products(context, builder, (out, x, W), given, (SMALL_GROUP, LANES, vectors.literal_value), fetched)
+        block = SMALL_GROUP, _lanes(out), vectors.literal_value
+        _add_outer_products(context, builder, (out, x, W), given, block, beyond if FETCHES_STRIPS else None)
         return context.get_dummy_value()
 
     at = types.int64
@@ -66,36 +75,37 @@ def inner_runs(
     typing: Any, out: Any, out_start: Any, out_stride: Any, W: Any, W_start: Any, W_stride: Any, X: Any,
     X_start: Any, X_stride: Any, runs: Any, ahead: Any,
 ) -> Any:  # fmt: skip
-    """out[i, p] += Σ_j W[i, j]·X[p, j] for i < WIDE_ROWS, p < SMALL_GROUP, over `runs` runs of LANES columns.
+    """out[i, p] += Σ_j W[i, j]·X[p, j] for i < WIDE_ROWS, p < SMALL_GROUP, over `runs` runs of a vector's columns.
 
-    Row i of out, W and X begins at its start + i·stride. Reads WIDE_ROWS·LANES elements of W a run and has those that
-    lie `ahead` elements further brought into the second cache; reads SMALL_GROUP·LANES of X a run; reads and writes
+    Row i of out, W and X begins at its start + i·stride. Reads WIDE_ROWS vectors of W a run and has those that lie
+    `ahead` elements further brought into the second cache; reads SMALL_GROUP vectors of X a run; reads and writes
     WIDE_ROWS·SMALL_GROUP of out. The sums stay in registers over all runs.
     """
+    lanes, wide = _lanes(out), out.dtype == types.float64
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out_at, W_at, X_at = (
             _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (W, 3), (X, 6))
         )
         out_0, out_row, W_0, W_row, X_0, X_row, n, beyond = (arguments[i] for i in (1, 2, 4, 5, 7, 8, 9, 10))
-        kind = _vector_type(LANES)
+        kind = _vector_type(lanes, _DOUBLE if wide else _FLOAT)
         sums = [[cgutils.alloca_once(builder, kind) for _ in range(SMALL_GROUP)] for _ in range(WIDE_ROWS)]
-        zero = ir.Constant(kind, [0.0] * LANES)
+        zero = ir.Constant(kind, [0.0] * lanes)
         for i in range(WIDE_ROWS):
             for p in range(SMALL_GROUP):
                 builder.store(zero, sums[i][p])
         W_rows = [builder.add(W_0, builder.mul(W_row, _INT64(i))) for i in range(WIDE_ROWS)]
         X_rows = [builder.add(X_0, builder.mul(X_row, _INT64(p))) for p in range(SMALL_GROUP)]
         with cgutils.for_range(builder, n) as loop:
-            along = builder.mul(loop.index, _INT64(LANES))
+            along = builder.mul(loop.index, _INT64(lanes))
 
             def of_W(i: int) -> Any:
                 here = builder.add(W_rows[i], along)
-                _fetch(builder, W_at, builder.add(here, beyond), LANES, W.dtype)
-                return _load(builder, W_at, here, LANES, W.dtype)
+                _fetch(builder, W_at, builder.add(here, beyond), lanes, W.dtype)
+                return _load(builder, W_at, here, lanes, W.dtype, wide)
 
             def of_X(p: int) -> Any:
-                return _load(builder, X_at, builder.add(X_rows[p], along), LANES, types.float32)
+                return _load(builder, X_at, builder.add(X_rows[p], along), lanes, X.dtype)
 
             def add(i: int, p: int, row: Any, other: Any) -> None:
                 builder.store(_fma(builder, row, other, builder.load(sums[i][p])), sums[i][p])
@@ -116,9 +126,14 @@ def inner_runs(
         for i in range(WIDE_ROWS):
             total = _sum_lanes(builder, [builder.load(sums[i][p]) for p in range(SMALL_GROUP)])
             at = builder.add(out_0, builder.mul(out_row, _INT64(i)))
-            before = _load(builder, out_at, at, SMALL_GROUP, types.float32)
-            _store(builder, out_at, at, builder.fadd(before, total))
+            before = _load(builder, out_at, at, SMALL_GROUP, out.dtype)
+            _store(builder, out_at, at, builder.fadd(before, total), out.dtype)
         return context.get_dummy_value()
 
     at = types.int64
     return types.void(out, at, at, W, at, at, X, at, at, at, at), generate
+
+
+def _lanes(out: Any) -> int:
+    """How many sums of this array's dtype a vector holds."""
+    return WIDE_LANES if out.dtype == types.float64 else LANES

@@ -13,7 +13,7 @@ import numpy as np
 from .eigen import leading_pairs
 from .jit import ZERO, njit
 from .outside import definite
-from .plain_products import add_inner_plain, add_outer_plain
+from .gram import add_inner_products, add_outer_products
 
 _BLOCK = 4
 # Columns at a time that stay in the second cache.
@@ -56,7 +56,7 @@ def forms(X: Any, Y: Any, image: Any) -> Any:
         for i in range(s):
             for j in range(count):
                 R[i, j] = image[i, left + j] - R[i, j]
-        add_inner_plain(R.reshape(-1), R.shape[1], ZERO, s, ZERO, count, R, products)
+        add_inner_products(R.reshape(-1), R.shape[1], ZERO, s, ZERO, count, R, products, ZERO)
     return form, products[:, :s].copy()
 
 
@@ -69,7 +69,7 @@ def combined(rows: Any, coefficients: Any) -> Any:
     found = np.zeros((weights.shape[1], n))
     flat = rows.reshape(-1)
     for left in range(0, n, _COLUMNS):
-        add_outer_plain(flat, n, ZERO, m, left, min(_COLUMNS, n - left), weights, found)
+        add_outer_products(flat, n, ZERO, m, left, min(_COLUMNS, n - left), weights, found, ZERO)
     return found[:s]
 
 
@@ -88,7 +88,7 @@ def turn(rows: Any, coefficients: Any) -> None:
 def _combine_strip(rows: Any, left: int, count: int, weights: Any, strip: Any) -> None:
     """The first columns of `strip` become weightsᵀ times `count` columns of the rows."""
     strip[:, :count] = 0.0
-    add_outer_plain(rows.reshape(-1)[left:], rows.shape[1], ZERO, len(rows), ZERO, count, weights, strip)
+    add_outer_products(rows.reshape(-1)[left:], rows.shape[1], ZERO, len(rows), ZERO, count, weights, strip, ZERO)
 
 
 @njit(cache=True, nogil=True)
@@ -116,7 +116,7 @@ def inner(left: Any, right: Any) -> Any:
     for at in range(0, n, _COLUMNS):
         count = min(_COLUMNS, n - at)
         strip[:s, :count] = right[:, at : at + count]
-        add_inner_plain(flat[at:], n, ZERO, len(left), ZERO, count, strip, found)
+        add_inner_products(flat[at:], n, ZERO, len(left), ZERO, count, strip, found, ZERO)
     return found[:, :s].copy()
 
 

@@ -50,7 +50,7 @@ def kernel_view(tensor: Tensor) -> NDArray[np.generic]:
     return tensor.view(bits.get(tensor.dtype, tensor.dtype)).numpy()
 
 
-_FLOAT = ir.FloatType()
+_FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
 _INT64 = ir.IntType(64)
 
 
@@ -68,23 +68,33 @@ def _vector_type(lanes: int, element: Any = _FLOAT) -> Any:
 
 
 # Bytes of an entry and its LLVM type, by the dtype that numba sees.
-_STORED = {types.float32: (4, _FLOAT), types.uint16: (2, ir.IntType(16)), types.int16: (2, ir.HalfType())}
+_STORED = {
+    types.float32: (4, _FLOAT),
+    types.float64: (8, _DOUBLE),
+    types.uint16: (2, ir.IntType(16)),
+    types.int16: (2, ir.HalfType()),
+}
 # Bytes.
 CACHE_LINE = 64
 
 
-def _load(builder: Any, address: Any, index: Any, lanes: int, dtype: Any) -> Any:
-    """`lanes` neighbours at `index` as float32; uint16 holds bfloat16's bits, int16 float16's."""
+def _load(builder: Any, address: Any, index: Any, lanes: int, dtype: Any, wide: bool = False) -> Any:
+    """`lanes` neighbours at `index` as float32, or all `wide` as float64.
+
+    uint16 holds bfloat16's bits, int16 float16's; float64 is always wide.
+    """
     width, element = _STORED[dtype]
     place = builder.add(address, builder.mul(index, _INT64(width)))
     kind = _vector_type(lanes, element)
     value = builder.load(builder.inttoptr(place, kind.as_pointer()), align=width)
     if dtype == types.int16:
-        return builder.fpext(value, _vector_type(lanes))
+        value = builder.fpext(value, _vector_type(lanes))
     if dtype == types.uint16:
-        wide = _vector_type(lanes, ir.IntType(32))
-        sixteen = ir.Constant(wide, [16] * lanes if lanes > 1 else 16)
-        return builder.bitcast(builder.shl(builder.zext(value, wide), sixteen), _vector_type(lanes))
+        bits = _vector_type(lanes, ir.IntType(32))
+        sixteen = ir.Constant(bits, [16] * lanes if lanes > 1 else 16)
+        value = builder.bitcast(builder.shl(builder.zext(value, bits), sixteen), _vector_type(lanes))
+    if wide and dtype != types.float64:
+        value = builder.fpext(value, _vector_type(lanes, _DOUBLE))
     return value
 
 
@@ -122,9 +132,10 @@ def _fetch(builder: Any, address: Any, index: Any, count: int, dtype: Any) -> No
         builder.call(function, [place, read, second_cache, data])
 
 
-def _store(builder: Any, address: Any, index: Any, value: Any) -> None:
-    place = builder.add(address, builder.mul(index, _INT64(4)))
-    builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
+def _store(builder: Any, address: Any, index: Any, value: Any, dtype: Any) -> None:
+    width = _STORED[dtype][0]
+    place = builder.add(address, builder.mul(index, _INT64(width)))
+    builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=width)
 
 
 def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
@@ -133,7 +144,7 @@ def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
 
 
 def _broadcast(builder: Any, scalar: Any, lanes: int) -> Any:
-    undefined = ir.Constant(_vector_type(lanes), ir.Undefined)
+    undefined = ir.Constant(_vector_type(lanes, scalar.type), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.IntType(32)(0))
     return _shuffle(builder, first, undefined, [0] * lanes)
 
@@ -141,7 +152,7 @@ def _broadcast(builder: Any, scalar: Any, lanes: int) -> Any:
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = a.type
     # fmuladd, not fma: without a fused unit it becomes two instructions, not a libm call per element.
-    name = f"llvm.fmuladd.v{kind.count}f32"
+    name = f"llvm.fmuladd.v{kind.count}f{32 if kind.element == _FLOAT else 64}"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
     return builder.call(function, [a, b, c])
 
@@ -218,30 +229,33 @@ def _add_outer_products(
         _pointer(context, builder, kind, arguments[place]) for kind, place in ((out, 0), (x, 3), (W, 7))
     )
     out_0, out_row, x_0, x_i, x_p, W_0, W_i, n = (arguments[i] for i in (1, 2, 4, 5, 6, 8, 9, 10))
-    sums = [[cgutils.alloca_once(builder, _vector_type(n_lanes)) for _ in range(n_vectors)] for _ in range(n_rows)]
+    wide = out.dtype == types.float64
+    kind = _vector_type(n_lanes, _DOUBLE if wide else _FLOAT)
+    sums = [[cgutils.alloca_once(builder, kind) for _ in range(n_vectors)] for _ in range(n_rows)]
 
     def place(p: int, v: int) -> Any:
         return builder.add(builder.add(out_0, builder.mul(out_row, _INT64(p))), _INT64(v * n_lanes))
 
     for p in range(n_rows):
         for v in range(n_vectors):
-            builder.store(_load(builder, out_at, place(p, v), n_lanes, types.float32), sums[p][v])
+            builder.store(_load(builder, out_at, place(p, v), n_lanes, out.dtype), sums[p][v])
     with cgutils.for_range(builder, n) as loop:
         row = builder.add(W_0, builder.mul(loop.index, W_i))
         values = [
-            _load(builder, W_at, builder.add(row, _INT64(v * n_lanes)), n_lanes, W.dtype) for v in range(n_vectors)
+            _load(builder, W_at, builder.add(row, _INT64(v * n_lanes)), n_lanes, W.dtype, wide)
+            for v in range(n_vectors)
         ]
         if ahead is not None:
             _fetch(builder, W_at, builder.add(row, ahead), n_vectors * n_lanes, W.dtype)
         scalar = builder.add(x_0, builder.mul(loop.index, x_i))
         for p in range(n_rows):
             at = builder.add(scalar, builder.mul(x_p, _INT64(p)))
-            factor = _broadcast(builder, _load(builder, x_at, at, 1, types.float32), n_lanes)
+            factor = _broadcast(builder, _load(builder, x_at, at, 1, x.dtype, wide), n_lanes)
             for v in range(n_vectors):
                 builder.store(_fma(builder, factor, values[v], builder.load(sums[p][v])), sums[p][v])
     for p in range(n_rows):
         for v in range(n_vectors):
-            _store(builder, out_at, place(p, v), builder.load(sums[p][v]))
+            _store(builder, out_at, place(p, v), builder.load(sums[p][v]), out.dtype)
 
 
 @_intrinsic
@@ -298,7 +312,7 @@ def inner_products(
             total = _sum_lanes(builder, [builder.load(sums[i][p]) for p in range(n_group)])
             at = builder.add(out_0, builder.mul(out_row, _INT64(i)))
             before = _load(builder, out_at, at, n_group, types.float32)
-            _store(builder, out_at, at, builder.fadd(before, total))
+            _store(builder, out_at, at, builder.fadd(before, total), types.float32)
         return context.get_dummy_value()
 
     place = types.int64
