@@ -99,8 +99,17 @@ def beside(work: Callable[[], Result], threads: int) -> Callable[[], Result]:
 
 def both(left: Callable[[], Result], right: Callable[[], Other], threads: int, flops: float) -> tuple[Result, Other]:
     """The results of two calls: on a thread each, where there are two and each has so many FLOPs that it pays."""
-    other = beside(right, threads if flops > _FLOPS_WORTH_A_THREAD else 1)
+    other = beside(right, worth(threads, flops))
     return left(), other()
+
+
+def worth(threads: int, flops: float) -> int:
+    """All of the threads for so many FLOPs that sharing them pays, otherwise one.
+
+    >>> worth(2, 1e9), worth(2, 1e6)
+    (2, 1)
+    """
+    return threads if flops > _FLOPS_WORTH_A_THREAD else 1
 
 
 def share(work: Callable[[Iterator[Item]], object], items: Iterable[Item], count: int) -> None:

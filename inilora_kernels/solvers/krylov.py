@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightError
+from ..kernels.dense import combine
 from ..kernels.streaming import energy, products
 from ..kernels.threads import one_torch_thread
 from .goal import Goal
 from .krylov_search import Digest, expected_vectors, search
-from .krylov_space import combined
 from .triplets import LEADING, LastPass, Principal, concluded
 
 # Each rank's proven excess must be below this, or below what float32 factors can show.
@@ -118,9 +118,9 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
     pairs, missed, passes, vectors = searched.pairs, searched.missed, searched.passes, searched.vectors
     kept = goal.kept(pairs, missed)
     # At high ranks the basis and its projection take two thirds of W's bytes, which the last pass needs.
-    coefficients, basis, pairs = pairs.vectors(kept), searched.basis, pairs.without_vectors()
+    coefficients, basis, pairs = pairs.vectors(kept, threads), searched.basis, pairs.without_vectors()
     del searched
-    X = combined(basis, coefficients)
+    X = combine(basis, coefficients, threads)
     del basis, coefficients
     Y, image = products(W, X, threads)
     found = concluded(
@@ -130,6 +130,7 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
         LastPass(X, Y, image),
         passes=passes + 1,
         vectors=vectors + kept,
+        threads=threads,
     )
     # What the last pass finds beyond what was promised is rounding.
     if all(found.certified.values()) or goal.exact or not goal.settled(pairs, missed):
@@ -161,17 +162,22 @@ def _by_gram(W: Tensor, ranks: Sequence[int], total: float) -> Principal | None:
     M's rounding, 2⁻⁵²·σ_1², is below what float32 factors can show, and enters what is captured squared. None where
     its eigenvectors do not come out accurately.
     """
-    from ..kernels.cpu.last_pass import by_gram
+    from ..kernels.cpu.eigen import leading_pairs
 
+    wide = W.detach().cpu().double()
     count = min(W.shape[1], max(LEADING, *ranks))
-    U, S, V, found = by_gram(W.detach().cpu().double().contiguous().numpy(), count)
-    if not found:
+    _, vectors, converged = leading_pairs((wide.T @ wide).numpy(), count)
+    if not converged:
         return None
+    V = torch.from_numpy(vectors)
+    U = V @ wide.T
+    S = torch.linalg.vector_norm(U, dim=1)
     rank = max(ranks)
+    U = U[:rank] / torch.where(S[:rank] > 0, S[:rank], 1.0)[:, None]
     return Principal(
-        U=torch.from_numpy(U[:rank]).T.to(W.device),
-        S=torch.from_numpy(S[:rank]).to(W.device),
-        V=torch.from_numpy(V[:rank]).T.to(W.device),
+        U=U.T.to(W.device),
+        S=S[:rank].to(W.device),
+        V=V[:rank].T.to(W.device),
         shortfalls=dict.fromkeys(ranks, 0.0),
         certified=dict.fromkeys(ranks, True),
         energy=total,

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.backend import GramBatch
+from ..kernels.dense import combine
 from ..kernels.streaming import gram_product
 from ..kernels.threads import one_torch_thread, side_by_side
 from .certificate import missed_factor
 from .goal import Goal
 from .krylov import FLOAT32_RANGE, GRAM_SIZE
 from .krylov_search import MISSED, PROMISED, Digest
-from .krylov_space import combined
 from .krylov_spaces import UNIT, KrylovSpaces
 from .ritz import RitzPairs, largest_eigenvalue, ritz_pairs
 from .triplets import LastPass, Principal, concluded
@@ -242,7 +242,7 @@ def _finished(batch: GramBatch, index: int, one: _Searched, Q: Tensor) -> Princi
     assert one.pairs is not None
     pairs, W = one.pairs, batch.tall(index)
     kept = one.goal.kept(pairs, one.missed)
-    X = combined(Q[: one.vectors, : one.n], pairs.vectors(kept))
+    X = combine(Q[: one.vectors, : one.n], pairs.vectors(kept), threads=1)
     Y, image = gram_product(W, X)
     found = concluded(
         one.goal,

@@ -245,20 +245,3 @@ class KrylovSpace:
         triangle = torch.zeros_like(upper)
         triangle[:, order[:count]] = upper[:, :count]
         return found.T.to(Z.dtype).contiguous(), triangle
-
-
-def combined(rows: Tensor, coefficients: Tensor) -> Tensor:
-    """The combinations of orthonormal rows (m×n) with these coefficients (s×m), orthonormal too (s×n), in float64."""
-    if rows.device.type == "cpu":
-        from ..kernels.cpu.last_pass import combine
-
-        return torch.from_numpy(combine(rows.contiguous().numpy(), coefficients.numpy()))
-    weights = coefficients.to(rows.device)
-    X = torch.zeros(len(weights), rows.shape[1], dtype=torch.float64, device=rows.device)
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        several = slice(first, first + _ROWS_AT_ONCE)
-        X.addmm_(weights[:, several], rows[several].double())
-    # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the combinations so to float64's.
-    triangle = torch.linalg.cholesky(X @ X.T)
-    found: Tensor = torch.linalg.solve_triangular(triangle, X, upper=False)
-    return found

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..kernels.threads import share, worth
+
+# Vectors that a thread turns at a time.
+_ROWS_AT_ONCE = 16
 
 Array = NDArray[np.float64]
 
@@ -32,12 +38,20 @@ class RitzPairs:
         """θ and g alone, without the m² numbers that `vectors` takes."""
         return RitzPairs(self.theta, self.g, np.empty((0, 0)))
 
-    def vectors(self, count: int) -> Tensor:
+    def vectors(self, count: int, threads: int = 1) -> Tensor:
         """The first `count` Ritz vectors in the basis Q (count×m, rows)."""
-        from ..kernels.cpu.eigen import leading_vectors
+        from ..kernels.cpu.eigen import leading_vectors, turn_back
 
-        found = np.empty((count, len(self.theta)))
-        if self.reduced is not None and leading_vectors(self.reduced, self.theta, count, found):
+        m = len(self.theta)
+        found = np.empty((count, m))
+        if self.reduced is not None and leading_vectors(self.reduced, self.theta, found):
+
+            def turn(several: Iterator[slice]) -> None:
+                for rows in several:
+                    turn_back(self.reduced, found[rows])
+
+            runs = [slice(first, first + _ROWS_AT_ONCE) for first in range(0, count, _ROWS_AT_ONCE)]
+            share(turn, runs, worth(threads, 2 * m * m * count))
             return torch.from_numpy(found)
         every: Tensor = torch.linalg.eigh(torch.from_numpy(self.T)).eigenvectors.T.flip(0)
         return every[:count]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.dense import inner, residual_gram, turn
 from .goal import Goal
 from .ritz import Array, RitzPairs
 
@@ -61,14 +61,24 @@ class LastPass:
     image: Tensor
 
 
-def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, passes: int, vectors: int) -> Principal:
+def concluded(
+    goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, passes: int, vectors: int, threads: int = 1
+) -> Principal:
     """The triplets and their certificate.
 
     missed: the bound on λ_max outside of the space of `pairs`; infinite where there is none.
     """
-    U, V, (values, _, shortfalls, certified) = (_triplets if last.X.device.type == "cpu" else _triplets_on_device)(
-        last, (pairs.theta, pairs.g, goal.each_rank, missed, goal.numbers)
+    from ..kernels.cpu.judgement import verdict
+
+    form = inner(last.Y, last.Y, threads)
+    residuals = residual_gram(last.X, last.image, form, threads)
+    values, chosen, shortfalls, certified = verdict(
+        form.cpu().numpy(), residuals.cpu().numpy(), pairs.theta, pairs.g, goal.each_rank, missed, goal.numbers
     )
+    turned = torch.from_numpy(chosen)
+    V, U = turn(last.X, turned, threads), turn(last.Y, turned, threads)
+    lengths = torch.linalg.vector_norm(U, dim=1, keepdim=True)
+    U /= torch.where(lengths > 0, lengths, 1.0)
     S = np.sqrt(values[: goal.rank])
     return Principal(
         U=U.T,
@@ -81,35 +91,6 @@ def concluded(goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, pa
         passes=passes,
         vectors=vectors,
     )
-
-
-def _triplets(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """U (r×d) and V (r×k), rows, and the verdict of judgement.py, which is `asked` the rest of its arguments."""
-    from ..kernels.cpu.judgement import verdict
-    from ..kernels.cpu.last_pass import forms, turn
-
-    X, Y, image = last.X.numpy(), last.Y.numpy(), last.image.numpy()
-    found = verdict(*forms(X, Y, image), *asked)
-    turn(X, found[1])
-    turn(Y, found[1])
-    U, V = Y[: len(found[1])], X[: len(found[1])]
-    lengths = np.sqrt(np.einsum("ij,ij->i", U, U))
-    lengths[lengths == 0.0] = 1.0
-    U /= lengths[:, None]
-    return torch.from_numpy(U), torch.from_numpy(V), found
-
-
-def _triplets_on_device(last: LastPass, asked: tuple[Any, ...]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """The same where only what is s×s comes to the CPU."""
-    from ..kernels.cpu.judgement import verdict
-
-    form = last.Y @ last.Y.T
-    residuals = last.image - form @ last.X
-    found = verdict(form.cpu().numpy(), (residuals @ residuals.T).cpu().numpy(), *asked)
-    turn = torch.from_numpy(found[1]).to(form.device)
-    V, Y = turn @ last.X, turn @ last.Y
-    lengths = torch.linalg.vector_norm(Y, dim=1, keepdim=True)
-    return Y / torch.where(lengths > 0, lengths, 1.0), V, found
 
 
 def _leading(pairs: RitzPairs, S: Array) -> tuple[float, ...]:

@@ -22,6 +22,8 @@ _MOST_STEPS = 40
 # Vectors of values this close, as a share of |D|, are made orthogonal.
 _CLOSE = 1e-3
 _MOST_INVERSE_STEPS = 5
+# Vectors that stay in the second cache while H is read.
+_VECTORS_AT_ONCE = 16
 # A vector counts if what D makes of it is its value's multiple to so many roundings of |D|.
 _ACCURATE = 256
 
@@ -180,14 +182,14 @@ def by_ql(d: Any, e: Any, E: Any) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def leading_vectors(reduced: Any, values: Any, count: int, vectors: Any) -> bool:
-    """The eigenvectors of T of its `count` largest values, as the rows of `vectors` (count, m), by inverse iteration.
+def leading_vectors(reduced: Any, values: Any, vectors: Any) -> bool:
+    """The eigenvectors of D of T's largest values, as the rows of `vectors` (count, m), by inverse iteration.
 
-    reduced, values: `decomposed`'s. False where one is not accurate.
+    reduced, values: `decomposed`'s. False where one is not accurate. `turn_back` makes them T's.
     """
-    T, betas, d, e, scale = reduced
+    _, _, d, e, scale = reduced
     theta = values / scale
-    m = len(d)
+    count, m = vectors.shape
     size = max(abs(theta[0]), abs(theta[m - 1]))
     if not size > 0.0:
         return False
@@ -223,12 +225,19 @@ def leading_vectors(reduced: Any, values: Any, count: int, vectors: Any) -> bool
                 break
         if not accurate:
             return False
-    for k in range(m - 2, -1, -1):
-        if betas[k] != 0.0:
-            for one in range(count):
-                y = vectors[one, k + 1 :]
-                less(y, betas[k] * dot(T[k, k + 1 :], y), T[k, k + 1 :])
     return True
+
+
+@njit(cache=True, nogil=True)
+def turn_back(reduced: Any, vectors: Any) -> None:
+    """Eigenvectors of D, rows (c×m), become those of T in place: times Hᵀ. Reads half of T once a few of them."""
+    T, betas, _, _, _ = reduced
+    for first in range(0, len(vectors), _VECTORS_AT_ONCE):
+        for k in range(len(T) - 2, -1, -1):
+            if betas[k] != 0.0:
+                for one in range(first, min(first + _VECTORS_AT_ONCE, len(vectors))):
+                    y = vectors[one, k + 1 :]
+                    less(y, betas[k] * dot(T[k, k + 1 :], y), T[k, k + 1 :])
 
 
 @njit(cache=True, nogil=True)
@@ -336,7 +345,9 @@ def leading_pairs(T: Any, count: int) -> Any:
     """The eigenvalues of T (m×m), descending, its first `count` eigenvectors as rows, and whether QL converged."""
     values, _, reduced, converged = decomposed(T.copy(), np.empty((0, len(T))))
     vectors = np.empty((count, len(T)))
-    if not leading_vectors(reduced, values, count, vectors):
+    if leading_vectors(reduced, values, vectors):
+        turn_back(reduced, vectors)
+    else:
         values, every, _, converged = decomposed(T.copy(), np.eye(len(T)))
         vectors[:] = every[:count]
     return values, vectors, converged

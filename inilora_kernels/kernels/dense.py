@@ -1,0 +1,109 @@
+"""The float64 algebra of few long vectors, rows of a matrix, by torch: a run of their columns at a time.
+
+On a CPU threads share the runs, which depend on the shape alone, each with one thread of torch's; so the bits do not
+depend on how many there are. On a device all columns are one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from .rounding import round_up
+from .threads import share, worth
+
+# At most so many runs, of at least so many columns, a multiple of a cache line's.
+_MOST_RUNS, _LEAST_COLUMNS, _LINE = 8, 256, 8
+
+
+def combine(rows: Tensor, coefficients: Tensor, threads: int) -> Tensor:
+    """The combinations of orthonormal rows (m×n) with these coefficients (s×m), orthonormal too (s×n), in float64.
+
+    >>> combine(torch.eye(2, 3), torch.tensor([[0.6, 0.8]], dtype=torch.float64), threads=1)
+    tensor([[0.6000, 0.8000, 0.0000]], dtype=torch.float64)
+    """
+    weights = coefficients.to(rows.device).clone()
+    X = torch.empty(len(weights), rows.shape[1], dtype=torch.float64, device=rows.device)
+
+    def combine_run(run: slice) -> None:
+        torch.mm(weights, rows[:, run].double(), out=X[:, run])
+
+    _by_runs(combine_run, rows, len(weights) * len(rows), threads)
+    # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the combinations so to float64's.
+    triangle, _ = torch.linalg.cholesky_ex(inner(X, X, threads))
+    identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
+    return turn(X, torch.linalg.solve_triangular(triangle, identity, upper=False), threads)
+
+
+def inner(left: Tensor, right: Tensor, threads: int) -> Tensor:
+    """left·rightᵀ of two sets of rows.
+
+    >>> inner(torch.ones(1, 3).double(), torch.ones(2, 3).double(), threads=1)
+    tensor([[3., 3.]], dtype=torch.float64)
+    """
+    return _sum_of_runs(lambda run: left[:, run] @ right[:, run].T, left, len(left) * len(right), threads)
+
+
+def residual_gram(X: Tensor, image: Tensor, form: Tensor, threads: int) -> Tensor:
+    """RRᵀ (s×s) of R = image − form·X, rows (s×n).
+
+    >>> residual_gram(torch.eye(1, 2).double(), torch.ones(1, 2).double(), torch.eye(1).double(), threads=1)
+    tensor([[1.]], dtype=torch.float64)
+    """
+
+    def of_run(run: slice) -> Tensor:
+        R = torch.addmm(image[:, run], form, X[:, run], alpha=-1)
+        return R @ R.T
+
+    return _sum_of_runs(of_run, X, 2 * len(X) ** 2, threads)
+
+
+def turn(rows: Tensor, coefficients: Tensor, threads: int) -> Tensor:
+    """The first s of m rows (m×n), which become coefficients (s×m) times all of them.
+
+    >>> turn(torch.eye(2).double(), torch.tensor([[0.0, 2.0]], dtype=torch.float64), threads=1)
+    tensor([[0., 2.]], dtype=torch.float64)
+    """
+    s, weights = len(coefficients), coefficients.to(rows.device).clone()
+
+    def turn_run(run: slice) -> None:
+        rows[:s, run] = weights @ rows[:, run]
+
+    _by_runs(turn_run, rows, s * len(rows), threads)
+    return rows[:s]
+
+
+def _by_runs(work: Callable[[slice], object], rows: Tensor, products: int, threads: int) -> None:
+    """`work` on each run of the rows' columns, of which one takes so many products."""
+
+    def several(runs: Iterator[slice]) -> None:
+        for run in runs:
+            work(run)
+
+    runs = _runs(rows, products)
+    share(several, runs, min(threads, len(runs)))
+
+
+def _sum_of_runs(work: Callable[[slice], Tensor], rows: Tensor, products: int, threads: int) -> Tensor:
+    parts: dict[int, Tensor] = {}
+
+    def keep(run: slice) -> None:
+        parts[run.start] = work(run)
+
+    _by_runs(keep, rows, products, threads)
+    first, *others = (parts[run.start] for run in _runs(rows, products))
+    for part in others:
+        first += part
+    return first
+
+
+def _runs(rows: Tensor, products: int) -> list[slice]:
+    """One where the work is worth no second thread, or is a device's."""
+    n = rows.shape[1]
+    shared = rows.device.type == "cpu" and worth(2, 2 * n * products) > 1
+    count = max(1, min(_MOST_RUNS, n // _LEAST_COLUMNS)) if shared else 1
+    step = round_up(ceil(n / count), _LINE)
+    return [slice(first, min(first + step, n)) for first in range(0, n, step)]
