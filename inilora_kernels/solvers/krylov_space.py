@@ -118,7 +118,7 @@ class KrylovSpace:
         """
         if self._rows.device.type != "cpu" or self._rows.dtype != torch.float32:
             return 0, False
-        from ..kernels.cpu.expansion import assist, expand
+        from ..kernels.cpu.expansion import assist, expand, projection_space
         from ..kernels.cpu.gram import FusedGramReaders
         from ..kernels.cpu.team import job
 
@@ -128,15 +128,17 @@ class KrylovSpace:
         reader = self._multiply.of(block)
         self._hold(self.size + passes * block)
         self._next = self._next.contiguous()
-        held = self._rows[:0] if self._fixed is None else self._fixed
+        fixed = self._rows[:0] if self._fixed is None else self._fixed
         coupling = torch.empty(block, block, dtype=torch.float64)
-        shared = job()
-        with helped(partial(assist, *reader.compiled, shared), reader.threads - 1):
+        rows, held = self._rows.numpy(), fixed.numpy()
+        space, shared = projection_space(block, max(len(rows), len(held)), rows.shape[1]), job()
+        with helped(partial(assist, *reader.compiled, rows, held, space, shared), reader.threads - 1):
             taken, whole, stopped = expand(
                 *reader.compiled,
-                self._rows.numpy(),
+                rows,
                 self._T.numpy(),
-                held.numpy(),
+                held,
+                space,
                 self._next.numpy(),
                 coupling.numpy(),
                 self.size,

@@ -1,6 +1,7 @@
 """Several steps of a block Krylov space in one compiled call: between small passes, calls would take longer than sums.
 
-The call holds no lock, so that several matrices run side by side; over a larger W helpers share a pass.
+The call holds no lock, so that several matrices run side by side; of a larger W helpers share a pass, and of a larger
+basis a projection.
 """
 
 from __future__ import annotations
@@ -9,37 +10,37 @@ from typing import Any
 
 import numpy as np
 
-from .gram import column_tiles, row_strips
+from .gram import BLOCK, column_tiles, row_strips
 from .jit import njit
-from .orthonormal import make_orthonormal
+from .orthonormal import PASS, help_project, make_orthonormal
 from .outside import definite
-from .team import close, open_round, part_done, take_part, wait_for_part, wait_until_done
+from .team import WHAT, close, open_round, part_done, take_part, wait_for_part, wait_until_done
 
 
 @njit(cache=True, nogil=True)
 def expand(
-    W: Any, layout: Any, work: Any, rows: Any, T: Any, held: Any, block: Any, leaving: Any,
+    W: Any, layout: Any, work: Any, rows: Any, T: Any, held: Any, space: Any, block: Any, leaving: Any,
     size: int, passes: int, limits: Any, stops: Any, job: Any, raw: bool,
 ) -> Any:  # fmt: skip
     """Take `passes` blocks into the basis, one pass over W each; stop where a block has no new direction.
 
     W, layout, work: `FusedGramReader`'s. rows (m', n), T (m', m'): the basis and QMQᵀ, of which `size` rows are in use,
-    and there is room. held (s, n): what the space is kept orthogonal to. block (b, n): the next block, replaced; raw:
-    whether it has to be made orthonormal first. leaving (b, b): replaced by β of the last step. limits:
-    `orthonormal_against`'s vanished, spread, long. stops (passes or 0, 2): after the i-th pass of the call, end it
-    where λ_max(T) is below the first number of row i, or not below the second. job: a new one of team.py's; `assist`
-    helps.
+    and there is room. held (s, n): what the space is kept orthogonal to. space: `projection_space`'s. block (b, n): the
+    next block, replaced; raw: whether it has to be made orthonormal first. leaving (b, b): replaced by β of the last
+    step. limits: `orthonormal_against`'s vanished, spread, long. stops (passes or 0, 2): after the i-th pass of the
+    call, end it where λ_max(T) is below the first number of row i, or not below the second. job: a new one of
+    team.py's; `assist` helps.
 
     Returns how many steps were taken, whether the last one is whole, and whether a stop ended them. Where it is not
     whole, block is MX itself, not yet orthonormal.
     """
-    b, n = block.shape
-    by_rows = layout[0] == 1
-    X = np.zeros((work[1].shape[1] if by_rows else work[1].shape[0], n), dtype=np.float32)
+    b = len(block)
+    X, shares = space[0], len(work[2])
     taken, whole, stopped = 0, True, False
     if raw:
+        X[:] = 0
         X[:b] = block
-        whole = make_orthonormal(rows[:0], held, X, np.eye(b), np.zeros((0, b)), limits[0], limits[1], limits[2])
+        whole = make_orthonormal(rows[:0], held, space, np.eye(b), np.zeros((0, b)), limits, job, shares)
         if not whole:
             close(job)
             return taken, whole, stopped
@@ -55,7 +56,7 @@ def expand(
             leaving[c, c] = 1.0
             block[c] = X[c]
         taken += 1
-        whole = make_orthonormal(rows[:last], held, X, leaving, along, limits[0], limits[1], limits[2])
+        whole = make_orthonormal(rows[:last], held, space, leaving, along, limits, job, shares)
         if not whole:
             break
         block[:] = X[:b]
@@ -72,13 +73,24 @@ def expand(
 
 
 @njit(cache=True, nogil=True)
-def assist(W: Any, layout: Any, work: Any, job: Any) -> None:
-    """Help the thread in `expand` with its passes over W until it has ended."""
+def projection_space(b: int, most: int, n: int) -> Any:
+    """X of b rows, rounded up, and as wide parts of at most so many rows, as `make_orthonormal` takes them."""
+    width = (b + BLOCK - 1) // BLOCK * BLOCK
+    return np.zeros((width, n), dtype=np.float32), np.empty((most, width), dtype=np.float32)
+
+
+@njit(cache=True, nogil=True)
+def assist(W: Any, layout: Any, work: Any, rows: Any, held: Any, space: Any, job: Any) -> None:
+    """Help the thread in `expand` with its passes over W and its projections until it has ended."""
+    shares = len(work[2])
     while True:
         part = wait_for_part(job)
         if part < 0:
             return
-        _read(W, layout, work, part % len(work[2]))
+        if job[WHAT] == PASS:
+            _read(W, layout, work, part % shares)
+        else:
+            help_project(rows, held, space, job, part % shares, shares)
         part_done(job)
 
 
@@ -93,6 +105,7 @@ def _multiply(W: Any, layout: Any, work: Any, block: Any, X: Any, job: Any) -> N
                 given[c, j] = block[c, j]
             else:
                 given[j, c] = block[c, j]
+    job[WHAT] = PASS
     open_round(job, len(twice))
     while True:
         part = take_part(job)

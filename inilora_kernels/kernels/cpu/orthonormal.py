@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from ..rounding import round_up
-from .gram import BLOCK, add_inner_products, add_outer_by_strips
+from .gram import BLOCK, RUN, add_inner_products, add_outer_by_strips
 from .in_place import WIDE_ROWS
 from .jit import ZERO, njit
 from .plain_products import SUMS
+from .team import WHAT, job, open_round, part_done, take_part, wait_until_done
 
 # From all rows: one as a rule, a second where much of a row was along rows other than the last.
 _MOST_PROJECTIONS = 3
+# What an open round of `expand`'s job is: a pass over W, or one of the two products of a projection from rows of the
+# basis, or of those that are held fixed; and from how many entries of them on these are shared.
+PASS, INNER, OUTER = 0, 1, 2
+_BASIS, _HELD = 0, 1
+_SHARED_ENTRIES = 1 << 17
 
 
 def orthonormal_against(
@@ -43,30 +49,36 @@ def orthonormal_against(
     X[:b] = Z
     along, coupling = np.zeros((len(Q), b)), np.eye(b)
     held = Q[:0] if fixed is None else fixed
-    if not make_orthonormal(Q.numpy(), held.numpy(), X.numpy(), coupling, along, vanished, spread, long):
+    work = X.numpy(), np.empty((max(len(Q), len(held)), len(X)), dtype=np.float32)
+    limits = vanished, spread, long
+    if not make_orthonormal(Q.numpy(), held.numpy(), work, coupling, along, limits, job(), 1):
         return None
     return X[:b], torch.from_numpy(coupling), torch.from_numpy(along)
 
 
 @njit(cache=True, nogil=True)
 def make_orthonormal(
-    Q: Any, fixed: Any, X: Any, coupling: Any, along: Any, vanished: float, spread: float, long: float
-) -> bool:
+    Q: Any, fixed: Any, work: Any, coupling: Any, along: Any, limits: Any, job: Any, shares: int
+) -> bool:  # fmt: skip
     """X (b rounded up, n) in place, coupling (b, b) from the identity and along (m, b) from zero.
 
-    Reads Q and `fixed` twice for each projection from all rows, one as a rule, and X a few times from the cache.
+    work: X, and space for as many rows of that width as Q or `fixed` has. limits: vanished, spread, long. job: one of
+    team.py's, to whose rounds of `shares` parts helpers come. Reads Q and `fixed` twice for each projection from all
+    rows, one as a rule, and X a few times from the cache.
     """
+    X, _ = work
+    vanished, spread, long = limits
     b, n = len(coupling), X.shape[1]
-    parts = np.empty((max(len(Q), len(fixed)), len(X)), dtype=np.float32)
+    parts = work[1]
     wide, gram, triangle = np.empty((b, n)), np.empty((b, b)), np.zeros((b, b))
     _gram(X, gram)
     lengths = np.sqrt(np.diag(gram))
     for attempt in range(1 + _MOST_PROJECTIONS):
         first = max(0, len(Q) - 2 * b) if attempt == 0 else 0
         if attempt and len(fixed):
-            _project(fixed, X, parts)
+            _project(fixed, _HELD, ZERO, work, job, shares)
         if first < len(Q):
-            _project(Q[first:], X, parts)
+            _project(Q, _BASIS, first, work, job, shares)
             for i in range(first, len(Q)):
                 for c in range(b):
                     for e in range(b):
@@ -91,16 +103,55 @@ def make_orthonormal(
 
 
 @njit(cache=True, nogil=True)
-def _project(Q: Any, X: Any, parts: Any) -> None:
-    """parts = −QXᵀ and X += partsᵀQ: the components of X's rows along Q's rows are removed."""
+def _project(Q: Any, which: int, first: int, work: Any, job: Any, shares: int) -> None:
+    """parts = −QXᵀ and X += partsᵀQ: the components of X's rows along Q's rows from `first` on are removed."""
     m, n = Q.shape
-    flat = Q.reshape(-1)
-    parts[:m] = 0
-    add_inner_products(flat, n, ZERO, m, ZERO, n, X, parts, WIDE_ROWS * n)
-    for i in range(m):
-        for c in range(len(X)):
-            parts[i, c] = -parts[i, c]
-    add_outer_by_strips(flat, n, m, ZERO, n, parts, X)
+    if shares == 1 or (m - first) * n < _SHARED_ENTRIES:
+        project_part(Q, first, m, work, INNER, ZERO, 1)
+        project_part(Q, first, m, work, OUTER, ZERO, 1)
+        return
+    for product in (INNER, OUTER):
+        job[WHAT], job[WHAT + 1], job[WHAT + 2], job[WHAT + 3] = product, which, first, m
+        open_round(job, shares)
+        while True:
+            part = take_part(job)
+            if part < 0:
+                break
+            project_part(Q, first, m, work, product, part % shares, shares)
+            part_done(job)
+        wait_until_done(job)
+
+
+@njit(cache=True, nogil=True)
+def help_project(Q: Any, held: Any, work: Any, job: Any, part: int, shares: int) -> None:
+    """A helper's part of the projection that is the job's open round."""
+    product, which, first, last = job[WHAT], job[WHAT + 1], job[WHAT + 2], job[WHAT + 3]
+    project_part(held if which == _HELD else Q, first, last, work, product, part, shares)
+
+
+@njit(cache=True, nogil=True)
+def project_part(Q: Any, first: int, last: int, work: Any, product: int, part: int, shares: int) -> None:
+    """One of the parts, in whole blocks of registers: of the rows [first, last) of Q for parts, of X's columns for X.
+
+    So its bits do not depend on how many parts there are.
+    """
+    X, parts = work
+    n, m = Q.shape[1], last - first
+    flat = Q.reshape(-1)[first * n :]
+    if product == INNER:
+        step = (m + shares * WIDE_ROWS - 1) // (shares * WIDE_ROWS) * WIDE_ROWS
+        top, bottom = part * step, min((part + 1) * step, m)
+        if top < bottom:
+            parts[top:bottom] = 0
+            add_inner_products(flat, n, top, bottom, ZERO, n, X, parts, WIDE_ROWS * n)
+            for i in range(top, bottom):
+                for c in range(len(X)):
+                    parts[i, c] = -parts[i, c]
+    else:
+        step = (n + shares * RUN - 1) // (shares * RUN) * RUN
+        left = part * step
+        if left < n:
+            add_outer_by_strips(flat, n, m, left, min(step, n - left), parts, X)
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)

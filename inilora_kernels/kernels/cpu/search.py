@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .eigen import decomposed
-from .expansion import expand
+from .expansion import expand, projection_space
 from .jit import ZERO, njit
 from .judgement import expected_outside, next_size, promised, rounding, stops_outside, too_coarse
 from .team import job
@@ -40,6 +40,7 @@ def search(
     b, n = start.shape
     most, rank = min(sizes[1], n - b), ranks.max()
     rows, T = np.empty((most + b, n), dtype=np.float32), np.empty((most + b, most + b))
+    space, other_space = projection_space(b, most + b, n), projection_space(len(fresh), most + b, n)
     block, leaving = start.copy(), np.empty((b, b))
     nothing, no_stops = rows[:0], np.empty((0, 2))
     size = passes = spent = ZERO
@@ -54,7 +55,7 @@ def search(
             wanted = min(math.ceil((min(target, most) - size) / b), (n - size) // b - 1)
             if wanted > 0:
                 taken, whole, _ = expand(
-                    W, layout, works[0], rows, T, nothing, block, leaving, size, wanted, limits, no_stops, job(),
+                    W, layout, works[0], rows, T, nothing, space, block, leaving, size, wanted, limits, no_stops, job(),
                     size == 0,
                 )  # fmt: skip
                 size += taken * b
@@ -88,8 +89,8 @@ def search(
             other_block, inside = fresh.copy(), False
         else:
             taken, whole, _ = expand(
-                W, layout, works[1], other_rows, other_T, rows[:size], other_block, other_leaving, ZERO, len(stops),
-                limits, stops, job(), len(stops) > 0,
+                W, layout, works[1], other_rows, other_T, rows[:size], other_space, other_block, other_leaving, ZERO,
+                len(stops), limits, stops, job(), len(stops) > 0,
             )  # fmt: skip
             form = other_T[: taken * c, : taken * c].copy()
             values, _, _, converged = decomposed(form, np.empty((0, len(form))))

@@ -15,8 +15,9 @@ from .jit import njit
 from .simd import atomic_add, compare_and_swap, give_way, spin_pause
 
 _SPINS_BEFORE_YIELD = 4000
-# Places in the shared array, a cache line apart: how many parts were opened, taken and done, in all rounds so far.
-_OPENED, _TAKEN, _DONE, _LENGTH = 0, 16, 32, 48
+# Places in the shared array, a cache line apart: how many parts were opened, taken and done, in all rounds so far; and
+# what the owner says of the open round.
+_OPENED, _TAKEN, _DONE, WHAT, _LENGTH = 0, 16, 32, 48, 56
 _CLOSED = -(1 << 62)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inilora_kernels.kernels.cpu.orthonormal import _SHARED_ENTRIES
 from inilora_kernels.kernels.streaming import gram_multiplier
 from inilora_kernels.solvers.krylov_space import KrylovSpace
 
@@ -53,14 +54,15 @@ def test_the_recurrence_holds(dtype: torch.dtype, width: int, upright: bool) -> 
 
 @pytest.mark.parametrize("upright", [True, False])
 def test_the_same_bits_one_step_at_a_time_and_on_several_threads(upright: bool) -> None:
-    """2,100 by 1,000 has four parts, which threads share where they are there."""
+    """2,100 by 1,000 has four parts, which threads share; so they do projections from as many rows as grow here."""
     W = decaying(2100, 1000, torch.float32) if upright else decaying(1000, 2100, torch.float32).T
     at_once, stepwise, *shared = (space(W, 4, threads) for threads in (1, 1, 2, 3))
-    at_once.grow(math.inf, passes=5)
-    for _ in range(5):
+    passes = 2 + _SHARED_ENTRIES // (4 * 1000)
+    at_once.grow(math.inf, passes=passes)
+    for _ in range(passes):
         stepwise.expand()
     for other in shared:
-        other.grow(math.inf, passes=5)
+        other.grow(math.inf, passes=passes)
     for other in (stepwise, *shared):
         assert torch.equal(at_once.Q, other.Q)
         assert torch.equal(at_once.T, other.T)
