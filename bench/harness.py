@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def machine() -> Row:
-    """Processor, GPU if there is one, threads, versions and commit."""
+    """Processor and its vectors, GPU if there is one, threads, versions and commit."""
     processor = platform.processor()
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -38,6 +38,7 @@ def machine() -> Row:
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     described: Row = {
         "processor": processor,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -181,6 +181,14 @@ def in_short(rows: Sequence[Row]) -> list[Row]:
     return list(short.values())
 
 
+def publish_cells(rows: list[Row], command: str, note: str) -> None:
+    """In full and in short; of a machine without AVX-512 as parts of their own, and without a picture."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    own = "" if vectors == "AVX512" else f", {vectors}"
+    publish("solvers", f"cells in short{own}", in_short(rows), command, note=f"{note} Peers: their time over ours.")
+    publish("solvers", f"cells{own}", rows, command, note=note, figure=None if own else _plot(rows))
+
+
 def table5_row(model: Model, sample: int | None, models: Path | None) -> Row:
     """A row of Table 5: a checkpoint of its shapes and dtype on disk, factorized by the public function.
 
@@ -279,8 +287,7 @@ def main() -> None:
     note = f"Synthetic matrices: σ_i ∝ i^−{decay():.2f}, see bench/spectra.py."
     if options.part in ("all", "cells"):
         rows = cells(options.case or list(CASES), options.rank or RANKS, options.dtype or DTYPES)
-        publish("solvers", "cells in short", in_short(rows), command, note=f"{note} Peers: their time over ours.")
-        publish("solvers", "cells", rows, command, note=note, figure=_plot(rows))
+        publish_cells(rows, command, note)
     if options.part in ("all", "files"):
         models = [name for name in file_to_file.MODELS if not options.models or name in options.models]
         rows = [row for name in models for row in file_to_file.measure(name)]

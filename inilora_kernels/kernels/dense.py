@@ -22,6 +22,8 @@ _MOST_RUNS, _LEAST_COLUMNS, _LINE = 8, 256, 8
 def combine(rows: Tensor, coefficients: Tensor, threads: int) -> Tensor:
     """The combinations of orthonormal rows (m×n) with these coefficients (s×m), orthonormal too (s×n), in float64.
 
+    All NaN where the coefficients' rows are not independent.
+
     >>> combine(torch.eye(2, 3), torch.tensor([[0.6, 0.8]], dtype=torch.float64), threads=1)
     tensor([[0.6000, 0.8000, 0.0000]], dtype=torch.float64)
     """
@@ -33,7 +35,9 @@ def combine(rows: Tensor, coefficients: Tensor, threads: int) -> Tensor:
 
     _by_runs(combine_run, rows, len(weights) * len(rows), threads)
     # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the combinations so to float64's.
-    triangle, _ = torch.linalg.cholesky_ex(inner(X, X, threads))
+    triangle, failed = torch.linalg.cholesky_ex(inner(X, X, threads))
+    # Nothing can be proven by rows that are not independent.
+    triangle = triangle.masked_fill(failed > 0, torch.nan)
     identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
     return turn(X, torch.linalg.solve_triangular(triangle, identity, upper=False), threads)
 

@@ -63,3 +63,8 @@ def test_inner_products_residuals_and_turned_rows(m: int, n: int, s: int) -> Non
         return found.clone()
 
     torch.testing.assert_close(same_on_all_threads(turned), weights @ left, **close)
+
+
+def test_rows_that_are_not_independent_give_nothing() -> None:
+    weights = torch.ones(2, 3, dtype=torch.float64)
+    assert combine(torch.eye(3, 5), weights, threads=1).isnan().all()
