@@ -169,7 +169,7 @@ def _by_gram(W: Tensor, ranks: Sequence[int], total: float) -> Principal | None:
     _, vectors, converged = leading_pairs((wide.T @ wide).numpy(), count)
     if not converged:
         return None
-    V = torch.from_numpy(vectors)
+    V = torch.from_numpy(vectors).clone()
     U = V @ wide.T
     S = torch.linalg.vector_norm(U, dim=1)
     rank = max(ranks)

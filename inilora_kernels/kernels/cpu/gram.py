@@ -119,7 +119,11 @@ class FusedGramReader:
         # One after the other, as expansion.py does.
         total = reduce(np.add, self._twice)
         twice = total if self._by_rows else total.T
-        return torch.from_numpy(once[:b, :d].copy(order="C")), torch.from_numpy(twice[:b, :k].copy(order="C"))
+        Y, Z = (
+            torch.from_numpy(part).clone(memory_format=torch.contiguous_format)
+            for part in (once[:b, :d], twice[:b, :k])
+        )
+        return Y, Z
 
     def _read(self, slots: Iterator[int]) -> None:
         m, n = self._shape
@@ -141,6 +145,11 @@ class FusedGramReader:
                 first,
                 min(first + self._parts_a_slot, self._parts),
             )
+
+
+def _in_torchs_memory(rows: NDArray[Any]) -> Tensor:
+    """A copy: what torch makes of numbers may depend on where in a cache line they begin."""
+    return torch.from_numpy(rows).clone(memory_format=torch.contiguous_format)
 
 
 @njit(cache=True, nogil=True)

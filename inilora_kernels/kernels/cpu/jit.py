@@ -39,6 +39,8 @@ def njit(
         kept = _cache(function) if cache else None
         if kept is not None:
             dispatcher._cache = kept  # as its own enable_caching() does
+            if fastmath:
+                _TO_LOAD_FIRST.append(dispatcher)
         return dispatcher
 
     return decorate
@@ -55,7 +57,14 @@ class _ForgivingCache(FunctionCache):
         super().__init__(function)  # type: ignore[no-untyped-call]
         self._cache_file._source_stamp = _stamps(Path(function.__code__.co_filename).parent)
 
+    def signatures(self, target: Any) -> list[Any]:
+        """What was compiled for this machine, as `compile` takes it."""
+        with contextlib.suppress(Exception):  # as in load_overload
+            return [key[0] for key in self._cache_file._load_index() if key[1] == target]
+        return []
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        _load_first()
         try:
             return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         except Exception:
@@ -67,6 +76,20 @@ class _ForgivingCache(FunctionCache):
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):
             super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+
+
+# Functions whose sums may be taken in any order, so that LLVM's choices decide their last bits. What calls one has a
+# copy of it, optimized once more, and runs that copy where the function itself is not there; in the process that
+# compiles both it is. So all that was compiled of them is loaded before any other, and later runs have the first one's
+# bits.
+_TO_LOAD_FIRST: list[Any] = []
+
+
+def _load_first() -> None:
+    while _TO_LOAD_FIRST:
+        dispatcher = _TO_LOAD_FIRST.pop(0)
+        for signature in dispatcher._cache.signatures(dispatcher.targetctx.codegen().magic_tuple()):
+            dispatcher.compile(signature)
 
 
 @functools.cache

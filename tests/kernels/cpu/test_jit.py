@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,24 @@ def test_what_is_called_from_another_file_is_not_kept_beyond_that_file(tmp_path:
     assert [run(), run()] == ["2 0\n", "2 1\n"]
     called.write_text(called.read_text().replace("return 1", "return 10"))
     assert run() == "20 0\n"
+
+
+BITS = """
+import hashlib
+import numpy as np
+from inilora_kernels.kernels.cpu.eigen import tridiagonal
+
+T = np.random.default_rng(0).standard_normal((250, 250))
+T, d, e, betas = T @ T.T, np.zeros(250), np.zeros(250), np.zeros(250)
+tridiagonal(T, d, e, betas)
+print(hashlib.sha256(T.tobytes() + d.tobytes()).hexdigest())
+"""
+
+
+def test_the_first_run_has_the_bits_of_later_ones(tmp_path: Path) -> None:
+    """The first one compiles; sums of 250 products show in what order they were taken."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", BITS]
+    first, second = (subprocess.run(command, env=environment, capture_output=True, check=True) for _ in range(2))
+    assert list(tmp_path.rglob("*.nbc"))
+    assert first.stdout == second.stdout
