@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .threads import share, worth
 
 # At most so many runs, of at least so many columns, a multiple of a cache line's.
 _MOST_RUNS, _LEAST_COLUMNS, _LINE = 8, 256, 8
+
+Result = TypeVar("Result")
 
 
 def combine(rows: Tensor, coefficients: Tensor, threads: int) -> Tensor:
@@ -80,25 +83,21 @@ def turn(rows: Tensor, coefficients: Tensor, threads: int) -> Tensor:
     return rows[:s]
 
 
-def _by_runs(work: Callable[[slice], object], rows: Tensor, products: int, threads: int) -> None:
-    """`work` on each run of the rows' columns, of which one takes so many products."""
-
-    def several(runs: Iterator[slice]) -> None:
-        for run in runs:
-            work(run)
-
+def _by_runs(work: Callable[[slice], Result], rows: Tensor, products: int, threads: int) -> list[Result]:
+    """What `work` gives for each run of the rows' columns, in order, of which a column takes so many products."""
     runs = _runs(rows, products)
+    found: dict[int, Result] = {}
+
+    def several(left: Iterator[slice]) -> None:
+        for run in left:
+            found[run.start] = work(run)
+
     share(several, runs, min(threads, len(runs)))
+    return [found[run.start] for run in runs]
 
 
 def _sum_of_runs(work: Callable[[slice], Tensor], rows: Tensor, products: int, threads: int) -> Tensor:
-    parts: dict[int, Tensor] = {}
-
-    def keep(run: slice) -> None:
-        parts[run.start] = work(run)
-
-    _by_runs(keep, rows, products, threads)
-    first, *others = (parts[run.start] for run in _runs(rows, products))
+    first, *others = _by_runs(work, rows, products, threads)
     for part in others:
         first += part
     return first

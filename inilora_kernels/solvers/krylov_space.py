@@ -118,8 +118,9 @@ class KrylovSpace:
         """
         if self._rows.device.type != "cpu" or self._rows.dtype != torch.float32:
             return 0, False
-        from ..kernels.cpu.expansion import assist, expand, projection_space
+        from ..kernels.cpu.expansion import assist, expand
         from ..kernels.cpu.gram import FusedGramReaders
+        from ..kernels.cpu.orthonormal import projection_space
         from ..kernels.cpu.team import job
 
         if not isinstance(self._multiply, FusedGramReaders):

@@ -95,6 +95,18 @@ def test_small_matrices_through_their_gram_matrix(name: str, monkeypatch: pytest
     assert float((W.double() - product).square().sum()) <= float(squares[rank:].sum()) + 2.0**-44 * energy
 
 
+@pytest.mark.parametrize(("d", "k", "rank"), [(1, 1, 1), (30, 30, 30), (70, 64, 12)])
+def test_the_gram_matrix_has_the_square_of_the_condition(d: int, k: int, rank: int) -> None:
+    W = torch.randn(d, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = krylov._by_gram(W, [rank], float(W.square().sum()))
+    assert found is not None
+    true_U, true_S, true_Vh = torch.linalg.svd(W, full_matrices=False)
+    half = rank // 2 + 1
+    torch.testing.assert_close(found.S[:half], true_S[:half], rtol=1e-12, atol=0.0)
+    best = (true_U[:, :rank] * true_S[:rank]) @ true_Vh[:rank]
+    assert float(((found.U * found.S) @ found.V.T - best).norm()) <= 1e-10 * float(true_S[0])
+
+
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("gauge", ["nearest", "svd"])
 def test_factors_reach_the_minimum(name: str, gauge: str) -> None:

@@ -22,8 +22,6 @@ _MOST_STEPS = 40
 # Vectors of values this close, as a share of |D|, are made orthogonal.
 _CLOSE = 1e-3
 _MOST_INVERSE_STEPS = 5
-# Vectors that stay in the second cache while H is read.
-_VECTORS_AT_ONCE = 16
 # A vector counts if what D makes of it is its value's multiple to so many roundings of |D|.
 _ACCURATE = 256
 
@@ -230,14 +228,13 @@ def leading_vectors(reduced: Any, values: Any, vectors: Any) -> bool:
 
 @njit(cache=True, nogil=True)
 def turn_back(reduced: Any, vectors: Any) -> None:
-    """Eigenvectors of D, rows (c×m), become those of T in place: times Hᵀ. Reads half of T once a few of them."""
+    """Eigenvectors of D, rows (c×m), become those of T in place: times Hᵀ. Reads half of T once."""
     T, betas, _, _, _ = reduced
-    for first in range(0, len(vectors), _VECTORS_AT_ONCE):
-        for k in range(len(T) - 2, -1, -1):
-            if betas[k] != 0.0:
-                for one in range(first, min(first + _VECTORS_AT_ONCE, len(vectors))):
-                    y = vectors[one, k + 1 :]
-                    less(y, betas[k] * dot(T[k, k + 1 :], y), T[k, k + 1 :])
+    for k in range(len(T) - 2, -1, -1):
+        if betas[k] != 0.0:
+            for one in range(len(vectors)):
+                y = vectors[one, k + 1 :]
+                less(y, betas[k] * dot(T[k, k + 1 :], y), T[k, k + 1 :])
 
 
 @njit(cache=True, nogil=True)

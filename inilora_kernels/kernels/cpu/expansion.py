@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .gram import BLOCK, column_tiles, row_strips
+from .gram import column_tiles, row_strips
 from .jit import njit
 from .orthonormal import PASS, help_project, make_orthonormal
 from .outside import definite
@@ -25,10 +25,10 @@ def expand(
     """Take `passes` blocks into the basis, one pass over W each; stop where a block has no new direction.
 
     W, layout, work: `FusedGramReader`'s. rows (m', n), T (m', m'): the basis and QMQᵀ, of which `size` rows are in use,
-    and there is room. held (s, n): what the space is kept orthogonal to. space: `projection_space`'s. block (b, n): the
-    next block, replaced; raw: whether it has to be made orthonormal first. leaving (b, b): replaced by β of the last
-    step. limits: `orthonormal_against`'s vanished, spread, long. stops (passes or 0, 2): after the i-th pass of the
-    call, end it where λ_max(T) is below the first number of row i, or not below the second. job: a new one of
+    and there is room. held (s, n): what the space is kept orthogonal to. space: `make_orthonormal`'s work. block
+    (b, n): the next block, replaced; raw: whether it has to be made orthonormal first. leaving (b, b): replaced by β of
+    the last step. limits: `orthonormal_against`'s vanished, spread, long. stops (passes or 0, 2): after the i-th pass
+    of the call, end it where λ_max(T) is below the first number of row i, or not below the second. job: a new one of
     team.py's; `assist` helps.
 
     Returns how many steps were taken, whether the last one is whole, and whether a stop ended them. Where it is not
@@ -70,13 +70,6 @@ def expand(
             stopped = _below(T, size, stops[taken - 1, 0]) or not _below(T, size, stops[taken - 1, 1])
     close(job)
     return taken, whole, stopped
-
-
-@njit(cache=True, nogil=True)
-def projection_space(b: int, most: int, n: int) -> Any:
-    """X of b rows, rounded up, and as wide parts of at most so many rows, as `make_orthonormal` takes them."""
-    width = (b + BLOCK - 1) // BLOCK * BLOCK
-    return np.zeros((width, n), dtype=np.float32), np.empty((most, width), dtype=np.float32)
 
 
 @njit(cache=True, nogil=True)

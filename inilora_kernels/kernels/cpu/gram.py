@@ -119,18 +119,12 @@ class FusedGramReader:
         # One after the other, as expansion.py does.
         total = reduce(np.add, self._twice)
         twice = total if self._by_rows else total.T
-        Y, Z = (
-            torch.from_numpy(part).clone(memory_format=torch.contiguous_format)
-            for part in (once[:b, :d], twice[:b, :k])
-        )
-        return Y, Z
+        return _in_torchs_memory(once[:b, :d]), _in_torchs_memory(twice[:b, :k])
 
     def _read(self, slots: Iterator[int]) -> None:
         m, n = self._shape
-        if self._given.dtype == np.float32:
-            kernel = row_strips if self._by_rows else column_tiles
-        else:
-            kernel = wide_row_strips if self._by_rows else wide_column_tiles
+        by_rows = row_strips if self._given.dtype == np.float32 else wide_row_strips
+        kernel = by_rows if self._by_rows else column_tiles
         for slot in slots:
             first = slot * self._parts_a_slot
             kernel(
@@ -258,20 +252,6 @@ def wide_row_strips(
             add_inner_products(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), X, Y, WIDE_ROWS * stride)
         for left in range(0, n, _WIDE_COLUMNS):
             add_outer_products(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), Y, Z, strip * stride)
-
-
-@njit(cache=True, nogil=True)
-def wide_column_tiles(
-    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, tile: int, first: int, last: int
-) -> None:  # fmt: skip
-    """`column_tiles` in float64."""
-    Z[:] = 0
-    for part in range(first, last):
-        left = part * tile
-        count = min(tile, n - left)
-        Y[:, left : left + count] = 0
-        add_outer_by_strips(W, stride, m, left, count, X, Y)
-        add_inner_products(W, stride, ZERO, m, left, count, Y, Z, WIDE_ROWS * stride)
 
 
 def squares(W: Tensor) -> float:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rounding import round_up
 from .gram import BLOCK, RUN, add_inner_products, add_outer_by_strips
 from .in_place import WIDE_ROWS
 from .jit import ZERO, njit
@@ -45,15 +44,22 @@ def orthonormal_against(
     [0.0, 0.378, 5.2915, 2.0]
     """
     b, n = Z.shape
-    X = torch.zeros(round_up(b, BLOCK), n, dtype=torch.float32)
-    X[:b] = Z
     along, coupling = np.zeros((len(Q), b)), np.eye(b)
     held = Q[:0] if fixed is None else fixed
-    work = X.numpy(), np.empty((max(len(Q), len(held)), len(X)), dtype=np.float32)
+    work = projection_space(b, max(len(Q), len(held)), n)
+    X = torch.from_numpy(work[0])
+    X[:b] = Z
     limits = vanished, spread, long
     if not make_orthonormal(Q.numpy(), held.numpy(), work, coupling, along, limits, job(), 1):
         return None
     return X[:b], torch.from_numpy(coupling), torch.from_numpy(along)
+
+
+@njit(cache=True, nogil=True)
+def projection_space(b: int, most: int, n: int) -> Any:
+    """X of b rows, rounded up, and as wide parts of at most so many rows: `make_orthonormal`'s work."""
+    width = (b + BLOCK - 1) // BLOCK * BLOCK
+    return np.zeros((width, n), dtype=np.float32), np.empty((most, width), dtype=np.float32)
 
 
 @njit(cache=True, nogil=True)
@@ -62,7 +68,7 @@ def make_orthonormal(
 ) -> bool:  # fmt: skip
     """X (b rounded up, n) in place, coupling (b, b) from the identity and along (m, b) from zero.
 
-    work: X, and space for as many rows of that width as Q or `fixed` has. limits: vanished, spread, long. job: one of
+    work: `projection_space`'s, for as many rows as Q or `fixed` has. limits: vanished, spread, long. job: one of
     team.py's, to whose rounds of `shares` parts helpers come. Reads Q and `fixed` twice for each projection from all
     rows, one as a rule, and X a few times from the cache.
     """

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from .eigen import decomposed
-from .expansion import expand, projection_space
+from .expansion import expand
 from .jit import ZERO, njit
 from .judgement import expected_outside, next_size, promised, rounding, stops_outside, too_coarse
+from .orthonormal import projection_space
 from .team import job
 
 # How a search ended: settled or at its end; float32 is too coarse; something that this search does not do.
