@@ -55,14 +55,14 @@ def inner(left: Tensor, right: Tensor, threads: int) -> Tensor:
 
 
 def residual_gram(X: Tensor, image: Tensor, form: Tensor, threads: int) -> Tensor:
-    """RRᵀ (s×s) of R = image − form·X, rows (s×n).
+    """RRᵀ (s×s) of R = image − form·X, rows (s×n), of an image in any dtype.
 
     >>> residual_gram(torch.eye(1, 2).double(), torch.ones(1, 2).double(), torch.eye(1).double(), threads=1)
     tensor([[1.]], dtype=torch.float64)
     """
 
     def of_run(run: slice) -> Tensor:
-        R = torch.addmm(image[:, run], form, X[:, run], alpha=-1)
+        R = torch.addmm(image[:, run].to(X.dtype), form, X[:, run], alpha=-1)
         return R @ R.T
 
     return _sum_of_runs(of_run, X, 2 * len(X) ** 2, threads)

@@ -13,15 +13,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .threads import one_torch_thread
+from .threads import one_torch_thread, share
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
 _STRIP_ELEMENTS = 1 << 21
 # What is held beside others at a time: 256 KiB in float64.
 FEW_ELEMENTS = 1 << 15
-# Rows of X that are multiplied at a time in float64: their sums over parts of W are kept, 12 times the rows; 32 are no
-# faster.
-_WIDE_ROWS = 16
+# Up to so many rows of X the fused kernels are faster in float64 than torch, which takes so many elements of W at a
+# time.
+_FUSED_ROWS, _WIDE_ELEMENTS = 16, 1 << 19
 
 
 def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
@@ -84,20 +84,39 @@ def energy(W: Tensor) -> float:
     return sum(float(torch.linalg.vector_norm(W[rows].double())) ** 2 for rows in strips(W, _STRIP_ELEMENTS // 4))
 
 
-def products(W: Tensor, X: Tensor, threads: int) -> tuple[Tensor, Tensor]:
-    """XWᵀ (s×d) and XWᵀW (s×k) in float64, for X (s×k) in float64: as `gram_multiplier`, some rows at a time.
+def products(W: Tensor, X: Tensor, threads: int, image: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """XWᵀ (s×d) in float64 and XWᵀW (s×k) for X (s×k) in float64, to the same bits for any number of threads.
+
+    image: the dtype that the second product is summed in, where float64 takes longer; it may be returned in either.
 
     >>> products(2 * torch.eye(2), torch.ones(1, 2).double(), threads=1)[1]
     tensor([[4., 4.]], dtype=torch.float64)
     """
-    multiply = gram_multiplier(W, torch.float64, threads)
-    if len(X) <= _WIDE_ROWS:
-        return multiply(X)
-    Y, image = X.new_empty(len(X), W.shape[0]), torch.empty_like(X)
-    for first in range(0, len(X), _WIDE_ROWS):
-        several = slice(first, first + _WIDE_ROWS)
-        Y[several], image[several] = multiply(X[several])
-    return Y, image
+    if W.device.type != "cpu" or len(X) <= _FUSED_ROWS:
+        return gram_multiplier(W, torch.float64, threads)(X)
+    d, k = W.shape
+    Y, Z = X.new_empty(len(X), d), torch.empty(len(X), k, dtype=image)
+
+    # Copies, also of float32: what torch makes of numbers may depend on where in a cache line they begin.
+    def multiply_rows(runs: Iterator[slice]) -> None:
+        for rows in runs:
+            torch.mm(X, W[rows].to(torch.float64, copy=True).T, out=Y[:, rows])
+
+    share(multiply_rows, _runs(d, k), threads)
+    given = Y.to(image)
+
+    def multiply_columns(runs: Iterator[slice]) -> None:
+        for columns in runs:
+            torch.mm(given, W[:, columns].to(image, copy=True), out=Z[:, columns])
+
+    share(multiply_columns, _runs(k, d), threads)
+    return Y, Z
+
+
+def _runs(count: int, length: int) -> list[slice]:
+    """`count` vectors of this length in runs that a thread multiplies at a time."""
+    step = max(8, min(256, _WIDE_ELEMENTS // length // 8 * 8))
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def losses(W: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, list[float]]:

@@ -32,9 +32,10 @@ Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j. C = (I − QQᵀ)M(I − QQᵀ) is what
    With t = θ_r − c' > 0 these are those of Θ + RᵀR/t: what is missed is quadratic in the residual. Values nearly equal
    to σ_r belong in X, which is why s may exceed r: t then spans the gap behind them.
 
-Rounding. X is orthonormal, and Θ = (WX)ᵀ(WX) and R = MX − XΘ computed, in float64, by one last pass over W: Θ enters
-the sum linearly, and in float32 its error, about 1e-7·λ_1, would be what two nearly equal singular values differ by; R
-contains what float32 has done to X. T, L and ϑ come from products with M in the space's own arithmetic. Those are
+Rounding. X is orthonormal, and Θ = (WX)ᵀ(WX) and R = MX − XΘ computed by one last pass over W, in float64 but for
+Wᵀ(WX), which is summed in float32 where the space is: Θ enters the sum linearly, and in float32 its error, about
+1e-7·λ_1, would be what two nearly equal singular values differ by; R enters by its square, and contains what float32
+has done to X and to Wᵀ(WX), whose direction is not R's, so that R does not become smaller by it. T, L and ϑ come from products with M in the space's own arithmetic. Those are
 exact for some M + E, and E has two parts. A product is off by about u·σ_1·||W||_F at most: partial sums of a row of W
 with a unit vector are about as large as the row, and their roundings are independent. A projection takes m rows of Q
 from a vector of length λ_1 at most, in m sums that are each rounded: √m·u·λ_1, which is the larger part where W is

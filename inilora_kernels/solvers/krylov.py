@@ -122,7 +122,8 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
     del searched
     X = combine(basis, coefficients, threads)
     del basis, coefficients
-    Y, image = products(W, X, threads)
+    # What float32 rounds away of the image is in the residuals, as what it has done to X.
+    Y, image = products(W, X, threads, torch.float64 if goal.exact else torch.float32)
     found = concluded(
         goal,
         pairs,

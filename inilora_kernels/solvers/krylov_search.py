@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
 # faster and converge more slowly, which pays where the space is large anyway.
 _NARROW, _WIDE, _WIDE_RANK = 4, 8, 48
-# Vectors that a real spectrum takes to converge: about this many times the rank, plus a constant; and those of a large
-# matrix by wide blocks. They decide when to look, since a look costs an eigenvalue problem of the space's size.
-_VECTORS_A_RANK, _VECTORS_MORE = 3.75, 34
-_LARGE_SIZE, _LARGE_A_RANK, _LARGE_MORE = 1536, 4.1, 44
+# Vectors that a real spectrum takes to converge: so many times the rank, plus a constant, by either block; and the
+# share of them, by the rank's share of a matrix's smaller side, whose spectrum has an end: it falls from 1 to its
+# least. They decide when to look, since a look costs an eigenvalue problem of the space's size.
+_VECTORS = {_NARROW: (3.75, 34), _WIDE: (4.1, 44)}
+_WHOLE_SHARE, _SHARE_LESS, _LEAST_SHARE = 1.06, 1.7, 0.6
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate must reach.
@@ -91,9 +92,8 @@ def expected_vectors(rank: int, size: int) -> float:
     >>> expected_vectors(8, 768)
     64.0
     """
-    if rank >= _WIDE_RANK and size >= _LARGE_SIZE:
-        return _LARGE_A_RANK * rank + _LARGE_MORE
-    return _VECTORS_A_RANK * rank + _VECTORS_MORE
+    a_rank, more = _VECTORS[_block(rank)]
+    return (a_rank * rank + more) * min(1.0, max(_LEAST_SHARE, _WHOLE_SHARE - _SHARE_LESS * rank / size))
 
 
 @functools.cache

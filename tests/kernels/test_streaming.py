@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from inilora_kernels.kernels import streaming
-from inilora_kernels.kernels.streaming import energy, gram_multiplier, gram_product, losses, strips
+from inilora_kernels.kernels.streaming import energy, gram_multiplier, gram_product, losses, products, strips
+from inilora_kernels.kernels.threads import one_torch_thread
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -38,6 +39,32 @@ def test_products_with_the_gram_matrix(dtype: torch.dtype) -> None:
     # float32 sums of at most 301 products, each rounded once: below 301·2⁻²⁴ of the norm.
     for found, true in zip(gram_multiplier(W, torch.float32, threads=2)(X.float()), expected, strict=True):
         assert float((found.double() - true).norm() / true.norm()) < 301 * 2.0**-24
+
+
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize("image", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [3, 16, 17, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_any_number_of_rows(
+    dtype: torch.dtype, rows: int, image: torch.dtype, upright: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in float64, the other at least in `image`; the same bits on two threads, from a W that begins anywhere."""
+    monkeypatch.setattr(streaming, "_WIDE_ELEMENTS", 64 * 97)
+    W = matrix(dtype)
+    W = W if upright else W.T.contiguous().T
+    X = torch.linalg.qr(torch.randn(97, rows, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q.T
+    X, wide = X.contiguous(), W.double()
+    elsewhere = torch.empty(W.numel() + 3, dtype=dtype)[3:].view(W.T.shape if not upright else W.shape)
+    elsewhere = elsewhere if upright else elsewhere.T
+    elsewhere.copy_(W)
+    with one_torch_thread():
+        found, again = products(W, X, 1, image), products(elsewhere, X, 2, image)
+    assert torch.equal(found[0], again[0])
+    assert torch.equal(found[1], again[1])
+    torch.testing.assert_close(found[0], X @ wide.T, rtol=1e-12, atol=1e-11)
+    # Sums of 301 products, each rounded once.
+    unit = torch.finfo(image).eps
+    assert float((found[1].double() - X @ wide.T @ wide).norm()) < 301 * unit * float(wide.norm()) ** 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
