@@ -66,7 +66,7 @@ class Goal:
     def expected_outside(self, pairs: RitzPairs, factor: float) -> float:
         """Roughly how a second space will bound λ_max outside of this one, judging by how far the Ritz values reach.
 
-        factor: `missed_factor` of as many passes as the second space may reasonably take.
+        factor: `expected_factor` of as many passes as the second space may reasonably take.
         """
         return float(_judgement().expected_outside(pairs.theta, self.rank, factor))
 

@@ -21,12 +21,12 @@ from ..kernels.backend import GramBatch
 from ..kernels.dense import combine
 from ..kernels.streaming import gram_product
 from ..kernels.threads import one_torch_thread, side_by_side
-from .certificate import missed_factor
+from .certificate import bound_outside
 from .goal import Goal
 from .krylov import FLOAT32_RANGE, GRAM_SIZE
-from .krylov_search import MISSED, PROMISED, Digest
+from .krylov_search import MISSED, PROMISED, Digest, trusted_stream
 from .krylov_spaces import UNIT, KrylovSpaces
-from .ritz import RitzPairs, largest_eigenvalue, ritz_pairs
+from .ritz import RitzPairs, ritz_pairs
 from .triplets import LastPass, Principal, concluded
 
 # A tensor core's product of float32 parts, with what it drops and truncates, is within a few units of float32's; one
@@ -38,8 +38,8 @@ _VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 3.4, 100, 0.85
 _GROWTH = 2
 _LOOK_EVERY = 2
 _FIRST_LOOK_OUTSIDE, _MOST_PASSES_OUTSIDE = 3, 17
-# `missed_factor` of about seven passes of 16 columns.
-_FACTOR_OUTSIDE = 1.25
+# By how much the bound on λ_max outside exceeds the largest Ritz value after about six passes of 16 columns.
+_FACTOR_OUTSIDE = 1.2
 
 
 def expected_vectors(rank: int) -> int:
@@ -93,13 +93,11 @@ class _Searched:
             self.pairs = pairs
         return self.lost or self.pairs is not None
 
-    def judge_outside(self, largest: float, passes: int) -> bool:
+    def judge_outside(self, bound: float, largest: float, passes: int) -> bool:
         """Whether the second space has settled it, or found that the first one missed something."""
         assert self.pairs is not None
         self.outside = 16 * passes
-        rounding = self.goal.rounding(self.pairs)
-        missed = missed_factor(self.n, 16, passes) * (largest + rounding) + rounding
-        self.missed = min(self.missed, missed)
+        self.missed = min(self.missed, bound + 2 * self.goal.rounding(self.pairs))
         highest = float(self.pairs.theta[self.goal.rank - 1])
         if self.missed < highest and self.goal.settled(self.pairs, self.missed):
             return True
@@ -220,17 +218,19 @@ def _look_outside(batch: GramBatch, searched: Sequence[_Searched], digests: Sequ
     going = set()
     for index, one in enumerate(searched):
         if one.pairs is not None:
-            streams[index] = torch.Generator().manual_seed(int.from_bytes(digests[index]()[:8], "big") >> 1)
+            streams[index] = trusted_stream(digests[index])
             going.add(index)
     others = KrylovSpaces(batch, _starts(batch, streams), 16 * _MOST_PASSES_OUTSIDE, fixed)
     batch.keep(going)
+    begun = others.begun.cpu()
     while going and others.passes < _MOST_PASSES_OUTSIDE:
         others.expand()
         if others.passes < _FIRST_LOOK_OUTSIDE or (others.passes - _FIRST_LOOK_OUTSIDE) % _LOOK_EVERY:
             continue
-        T, _ = others.here()
+        T, coupling = others.here()
         for index in sorted(going):
-            if searched[index].judge_outside(largest_eigenvalue(T[index]), others.passes):
+            bounds = bound_outside(T[index], others.leaving(coupling[index]), begun[index], others.passes)
+            if searched[index].judge_outside(*bounds, others.passes):
                 going.discard(index)
         batch.keep(going)
     for index in going:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.streaming import GramReader, gram_multiplier
-from .certificate import missed_factor
+from .certificate import expected_factor, least_part
 from .goal import Goal, next_size
 from .krylov_space import LIMITS, KrylovSpace
 from .ritz import RitzPairs
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
 # faster and converge more slowly, which pays where the space is large anyway.
-_NARROW, _WIDE, _WIDE_RANK = 4, 8, 48
+_NARROW, _WIDE, _WIDE_RANK = 4, 8, 96
 # Vectors that a real spectrum takes to converge: so many times the rank, plus a constant, by either block; and the
 # share of them, by the rank's share of a matrix's smaller side, whose spectrum has an end: it falls from 1 to its
 # least. They decide when to look, since a look costs an eigenvalue problem of the space's size.
-_VECTORS = {_NARROW: (3.75, 34), _WIDE: (4.1, 44)}
+_VECTORS = {_NARROW: (3.7, 32), _WIDE: (4.1, 40)}
 _WHOLE_SHARE, _SHARE_LESS, _LEAST_SHARE = 1.06, 1.7, 0.6
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
@@ -45,7 +45,7 @@ _BOUNDS = np.array([0.98, 0.96, 0.93, 0.9])
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
 # As many as are worth having for a first space that need not grow on.
-_EXPECTED_PASSES = 18
+_EXPECTED_PASSES = 14
 _MOST_CERTIFYING = 64
 # As kernels/cpu/search.py takes them.
 _AIMS = PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED
@@ -89,17 +89,17 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
 def expected_vectors(rank: int, size: int) -> float:
     """How many vectors a search is expected to take for W of this smaller side.
 
-    >>> expected_vectors(8, 768)
-    64.0
+    >>> expected_vectors(8, 768), expected_vectors(128, 768) < expected_vectors(128, 4096)
+    (61.6, True)
     """
     a_rank, more = _VECTORS[_block(rank)]
     return (a_rank * rank + more) * min(1.0, max(_LEAST_SHARE, _WHOLE_SHARE - _SHARE_LESS * rank / size))
 
 
 @functools.cache
-def _missed_factors(size: int, block: int) -> NDArray[np.float64]:
-    """`missed_factor` after 1, 2, … passes of the second space."""
-    return np.array([missed_factor(size, block, 1 + passes) for passes in range(_MOST_CERTIFYING)])
+def _expected_factors(size: int, block: int) -> NDArray[np.float64]:
+    """`expected_factor` after 1, 2, … passes of the second space."""
+    return np.array([expected_factor(size, block, 1 + passes) for passes in range(_MOST_CERTIFYING)])
 
 
 def _block(rank: int) -> int:
@@ -126,9 +126,9 @@ def _gaussian(rows: int, size: int, stream: torch.Generator) -> Tensor:
     return torch.randn(rows, size, generator=stream, dtype=torch.float32)
 
 
-def _trusted_stream(key: Digest) -> torch.Generator:
-    """For all other draws: decided by W's hash."""
-    return torch.Generator().manual_seed(int.from_bytes(key()[:8], "big") >> 1)
+def trusted_stream(key: Digest) -> torch.Generator:
+    """For all other draws: decided by W's hash, and never the first space's own."""
+    return torch.Generator().manual_seed(int.from_bytes(key()[:8], "big") >> 1 | 1)
 
 
 def _in_one_call(size: int, goal: Goal, readers: FusedGramReaders, key: Digest) -> tuple[bool, Searched | None]:
@@ -136,7 +136,7 @@ def _in_one_call(size: int, goal: Goal, readers: FusedGramReaders, key: Digest) 
     from ..kernels.cpu import search as compiled
 
     block = _block(goal.rank)
-    fresh = _gaussian(_NARROW, size, _trusted_stream(key)).numpy()
+    fresh = _gaussian(_NARROW, size, trusted_stream(key)).numpy()
     stored, layout, work = readers.of(block).compiled
     ended, basis, parts, missed, passes, spent = compiled.search(
         stored,
@@ -148,9 +148,10 @@ def _in_one_call(size: int, goal: Goal, readers: FusedGramReaders, key: Digest) 
         goal.numbers,
         (expected_vectors(goal.rank, size), _most_vectors(size, goal.rank)),
         LIMITS,
-        _missed_factors(size, _NARROW),
+        _expected_factors(size, _NARROW),
         _AIMS,
         _BOUNDS,
+        least_part(_NARROW),
     )
     if ended != compiled.ENDED:
         return ended == compiled.LEFT, None
@@ -193,14 +194,14 @@ class _Search:
 
     def _stream(self) -> torch.Generator:
         if self._drawn is None:
-            self._drawn = _trusted_stream(self._key)
+            self._drawn = trusted_stream(self._key)
         return self._drawn
 
     def _growing(self) -> bool:
         return self._space.room and self._space.size < self._most
 
     def _expected_outside(self, pairs: RitzPairs) -> float:
-        return self._goal.expected_outside(pairs, float(_missed_factors(self._size, _NARROW)[_EXPECTED_PASSES - 1]))
+        return self._goal.expected_outside(pairs, float(_expected_factors(self._size, _NARROW)[_EXPECTED_PASSES - 1]))
 
     def _converge(self) -> RitzPairs | None:
         """Grow the space until it promises enough or is full. None if float32 is too coarse."""
@@ -226,15 +227,20 @@ class _Search:
         stream = self._stream()
         start = self._random(min(_NARROW, self._size - self._space.size), stream)
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
-        rounding = self._goal.rounding(pairs)
-        factors = _missed_factors(self._size, len(start))
+        factors = _expected_factors(self._size, len(start))
         stops = self._goal.stops_outside(pairs, factors, self._expected_outside(pairs), _AIMS, _BOUNDS)
         other.grow(math.inf, passes=_MOST_CERTIFYING, stops=stops)
         if other.passes == 0:
             return None
-        largest = other.largest()
-        self._missed = min(self._missed, float(factors[other.passes - 1]) * (largest + rounding) + rounding)
-        if largest >= MISSED * float(pairs.theta[self._goal.rank - 1]) and not self._goal.settled(pairs, self._missed):
+        highest = float(pairs.theta[self._goal.rank - 1])
+        while True:
+            bound, largest = other.bound_outside()
+            self._missed = min(self._missed, bound + 2 * self._goal.rounding(pairs))
+            settled = self._goal.settled(pairs, self._missed)
+            if settled or largest >= MISSED * highest or other.passes == _MOST_CERTIFYING or not other.room:
+                break
+            other.grow(math.inf, passes=1)
+        if largest >= MISSED * highest and not settled:
             return other if self._growing() else None
         self._spent += other.size
         return None

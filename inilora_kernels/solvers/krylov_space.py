@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.streaming import GramReader
 from ..kernels.threads import helped
+from .certificate import bound_outside
 from .ritz import RitzPairs, largest_eigenvalue, ritz_pairs
 
 # What a projection leaves of a vector is rounding if it is below this many units in the last place of its length.
@@ -40,7 +41,8 @@ class KrylovSpace:
         self._rows = start.new_empty(_ROWS_AT_ONCE, start.shape[1])
         self._T = torch.zeros(_ROWS_AT_ONCE, _ROWS_AT_ONCE, dtype=torch.float64)
         self.size = self.passes = 0
-        self._next, _, _ = self._orthonormal(start)
+        # Ω is begunᵀ times the first rows of the basis, and what it has along X.
+        self._next, self._begun, _ = self._orthonormal(start)
         self._leaving = torch.zeros(len(start), 0, dtype=torch.float64)
 
     @property
@@ -111,6 +113,10 @@ class KrylovSpace:
         """λ_max(QMQᵀ)."""
         return largest_eigenvalue(self.T)
 
+    def bound_outside(self) -> tuple[float, float]:
+        """c ≥ λ_max(C) of certificate.py's first step, if the start was Gaussian, and λ_max(QCQᵀ)."""
+        return bound_outside(self.T, self._leaving, self._begun.cpu(), self.passes)
+
     def _expand_compiled(self, passes: int, stops: NDArray[np.float64]) -> tuple[int, bool]:
         """As many passes in one compiled call, where the kernels have one.
 
@@ -141,6 +147,7 @@ class KrylovSpace:
                 held,
                 space,
                 self._next.numpy(),
+                self._begun.numpy(),
                 coupling.numpy(),
                 self.size,
                 passes,

@@ -48,7 +48,8 @@ class KrylovSpaces:
         self._rows = start.new_zeros(count, room + self._block, length)
         self._T = torch.zeros(count, room, room, dtype=torch.float64, device=start.device)
         self.size = self.passes = 0
-        self._next, _, _ = self._orthonormal(start)
+        # Ω is begunᵀ times the first rows of the basis, and what it has along F.
+        self._next, self.begun, _ = self._orthonormal(start)
         self._coupling = torch.zeros(count, self._block, self._block, dtype=torch.float64, device=start.device)
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from inilora_kernels.factors import FLOAT32_FLOOR
 from inilora_kernels.kernels.cpu.judgement import shortfall
 from inilora_kernels.kernels.cpu.outside import least_outside
-from inilora_kernels.solvers.certificate import missed_factor
+from inilora_kernels.solvers.certificate import expected_factor, least_part
 from inilora_kernels.solvers.krylov import TOLERANCE, principal
 from inilora_kernels.solvers.optimum import optima
 from inilora_kernels.solvers.triplets import ROUNDING_SHARE, Principal
@@ -180,7 +180,18 @@ def test_shortfall_holds_for_a_full_matrix() -> None:
             assert missing <= shortfall(*parts, rank, float(C.max())) + 1e-12
 
 
-def test_missed_factor_falls_with_every_pass_and_every_column() -> None:
-    factors = [missed_factor(4096, block, passes) for block, passes in ((4, 4), (4, 8), (8, 8), (16, 16))]
+def test_the_expected_factor_falls_with_every_pass_and_every_column() -> None:
+    factors = [expected_factor(4096, block, passes) for block, passes in ((4, 4), (4, 8), (8, 8), (16, 16))]
     assert factors == sorted(factors, reverse=True)
     assert all(math.isfinite(one) and one > 1 for one in factors)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 16])
+def test_normal_numbers_are_shorter_than_the_least_part_as_often_as_it_says(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inilora_kernels.solvers.certificate.FAILURE_PROBABILITY", 0.01)
+    draws = torch.randn(200_000, block, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shorter = float((draws.square().sum(1).sqrt() <= least_part(block)).double().mean())
+    # The formula leaves out e^(−ε²/2) at most, and 200,000 draws scatter by 0.0002.
+    assert 0.01 * math.exp(-(least_part(block) ** 2) / 2) - 0.001 < shorter < 0.011

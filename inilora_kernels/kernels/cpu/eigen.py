@@ -17,6 +17,8 @@ from .jit import njit
 from .plain_products import SUMS
 
 _UNIT = 2.0**-53
+# Squares beside which 1 is infinite; entries of T are at most 1.
+_VANISHED = 1e-290
 # QL takes less than two steps a value; after so many it is given up.
 _MOST_STEPS = 40
 # Vectors of values this close, as a share of |D|, are made orthogonal.
@@ -86,7 +88,7 @@ def _updated_products(row: Any, one: float, other: float, v: Any, w: Any, x: Any
 def _reflection(x: Any) -> Any:
     """β and what stays of x under I − βvvᵀ, which makes all but its first entry zero; x becomes v."""
     rest = dot(x[1:], x[1:])
-    if rest == 0.0:
+    if rest < _VANISHED:
         return 0.0, x[0]
     length = np.sqrt(rest + x[0] ** 2)
     stays = -length if x[0] > 0.0 else length

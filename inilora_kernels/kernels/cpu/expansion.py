@@ -19,17 +19,17 @@ from .team import WHAT, close, open_round, part_done, take_part, wait_for_part, 
 
 @njit(cache=True, nogil=True)
 def expand(
-    W: Any, layout: Any, work: Any, rows: Any, T: Any, held: Any, space: Any, block: Any, leaving: Any,
+    W: Any, layout: Any, work: Any, rows: Any, T: Any, held: Any, space: Any, block: Any, begun: Any, leaving: Any,
     size: int, passes: int, limits: Any, stops: Any, job: Any, raw: bool,
 ) -> Any:  # fmt: skip
     """Take `passes` blocks into the basis, one pass over W each; stop where a block has no new direction.
 
     W, layout, work: `FusedGramReader`'s. rows (m', n), T (m', m'): the basis and QMQᵀ, of which `size` rows are in use,
     and there is room. held (s, n): what the space is kept orthogonal to. space: `make_orthonormal`'s work. block
-    (b, n): the next block, replaced; raw: whether it has to be made orthonormal first. leaving (b, b): replaced by β of
-    the last step. limits: `orthonormal_against`'s vanished, spread, long. stops (passes or 0, 2): after the i-th pass
-    of the call, end it where λ_max(T) is below the first number of row i, or not below the second. job: a new one of
-    team.py's; `assist` helps.
+    (b, n): the next block, replaced; raw: whether it has to be made orthonormal first, the β of which replaces begun
+    (b, b). leaving (b, b): replaced by β of the last step. limits: `orthonormal_against`'s vanished, spread, long.
+    stops (passes or 0, 2): after the i-th pass of the call, end it where λ_max(T) is below the first number of row i,
+    or not below the second. job: a new one of team.py's; `assist` helps.
 
     Returns how many steps were taken, whether the last one is whole, and whether a stop ended them. Where it is not
     whole, block is MX itself, not yet orthonormal.
@@ -40,7 +40,8 @@ def expand(
     if raw:
         X[:] = 0
         X[:b] = block
-        whole = make_orthonormal(rows[:0], held, space, np.eye(b), np.zeros((0, b)), limits, job, shares)
+        begun[:] = np.eye(b)
+        whole = make_orthonormal(rows[:0], held, space, begun, np.zeros((0, b)), limits, job, shares)
         if not whole:
             close(job)
             return taken, whole, stopped

@@ -100,7 +100,7 @@ def kept(theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
 def expected_outside(theta: Any, rank: int, factor: float) -> Any:
     """Roughly how a second space will bound λ_max outside of this one, judging by how far the Ritz values reach.
 
-    factor: `missed_factor` of as many passes as the second space may reasonably take.
+    factor: `expected_factor` of as many passes as the second space may reasonably take.
     """
     place = min(rank + int(_REACHED * (len(theta) - rank)), len(theta) - 1)
     return min(_EXPECTED_OUTSIDE * max(0.0, theta[rank - 1]), factor * max(0.0, theta[place]))
@@ -138,8 +138,8 @@ def stops_outside(
 ) -> Any:  # fmt: skip
     """The λ_max of the second space after each pass at which it may end: low enough to settle all, or too high.
 
-    factors: `missed_factor` after 1, 2, … passes. expected: the bound on λ_max outside that it is likely to give. aims,
-    bounds: as `search` takes them. Returns (passes, 2), as `expand` takes it.
+    factors: `expected_factor` after 1, 2, … passes. expected: the bound on λ_max outside that it is likely to give.
+    aims, bounds: as `search` takes them. Returns (passes, 2), as `expand` takes it.
     """
     highest, off = theta[ranks.max() - 1], rounding(theta, goal)
     tried = np.empty(len(bounds) + 1)

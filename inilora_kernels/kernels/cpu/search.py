@@ -15,6 +15,7 @@ from .eigen import decomposed
 from .expansion import expand
 from .jit import ZERO, njit
 from .judgement import expected_outside, next_size, promised, rounding, stops_outside, too_coarse
+from .missed import bound_outside
 from .orthonormal import projection_space
 from .team import job
 
@@ -25,15 +26,15 @@ ENDED, COARSE, LEFT = 0, 1, 2
 @njit(cache=True, nogil=True)
 def search(
     W: Any, layout: Any, works: Any, start: Any, fresh: Any, ranks: Any, goal: Any, sizes: Any, limits: Any,
-    factors: Any, aims: Any, bounds: Any,
+    factors: Any, aims: Any, bounds: Any, least: float,
 ) -> Any:  # fmt: skip
     """Grow a space from `start` (b, n) until it promises enough, then one outside of it from `fresh` (b', n).
 
     W, layout, works: as `expand` takes them, the work space for b and for b' columns. goal: as judgement.py has it.
-    sizes: vectors to the first look, and the most. limits: `expand`'s. factors: `missed_factor` after 1, 2, … passes of
-    the second space. aims: the promise to reach, the passes that a second space is expected to take, the least of them
-    before it is judged, and the share of θ_r that says that it has found what the first one missed. bounds: shares of
-    θ_r at which λ_max outside may suffice.
+    sizes: vectors to the first look, and the most. limits: `expand`'s. factors: `expected_factor` after 1, 2, … passes
+    of the second space; least: `least_part` of its start. aims: the promise to reach, the passes that a second space is
+    expected to take, the least of them before it is judged, and the share of θ_r that says that it has found what the
+    first one missed. bounds: shares of θ_r at which λ_max outside may suffice.
 
     Returns how it ended; the basis Q (m, n); θ, g, QMQᵀ and its reduced form, as `RitzPairs` has them; the bound on
     λ_max outside; the passes of the first space, and the vectors of the others.
@@ -42,22 +43,23 @@ def search(
     most, rank = min(sizes[1], n - b), ranks.max()
     rows, T = np.empty((most + b, n), dtype=np.float32), np.empty((most + b, most + b))
     space, other_space = projection_space(b, most + b, n), projection_space(len(fresh), most + b, n)
-    block, leaving = start.copy(), np.empty((b, b))
+    block, begun, leaving = start.copy(), np.empty((b, b)), np.empty((b, b))
     nothing, no_stops = rows[:0], np.empty((0, 2))
-    size = passes = spent = ZERO
+    size = passes = spent = others = ahead = ZERO
     missed, target, before, then = np.inf, sizes[0], 0, np.inf
     theta, g, reduced, converged = decomposed(np.eye(1), np.zeros((b, 1)))
     # What the next passes grow: the space itself, or that outside of it.
     inside = True
     other_rows, other_T, other_block, stops = nothing, T[:0, :0].copy(), fresh, no_stops
-    other_leaving = np.empty((len(fresh), len(fresh)))
+    c = len(fresh)
+    other_begun, other_leaving = np.empty((c, c)), np.empty((c, c))
     while True:
         if inside:
             wanted = min(math.ceil((min(target, most) - size) / b), (n - size) // b - 1)
             if wanted > 0:
                 taken, whole, _ = expand(
-                    W, layout, works[0], rows, T, nothing, space, block, leaving, size, wanted, limits, no_stops, job(),
-                    size == 0,
+                    W, layout, works[0], rows, T, nothing, space, block, begun, leaving, size, wanted, limits, no_stops,
+                    job(), size == 0,
                 )  # fmt: skip
                 size += taken * b
                 passes += taken
@@ -79,7 +81,6 @@ def search(
             if promised(theta, g, ranks, missed, goal, 1.0) <= 1.0:
                 ended = ENDED
                 break
-            c = len(fresh)
             wanted = min(len(factors), (n - size) // c - 1)
             if wanted < 1:
                 ended = LEFT
@@ -87,22 +88,27 @@ def search(
             expected = expected_outside(theta, rank, factors[min(aims[1], wanted) - 1])
             stops = stops_outside(theta, g, ranks, goal, factors[:wanted], expected, aims, bounds)
             other_rows, other_T = np.empty((wanted * c, n), dtype=np.float32), np.empty((wanted * c, wanted * c))
-            other_block, inside = fresh.copy(), False
+            other_block, others, ahead, inside = fresh.copy(), ZERO, wanted, False
         else:
+            while_growing = stops if others == 0 else no_stops
             taken, whole, _ = expand(
-                W, layout, works[1], other_rows, other_T, rows[:size], other_space, other_block, other_leaving, ZERO,
-                len(stops), limits, stops, job(), len(stops) > 0,
+                W, layout, works[1], other_rows, other_T, rows[:size], other_space, other_block, other_begun,
+                other_leaving, others * c, ahead, limits, while_growing, job(), others == 0,
             )  # fmt: skip
-            form = other_T[: taken * c, : taken * c].copy()
-            values, _, _, converged = decomposed(form, np.empty((0, len(form))))
-            if not whole or not converged:
+            others += taken
+            if not whole:
                 ended = LEFT
                 break
-            off = rounding(theta, goal)
-            missed = min(missed, factors[taken - 1] * (values[0] + off) + off)
-            spent += taken * c
+            bound, largest = bound_outside(
+                other_T[: others * c, : others * c].copy(), other_leaving, other_begun, others, least
+            )
+            missed = min(missed, bound + 2 * rounding(theta, goal))
             settled = promised(theta, g, ranks, missed, goal, 1.0) <= 1.0
-            if not settled and values[0] >= aims[3] * theta[rank - 1]:
+            if not settled and largest < aims[3] * theta[rank - 1] and others < len(stops):
+                ahead = ZERO + 1
+                continue
+            spent += others * c
+            if not settled and largest >= aims[3] * theta[rank - 1]:
                 ended = LEFT
                 break
             if settled or size + 2 * b > n or size >= most:
