@@ -214,21 +214,21 @@ def _tasks(
 ) -> list[Task]:
     """Each matrix surveyed, with its ranks and its start settled; each process surveys a share."""
     mine = sorted(shares([float(math.prod(target.shape)) for target in targets], job.size)[job.rank])
-    hashes, own_stds = survey([targets[place] for place in mine], bar, in_memory=in_memory)
+    found_out = survey([targets[place] for place in mine], bar, in_memory=in_memory)
     share = options.energy_share
     if share is not None:
         bar.phase("ranks", len(mine), len(mine))
     found: dict[int, Any] = {}
-    for place, sha256, std in zip(mine, hashes, own_stds, strict=True):
-        ranks = options.ranks_of(targets[place].module)
-        found[place] = sha256, std, ranks or (rank_for_energy(targets[place].read(), cast(float, share)),)
+    for place, one in zip(mine, found_out, strict=True):
+        ranks = options.ranks_of(targets[place].module) or (rank_for_energy(targets[place].read(), cast(float, share)),)
+        found[place] = one.hash, one.std, one.energy, ranks
         if share is not None:
             bar.advance(1, matrices=1)
-    surveyed = job.together("survey", found)
+    known = job.together("survey", found)
     assert options.init_std is not None
-    stds = start_stds(targets, [surveyed[place][1] for place in range(len(targets))], options.init_std)
+    stds = start_stds(targets, [known[place][1] for place in range(len(targets))], options.init_std)
     return [
-        Task(target, surveyed[i][0], tuple(surveyed[i][2]), std, None if start is None else start[target.module])
+        Task(target, known[i][0], tuple(known[i][3]), std, known[i][2], None if start is None else start[target.module])
         for i, (target, std) in enumerate(zip(targets, stds, strict=True))
     ]
 

@@ -25,16 +25,17 @@ Result = TypeVar("Result")
 def combine(rows: Tensor, coefficients: Tensor, threads: int) -> Tensor:
     """The combinations of orthonormal rows (m×n) with these coefficients (s×m), orthonormal too (s×n), in float64.
 
+    They are summed in the rows' own precision, and then made orthonormal, so that they are as accurate as the rows are.
     All NaN where the coefficients' rows are not independent.
 
     >>> combine(torch.eye(2, 3), torch.tensor([[0.6, 0.8]], dtype=torch.float64), threads=1)
     tensor([[0.6000, 0.8000, 0.0000]], dtype=torch.float64)
     """
-    weights = coefficients.to(rows.device).clone()
+    weights = coefficients.to(rows.device, rows.dtype, copy=True)
     X = torch.empty(len(weights), rows.shape[1], dtype=torch.float64, device=rows.device)
 
     def combine_run(run: slice) -> None:
-        torch.mm(weights, rows[:, run].double(), out=X[:, run])
+        X[:, run] = weights @ rows[:, run].clone()
 
     _by_runs(combine_run, rows, len(weights) * len(rows), threads)
     # The rows are orthonormal to float32's rounding, so that one Cholesky QR makes the combinations so to float64's.

@@ -78,9 +78,9 @@ def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
 def energy(W: Tensor) -> float:
     """||W||_F², summed in float64."""
     if _fused(W, torch.float64):
-        from .cpu.gram import squares
+        from .cpu.moments import moments
 
-        return squares(W)
+        return moments(W).squares
     return sum(float(torch.linalg.vector_norm(W[rows].double())) ** 2 for rows in strips(W, _STRIP_ELEMENTS // 4))
 
 

@@ -1,4 +1,4 @@
-"""One pass over every matrix before the work: unfit ones are refused; hash and standard deviation are taken."""
+"""One pass over every matrix before the work: unfit ones are refused; hash, deviation and energy are taken."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,8 +27,17 @@ Hash = str | Callable[[], str]
 _BYTES_A_THREAD = 32 << 20
 
 
-def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = False) -> tuple[list[Hash], list[float]]:
-    """The sha256 and the standard deviation of every matrix; each is read once, before any long work.
+@dataclass(frozen=True)
+class Surveyed:
+    """Of one matrix W: its sha256, its unbiased standard deviation and ||W||_F²."""
+
+    hash: Hash
+    std: float
+    energy: float
+
+
+def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = False) -> list[Surveyed]:
+    """What is known of every matrix before any long work; each is read once.
 
     in_memory: the matrices stay as they are, so the hash of one that has all threads to itself need not be waited for.
 
@@ -35,22 +45,22 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
     """
     bar.phase("reading", len(targets), len(targets))
     threads = torch.get_num_threads()
-    found: dict[str, tuple[Hash, float]] = {}
+    found: dict[str, Surveyed] = {}
 
     def surveyed(target: Target) -> None:
         W = target.read()
         # A matrix that has all threads to itself has another one for its hash, which takes longer than the rest.
         with one_torch_thread() as alone:
             hashed = beside(partial(tensor_sha256, W) if target.hashes_values else target.sha256, alone)
-            std = _deviation(W, target.module)
+            std, energy = _deviation_and_energy(W, target.module)
         # What is known does not hold W.
-        found[target.module] = hashed if in_memory and alone > 1 else hashed(), std
+        found[target.module] = Surveyed(hashed if in_memory and alone > 1 else hashed(), std, energy)
 
     for count, group in in_groups(targets, lambda target: surveyed_together(target, threads)):
         with closing(side_by_side(surveyed, group, count)) as results:
             for _ in results:
                 bar.advance(1, matrices=1)
-    return [found[target.module][0] for target in targets], [found[target.module][1] for target in targets]
+    return [found[target.module] for target in targets]
 
 
 def together(target: Target, threads: int) -> int:
@@ -67,8 +77,8 @@ def surveyed_together(target: Target, threads: int) -> int:
     return max(together(target, threads), min(threads, threads * _BYTES_A_THREAD // held))
 
 
-def _deviation(W: Tensor, module: str) -> float:
-    """W's unbiased standard deviation."""
+def _deviation_and_energy(W: Tensor, module: str) -> tuple[float, float]:
+    """W's unbiased standard deviation, and ||W||_F²."""
     # Brings numba.
     from ..kernels.cpu.moments import moments
 
@@ -89,7 +99,7 @@ def _deviation(W: Tensor, module: str) -> float:
     variance = max(0.0, square - found.total**2 / count) / max(1, count - 1)
     # A constant matrix has no deviation, and Adam would never leave a start of zeros: its root mean square stands in.
     # Whatever variance rounding leaves of a constant counts as none.
-    return float(variance**0.5 if variance > 1e-12 * square / count else (square / count) ** 0.5)
+    return (variance if variance > 1e-12 * square / count else square / count) ** 0.5, square
 
 
 def _refuse(W: Tensor, module: str) -> None:

@@ -47,6 +47,7 @@ def principal(
     dtype: torch.dtype = torch.float32,
     tolerance: float = TOLERANCE,
     digest: Digest | None = None,
+    total: float | None = None,
 ) -> Principal:
     """The leading max(ranks) singular triplets of W (d×k) of any float dtype, certified for each of the ranks.
 
@@ -55,6 +56,7 @@ def principal(
     tolerance: of each rank's excess f/f* − 1.
     digest: the sha256 of W's bytes, if it is computed anyway. The certificate's random block is drawn from it, so
         the same W gives the same bits, at any number of threads, and nobody can choose a W against the block.
+    total: ||W||_F², where it is known.
 
     The space grows until its Ritz residuals promise an excess below `tolerance`, then the certificate is computed.
     If it is not reached, which takes a flat spectrum, a W of up to 2048 on its smaller side is decomposed in full; a
@@ -69,11 +71,18 @@ def principal(
     with one_torch_thread() as threads:
         # Only a search asks for it, and a second attempt in float64 asks once more.
         key = functools.cache(digest or partial(_sha256, W))
-        return _principal(W, tuple(dict.fromkeys(ranks)), dtype, tolerance, key, threads)
+        return _principal(W, tuple(dict.fromkeys(ranks)), dtype, tolerance, key, total=total, threads=threads)
 
 
 def _principal(
-    W: Tensor, ranks: Sequence[int], dtype: torch.dtype, tolerance: float, key: Digest, threads: int
+    W: Tensor,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    tolerance: float,
+    key: Digest,
+    *,
+    total: float | None,
+    threads: int,
 ) -> Principal:
     upright = W.shape[0] >= W.shape[1]
     tall = W if upright else W.T
@@ -81,7 +90,7 @@ def _principal(
     expected = expected_vectors(max(ranks), size)
     if GRAM_SIZE < size <= _DENSE_BELOW * expected:
         return dense(W, ranks)
-    total = energy(tall)
+    total = energy(tall) if total is None else total
     if not math.isfinite(total):
         raise WeightError(
             "the squares of its entries leave float64's range; divide the weights, and scale them back later"

@@ -39,14 +39,15 @@ RandomStart = Callable[[Shape, int, float, torch.Generator], Pair]
 class Task:
     """A matrix to factorize: what the survey found, the ranks to do it for, and its start.
 
-    hash: W's sha256, which may still be computed beside the work. std: σ̄ of the random start. start: factors that the
-        "nearest" gauge comes close to, instead of the random start.
+    hash: W's sha256, which may still be computed beside the work. std: σ̄ of the random start. energy: ||W||_F². start:
+        factors that the "nearest" gauge comes close to, instead of the random start.
     """
 
     target: Target
     hash: Hash
     ranks: tuple[int, ...]
     std: float
+    energy: float
     start: Factors | None = None
 
     @property
@@ -143,7 +144,9 @@ def by_krylov(choose: Choose, tolerance: float) -> Solve:
     """A run of a method that takes W's leading triplets from a Krylov space: in batches where the backend has them."""
 
     def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
-        found = principal(W, task.ranks, dtype=backend.direct_dtype, tolerance=tolerance, digest=task.digest)
+        found = principal(
+            W, task.ranks, dtype=backend.direct_dtype, tolerance=tolerance, digest=task.digest, total=task.energy
+        )
         return against_triplets(W, task, choose(found, task, options), found)
 
     one_by_one = directly(factorize)

@@ -52,8 +52,8 @@ def test_a_matrix_is_read_once(tmp_path: Path) -> None:
         return dataclasses.replace(target, read=read, sha256=lambda: "read again")
 
     with ProgressBar(False) as bar:
-        hashes, _ = survey([counted(target) for target in targets], bar)
-    assert hashes == [target.sha256() for target in targets]
+        found = survey([counted(target) for target in targets], bar)
+    assert [one.hash for one in found] == [target.sha256() for target in targets]
     assert sorted(reads) == sorted(target.module for target in targets)
     assert len(reads) == 4
 
@@ -93,10 +93,10 @@ def test_the_hash_of_a_matrix_in_memory_need_not_be_waited_for() -> None:
     torch.set_num_threads(2)
     try:
         with ProgressBar(False) as bar:
-            [hashed], _ = survey([target], bar, in_memory=True)
+            [found] = survey([target], bar, in_memory=True)
         assert begun.wait(60)
         goes_on.set()
-        assert callable(hashed)
-        assert hashed() == "ab" == hashed()
+        assert callable(found.hash)
+        assert found.hash() == "ab" == found.hash()
     finally:
         torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ from inilora_kernels.display.progress import ProgressBar
 from inilora_kernels.factors import Factors
 from inilora_kernels.initializations import METHODS
 from inilora_kernels.kernels import threads
+from inilora_kernels.kernels.streaming import energy
 from inilora_kernels.model.in_memory import target_in_memory
 from inilora_kernels.options import Options
 from inilora_kernels.solvers.run import Solve, Task
@@ -21,7 +22,7 @@ def weight(d: int, k: int) -> Tensor:
 
 def task(name: str, W: Tensor, *ranks: int) -> Task:
     target = target_in_memory(name, W)
-    return Task(target, target.sha256(), ranks, std=0.05)
+    return Task(target, target.sha256(), ranks, std=0.05, energy=energy(W))
 
 
 def solve(method: str, solver: str, tasks: list[Task], **options: int) -> dict[tuple[str, int], Factors]:

@@ -22,8 +22,8 @@ from ..rounding import round_up
 from ..threads import share
 from .in_place import FETCHES_STRIPS, FILLS_VECTORS, WIDE_LANES, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
 from .jit import ZERO, njit
-from .plain_products import SUMS, add_inner_plain, add_outer_plain
-from .simd import CACHE_LINE, LANES, LOADS_FLOAT16, entry, kernel_view
+from .plain_products import add_inner_plain, add_outer_plain
+from .simd import CACHE_LINE, LANES, LOADS_FLOAT16, kernel_view
 
 MOST_SLOTS = 12
 # A strip of rows of W, and what of the next one is already fetched, stay in a core's second cache between the two
@@ -254,33 +254,9 @@ def wide_row_strips(
             add_outer_products(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), Y, Z, strip * stride)
 
 
-def squares(W: Tensor) -> float:
-    """||W||_F² in float64 of a W that these kernels take.
-
-    >>> squares(2 * torch.eye(8))
-    32.0
-    """
-    flat, stride, (m, n) = stored(W)
-    return float(_sum_of_squares(flat, stride, m, n))
-
-
 def stored(W: Tensor) -> tuple[NDArray[np.generic], int, tuple[int, int]]:
     """The memory of W, one of whose strides is 1: of its rows, or of its columns; how far they are apart; the shape."""
     stored = W if W.stride(1) == 1 else W.T
     m, n = stored.shape
     stride = stored.stride(0)
     return kernel_view(stored.as_strided(((m - 1) * stride + n,), (1,))), stride, (m, n)
-
-
-@njit(cache=True, nogil=True, fastmath=SUMS)
-def _sum_of_squares(W: Any, stride: int, m: int, n: int) -> Any:
-    """||W||_F² of the stored m×n matrix, in float64. Reads W once."""
-    total = 0.0
-    for i in range(m):
-        row = W[i * stride : i * stride + n]
-        part = 0.0
-        for j in range(n):
-            wide = np.float64(entry(row, j))
-            part += wide * wide
-        total += part
-    return total
