@@ -38,7 +38,7 @@ _VECTORS_A_RANK, _VECTORS_MORE, _FIRST_LOOK = 3.4, 100, 0.85
 _GROWTH = 2
 _LOOK_EVERY = 2
 _FIRST_LOOK_OUTSIDE, _MOST_PASSES_OUTSIDE = 3, 17
-# By how much the bound on λ_max outside exceeds the largest Ritz value after about six passes of 16 columns.
+# By how much the bound on λ_max outside exceeds the largest Ritz value after about five passes of 16 columns.
 _FACTOR_OUTSIDE = 1.2
 
 

@@ -125,11 +125,20 @@ def too_coarse(theta: Any, ranks: Any, goal: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def bound_to_reach(theta: Any, g: Any, ranks: Any, bounds: Any, goal: Any) -> Any:
-    """The first of the bounds on λ_max outside that settles all ranks; the last but one if none does."""
-    for bound in bounds:
-        if promised(theta, g, ranks, bound, goal, 1.0) <= 1.0:
-            return bound
-    return bounds[len(bounds) - 2]
+    """The first of the bounds on λ_max outside that settles all ranks; the last but one if none does.
+
+    They fall, but for the last, which is tried only where the last but one does not suffice; a smaller one settles what
+    a larger one does.
+    """
+    last = len(bounds) - 1
+    reached = last
+    for i in range(last - 1, -1, -1):
+        if promised(theta, g, ranks, bounds[i], goal, 1.0) > 1.0:
+            break
+        reached = i
+    if reached == last and promised(theta, g, ranks, bounds[last], goal, 1.0) > 1.0:
+        reached = last - 1
+    return bounds[reached]
 
 
 @njit(cache=True, nogil=True)
