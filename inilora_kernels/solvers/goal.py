@@ -57,11 +57,15 @@ class Goal:
         missed: a bound on λ_max outside of the space.
         enough: a multiple below which it does not matter how much better it could be.
         """
-        return float(_judgement().promised(pairs.theta, pairs.g, self.each_rank, missed, self.numbers, enough))
+        judgement = _judgement()
+        return float(
+            judgement.promised(pairs.theta, pairs.g, self.each_rank, missed, self.numbers, enough, judgement.ANY_BEYOND)
+        )
 
-    def settled(self, pairs: RitzPairs, missed: float) -> bool:
-        """Whether every rank is proven, if the last pass finds no more noise than is expected."""
-        return self.promised(pairs, missed, enough=1.0) <= 1.0
+    def settled(self, pairs: RitzPairs, missed: float) -> tuple[bool, bool]:
+        """Whether every rank is proven, if the last pass finds no more noise than is expected; and by few vectors."""
+        found: tuple[bool, bool] = _judgement().settled(pairs.theta, pairs.g, self.each_rank, missed, self.numbers)
+        return found
 
     def expected_outside(self, pairs: RitzPairs, factor: float) -> float:
         """Roughly how a second space will bound λ_max outside of this one, judging by how far the Ritz values reach.
@@ -75,7 +79,7 @@ class Goal:
         return not self.exact and bool(_judgement().too_coarse(pairs.theta, self.each_rank, self.numbers))
 
     def stops_outside(
-        self, pairs: RitzPairs, factors: Array, expected: float, aims: tuple[float, int, int, float], bounds: Array
+        self, pairs: RitzPairs, factors: Array, expected: float, aims: tuple[float, int, int, float, int], bounds: Array
     ) -> Array:
         """The λ_max at which a second space may end, (passes, 2), as judgement.py has it."""
         found: Array = _judgement().stops_outside(

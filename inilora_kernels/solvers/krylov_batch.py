@@ -99,7 +99,7 @@ class _Searched:
         self.outside = 16 * passes
         self.missed = min(self.missed, bound + 2 * self.goal.rounding(self.pairs))
         highest = float(self.pairs.theta[self.goal.rank - 1])
-        if self.missed < highest and self.goal.settled(self.pairs, self.missed):
+        if self.missed < highest and self.goal.settled(self.pairs, self.missed)[0]:
             return True
         self.lost = passes > _FIRST_LOOK_OUTSIDE and largest >= MISSED * highest
         return self.lost

@@ -44,11 +44,13 @@ MISSED = 0.985
 _BOUNDS = np.array([0.98, 0.96, 0.93, 0.9])
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
+# Passes of the second space, once all is proven, in which a proof by few vectors may come.
+_MORE_FOR_FEW = 3
 # As many as are worth having for a first space that need not grow on.
 _EXPECTED_PASSES = 14
 _MOST_CERTIFYING = 64
 # As kernels/cpu/search.py takes them.
-_AIMS = PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED
+_AIMS = PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED, _MORE_FOR_FEW
 
 # The sha256 of W's bytes.
 Digest = Callable[[], bytes]
@@ -176,12 +178,12 @@ class _Search:
     def run(self) -> Searched | None:
         """What was found; None if the dtype turns out to be too coarse."""
         pairs = self._converge()
-        while pairs is not None and not self._goal.settled(pairs, self._missed):
+        while pairs is not None and not self._goal.settled(pairs, self._missed)[0]:
             other = self._look_outside(pairs)
             if other is not None:
                 self._space.take(other)
                 self._missed = math.inf
-            elif self._goal.settled(pairs, self._missed) or not self._growing():
+            elif self._goal.settled(pairs, self._missed)[0] or not self._growing():
                 break
             pairs = self._converge()
         if pairs is None:
@@ -233,14 +235,17 @@ class _Search:
         if other.passes == 0:
             return None
         highest = float(pairs.theta[self._goal.rank - 1])
+        last = _MOST_CERTIFYING
         while True:
             bound, largest = other.bound_outside()
             self._missed = min(self._missed, bound + 2 * self._goal.rounding(pairs))
-            settled = self._goal.settled(pairs, self._missed)
-            if settled or largest >= MISSED * highest or other.passes == _MOST_CERTIFYING or not other.room:
+            proven, by_few = self._goal.settled(pairs, self._missed)
+            if proven:
+                last = min(last, other.passes + _MORE_FOR_FEW)
+            if by_few or other.passes >= last or not other.room or not (proven or largest < MISSED * highest):
                 break
             other.grow(math.inf, passes=1)
-        if largest >= MISSED * highest and not settled:
+        if largest >= MISSED * highest and not proven:
             return other if self._growing() else None
         self._spent += other.size
         return None

@@ -20,10 +20,10 @@ def goal(tolerance: float = 1e-8, unit: float = 2.0**-52) -> Goal:
 
 
 def test_small_residuals_settle_it_and_large_ones_do_not() -> None:
-    assert goal().settled(pairs([9.0, 5.0, 1.0, 0.9], 1e-6), missed=1.5)
-    assert not goal().settled(pairs([9.0, 5.0, 1.0, 0.9], 1e-3), missed=1.5)
+    assert goal().settled(pairs([9.0, 5.0, 1.0, 0.9], 1e-6), missed=1.5) == (True, True)
+    assert goal().settled(pairs([9.0, 5.0, 1.0, 0.9], 1e-3), missed=1.5) == (False, False)
     # Nothing is proven while as much as θ_2 may lie outside.
-    assert not goal().settled(pairs([9.0, 5.0, 1.0, 0.9], 1e-6), missed=5.5)
+    assert goal().settled(pairs([9.0, 5.0, 1.0, 0.9], 1e-6), missed=5.5) == (False, False)
 
 
 def test_the_rank_furthest_from_its_tolerance_decides() -> None:

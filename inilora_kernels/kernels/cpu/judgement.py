@@ -16,8 +16,10 @@ from .eigen import leading_pairs
 from .jit import ZERO, njit
 from .outside import least_outside, least_shortfall
 
-# How many Ritz vectors beyond r may go into X.
+# How many Ritz vectors beyond r may go into X; and at most so many as a rule, since each takes longer in the last pass
+# than another one of a second space, which lowers the bound.
 _BEYOND = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+FEW_BEYOND, ANY_BEYOND = ZERO + 4, ZERO + 48
 # Before the second space has bounded λ_max outside of the first: this share of the Ritz values beyond θ_r is above it
 # (0.15 to 0.3 where it pays to look); and the bound is at most this share of θ_r.
 _REACHED, _EXPECTED_OUTSIDE = 0.17, 0.93
@@ -27,8 +29,9 @@ _COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
 _FLOAT32_UNIT = 2.0**-23
 # Roundings are independent: what they leave in a residual was a 6th to a 50th of the most that `rounding` allows for.
 _EXPECTED_NOISE = 0.25
-# A proof of this share of what is allowed survives that the last products are float64's.
-_AMPLE = 0.5
+# A proof of this share of what is allowed survives that the last products are float64's, and one of the other as a
+# rule.
+_AMPLE, _NEARLY = 0.5, 0.9
 
 
 @njit(cache=True, nogil=True)
@@ -55,13 +58,13 @@ def allowed(theta: Any, rank: int, goal: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def promise(theta: Any, g: Any, rank: int, missed: float, goal: Any, enough: float) -> Any:
-    """The least shortfall over the numbers s of Ritz vectors to keep, or the first found to be `enough`; and its s."""
+def promise(theta: Any, g: Any, rank: int, missed: float, goal: Any, enough: float, most: int) -> Any:
+    """The least shortfall over the numbers s ≤ rank + most of Ritz vectors to keep, or the first `enough`; its s."""
     highest = theta[rank - 1]
     candidates = np.empty(len(_BEYOND), dtype=np.int64)
     count = 0
     for beyond in _BEYOND:
-        if rank + beyond < len(theta) and theta[rank + beyond] < highest:
+        if beyond <= most and rank + beyond < len(theta) and theta[rank + beyond] < highest:
             candidates[count] = rank + beyond
             count += 1
     if highest <= missed or count == 0:
@@ -74,17 +77,26 @@ def promise(theta: Any, g: Any, rank: int, missed: float, goal: Any, enough: flo
 
 
 @njit(cache=True, nogil=True)
-def promised(theta: Any, g: Any, ranks: Any, missed: float, goal: Any, enough: float) -> Any:
+def promised(theta: Any, g: Any, ranks: Any, missed: float, goal: Any, enough: float, beyond: int) -> Any:
     """The promise of the rank that is furthest from its allowance, as a multiple of the allowance.
 
-    enough: a multiple below which it does not matter how much better it could be.
+    enough: a multiple below which it does not matter how much better it could be. beyond: how many Ritz vectors beyond
+    the rank may be kept for it.
     """
     worst = 0.0
     for rank in ranks:
         most = allowed(theta, rank, goal)
         if missing(theta, rank, goal) > most:
-            worst = max(worst, promise(theta, g, rank, missed, goal, enough * most)[0] / most)
+            worst = max(worst, promise(theta, g, rank, missed, goal, enough * most, beyond)[0] / most)
     return worst
+
+
+@njit(cache=True, nogil=True)
+def settled(theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
+    """Whether every rank is proven, if the last pass finds no more noise than is expected; and by few vectors."""
+    if promised(theta, g, ranks, missed, goal, _NEARLY, FEW_BEYOND) <= _NEARLY:
+        return True, True
+    return promised(theta, g, ranks, missed, goal, 1.0, ANY_BEYOND) <= 1.0, False
 
 
 @njit(cache=True, nogil=True)
@@ -92,7 +104,11 @@ def kept(theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
     """How many Ritz vectors the proof of all ranks uses."""
     most = 0
     for rank in ranks:
-        most = max(most, promise(theta, g, rank, missed, goal, _AMPLE * allowed(theta, rank, goal))[1])
+        may_miss = allowed(theta, rank, goal)
+        found, number = promise(theta, g, rank, missed, goal, _AMPLE * may_miss, FEW_BEYOND)
+        if found > _NEARLY * may_miss:
+            found, number = promise(theta, g, rank, missed, goal, _AMPLE * may_miss, ANY_BEYOND)
+        most = max(most, number)
     return min(most, len(theta))
 
 
@@ -133,10 +149,10 @@ def bound_to_reach(theta: Any, g: Any, ranks: Any, bounds: Any, goal: Any) -> An
     last = len(bounds) - 1
     reached = last
     for i in range(last - 1, -1, -1):
-        if promised(theta, g, ranks, bounds[i], goal, 1.0) > 1.0:
+        if promised(theta, g, ranks, bounds[i], goal, _NEARLY, FEW_BEYOND) > _NEARLY:
             break
         reached = i
-    if reached == last and promised(theta, g, ranks, bounds[last], goal, 1.0) > 1.0:
+    if reached == last and promised(theta, g, ranks, bounds[last], goal, 1.0, ANY_BEYOND) > 1.0:
         reached = last - 1
     return bounds[reached]
 

@@ -14,7 +14,7 @@ import numpy as np
 from .eigen import decomposed
 from .expansion import expand
 from .jit import ZERO, njit
-from .judgement import expected_outside, next_size, promised, rounding, stops_outside, too_coarse
+from .judgement import ANY_BEYOND, expected_outside, next_size, promised, rounding, settled, stops_outside, too_coarse
 from .missed import bound_outside
 from .orthonormal import projection_space
 from .team import job
@@ -33,8 +33,9 @@ def search(
     W, layout, works: as `expand` takes them, the work space for b and for b' columns. goal: as judgement.py has it.
     sizes: vectors to the first look, and the most. limits: `expand`'s. factors: `expected_factor` after 1, 2, … passes
     of the second space; least: `least_part` of its start. aims: the promise to reach, the passes that a second space is
-    expected to take, the least of them before it is judged, and the share of θ_r that says that it has found what the
-    first one missed. bounds: shares of θ_r at which λ_max outside may suffice.
+    expected to take, the least of them before it is judged, the share of θ_r that says that it has found what the
+    first one missed, and passes for a proof by few vectors, once there is one. bounds: shares of θ_r at which λ_max
+    outside may suffice.
 
     Returns how it ended; the basis Q (m, n); θ, g, QMQᵀ and its reduced form, as `RitzPairs` has them; the bound on
     λ_max outside; the passes of the first space, and the vectors of the others.
@@ -45,7 +46,7 @@ def search(
     space, other_space = projection_space(b, most + b, n), projection_space(len(fresh), most + b, n)
     block, begun, leaving = start.copy(), np.empty((b, b)), np.empty((b, b))
     nothing, no_stops = rows[:0], np.empty((0, 2))
-    size = passes = spent = others = ahead = ZERO
+    size = passes = spent = others = ahead = first_proven = ZERO
     missed, target, before, then = np.inf, sizes[0], 0, np.inf
     theta, g, reduced, converged = decomposed(np.eye(1), np.zeros((b, 1)))
     # What the next passes grow: the space itself, or that outside of it.
@@ -73,12 +74,12 @@ def search(
                 ended = COARSE if converged else LEFT
                 break
             outside = missed if missed < np.inf else expected_outside(theta, rank, factors[aims[1] - 1])
-            now = promised(theta, g, ranks, outside, goal, aims[0])
+            now = promised(theta, g, ranks, outside, goal, aims[0], ANY_BEYOND)
             if now > aims[0] and size + 2 * b <= n and size < most:
                 target = next_size(size, now, before, then, aims[0])
                 before, then = size, now
                 continue
-            if promised(theta, g, ranks, missed, goal, 1.0) <= 1.0:
+            if settled(theta, g, ranks, missed, goal)[0]:
                 ended = ENDED
                 break
             wanted = min(len(factors), (n - size) // c - 1)
@@ -89,6 +90,7 @@ def search(
             stops = stops_outside(theta, g, ranks, goal, factors[:wanted], expected, aims, bounds)
             other_rows, other_T = np.empty((wanted * c, n), dtype=np.float32), np.empty((wanted * c, wanted * c))
             other_block, others, ahead, inside = fresh.copy(), ZERO, wanted, False
+            first_proven = wanted
         else:
             while_growing = stops if others == 0 else no_stops
             taken, whole, _ = expand(
@@ -103,15 +105,17 @@ def search(
                 other_T[: others * c, : others * c].copy(), other_leaving, other_begun, others, least
             )
             missed = min(missed, bound + 2 * rounding(theta, goal))
-            settled = promised(theta, g, ranks, missed, goal, 1.0) <= 1.0
-            if not settled and largest < aims[3] * theta[rank - 1] and others < len(stops):
+            proven, by_few = settled(theta, g, ranks, missed, goal)
+            first_proven = min(first_proven, others) if proven else len(stops)
+            waits = not by_few and others < min(len(stops), first_proven + aims[4])
+            if waits and (proven or largest < aims[3] * theta[rank - 1]):
                 ahead = ZERO + 1
                 continue
             spent += others * c
-            if not settled and largest >= aims[3] * theta[rank - 1]:
+            if not proven and largest >= aims[3] * theta[rank - 1]:
                 ended = LEFT
                 break
-            if settled or size + 2 * b > n or size >= most:
+            if proven or size + 2 * b > n or size >= most:
                 ended = ENDED
                 break
             target, before, then, inside = max(size + 1.0, sizes[0]), 0, np.inf, True

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from inilora_kernels.kernels.cpu.judgement import (
+    FEW_BEYOND,
     bound_to_reach,
     kept,
     missing,
@@ -33,10 +34,10 @@ def test_missing_is_the_energy_not_captured() -> None:
 def test_the_bound_to_reach_is_the_first_that_settles_all() -> None:
     bounds = np.array([4.999999, 4.0, 3.0, 2.0])
     assert bound_to_reach(THETA, residuals(1e-6), RANKS, bounds, GOAL) == 4.999999 or (
-        promised(THETA, residuals(1e-6), RANKS, 4.999999, GOAL, 1.0) > 1.0
+        promised(THETA, residuals(1e-6), RANKS, 4.999999, GOAL, 0.9, FEW_BEYOND) > 0.9
     )
     found = bound_to_reach(THETA, residuals(1e-4), RANKS, bounds, GOAL)
-    assert promised(THETA, residuals(1e-4), RANKS, found, GOAL, 1.0) <= 1.0
+    assert promised(THETA, residuals(1e-4), RANKS, found, GOAL, 0.9, FEW_BEYOND) <= 0.9
     # Where none does, the last but one.
     assert bound_to_reach(THETA, residuals(0.5), RANKS, bounds, GOAL) == 3.0
 
