@@ -19,9 +19,9 @@ from .threads import one_torch_thread, share
 _STRIP_ELEMENTS = 1 << 21
 # What is held beside others at a time: 256 KiB in float64.
 FEW_ELEMENTS = 1 << 15
-# Up to so many rows of X the fused kernels are faster in float64 than torch, which takes so many elements of W at a
-# time.
-_FUSED_ROWS, _WIDE_ELEMENTS = 16, 1 << 19
+# Up to so many rows of X the fused kernels are faster in float64 than torch, which takes a part of W of so many bytes,
+# once converted, at a time: four times as many are no faster, and every thread has its own.
+_FUSED_ROWS, _PART_BYTES = 16, 1 << 20
 
 
 def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
@@ -102,20 +102,20 @@ def products(W: Tensor, X: Tensor, threads: int, image: torch.dtype = torch.floa
         for rows in runs:
             torch.mm(X, W[rows].to(torch.float64, copy=True).T, out=Y[:, rows])
 
-    share(multiply_rows, _runs(d, k), threads)
+    share(multiply_rows, _runs(d, k, X.dtype), threads)
     given = Y.to(image)
 
     def multiply_columns(runs: Iterator[slice]) -> None:
         for columns in runs:
             torch.mm(given, W[:, columns].to(image, copy=True), out=Z[:, columns])
 
-    share(multiply_columns, _runs(k, d), threads)
+    share(multiply_columns, _runs(k, d, image), threads)
     return Y, Z
 
 
-def _runs(count: int, length: int) -> list[slice]:
+def _runs(count: int, length: int, dtype: torch.dtype) -> list[slice]:
     """`count` vectors of this length in runs that a thread multiplies at a time."""
-    step = max(8, min(256, _WIDE_ELEMENTS // length // 8 * 8))
+    step = max(8, min(256, _PART_BYTES // dtype.itemsize // length // 8 * 8))
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 

@@ -49,7 +49,7 @@ def test_products_of_any_number_of_rows(
     dtype: torch.dtype, rows: int, image: torch.dtype, upright: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One in float64, the other at least in `image`; the same bits on two threads, from a W that begins anywhere."""
-    monkeypatch.setattr(streaming, "_WIDE_ELEMENTS", 64 * 97)
+    monkeypatch.setattr(streaming, "_PART_BYTES", 8 * 64 * 97)
     W = matrix(dtype)
     W = W if upright else W.T.contiguous().T
     X = torch.linalg.qr(torch.randn(97, rows, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q.T
