@@ -51,7 +51,8 @@ takes come from products with M in the space's own arithmetic. Those are exact f
 product is off by about u·σ_1·||W||_F at most: partial sums of a row of W with a unit vector are about as large as the
 row, and their roundings are independent. A projection takes m rows of Q from a vector of length λ_1 at most, in m sums
 that are each rounded: √m·u·λ_1, which is the larger part where W is little more than one direction. `rounding` is
-their sum with 2u for u. It is added to c and c', which enter through the gap alone.
+their sum with 2u for u. It is added to c', and twice to c, since a projection for C is one from both bases; they
+enter through the gap alone.
 """
 
 from __future__ import annotations
