@@ -22,6 +22,7 @@ from .simd import (
     ROWS,
     SMALL_GROUP,
     VECTORS,
+    _STORED,
     _add_outer_products,
     _fetch,
     _fma,
@@ -96,33 +97,47 @@ def inner_runs(
                 builder.store(zero, sums[i][p])
         W_rows = [builder.add(W_0, builder.mul(W_row, _INT64(i))) for i in range(WIDE_ROWS)]
         X_rows = [builder.add(X_0, builder.mul(X_row, _INT64(p))) for p in range(SMALL_GROUP)]
-        with cgutils.for_range(builder, n) as loop:
-            along = builder.mul(loop.index, _INT64(lanes))
 
-            def of_W(i: int) -> Any:
-                here = builder.add(W_rows[i], along)
-                _fetch(builder, W_at, builder.add(here, beyond), lanes, W.dtype)
-                return _load(builder, W_at, here, lanes, W.dtype, wide)
+        def of_W(i: int, along: Any) -> Any:
+            return _load(builder, W_at, builder.add(W_rows[i], along), lanes, W.dtype, wide)
 
-            def of_X(p: int) -> Any:
-                return _load(builder, X_at, builder.add(X_rows[p], along), lanes, X.dtype)
+        def of_X(p: int, along: Any) -> Any:
+            return _load(builder, X_at, builder.add(X_rows[p], along), lanes, X.dtype)
 
-            def add(i: int, p: int, row: Any, other: Any) -> None:
-                builder.store(_fma(builder, row, other, builder.load(sums[i][p])), sums[i][p])
+        def add(i: int, p: int, row: Any, other: Any) -> None:
+            builder.store(_fma(builder, row, other, builder.load(sums[i][p])), sums[i][p])
 
+        def add_run(along: Any) -> None:
             # The fewer stay in registers; with one of the others and the sums they fill the register file.
             if WIDE_ROWS < SMALL_GROUP:
-                rows = [of_W(i) for i in range(WIDE_ROWS)]
+                rows = [of_W(i, along) for i in range(WIDE_ROWS)]
                 for p in range(SMALL_GROUP):
-                    other = of_X(p)
+                    other = of_X(p, along)
                     for i in range(WIDE_ROWS):
                         add(i, p, rows[i], other)
             else:
-                others = [of_X(p) for p in range(SMALL_GROUP)]
+                others = [of_X(p, along) for p in range(SMALL_GROUP)]
                 for i in range(WIDE_ROWS):
-                    row = of_W(i)
+                    row = of_W(i, along)
                     for p in range(SMALL_GROUP):
                         add(i, p, row, others[p])
+
+        # As many runs as make a line of W, which is asked for once, as each further time costs as much as a load; and the
+        # line that the last begins to share where rows begin within one.
+        a_line = max(1, CACHE_LINE // (lanes * _STORED[W.dtype][0]))
+        whole = builder.udiv(n, _INT64(a_line))
+        end = builder.sub(builder.mul(n, _INT64(lanes)), _INT64(1))
+        for row in W_rows:
+            _fetch(builder, W_at, builder.add(builder.add(row, end), beyond), 1, W.dtype)
+        with cgutils.for_range(builder, whole) as loop:
+            first = builder.mul(loop.index, _INT64(a_line * lanes))
+            for row in W_rows:
+                _fetch(builder, W_at, builder.add(builder.add(row, first), beyond), lanes, W.dtype)
+            for run in range(a_line):
+                add_run(builder.add(first, _INT64(run * lanes)))
+        done = builder.mul(whole, _INT64(a_line))
+        with cgutils.for_range(builder, builder.sub(n, done)) as loop:
+            add_run(builder.mul(builder.add(done, loop.index), _INT64(lanes)))
         for i in range(WIDE_ROWS):
             total = _sum_lanes(builder, [builder.load(sums[i][p]) for p in range(SMALL_GROUP)])
             at = builder.add(out_0, builder.mul(out_row, _INT64(i)))
