@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -150,10 +151,14 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: i
             torch.set_num_threads(share)
             return work(item)
 
-        calls = deque(_kept(count).submit(call, item) for item in items)
+        waiting = iter(items)
+        # As many ahead as keep the threads busy: results that nobody has taken yet hold memory.
+        calls = deque(_kept(count).submit(call, item) for item in islice(waiting, 2 * count))
         try:
             while calls:
-                yield calls.popleft().result()
+                result = calls.popleft().result()
+                calls.extend(_kept(count).submit(call, item) for item in islice(waiting, 1))
+                yield result
         finally:
             for one in calls:
                 one.cancel()

@@ -26,8 +26,9 @@ from ..kernels.dense import combine
 from ..kernels.streaming import energy, products
 from ..kernels.threads import one_torch_thread
 from .goal import Goal
-from .krylov_search import Digest, expected_vectors, search
-from .triplets import LEADING, LastPass, Principal, concluded
+from .krylov_search import Digest, Searched, expected_vectors, search
+from .ritz import RitzPairs
+from .triplets import LEADING, LastPass, Principal, concluded, proven
 
 # Each rank's proven excess must be below this, or below what float32 factors can show.
 TOLERANCE = 1e-8
@@ -36,6 +37,8 @@ TOLERANCE = 1e-8
 TINY_SIZE, GRAM_SIZE, _GRAM_BELOW, _DENSE_BELOW = 300, 512, 1.2, 1.1
 # Up to this size a full decomposition is the answer if the certificate is not reached.
 DENSE_SIZE = 2048
+# Up to so many Ritz vectors of a small W, the calls of a last pass take longer than its sums.
+_CONCLUDED_AT_ONCE = 64
 # Squares of squares stay in float32's range.
 FLOAT32_RANGE = (1e-16, 1e16)
 
@@ -126,6 +129,10 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
         return None
     pairs, missed, passes, vectors = searched.pairs, searched.missed, searched.passes, searched.vectors
     kept = goal.kept(pairs, missed)
+    if searched.small is not None and kept <= _CONCLUDED_AT_ONCE:
+        at_once = _concluded_in_one_call(searched.small, goal, searched, kept)
+        if at_once is not None:
+            return at_once if _stands(at_once, goal, pairs, missed) else None
     # At high ranks the basis and its projection take two thirds of W's bytes, which the last pass needs.
     coefficients, basis, pairs = pairs.vectors(kept, threads), searched.basis, pairs.without_vectors()
     del searched
@@ -142,10 +149,37 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
         vectors=vectors + kept,
         threads=threads,
     )
-    # What the last pass finds beyond what was promised is rounding.
-    if all(found.certified.values()) or goal.exact or not goal.settled(pairs, missed)[0]:
-        return found
-    return None
+    return found if _stands(found, goal, pairs, missed) else None
+
+
+def _stands(found: Principal, goal: Goal, pairs: RitzPairs, missed: float) -> bool:
+    """Whether float64 would find no more: what the last pass finds beyond what was promised is rounding."""
+    return all(found.certified.values()) or goal.exact or not goal.settled(pairs, missed)[0]
+
+
+def _concluded_in_one_call(W: Tensor, goal: Goal, searched: Searched, kept: int) -> Principal | None:
+    """The end of `_searched` by one compiled call, if nothing rare comes up. W: float32."""
+    from ..kernels.cpu.conclusion import conclude
+    from ..kernels.cpu.gram import FusedGramReader
+
+    pairs, missed = searched.pairs, searched.missed
+    reader = FusedGramReader(W, kept, threads=1, dtype=torch.float64)
+    found, U, values, V, *proof = conclude(
+        *reader.compiled,
+        searched.basis.numpy(),
+        pairs.theta,
+        pairs.g,
+        pairs.reduced,
+        goal.each_rank,
+        missed,
+        goal.numbers,
+        kept,
+    )
+    if not found:
+        return None
+    triplets = torch.from_numpy(U), values, torch.from_numpy(V)
+    passes, vectors = searched.passes + 1, searched.vectors + kept
+    return proven(goal, pairs, triplets, (proof[0], proof[1]), passes=passes, vectors=vectors)
 
 
 def dense(W: Tensor, ranks: Sequence[int]) -> Principal:

@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,6 @@ from .certificate import expected_factor, least_part
 from .goal import Goal, next_size
 from .krylov_space import LIMITS, KrylovSpace
 from .ritz import RitzPairs
-
-if TYPE_CHECKING:
-    from ..kernels.cpu.gram import FusedGramReaders
 
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
 # faster and converge more slowly, which pays where the space is large anyway.
@@ -60,7 +56,8 @@ Digest = Callable[[], bytes]
 class Searched:
     """What a search found: Ritz pairs, the basis Q of their space (m×n, rows), and the bound on λ_max outside of it.
 
-    passes: over W. vectors: that W was multiplied with, on both sides.
+    passes: over W. vectors: that W was multiplied with, on both sides. small: W in float32, where it is so small that
+        the search was one compiled call.
     """
 
     pairs: RitzPairs
@@ -68,6 +65,7 @@ class Searched:
     missed: float
     passes: int
     vectors: int
+    small: Tensor | None = None
 
 
 def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int) -> Searched | None:
@@ -81,8 +79,7 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
 
         if isinstance(multiply, FusedGramReaders) and multiply.of(_block(goal.rank)).most_threads == 1:
             # A copy of what is so small takes less time than compiling the search for another dtype.
-            readers = multiply if W.dtype == torch.float32 else FusedGramReaders(W.float(), threads=1)
-            left, found = _in_one_call(W.shape[1], goal, readers, key)
+            left, found = _in_one_call(W.float(), goal, key)
             if not left:
                 return found
     return _Search(W, goal, multiply, dtype, key).run()
@@ -133,11 +130,12 @@ def trusted_stream(key: Digest) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key()[:8], "big") >> 1 | 1)
 
 
-def _in_one_call(size: int, goal: Goal, readers: FusedGramReaders, key: Digest) -> tuple[bool, Searched | None]:
-    """The search by one compiled call; and whether it left it to the search step by step."""
+def _in_one_call(W: Tensor, goal: Goal, key: Digest) -> tuple[bool, Searched | None]:
+    """The search by one compiled call; and whether it left it to the search step by step. W: float32."""
     from ..kernels.cpu import search as compiled
+    from ..kernels.cpu.gram import FusedGramReaders
 
-    block = _block(goal.rank)
+    block, size, readers = _block(goal.rank), W.shape[1], FusedGramReaders(W, threads=1)
     fresh = _gaussian(_NARROW, size, trusted_stream(key)).numpy()
     stored, layout, work = readers.of(block).compiled
     ended, basis, parts, missed, passes, spent = compiled.search(
@@ -158,7 +156,7 @@ def _in_one_call(size: int, goal: Goal, readers: FusedGramReaders, key: Digest) 
     if ended != compiled.ENDED:
         return ended == compiled.LEFT, None
     passes += spent // _NARROW
-    return False, Searched(RitzPairs(*parts), torch.from_numpy(basis), missed, passes, len(basis) + spent)
+    return False, Searched(RitzPairs(*parts), torch.from_numpy(basis), missed, passes, len(basis) + spent, W)
 
 
 class _Search:

@@ -110,22 +110,36 @@ Solve = Callable[[Sequence[Task], Options, Finished, ProgressBar], None]
 Factorize = Callable[[Tensor, Task, Options, Backend], dict[int, Factors]]
 # (the leading triplets, their task, the options) ↦ A, B of each of the task's ranks
 Choose = Callable[[Principal, Task, Options], dict[int, Pair]]
+# As Factorize; the call that it returns gives the factors, and may still have some of the work to do.
+Begin = Callable[[Tensor, Task, Options, Backend], Callable[[], dict[int, Factors]]]
 Result = TypeVar("Result")
+# Up to so many entries times rank, what follows the triplets takes longer in calls than in sums.
+_BRIEF = 1e7
 
 
 def directly(factorize: Factorize) -> Solve:
     """A run of a method that reads each matrix once into memory; on a CPU several side by side."""
 
+    def begin(W: Tensor, task: Task, options: Options, backend: Backend) -> Callable[[], dict[int, Factors]]:
+        found = factorize(W, task, options, backend)
+        return lambda: found
+
+    return _one_by_one(begin)
+
+
+def _one_by_one(begin: Begin) -> Solve:
+    """A run that begins matrices side by side, and has this thread make the calls that end them."""
+
     def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
         bar.phase("solving", len(tasks), len(tasks))
         backend = load_backend(options.backend, options.device)
 
-        def solved(index: int) -> tuple[int, dict[int, Factors]]:
-            return index, factorize(tasks[index].target.read().to(backend.device), tasks[index], options, backend)
+        def begun(index: int) -> tuple[int, Callable[[], dict[int, Factors]]]:
+            return index, begin(tasks[index].target.read().to(backend.device), tasks[index], options, backend)
 
-        with closing(_several(solved, range(len(tasks)), tasks, backend)) as results:
-            for index, by_rank in results:
-                _report(tasks[index], by_rank, finished, bar)
+        with closing(_several(begun, range(len(tasks)), tasks, backend)) as results:
+            for index, end in results:
+                _report(tasks[index], end(), finished, bar)
 
     return solve
 
@@ -143,13 +157,21 @@ def _several(
 def by_krylov(choose: Choose, tolerance: float) -> Solve:
     """A run of a method that takes W's leading triplets from a Krylov space: in batches where the backend has them."""
 
-    def factorize(W: Tensor, task: Task, options: Options, backend: Backend) -> dict[int, Factors]:
+    def begin(W: Tensor, task: Task, options: Options, backend: Backend) -> Callable[[], dict[int, Factors]]:
         found = principal(
             W, task.ranks, dtype=backend.direct_dtype, tolerance=tolerance, digest=task.digest, total=task.energy
         )
-        return against_triplets(W, task, choose(found, task, options), found)
 
-    one_by_one = directly(factorize)
+        def end() -> dict[int, Factors]:
+            return against_triplets(W, task, choose(found, task, options), found)
+
+        # The other threads would wait for the interpreter's lock, which few sums and many calls hold most of the time.
+        if W.numel() * max(task.ranks) <= _BRIEF:
+            return end
+        ended = end()
+        return lambda: ended
+
+    one_by_one = _one_by_one(begin)
 
     def solve(tasks: Sequence[Task], options: Options, finished: Finished, bar: ProgressBar) -> None:
         bar.phase("solving", len(tasks), len(tasks))

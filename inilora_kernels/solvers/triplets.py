@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.dense import inner, residual_gram, turn
@@ -79,6 +80,20 @@ def concluded(
     V, U = turn(last.X, turned, threads), turn(last.Y, turned, threads)
     lengths = torch.linalg.vector_norm(U, dim=1, keepdim=True)
     U /= torch.where(lengths > 0, lengths, 1.0)
+    return proven(goal, pairs, (U, values, V), (shortfalls, certified), passes=passes, vectors=vectors)
+
+
+def proven(
+    goal: Goal,
+    pairs: RitzPairs,
+    triplets: tuple[Tensor, Array, Tensor],
+    proof: tuple[Array, NDArray[np.bool_]],
+    *,
+    passes: int,
+    vectors: int,
+) -> Principal:
+    """The triplets, as U (r×d), σ² (r or more) and V (r×k), and their proof, as verdict of judgement.py gives it."""
+    (U, values, V), (shortfalls, certified) = triplets, proof
     S = np.sqrt(values[: goal.rank])
     return Principal(
         U=U.T,

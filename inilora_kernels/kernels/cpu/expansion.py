@@ -50,7 +50,7 @@ def expand(
         first, last = size, size + b
         rows[first:last] = block
         size = last
-        _multiply(W, layout, work, block, X, job)
+        multiply(W, layout, work, block, X, job)
         along = np.zeros((last, b))
         leaving[:] = 0.0
         for c in range(b):
@@ -89,7 +89,7 @@ def assist(W: Any, layout: Any, work: Any, rows: Any, held: Any, space: Any, job
 
 
 @njit(cache=True, nogil=True)
-def _multiply(W: Any, layout: Any, work: Any, block: Any, X: Any, job: Any) -> None:
+def multiply(W: Any, layout: Any, work: Any, block: Any, X: Any, job: Any) -> None:
     """X (b rounded up, n) = block · WᵀW, by all threads of the job, to the same bits for any number of them."""
     given, _, twice = work
     b, by_rows = len(block), layout[0] == 1

@@ -16,13 +16,13 @@ from .simd import (
     _DOUBLE,
     _FLOAT,
     _INT64,
+    _STORED,
     CACHE_LINE,
     GROUP,
     LANES,
     ROWS,
     SMALL_GROUP,
     VECTORS,
-    _STORED,
     _add_outer_products,
     _fetch,
     _fma,
@@ -122,8 +122,8 @@ def inner_runs(
                     for p in range(SMALL_GROUP):
                         add(i, p, row, others[p])
 
-        # As many runs as make a line of W, which is asked for once, as each further time costs as much as a load; and the
-        # line that the last begins to share where rows begin within one.
+        # As many runs as make a line of W, which is asked for once, as each further time costs as much as a load. The
+        # last run may begin another line, where rows begin within one.
         a_line = max(1, CACHE_LINE // (lanes * _STORED[W.dtype][0]))
         whole = builder.udiv(n, _INT64(a_line))
         end = builder.sub(builder.mul(n, _INT64(lanes)), _INT64(1))

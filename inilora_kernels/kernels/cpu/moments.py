@@ -38,16 +38,18 @@ def moments(W: Tensor) -> Moments:
         W = W.float()
     flat, stride, (m, n) = stored(W)
     kind = _BITS[flat.itemsize]
-    sign = kind(1) << kind(8 * flat.itemsize - 1)
-    largest, total, squares = _moments(flat, flat.view(kind), sign, stride, m, n)
+    largest, total, squares = _moments(flat, flat.view(kind), stride, m, n)
     entry = torch.from_numpy(np.array([largest], dtype=kind)).view(W.dtype)
     return Moments(float(entry), float(total), float(squares))
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
-def _moments(W: Any, bits: Any, sign: Any, stride: int, m: int, n: int) -> Any:
+def _moments(W: Any, bits: Any, stride: int, m: int, n: int) -> Any:
     """The largest bits without the sign, Σ W and Σ W² of the stored m×n matrix. Reads W once."""
-    largest, total, squares = bits.dtype.type(0), 0.0, 0.0
+    kind = bits.dtype.type
+    # A numpy scalar as an argument would take numba longer than a small matrix.
+    all_but_sign = kind((1 << (8 * bits.itemsize - 1)) - 1)
+    largest, total, squares = kind(0), 0.0, 0.0
     for i in range(m):
         row, its_bits = W[i * stride : i * stride + n], bits[i * stride : i * stride + n]
         part, square = 0.0, 0.0
@@ -58,5 +60,5 @@ def _moments(W: Any, bits: Any, sign: Any, stride: int, m: int, n: int) -> Any:
         total += part
         squares += square
         for j in range(n):
-            largest = max(largest, bits.dtype.type(its_bits[j] & ~sign))
+            largest = max(largest, kind(its_bits[j] & all_but_sign))
     return largest, total, squares

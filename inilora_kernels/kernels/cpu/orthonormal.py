@@ -77,7 +77,7 @@ def make_orthonormal(
     b, n = len(coupling), X.shape[1]
     parts = work[1]
     wide, gram, triangle = np.empty((b, n)), np.empty((b, b)), np.zeros((b, b))
-    _gram(X, gram)
+    gram_of(X, gram)
     lengths = np.sqrt(np.diag(gram))
     for attempt in range(1 + _MOST_PROJECTIONS):
         first = max(0, len(Q) - 2 * b) if attempt == 0 else 0
@@ -89,15 +89,15 @@ def make_orthonormal(
                 for c in range(b):
                     for e in range(b):
                         along[i, e] -= parts[i - first, c] * coupling[c, e]
-        _gram(X, gram)
+        gram_of(X, gram)
         stayed_long = True
         for c in range(b):
             if not gram[c, c] > (vanished * lengths[c]) ** 2:
                 return False
             stayed_long = stayed_long and gram[c, c] > long**2
-        if not _cholesky(gram, triangle, spread):
+        if not cholesky(gram, triangle, spread):
             return False
-        _solve(triangle, X, wide)
+        solve(triangle, X, wide)
         coupling[:] = _product(triangle, coupling)
         if attempt and stayed_long:
             return True
@@ -161,7 +161,7 @@ def project_part(Q: Any, first: int, last: int, work: Any, product: int, part: i
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
-def _gram(X: Any, gram: Any) -> None:
+def gram_of(X: Any, gram: Any) -> None:
     """XXᵀ of the first rows, as many as gram has, in float64."""
     for c in range(len(gram)):
         for e in range(c + 1):
@@ -173,7 +173,7 @@ def _gram(X: Any, gram: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _cholesky(gram: Any, triangle: Any, spread: float) -> bool:
+def cholesky(gram: Any, triangle: Any, spread: float) -> bool:
     """gram = RᵀR, R upper; False where R's diagonal spans too much."""
     b = len(gram)
     for c in range(b):
@@ -192,7 +192,7 @@ def _cholesky(gram: Any, triangle: Any, spread: float) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def _solve(triangle: Any, X: Any, wide: Any) -> None:
+def solve(triangle: Any, X: Any, wide: Any) -> None:
     """X = R⁻ᵀX, in float64 from row to row; rounded once."""
     for c in range(len(triangle)):
         row = wide[c]
