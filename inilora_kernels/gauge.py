@@ -33,15 +33,14 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> tuple[Ten
 
 def _cross(factor: Tensor, start: Tensor) -> Tensor:
     """factorᵀ·start (r×r) of two n×r matrices, in float64 a part at a time: whole they might take half of W's bytes."""
-    cross = torch.zeros(factor.shape[1], factor.shape[1], dtype=torch.float64, device=factor.device)
-    for rows in strips(factor, FEW_ELEMENTS):
+    first, *others = strips(factor, FEW_ELEMENTS)
+    cross = factor[first].double().T @ start[first].to(factor.device, torch.float64)
+    for rows in others:
         cross.addmm_(factor[rows].double().T, start[rows].to(cross))
     return cross
 
 
 def _turned(factor: Tensor, G: Tensor) -> Tensor:
     """factor·G (n×r) in float32, a part at a time."""
-    turned = torch.empty(factor.shape, dtype=torch.float32, device=factor.device)
-    for rows in strips(factor, FEW_ELEMENTS):
-        turned[rows] = factor[rows].double() @ G
-    return turned
+    parts = [(factor[rows].double() @ G).float() for rows in strips(factor, FEW_ELEMENTS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

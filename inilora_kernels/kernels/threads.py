@@ -153,7 +153,7 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: i
 
         waiting = iter(items)
         # As many ahead as keep the threads busy: results that nobody has taken yet hold memory.
-        calls = deque(_kept(count).submit(call, item) for item in islice(waiting, 2 * count))
+        calls = deque(_kept(count).submit(call, item) for item in islice(waiting, 4 * count))
         try:
             while calls:
                 result = calls.popleft().result()

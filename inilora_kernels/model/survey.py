@@ -39,7 +39,7 @@ class Surveyed:
 def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = False) -> list[Surveyed]:
     """What is known of every matrix before any long work; each is read once.
 
-    in_memory: the matrices stay as they are, so the hash of one that has all threads to itself need not be waited for.
+    in_memory: the matrices stay as they are, so that nobody need wait for a hash here.
 
     Raises WeightError for a matrix that cannot be factorized.
     """
@@ -54,7 +54,7 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
             hashed = beside(partial(tensor_sha256, W) if target.hashes_values else target.sha256, alone)
             std, energy = _deviation_and_energy(W, target.module)
         # What is known does not hold W.
-        found[target.module] = Surveyed(hashed if in_memory and alone > 1 else hashed(), std, energy)
+        found[target.module] = Surveyed(hashed if in_memory else hashed(), std, energy)
 
     for count, group in in_groups(targets, lambda target: surveyed_together(target, threads)):
         with closing(side_by_side(surveyed, group, count)) as results:

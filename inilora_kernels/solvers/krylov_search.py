@@ -73,16 +73,15 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
 
     key: W's hash, which decides the random blocks. None if products in this dtype turn out to be too coarse.
     """
-    multiply = gram_multiplier(W, dtype, threads)
-    if dtype == torch.float32 and W.device.type == "cpu":
-        from ..kernels.cpu.gram import FusedGramReaders
+    if dtype == torch.float32:
+        from ..kernels.cpu.gram import for_one_thread, takes
 
-        if isinstance(multiply, FusedGramReaders) and multiply.of(_block(goal.rank)).most_threads == 1:
-            # A copy of what is so small takes less time than compiling the search for another dtype.
+        # A copy of what is so small takes less time than compiling the search for another dtype.
+        if takes(W, dtype) and for_one_thread(W, _block(goal.rank)):
             left, found = _in_one_call(W.float(), goal, key)
             if not left:
                 return found
-    return _Search(W, goal, multiply, dtype, key).run()
+    return _Search(W, goal, gram_multiplier(W, dtype, threads), dtype, key).run()
 
 
 def expected_vectors(rank: int, size: int) -> float:

@@ -85,7 +85,7 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
         (BB, BU), (AA, AV) = both(
             partial(_inner_products, B, U), partial(_inner_products, A.T, V), threads, 4 * A.numel() * rank
         )
-        total = S.square().sum()
+        total = S @ S
         apart = max(0.0, float((BB * AA).sum() - 2 * (BU * AV).sum(0) @ S + total))
         rest = found.energy - float(total)
     if rest < _READ_BELOW * found.energy or apart > _ROUNDING * found.energy or not found.certified[rank]:
@@ -95,8 +95,10 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
 
 def _inner_products(factor: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """factorᵀ·factor and factorᵀ·vectors (r×r) of two n×r matrices, in float64; some rows at a time."""
-    own, other = vectors.new_zeros(2, vectors.shape[1], vectors.shape[1])
-    for rows in strips(vectors, FEW_ELEMENTS):
+    first, *others = strips(vectors, FEW_ELEMENTS)
+    part = factor[first].to(vectors)
+    own, other = part.T @ part, part.T @ vectors[first]
+    for rows in others:
         part = factor[rows].to(vectors)
         own.addmm_(part.T, part)
         other.addmm_(part.T, vectors[rows])

@@ -110,10 +110,8 @@ def proven(
 
 def _leading(pairs: RitzPairs, S: Array) -> tuple[float, ...]:
     """S, and the other Ritz values' roots where the residual says that they are good to 1 %; the first `LEADING`."""
-    theta, g = pairs.theta[:LEADING].clip(min=0.0), pairs.g[:LEADING]
+    found = S[:LEADING].tolist()
+    rank = len(found)
+    theta, g = pairs.theta[rank:LEADING].clip(min=0.0), pairs.g[rank:LEADING]
     sure = np.square(g).sum(1) <= np.square(0.02 * theta)
-    found = np.sqrt(theta)
-    rank = min(len(S), LEADING)
-    sure[:rank] = True
-    found[:rank] = S[:rank]
-    return tuple(found[sure].tolist())
+    return (*found, *np.sqrt(theta[sure]).tolist())

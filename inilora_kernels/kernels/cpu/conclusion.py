@@ -18,6 +18,9 @@ from .judgement import verdict
 from .orthonormal import cholesky, gram_of, solve
 from .team import job
 
+# The shortest over the longest of rows that are orthonormal but for float32's rounding is at least that.
+_ORTHONORMAL = 0.5
+
 
 @njit(cache=True, nogil=True)
 def conclude(
@@ -75,7 +78,7 @@ def _leading(basis: Any, theta: Any, reduced: Any, count: int, X: Any) -> bool:
     gram, triangle = np.empty((count, count)), np.zeros((count, count))
     gram_of(sums, gram)
     # The basis is orthonormal to float32's rounding, so that one Cholesky QR makes these rows so to float64's.
-    if not cholesky(gram, triangle, 0.0):
+    if not cholesky(gram, triangle, _ORTHONORMAL):
         return False
     solve(triangle, sums, X)
     return True

@@ -53,6 +53,11 @@ def takes(W: Tensor, dtype: torch.dtype) -> bool:
     return W.device.type == "cpu" and W.dtype in dtypes and 1 in W.stride() and min(W.shape) >= 2 * BLOCK
 
 
+def for_one_thread(W: Tensor, width: int) -> bool:
+    """Whether a pass over W with so many columns is worth a single thread only."""
+    return W.numel() < 2 * _SLOT_ELEMENTS or 4 * W.numel() * round_up(width, BLOCK) < 2 * _FLOPS_A_THREAD
+
+
 class FusedGramReaders:
     """A `FusedGramReader` for X of any width, one made for each width that is asked for."""
 

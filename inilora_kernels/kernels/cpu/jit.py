@@ -64,7 +64,7 @@ class _ForgivingCache(FunctionCache):
         return []
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        _load_first()
+        _load_first(self, sig)
         try:
             return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         except Exception:
@@ -85,11 +85,15 @@ class _ForgivingCache(FunctionCache):
 _TO_LOAD_FIRST: list[Any] = []
 
 
-def _load_first() -> None:
-    while _TO_LOAD_FIRST:
-        dispatcher = _TO_LOAD_FIRST.pop(0)
-        for signature in dispatcher._cache.signatures(dispatcher.targetctx.codegen().magic_tuple()):
-            dispatcher.compile(signature)
+def _load_first(cache: Any, signature: Any) -> None:
+    """All but what is being loaded: there twice, numba would ask at each call which of the two is meant."""
+    # At once, as each of them comes by here, too.
+    waiting = _TO_LOAD_FIRST.copy()
+    _TO_LOAD_FIRST.clear()
+    for dispatcher in waiting:
+        for known in dispatcher._cache.signatures(dispatcher.targetctx.codegen().magic_tuple()):
+            if dispatcher._cache is not cache or known != signature:
+                dispatcher.compile(known)
 
 
 @functools.cache

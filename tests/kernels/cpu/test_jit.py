@@ -102,3 +102,27 @@ def test_the_first_run_has_the_bits_of_later_ones(tmp_path: Path) -> None:
     first, second = (subprocess.run(command, env=environment, capture_output=True, check=True) for _ in range(2))
     assert list(tmp_path.rglob("*.nbc"))
     assert first.stdout == second.stdout
+
+
+CALLS = """
+import numpy as np
+from inilora_kernels.kernels.cpu import eigen, moments
+
+asked = []
+dispatcher = moments._moments
+ask = dispatcher._compile_for_args
+dispatcher._compile_for_args = lambda *values: asked.append(values) or ask(*values)
+bits = np.zeros(4, np.uint16)
+for _ in range(3):
+    dispatcher(bits, bits, 2, 2, 2)
+print(len(asked))
+"""
+
+
+def test_numba_knows_at_once_which_machine_code_is_meant(tmp_path: Path) -> None:
+    """Loaded twice, a function would be looked up at each call, which takes longer than a small matrix."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", CALLS]
+    for _ in range(2):
+        found = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
+        assert int(found.stdout) <= 1
