@@ -274,7 +274,8 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="of cells; repeat for more")
     parser.add_argument("--rank", action="append", type=int, help="of cells; repeat for more")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="of cells; repeat for more")
-    parser.add_argument("--models", nargs="+", help="of files and table5, by name")
+    known = [*file_to_file.MODELS, *(model.name for model in MODELS)]
+    parser.add_argument("--models", nargs="+", choices=known, help="of files and table5")
     parser.add_argument("--sample", type=int, help="of table5: this many matrices of each shape, the rest extrapolated")
     parser.add_argument(
         "--checkpoints", type=Path, help="of table5: keep the models in this folder, or take them there"

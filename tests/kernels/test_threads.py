@@ -12,7 +12,16 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from inilora_kernels.kernels.threads import beside, both, helped, in_groups, one_torch_thread, share, side_by_side
+from inilora_kernels.kernels.threads import (
+    _kept,
+    beside,
+    both,
+    helped,
+    in_groups,
+    one_torch_thread,
+    share,
+    side_by_side,
+)
 
 
 def test_torch_has_its_threads_back_after_an_error() -> None:
@@ -66,6 +75,15 @@ def test_nothing_is_begun_after_the_end() -> None:
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert len(begun) < 60
+
+
+def test_threads_do_not_run_far_ahead_of_who_takes_the_results() -> None:
+    begun: list[int] = []
+    with closing(side_by_side(begun.append, range(60), 2)) as results:
+        next(results)
+        # Calls are taken in turn: when this one has run, all that waited have begun.
+        _kept(2).submit(lambda: None).result()
+        assert 1 < len(begun) <= 9
 
 
 def test_groups_keep_their_order() -> None:
