@@ -19,9 +19,11 @@ from .threads import one_torch_thread, share
 _STRIP_ELEMENTS = 1 << 21
 # What is held beside others at a time: 256 KiB in float64.
 FEW_ELEMENTS = 1 << 15
-# Up to so many rows of X the fused kernels are faster in float64 than torch, which takes a part of W of so many bytes,
-# once converted, at a time: four times as many are no faster, and every thread has its own.
-_FUSED_ROWS, _PART_BYTES = 16, 1 << 20
+# Up to so many rows of X the fused kernels are faster than torch, in float64 and where the second product is float32's.
+_FUSED_ROWS = {torch.float64: 16, torch.float32: 64}
+# torch takes a part of W of so many bytes, once converted, at a time: four times as many are no faster, and every
+# thread has its own.
+_PART_BYTES = 1 << 20
 
 
 def strips(W: Tensor, elements: int = _STRIP_ELEMENTS) -> Iterator[slice]:
@@ -92,8 +94,12 @@ def products(W: Tensor, X: Tensor, threads: int, image: torch.dtype = torch.floa
     >>> products(2 * torch.eye(2), torch.ones(1, 2).double(), threads=1)[1]
     tensor([[4., 4.]], dtype=torch.float64)
     """
-    if W.device.type != "cpu" or len(X) <= _FUSED_ROWS:
-        return gram_multiplier(W, torch.float64, threads)(X)
+    if W.device.type != "cpu":
+        return gram_product(W, X)
+    if len(X) <= _FUSED_ROWS[image] and _fused(W, torch.float64):
+        from .cpu.gram import FusedGramReader
+
+        return FusedGramReader(W, len(X), threads, torch.float64, image)(X)
     d, k = W.shape
     Y, Z = X.new_empty(len(X), d), torch.empty(len(X), k, dtype=image)
 

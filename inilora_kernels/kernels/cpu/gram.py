@@ -78,14 +78,22 @@ class FusedGramReaders:
 class FusedGramReader:
     """X ↦ XWᵀ (b×d) and XWᵀW (b×k), float32 or float64, for any X (b×k) of one width b, in work space of its own.
 
-    threads: on how many its parts can be shared, at most; `most_threads` is as many as W's size is worth.
+    threads: on how many its parts can be shared, at most; `most_threads` is as many as W's size is worth. image: the
+        dtype of the second product, where it is not the first one's: float32 beside float64, but for a float64 W.
 
     >>> Y, Z = FusedGramReader(2 * torch.eye(48), width=1, threads=1)(torch.ones(1, 48))
     >>> float(Y[0, 0]), float(Z[0, 0])
     (2.0, 4.0)
     """
 
-    def __init__(self, W: Tensor, width: int, threads: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        W: Tensor,
+        width: int,
+        threads: int,
+        dtype: torch.dtype = torch.float32,
+        image: torch.dtype | None = None,
+    ) -> None:
         self._by_rows, self._width = W.stride(1) == 1, width
         self._flat, self._stride, self._shape = stored(W)
         m, n = self._shape
@@ -103,11 +111,14 @@ class FusedGramReader:
         self.most_threads = max(1, min(slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
         self.threads = min(threads, self.most_threads)
         kind = np.float64 if dtype == torch.float64 else np.float32
+        second = np.float32 if image == torch.float32 and W.dtype != torch.float64 else kind
         # Rows a power of two apart would push each other, and W's rows, out of the first cache.
         along_columns, along_rows = (b, n + CACHE_LINE // np.dtype(kind).itemsize), (m, b)
         self._given: NDArray[Any] = np.zeros(along_columns if self._by_rows else along_rows, kind)
         self._once: NDArray[Any] = np.empty(along_rows if self._by_rows else along_columns, kind)
-        self._twice: NDArray[Any] = np.empty((slots, *self._given.shape), kind)
+        # XWᵀ as the second product takes it.
+        self._rounded: NDArray[Any] = self._once if second == kind else np.empty(self._once.shape, second)
+        self._twice: NDArray[Any] = np.empty((slots, *self._given.shape), second)
 
     @property
     def compiled(self) -> tuple[NDArray[np.generic], tuple[int, ...], tuple[NDArray[np.float32], ...]]:
@@ -128,22 +139,16 @@ class FusedGramReader:
 
     def _read(self, slots: Iterator[int]) -> None:
         m, n = self._shape
-        by_rows = row_strips if self._given.dtype == np.float32 else wide_row_strips
-        kernel = by_rows if self._by_rows else column_tiles
         for slot in slots:
             first = slot * self._parts_a_slot
-            kernel(
-                self._flat,
-                self._stride,
-                m,
-                n,
-                self._given,
-                self._once,
-                self._twice[slot],
-                self._step,
-                first,
-                min(first + self._parts_a_slot, self._parts),
-            )
+            last = min(first + self._parts_a_slot, self._parts)
+            given, once, twice = self._given, self._once, self._twice[slot]
+            if given.dtype == np.float32:
+                kernel = row_strips if self._by_rows else column_tiles
+                kernel(self._flat, self._stride, m, n, given, once, twice, self._step, first, last)
+            else:
+                wide = wide_row_strips if self._by_rows else wide_column_tiles
+                wide(self._flat, self._stride, m, n, given, once, self._rounded, twice, self._step, first, last)
 
 
 def _in_torchs_memory(rows: NDArray[Any]) -> Tensor:
@@ -246,17 +251,41 @@ def column_tiles(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, ti
 
 @njit(cache=True, nogil=True)
 def wide_row_strips(
-    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, strip: int, first: int, last: int
+    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, rounded: Any, Z: Any, strip: int, first: int, last: int
 ) -> None:  # fmt: skip
-    """`row_strips` in float64, by runs of columns of W whose part of X stays in the second cache."""
+    """`row_strips` in float64, by runs of columns of W whose part of X stays in the second cache.
+
+    rounded: like Y, in Z's dtype; Z is summed in that.
+    """
     Z[:] = 0
     for part in range(first, last):
         top, bottom = part * strip, min((part + 1) * strip, m)
         Y[top:bottom] = 0
         for left in range(0, n, _WIDE_COLUMNS):
             add_inner_products(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), X, Y, WIDE_ROWS * stride)
+        for i in range(top, bottom):
+            for c in range(Y.shape[1]):
+                rounded[i, c] = Y[i, c]
         for left in range(0, n, _WIDE_COLUMNS):
-            add_outer_products(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), Y, Z, strip * stride)
+            count = min(_WIDE_COLUMNS, n - left)
+            add_outer_products(W, stride, top, bottom, left, count, rounded, Z, strip * stride)
+
+
+@njit(cache=True, nogil=True)
+def wide_column_tiles(
+    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, rounded: Any, Z: Any, tile: int, first: int, last: int
+) -> None:  # fmt: skip
+    """`column_tiles` in float64. rounded: like Y, in Z's dtype; Z is summed in that."""
+    Z[:] = 0
+    for part in range(first, last):
+        left = part * tile
+        count = min(tile, n - left)
+        Y[:, left : left + count] = 0
+        add_outer_by_strips(W, stride, m, left, count, X, Y)
+        for c in range(len(Y)):
+            for j in range(left, left + count):
+                rounded[c, j] = Y[c, j]
+        add_inner_products(W, stride, ZERO, m, left, count, rounded, Z, WIDE_ROWS * stride)
 
 
 def stored(W: Tensor) -> tuple[NDArray[np.generic], int, tuple[int, int]]:

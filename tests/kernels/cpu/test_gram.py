@@ -10,6 +10,8 @@ from inilora_kernels.kernels.cpu.gram import MOST_SLOTS, FusedGramReader, takes
 
 # A sum of n ≤ 2^13 products, each rounded once: far below n·u of ‖W‖·‖X‖ where the signs are random.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 4e-6 * 2.0**-29}
+# The dtypes of both products.
+SAME, WIDE, MIXED = (torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float64, torch.float32)
 
 
 def _amid_nan(d: int, k: int, dtype: torch.dtype, by_columns: bool, seed: int) -> Tensor:
@@ -21,9 +23,10 @@ def _amid_nan(d: int, k: int, dtype: torch.dtype, by_columns: bool, seed: int) -
     return stored.T if by_columns else stored
 
 
-def _check(W: Tensor, width: int, threads: int, arithmetic: torch.dtype) -> None:
+def _check(W: Tensor, width: int, threads: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    arithmetic, image = dtypes
     assert takes(W, arithmetic)
-    read = FusedGramReader(W, width, threads, arithmetic)
+    read = FusedGramReader(W, width, threads, arithmetic, image)
     # Twice: what the first reading leaves in the work space must not show in the second.
     for seed in (1, 2):
         X = torch.randn(width, W.shape[1], generator=torch.Generator().manual_seed(seed)).to(arithmetic)
@@ -31,9 +34,9 @@ def _check(W: Tensor, width: int, threads: int, arithmetic: torch.dtype) -> None
         wide_Y = X.double() @ W.double().T
         wide_Z = wide_Y @ W.double()
         assert (Y.shape, Y.dtype) == (wide_Y.shape, arithmetic)
-        assert (Z.shape, Z.dtype) == (wide_Z.shape, arithmetic)
+        assert (Z.shape, Z.dtype) == (wide_Z.shape, torch.float64 if W.dtype == torch.float64 else image)
         assert float((Y - wide_Y).norm() / wide_Y.norm()) < TOLERANCE[arithmetic]
-        assert float((Z - wide_Z).norm() / wide_Z.norm()) < TOLERANCE[arithmetic]
+        assert float((Z - wide_Z).norm() / wide_Z.norm()) < TOLERANCE[Z.dtype]
 
 
 @settings(deadline=None, max_examples=60)
@@ -42,33 +45,40 @@ def _check(W: Tensor, width: int, threads: int, arithmetic: torch.dtype) -> None
     k=st.integers(8, 700),
     width=st.integers(1, 40),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    arithmetic=st.sampled_from([torch.float32, torch.float64]),
+    dtypes=st.sampled_from([SAME, WIDE, MIXED]),
     by_columns=st.booleans(),
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_products_against_float64(
-    d: int, k: int, width: int, dtype: torch.dtype, arithmetic: torch.dtype, by_columns: bool, threads: int, seed: int
+    d: int,
+    k: int,
+    width: int,
+    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    by_columns: bool,
+    threads: int,
+    seed: int,
 ) -> None:
     W = _amid_nan(d, k, dtype, by_columns, seed)
-    if takes(W, arithmetic):
-        _check(W, width, threads, arithmetic)
+    if takes(W, dtypes[0]):
+        _check(W, width, threads, dtypes)
 
 
-@pytest.mark.parametrize("arithmetic", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtypes", [SAME, WIDE, MIXED])
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize(("d", "k"), [(2600, 1100), (1100, 2600), (49, 5000), (5000, 49)])
-def test_many_strips(d: int, k: int, by_columns: bool, arithmetic: torch.dtype) -> None:
+def test_many_strips(d: int, k: int, by_columns: bool, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """More parts than slots, and strips that hold the fewest rows."""
-    _check(_amid_nan(d, k, torch.float32, by_columns, seed=0), width=24, threads=2, arithmetic=arithmetic)
+    _check(_amid_nan(d, k, torch.float32, by_columns, seed=0), width=24, threads=2, dtypes=dtypes)
 
 
-@pytest.mark.parametrize("arithmetic", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtypes", [SAME, WIDE, MIXED])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_bits_do_not_depend_on_the_number_of_threads(by_columns: bool, arithmetic: torch.dtype) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(by_columns: bool, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     W = _amid_nan(1999, 777, torch.bfloat16, by_columns, seed=0)
-    X = torch.randn(16, 777, generator=torch.Generator().manual_seed(1)).to(arithmetic)
-    one, *others = (FusedGramReader(W, 16, threads, arithmetic)(X) for threads in (1, 2, 3, MOST_SLOTS + 5))
+    X = torch.randn(16, 777, generator=torch.Generator().manual_seed(1)).to(dtypes[0])
+    one, *others = (FusedGramReader(W, 16, threads, *dtypes)(X) for threads in (1, 2, 3, MOST_SLOTS + 5))
     for other in others:
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
