@@ -25,6 +25,8 @@ _LARGEST = _FLOAT32.max / 16
 Hash = str | Callable[[], str]
 # Of a matrix in memory for each thread that surveys: what two threads may hold in any case.
 _BYTES_A_THREAD = 32 << 20
+# The hash of so many bytes takes less than a millisecond.
+_SHORT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Surveyed:
 def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = False) -> list[Surveyed]:
     """What is known of every matrix before any long work; each is read once.
 
-    in_memory: the matrices stay as they are, so that nobody need wait for a hash here.
+    in_memory: the matrices stay as they are, so that the hash of one that is small, or has all threads to itself, need
+        not be waited for.
 
     Raises WeightError for a matrix that cannot be factorized.
     """
@@ -53,8 +56,9 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
         with one_torch_thread() as alone:
             hashed = beside(partial(tensor_sha256, W) if target.hashes_values else target.sha256, alone)
             std, energy = _deviation_and_energy(W, target.module)
-        # What is known does not hold W.
-        found[target.module] = Surveyed(hashed if in_memory else hashed(), std, energy)
+        # What is known does not hold W. Where several are surveyed at once, this is the time for all but short hashes.
+        later = in_memory and (alone > 1 or W.nbytes <= _SHORT)
+        found[target.module] = Surveyed(hashed if later else hashed(), std, energy)
 
     for count, group in in_groups(targets, lambda target: surveyed_together(target, threads)):
         with closing(side_by_side(surveyed, group, count)) as results:
