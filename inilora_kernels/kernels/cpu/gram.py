@@ -78,7 +78,7 @@ class FusedGramReaders:
 class FusedGramReader:
     """X ↦ XWᵀ (b×d) and XWᵀW (b×k), float32 or float64, for any X (b×k) of one width b, in work space of its own.
 
-    threads: on how many its parts can be shared, at most; `most_threads` is as many as W's size is worth. image: the
+    threads: on how many its parts can be shared, at most, and no more than W's size is worth. image: the
         dtype of the second product, where it is not the first one's: float32 beside float64, but for a float64 W.
 
     >>> Y, Z = FusedGramReader(2 * torch.eye(48), width=1, threads=1)(torch.ones(1, 48))
@@ -108,8 +108,8 @@ class FusedGramReader:
             self._parts = ceil(n / self._step)
         self._parts_a_slot = ceil(self._parts / wanted)
         slots = ceil(self._parts / self._parts_a_slot)
-        self.most_threads = max(1, min(slots, int(4 * m * n * b / _FLOPS_A_THREAD)))
-        self.threads = min(threads, self.most_threads)
+        worth = 1 if for_one_thread(W, width) else int(4 * m * n * b / _FLOPS_A_THREAD)
+        self.threads = max(1, min(threads, slots, worth))
         kind = np.float64 if dtype == torch.float64 else np.float32
         second = np.float32 if image == torch.float32 and W.dtype != torch.float64 else kind
         # Rows a power of two apart would push each other, and W's rows, out of the first cache.
