@@ -41,12 +41,12 @@ def conclude(
     by_rows, m, n = layout[0] == 1, layout[2], layout[3]
     width, d = (given.shape[0], m) if by_rows else (given.shape[1], n)
     X, image, Y = np.zeros((width, basis.shape[1])), np.empty((width, basis.shape[1])), np.empty((width, d))
-    found = _leading(basis, theta, reduced, count, X)
-    if found:
-        multiply(W, layout, work, X, image, job())
-        for c in range(width):
-            for i in range(d):
-                Y[c, i] = once[i, c] if by_rows else once[c, i]
+    if not _leading(basis, theta, reduced, count, X):
+        return False, X, theta, X, theta, np.empty(0, dtype=np.bool_)
+    multiply(W, layout, work, X, image, job())
+    for c in range(width):
+        for i in range(d):
+            Y[c, i] = once[i, c] if by_rows else once[c, i]
     form = _inner(Y, count)
     turned = _turned(form, X)
     for c in range(count):
@@ -59,7 +59,7 @@ def conclude(
             scale = 1.0 / np.sqrt(square)
             for i in range(d):
                 U[c, i] *= scale
-    return found, U, values, _turned(chosen, X), shortfalls, certified
+    return True, U, values, _turned(chosen, X), shortfalls, certified
 
 
 @njit(cache=True, nogil=True)

@@ -122,9 +122,9 @@ def _read(W: Any, layout: Any, work: Any, slot: int) -> None:
     first = slot * parts_a_slot
     last = min(first + parts_a_slot, parts)
     if by_rows == 1:
-        row_strips(W, stride, m, n, given, once, twice[slot], step, first, last)
+        row_strips(W, stride, m, n, given, once, once, twice[slot], step, n, first, last)
     else:
-        column_tiles(W, stride, m, n, given, once, twice[slot], step, first, last)
+        column_tiles(W, stride, m, n, given, once, once, twice[slot], step, first, last)
 
 
 @njit(cache=True, nogil=True)

@@ -143,12 +143,11 @@ class FusedGramReader:
             first = slot * self._parts_a_slot
             last = min(first + self._parts_a_slot, self._parts)
             given, once, twice = self._given, self._once, self._twice[slot]
-            if given.dtype == np.float32:
-                kernel = row_strips if self._by_rows else column_tiles
-                kernel(self._flat, self._stride, m, n, given, once, twice, self._step, first, last)
+            shared = self._flat, self._stride, m, n, given, once, self._rounded, twice, self._step
+            if self._by_rows:
+                row_strips(*shared, n if self._given.dtype == np.float32 else _WIDE_COLUMNS, first, last)
             else:
-                wide = wide_row_strips if self._by_rows else wide_column_tiles
-                wide(self._flat, self._stride, m, n, given, once, self._rounded, twice, self._step, first, last)
+                column_tiles(*shared, first, last)
 
 
 def _in_torchs_memory(rows: NDArray[Any]) -> Tensor:
@@ -219,72 +218,49 @@ def add_outer_by_strips(W: Any, stride: int, m: int, left: int, count: int, X: A
 
 
 @njit(cache=True, nogil=True)
-def row_strips(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, strip: int, first: int, last: int) -> None:
+def row_strips(
+    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, rounded: Any, Z: Any, strip: int, run: int, first: int,
+    last: int,
+) -> None:  # fmt: skip
     """Y = WXᵀ for strips [first, last) of `strip` rows of the m×n matrix W, and Z = Σ YᵀW over them.
 
-    X, Z: (b, n). Y: (m, b). b: a multiple of 4. Reads a strip of W from memory once and again from the second cache;
-    reads X, and reads and writes Z, once for four rows, from the caches.
+    X, Z: (b, n). Y: (m, b). rounded: Y itself or, where Z has another dtype, room for Y in that. b: a multiple of 4.
+    run: of columns at a time, so many that X's part of them stays in the second cache. Reads a strip of W from memory
+    once and again from the second cache; reads X, and reads and writes Z, once for four rows, from the caches.
     """
     Z[:] = 0
     for part in range(first, last):
         top, bottom = part * strip, min((part + 1) * strip, m)
         Y[top:bottom] = 0
-        add_inner_products(W, stride, top, bottom, ZERO, n, X, Y, WIDE_ROWS * stride)
-        add_outer_products(W, stride, top, bottom, ZERO, n, Y, Z, strip * stride)
+        for left in range(ZERO, n, run):
+            add_inner_products(W, stride, top, bottom, left, min(run, n - left), X, Y, WIDE_ROWS * stride)
+        if rounded.itemsize != Y.itemsize:
+            for i in range(top, bottom):
+                for c in range(Y.shape[1]):
+                    rounded[i, c] = Y[i, c]
+        for left in range(ZERO, n, run):
+            add_outer_products(W, stride, top, bottom, left, min(run, n - left), rounded, Z, strip * stride)
 
 
 @njit(cache=True, nogil=True)
-def column_tiles(W: Any, stride: int, m: int, n: int, X: Any, Y: Any, Z: Any, tile: int, first: int, last: int) -> None:
-    """Y = XᵀW for tiles [first, last) of `tile` columns of the m×n matrix W, and Z = Σ WYᵀ over them.
-
-    X, Z: (m, b). Y: (b, n). b: a multiple of 4. Reads a tile of W from memory once and again from the second cache;
-    reads X, and reads and writes Z, once a tile.
-    """
-    Z[:] = 0
-    for part in range(first, last):
-        left = part * tile
-        count = min(tile, n - left)
-        Y[:, left : left + count] = 0
-        add_outer_by_strips(W, stride, m, left, count, X, Y)
-        add_inner_products(W, stride, ZERO, m, left, count, Y, Z, WIDE_ROWS * stride)
-
-
-@njit(cache=True, nogil=True)
-def wide_row_strips(
-    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, rounded: Any, Z: Any, strip: int, first: int, last: int
-) -> None:  # fmt: skip
-    """`row_strips` in float64, by runs of columns of W whose part of X stays in the second cache.
-
-    rounded: like Y, in Z's dtype; Z is summed in that.
-    """
-    Z[:] = 0
-    for part in range(first, last):
-        top, bottom = part * strip, min((part + 1) * strip, m)
-        Y[top:bottom] = 0
-        for left in range(0, n, _WIDE_COLUMNS):
-            add_inner_products(W, stride, top, bottom, left, min(_WIDE_COLUMNS, n - left), X, Y, WIDE_ROWS * stride)
-        for i in range(top, bottom):
-            for c in range(Y.shape[1]):
-                rounded[i, c] = Y[i, c]
-        for left in range(0, n, _WIDE_COLUMNS):
-            count = min(_WIDE_COLUMNS, n - left)
-            add_outer_products(W, stride, top, bottom, left, count, rounded, Z, strip * stride)
-
-
-@njit(cache=True, nogil=True)
-def wide_column_tiles(
+def column_tiles(
     W: Any, stride: int, m: int, n: int, X: Any, Y: Any, rounded: Any, Z: Any, tile: int, first: int, last: int
 ) -> None:  # fmt: skip
-    """`column_tiles` in float64. rounded: like Y, in Z's dtype; Z is summed in that."""
+    """Y = XᵀW for tiles [first, last) of `tile` columns of the m×n matrix W, and Z = Σ WYᵀ over them.
+
+    X, Z: (m, b). Y: (b, n). rounded: as for `row_strips`. b: a multiple of 4. Reads a tile of W from memory once and
+    again from the second cache; reads X, and reads and writes Z, once a tile.
+    """
     Z[:] = 0
     for part in range(first, last):
         left = part * tile
         count = min(tile, n - left)
         Y[:, left : left + count] = 0
         add_outer_by_strips(W, stride, m, left, count, X, Y)
-        for c in range(len(Y)):
-            for j in range(left, left + count):
-                rounded[c, j] = Y[c, j]
+        if rounded.itemsize != Y.itemsize:
+            for c in range(len(Y)):
+                for j in range(left, left + count):
+                    rounded[c, j] = Y[c, j]
         add_inner_products(W, stride, ZERO, m, left, count, rounded, Z, WIDE_ROWS * stride)
 
 
