@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,6 +94,34 @@ TOY = Sizes(
     whole=((40, 24), torch.bfloat16, 2, 1),
     table5=(),
 )
+
+
+def compiling(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
+    """Every kernel of the other parts into triton's cache, a process a rank at once: what a first run waits for."""
+    if not backend.place().compiles:
+        return
+    command = [sys.executable, "-m", "bench.gpu", *(["--toy"] if sizes is TOY else []), "--compile"]
+    start = time.perf_counter()
+    running = {
+        rank: subprocess.Popen([*command, str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for rank in sizes.ranks
+    }
+    for rank, process in running.items():
+        _, errors = process.communicate()
+        row: Row = {"rank": rank, "s": time.perf_counter() - start}
+        yield row if not process.returncode else {**row, "error": errors.strip().splitlines()[-1]}
+
+
+def compile_all(backend: TritonBackend, sizes: Sizes, rank: int) -> None:
+    """The kernels of one rank, and with rank 8 the direct solver's, by running them."""
+    for dtype in DTYPES:
+        weights = [synthetic(sizes.ragged[-1], dtype, 0)]
+        for resident in (True, False):
+            wave = wave_of(weights, rank, backend, 1, resident=resident)
+            wave.advance(1)
+            wave.judge(wide=not resident)
+        if rank == sizes.ranks[0]:
+            gpu_direct.products(backend, weights)
 
 
 def correctness(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
@@ -274,8 +303,9 @@ def table5(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
 
 # Seconds each may take: nine and a half minutes in all.
 PARTS: dict[str, tuple[Callable[[TritonBackend, Sizes], Iterator[Row]], int]] = {
-    "correctness": (correctness, 90),
-    "steps": (steps, 105),
+    "compiling": (compiling, 60),
+    "correctness": (correctness, 45),
+    "steps": (steps, 90),
     "repeats": (repeats, 30),
     "uploads": (uploads, 30),
     "processes": (processes, 35),
@@ -301,6 +331,7 @@ def run_part(
                 rows.append({"left out": f"what came after {0.8 * limit:.0f} s"})
                 break
     except Exception as error:
+        traceback.print_exc()
         rows.append({"error": f"{type(error).__name__}: {error}"})
     publish(file, name, rows, "python -m bench.gpu", note=note(backend), folder=folder)
     return rows
@@ -326,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What the processes that this one starts are asked for.
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--row", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
+    parser.add_argument("--compile", type=int, metavar="RANK", help=argparse.SUPPRESS)
     parser.add_argument("--checksum", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -337,6 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shape, dtype = sizes.steps[0]
         (A, _), *_ = final(backend, problems_of([synthetic(shape, dtype, 0)], 8), sizes.repeated_steps).values()
         print(float(A.double().sum()))
+    elif given.compile:
+        compile_all(backend, sizes, given.compile)
     elif given.row:
         name, way = given.row
         model = next(model for model in MODELS if model.name == name)

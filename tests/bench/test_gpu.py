@@ -125,7 +125,7 @@ def test_a_hanging_part_does_not_stop_the_others(
     monkeypatch.setattr(subprocess, "run", run)
     gpu.run_apart(["correctness", "steps", "table5"], "gpu-toy", tmp_path, [])
     assert started == ["correctness", "steps", "table5"]
-    assert "steps: stopped after 105 s" in capsys.readouterr().err
+    assert "steps: stopped after 90 s" in capsys.readouterr().err
     gpu.run_apart(["steps"], "gpu-toy", tmp_path, [], 300)
     assert "steps: stopped after 300 s" in capsys.readouterr().err
 
