@@ -73,7 +73,7 @@ FULL = Sizes(
     ),
     ranks=RANKS,
     repeated_steps=500,
-    window=0.2,
+    window=0.1,
     waves=3,
     most=64,
     direct=(((4096, 4096), torch.bfloat16), ((1024, 1024), torch.float32), ((1024, 4096), torch.float16)),

@@ -24,9 +24,10 @@ from .harness import Row, seconds
 
 def gram_batch_of(weights: Sequence[Tensor], backend: TritonBackend) -> GramBatch:
     """The matrices as a batch on the backend's device."""
-    tile = gram_tile(backend.gpu().architecture, weights[0].element_size())
+    gpu = backend.gpu()
+    tile = gram_tile(gpu.architecture, weights[0].element_size())
     shapes = [(W.shape[0], W.shape[1]) for W in weights]
-    layout = gram_layout(shapes, weights[0].element_size(), tile, cached_bytes(backend.gpu()))
+    layout = gram_layout(shapes, weights[0].element_size(), tile, cached_bytes(gpu), gpu.multiprocessors)
     batch = GramBatch(layout, weights[0].dtype, backend.device)
     for index, W in enumerate(weights):
         batch.stored(index).copy_(W)

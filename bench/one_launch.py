@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from inilora_kernels.kernels.gpu.cost_model import REACHED_CACHE, REACHED_TENSOR, Matrix, choose, step_of, wave_step
+from inilora_kernels.kernels.gpu.cost_model import Matrix, choose, reached, step_of, wave_step
 from inilora_kernels.kernels.gpu.gpus import GPUS, Gpu
 from inilora_kernels.kernels.gpu.waves import divide
 
@@ -67,11 +67,15 @@ def on_the_chip(count: int, matrix: Matrix, name: str) -> float:
     gpu, chip = GPUS[name], CHIPS[name]
     rounds = math.ceil(count / (gpu.multiprocessors * chip.kilobytes * 1024 // _bytes(matrix)))
     step = step_of(matrix, gpu, 1, count, resident=True)
-    cache = gpu.cache_bandwidth * REACHED_CACHE
+    cache = gpu.cache_bandwidth * reached(gpu).cache
     # On GeForce plain float32 has three times tf32x3's peak; at best it reaches as much of it.
     peak = gpu.half if matrix.itemsize == 2 else max(gpu.float32, gpu.vector if name == "rtx4090" else 0.0)
     slots_and_state = (2 * step.partial_bytes + step.state_bytes) / cache
-    return step.flops / (peak * REACHED_TENSOR) + slots_and_state + rounds * 2 * BARRIER
+    return (
+        step.flops / (peak * reached(gpu).products(matrix.itemsize, matrix.rank))
+        + slots_and_state
+        + rounds * 2 * BARRIER
+    )
 
 
 def a_program_a_matrix(count: int, matrix: Matrix, name: str) -> float:
@@ -79,8 +83,9 @@ def a_program_a_matrix(count: int, matrix: Matrix, name: str) -> float:
     gpu, chip = GPUS[name], CHIPS[name]
     at_once = min(count, gpu.multiprocessors)
     step = step_of(matrix, gpu, 1, 1, resident=True)
-    drawn = min(DRAWN * chip.clock, gpu.cache_bandwidth * REACHED_CACHE / at_once)
-    peak = (gpu.half if matrix.itemsize == 2 else gpu.float32) * REACHED_TENSOR / gpu.multiprocessors
+    drawn = min(DRAWN * chip.clock, gpu.cache_bandwidth * reached(gpu).cache / at_once)
+    peak = (gpu.half if matrix.itemsize == 2 else gpu.float32) / gpu.multiprocessors
+    peak *= reached(gpu).products(matrix.itemsize, matrix.rank)
     one = max(_bytes(matrix) / drawn, step.flops / peak) + step.state_bytes / drawn + LATENCIES
     return one * math.ceil(count / gpu.multiprocessors)
 

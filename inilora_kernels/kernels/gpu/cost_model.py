@@ -10,7 +10,7 @@ rank and the GPU alone, never on its neighbours, so that a result has the same b
 
 `forecast.py` makes a whole run of steps.
 
-Predictions are predictions: the share of a peak that a kernel reaches (`REACHED`) is an assumption until measured.
+What share of a peak a kernel reaches was measured on an H200; for other architectures it is an assumption (`Reached`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,44 @@ from functools import lru_cache
 
 from .gpus import Gpu
 from .layout import Layout, lay_out, weight_bytes
-from .tiles import tiles
+from .tiles import RANKS, family, tiles
 
-# Shares of the peaks below that the model counts on: streaming DRAM, streaming the cache, small tensor-core tiles.
-REACHED_DRAM = 0.90
-REACHED_CACHE = 0.70
-REACHED_TENSOR = 0.60
+
+@dataclass(frozen=True)
+class Reached:
+    """Shares of the peaks that the kernels reach: streaming DRAM, streaming the cache, the products.
+
+    half, float32: products of 16-bit weights, with both halves of a factor, at their peak, and of float32 weights at a
+    third of tf32's; by compiled rank.
+    """
+
+    dram: float
+    cache: float
+    half: tuple[tuple[int, float], ...]
+    float32: tuple[tuple[int, float], ...]
+
+    def products(self, itemsize: int, rank: int) -> float:
+        return dict(self.half if itemsize == 2 else self.float32)[rank]
+
+
+_ASSUMED = Reached(0.90, 0.70, *(2 * [tuple((rank, 0.60) for rank in RANKS)]))
+# bench/results/gpu-NVIDIA-H200.json: 4096² bfloat16 and 1024² float32, 64 in a step. A float32 matrix must be taken
+# apart into tf32's parts and turned for its second product, whatever the rank.
+_MEASURED = {
+    "hopper": Reached(
+        dram=0.83,
+        cache=0.80,
+        half=((8, 0.28), (16, 0.28), (32, 0.27), (64, 0.21), (128, 0.11)),
+        float32=((8, 0.09), (16, 0.14), (32, 0.24), (64, 0.18), (128, 0.12)),
+    )
+}
+
+
+def reached(gpu: Gpu) -> Reached:
+    """What is known of this GPU's architecture."""
+    return _MEASURED.get(family(gpu.architecture), _ASSUMED)
+
+
 # Partial sums written may not exceed this share of W's bytes where the columns are divided.
 PARTIAL_SHARE = 0.15
 # But not of a matrix smaller than this, in bytes, whose step waits for launches and idle multiprocessors. It is divided
@@ -130,15 +162,17 @@ def wave_step(members: Sequence[tuple[Matrix, int]], gpu: Gpu, resident: bool) -
     state = sum(count * one.state for count, one in costs)
     flops = sum(count * one.flops for count, one in costs)
     programs = sum(count * one.programs for count, one in costs)
-    peak = gpu.half if itemsize == 2 else gpu.float32
+    share = reached(gpu)
+    rank = tiles(gpu.architecture, itemsize, members[0][0].rank).rank
+    peak = (gpu.half if itemsize == 2 else gpu.float32) * share.products(itemsize, rank)
 
     rounds = math.ceil(programs / gpu.multiprocessors)
     busy = programs / (rounds * gpu.multiprocessors)
-    cache = gpu.cache_bandwidth * REACHED_CACHE
-    dram = cache if resident else gpu.dram * REACHED_DRAM
+    cache = gpu.cache_bandwidth * share.cache
+    dram = cache if resident else gpu.dram * share.dram
     times = {
         "cache": (weights + partial + factors_read) / cache / busy,
-        "tensor cores": flops / (peak * REACHED_TENSOR) / busy,
+        "tensor cores": flops / peak / busy,
     }
     if not resident:
         # A batch beyond the cache also streams its partial sums out and in.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ...errors import OptionError
-from .cost_model import REACHED_CACHE, REACHED_DRAM, REACHED_TENSOR, Matrix, Step, choose, wave_step
+from .cost_model import Matrix, Step, choose, reached, wave_step
 from .gpus import Gpu
 from .gram_layout import BATCH, WIDTH, GramLayout, Wanted, batches, cached_bytes, gram_layout
 from .layout import Layout
@@ -27,8 +27,8 @@ from .waves import PlannedWave, divide
 # Bytes a second from the page cache into pinned memory by one thread, which PCIe (16 lanes of generation 4: 25e9) can
 # follow: an assumption.
 HOST_BANDWIDTH = 8e9
-# Shares of the peaks outside of the tensor cores that the losses' and float64's loops reach: assumptions.
-REACHED_VECTOR = 0.3
+# Shares of the peaks outside of the tensor cores that the losses reach, in float32 and float64: measured on an H200.
+_REACHED_VECTOR, _REACHED_DOUBLE = 0.12, 0.17
 # The device waits for the host: at a milestone, for a launch, two copies and what observes them; for a wave to begin,
 # for two copies and three fills; for the graphs of a layout, 222 launches at 13 µs and three instantiations.
 MILESTONE_SECONDS, WAVE_SECONDS, GRAPHS_SECONDS = 1e-4, 2e-4, 5e-3
@@ -140,7 +140,7 @@ def plan(matrices: Sequence[Matrix], gpu: Gpu, steps: int) -> Plan:
         key = wave.layout, members[place][0].itemsize, wave.resident
         host = milestones * MILESTONE_SECONDS + WAVE_SECONDS + (GRAPHS_SECONDS if key not in groups else 0.0)
         # One copy on the device moves the weights into place.
-        host += 2 * wave.weight_bytes / (gpu.dram * REACHED_DRAM)
+        host += 2 * wave.weight_bytes / (gpu.dram * reached(gpu).dram)
         known = groups.get(key)
         groups[key] = Group(
             matrices=tuple(members[place]),
@@ -165,9 +165,10 @@ def _memory(waves: Sequence[PlannedWave]) -> int:
 
 def _loss_seconds(wave: Sequence[Matrix], gpu: Gpu, *, wide: bool) -> float:
     """One launch of the loss kernel: W once from DRAM, 2·r + 8 FLOPs an entry, in float32 or float64."""
-    read = sum(math.prod(one.shape) * one.itemsize for one in wave) / (gpu.dram * REACHED_DRAM)
+    read = sum(math.prod(one.shape) * one.itemsize for one in wave) / (gpu.dram * reached(gpu).dram)
     flops = sum(math.prod(one.shape) * (2.0 * one.rank + 8) for one in wave)
-    return max(read, flops / ((gpu.double if wide else gpu.vector) * REACHED_VECTOR)) + gpu.launch
+    peak = gpu.double * _REACHED_DOUBLE if wide else gpu.vector * _REACHED_VECTOR
+    return max(read, flops / peak) + gpu.launch
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,9 @@ def direct_seconds(works: Sequence[DirectWork], gpu: Gpu, *, factors: bool) -> f
         batch = [taken[index] for index in members]
         itemsize = batch[0].itemsize
         shapes = [work.shape for work in batch]
-        layout = gram_layout(shapes, itemsize, gram_tile(gpu.architecture, itemsize), cached_bytes(gpu))
+        layout = gram_layout(
+            shapes, itemsize, gram_tile(gpu.architecture, itemsize), cached_bytes(gpu), gpu.multiprocessors
+        )
         passes = batch[0].passes
         dense = _dense_seconds(layout, passes * WIDTH / 2, gpu)
         looks = len(batch) * _LOOK_SECONDS * (passes * WIDTH / 128) ** 2
@@ -210,18 +213,19 @@ def direct_seconds(works: Sequence[DirectWork], gpu: Gpu, *, factors: bool) -> f
 def pass_seconds(layout: GramLayout, itemsize: int, gpu: Gpu) -> float:
     """Both products of a batch, predicted: W from DRAM once or, where a group does not fit the cache, twice."""
     weights = layout.weights * itemsize
-    first = weights / (gpu.dram * REACHED_DRAM)
-    second = weights / (gpu.cache_bandwidth * REACHED_CACHE) if layout.resident else first
+    first = weights / (gpu.dram * reached(gpu).dram)
+    second = weights / (gpu.cache_bandwidth * reached(gpu).cache) if layout.resident else first
     # Three parts of float32 for 16-bit weights; the float32 peak counts tf32x3's three.
     flops = 2.0 * WIDTH * layout.weights * (3 if itemsize == 2 else 1)
-    cores = flops / ((gpu.half if itemsize == 2 else gpu.float32) * REACHED_TENSOR)
+    # As wide as rank 32's, where two halves of a factor make sixteen columns of each product.
+    cores = flops / ((gpu.half if itemsize == 2 else gpu.float32) * reached(gpu).products(itemsize, 32))
     return max(first, cores) + max(second, cores) + 2 * len(layout.groups) * gpu.launch
 
 
 def _dense_seconds(layout: GramLayout, vectors: float, gpu: Gpu) -> float:
     """torch's algebra of one pass with a basis of that many vectors; enqueueing it on the host may take longer."""
     moved = _BASIS_READ * 4.0 * BATCH * vectors * layout.N + 30 * 8.0 * BATCH * WIDTH * layout.N
-    return max(_DENSE_CALLS * _CALL_SECONDS, moved / (gpu.dram * REACHED_DRAM))
+    return max(_DENSE_CALLS * _CALL_SECONDS, moved / (gpu.dram * reached(gpu).dram))
 
 
 def _finish_seconds(work: DirectWork, gpu: Gpu, *, factors: bool) -> float:
@@ -230,4 +234,4 @@ def _finish_seconds(work: DirectWork, gpu: Gpu, *, factors: bool) -> float:
     entries = float(math.prod(work.shape))
     moved = entries * ((2 if factors else 1) * (work.itemsize + 8) + 8 * products)
     flops = products * 2.0 * entries * work.kept
-    return _FINISH_SECONDS + max(moved / (gpu.dram * REACHED_DRAM), flops / (gpu.double * 0.5))
+    return _FINISH_SECONDS + max(moved / (gpu.dram * reached(gpu).dram), flops / (gpu.double * 0.5))

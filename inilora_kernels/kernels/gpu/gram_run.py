@@ -39,7 +39,9 @@ def visit_batches(
             members = planned[number]
             dtype = dtypes[members[0]]
             tile = gram_tile(gpu.architecture, dtype.itemsize)
-            layout = gram_layout([matrices[i].shape for i in members], dtype.itemsize, tile, cached_bytes(gpu))
+            layout = gram_layout(
+                [matrices[i].shape for i in members], dtype.itemsize, tile, cached_bytes(gpu), gpu.multiprocessors
+            )
             batch = GramBatch(layout, dtype, place.device)
             # The copies must not overtake what fills the batch with zeros.
             place.copying_waits()

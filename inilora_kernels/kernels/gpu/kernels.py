@@ -262,10 +262,8 @@ def adam_kernel(
     slot_size = tl.multiple_of(tl.load(work + BLOCK_SLOT_SIZE), 16)
     gram_offset = tl.multiple_of(tl.load(work + BLOCK_GRAM_OFFSET), 16)
     share_offset = tl.multiple_of(tl.load(work + BLOCK_SHARE_OFFSET), 16)
-    eps = tl.load(epsilons + tl.load(work + BLOCK_MATRIX))
+    matrix = tl.load(work + BLOCK_MATRIX)
     time = tl.load(step) - 1
-    rate = tl.load(rates + 2 * time)
-    unbias2 = tl.load(rates + 2 * time + 1)
 
     r = tl.arange(0, RANK)
     column = first_column + tl.arange(0, WIDTH)
@@ -276,25 +274,32 @@ def adam_kernel(
         x = tl.load(factors + X_offset + place, mask=inside, other=0.0)
         old_mean = tl.load(means + X_offset + place, mask=inside, other=0.0)
         old_square = tl.load(squares + X_offset + place, mask=inside, other=0.0)
-    slot = tl.arange(0, SLOTS)
+    eps = tl.load(epsilons + matrix)
+    rate = tl.load(rates + 2 * time)
+    unbias2 = tl.load(rates + 2 * time + 1)
     total = tl.full((RANK, WIDTH), 0.0, tl.float32)
     for first_slot in range(0, slot_count, SLOTS):
-        part = tl.load(
-            slots + slots_offset + (first_slot + slot)[:, None, None] * slot_size + place[None, :, :],
-            mask=((first_slot + slot) < slot_count)[:, None, None] & inside[None, :, :],
-            other=0.0,
-        )
-        total += tl.sum(part, axis=0)
+        # Unrolled, so that SLOTS loads are under way; the same layout as the factor's, so that nothing is exchanged.
+        for slot in tl.static_range(SLOTS):
+            present = tl.where(first_slot + slot < slot_count, rank, 0)
+            total += tl.load(
+                slots + slots_offset + (first_slot + slot) * slot_size + place,
+                mask=(r < present)[:, None] & (column < stride)[None, :],
+                other=0.0,
+            )
 
     if RANK == 8:
-        G = tl.load(grams + gram_offset + r[:, None] * RANK + r[None, :])
-        # The sum over G's columns runs along the first axis of Xᵢ, so the product is laid out (inner, rank, column).
-        inner = tl.load(
-            factors + X_offset + r[:, None, None] * stride + column[None, None, :],
-            mask=(r < rank)[:, None, None] & (column < stride)[None, None, :],
-            other=0.0,
-        )
-        product = tl.sum(tl.trans(G)[:, :, None] * inner, axis=0)
+        # The sum over G's columns runs along the first axis of Xⱼ, so a product is laid out (inner, rank, column).
+        product = tl.full((RANK, WIDTH), 0.0, tl.float32)
+        for first_inner in tl.static_range(0, RANK, INNER):
+            j = first_inner + tl.arange(0, INNER)
+            G = tl.load(grams + gram_offset + r[None, :] * RANK + j[:, None])
+            inner = tl.load(
+                factors + X_offset + j[:, None, None] * stride + column[None, None, :],
+                mask=(j < rank)[:, None, None] & (column < stride)[None, None, :],
+                other=0.0,
+            )
+            product += tl.sum(G[:, :, None] * inner, axis=0)
     else:
         product = tl.full((RANK, WIDTH), 0.0, tl.float32)
         for first_inner in range(0, RANK, INNER):

@@ -19,7 +19,7 @@ from .kernels import (
     STRIP_W_OFFSET,
 )
 
-ROWS, COLUMNS, WARPS = 16, 64, 8
+ROWS, COLUMNS, WARPS = 64, 64, 4
 
 
 @triton.jit

@@ -86,18 +86,18 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
         128: (32, 32, 8, 1),
     },
     ("hopper", 2): {
-        8: (256, 64, 8, 3),
-        16: (256, 64, 8, 3),
-        32: (256, 64, 8, 3),
+        8: (256, 64, 4, 3),
+        16: (256, 64, 4, 4),
+        32: (128, 64, 4, 4),
         64: (128, 64, 8, 3),
         128: (64, 64, 8, 3),
     },
     ("hopper", 4): {
-        8: (128, 32, 8, 1),
-        16: (64, 64, 8, 1),
-        32: (64, 32, 8, 1),
-        64: (64, 32, 8, 1),
-        128: (32, 32, 8, 1),
+        8: (64, 64, 4, 3),
+        16: (64, 64, 4, 2),
+        32: (64, 64, 4, 2),
+        64: (32, 32, 4, 2),
+        128: (32, 32, 8, 2),
     },
     ("blackwell", 2): {
         8: (256, 64, 8, 3),
@@ -129,7 +129,7 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
 }
 
 _BLOCKS: dict[int, tuple[int, int, int, int]] = {
-    8: (128, 8, 8, 4),
+    8: (128, 4, 8, 4),
     16: (64, 8, 16, 4),
     32: (32, 4, 16, 4),
     64: (32, 4, 16, 8),
@@ -138,13 +138,15 @@ _BLOCKS: dict[int, tuple[int, int, int, int]] = {
 # Ampere's and Ada's tensor cores take both operands from registers: half the width, or rank 128 spills. With 8 warps
 # at rank 64 ptxas stops at 128 registers (triton 3.9, sm_80) and spills 20 bytes; with 4 it takes 168 to 220.
 _AMPERE_BLOCKS = {64: (32, 4, 16, 4), 128: (16, 2, 16, 8)}
+# Of few warps a program: exchanging layouts through shared memory, not reading slots, was what held four back (H200).
+_HOPPER_BLOCKS = {8: (64, 4, 8, 1), 16: (32, 4, 16, 1), 32: (32, 4, 16, 2), 64: (32, 4, 16, 4), 128: (32, 4, 16, 8)}
 # own, inner, warps, stages. 32 rows make 128 programs of a 4096² matrix, one a multiprocessor; Hopper's and Blackwell's
 # asynchronous products want 64.
 _GRAMS: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("ampere", 2): (32, 128, 4, 3),
     ("ampere", 4): (32, 64, 4, 3),
-    ("hopper", 2): (64, 64, 4, 3),
-    ("hopper", 4): (32, 64, 4, 3),
+    ("hopper", 2): (64, 64, 4, 4),
+    ("hopper", 4): (64, 64, 4, 3),
     ("blackwell", 2): (64, 64, 4, 3),
     ("blackwell", 4): (64, 64, 4, 3),
     ("cdna", 2): (32, 128, 4, 1),
@@ -180,7 +182,8 @@ def tiles(architecture: str, itemsize: int, rank: int) -> Tiles:
         # Eight columns alone would go to the 4×4 matrix instruction, at a quarter of the other ones' pace.
         padded = max(padded, 16)
     precision, options = _arithmetic(group)
-    block = _AMPERE_BLOCKS.get(padded, _BLOCKS[padded]) if group == "ampere" else _BLOCKS[padded]
+    own_blocks = {"ampere": _AMPERE_BLOCKS, "hopper": _HOPPER_BLOCKS}.get(group, {})
+    block = own_blocks.get(padded, _BLOCKS[padded])
     return Tiles(
         rank=padded,
         strip=StripTile(*_STRIPS[group, itemsize][padded]),
