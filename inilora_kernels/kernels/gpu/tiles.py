@@ -128,18 +128,21 @@ _STRIPS: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     },
 }
 
+# Few warps: an H200 took four times as long with four at rank 8, for the exchange of layouts through shared memory.
 _BLOCKS: dict[int, tuple[int, int, int, int]] = {
-    8: (128, 4, 8, 4),
-    16: (64, 8, 16, 4),
+    8: (128, 4, 2, 1),
+    16: (32, 8, 16, 1),
     32: (32, 4, 16, 4),
-    64: (32, 4, 16, 8),
+    64: (16, 4, 16, 2),
     128: (32, 2, 16, 8),
 }
-# Ampere's and Ada's tensor cores take both operands from registers: half the width, or rank 128 spills. With 8 warps
-# at rank 64 ptxas stops at 128 registers (triton 3.9, sm_80) and spills 20 bytes; with 4 it takes 168 to 220.
-_AMPERE_BLOCKS = {64: (32, 4, 16, 4), 128: (16, 2, 16, 8)}
-# Of few warps a program: exchanging layouts through shared memory, not reading slots, was what held four back (H200).
-_HOPPER_BLOCKS = {8: (64, 4, 8, 1), 16: (32, 4, 16, 1), 32: (32, 4, 16, 2), 64: (32, 4, 16, 4), 128: (32, 4, 16, 8)}
+# Ampere's and Ada's tensor cores take both operands from registers: half the width, or rank 128 spills; so does rank 64
+# with a width of 32 (triton 3.6, sm_80).
+_AMPERE_BLOCKS = {64: (16, 4, 16, 4), 128: (16, 2, 16, 8)}
+# Else triton 3.9 spills.
+_BLACKWELL_BLOCKS = {8: (64, 4, 8, 1)}
+# Four of AMD's warps are 256 lanes.
+_CDNA_BLOCKS = {8: (128, 8, 8, 4), 16: (64, 8, 16, 4), 64: (32, 4, 16, 8)}
 # own, inner, warps, stages. 32 rows make 128 programs of a 4096² matrix, one a multiprocessor; Hopper's and Blackwell's
 # asynchronous products want 64.
 _GRAMS: dict[tuple[str, int], tuple[int, int, int, int]] = {
@@ -182,7 +185,7 @@ def tiles(architecture: str, itemsize: int, rank: int) -> Tiles:
         # Eight columns alone would go to the 4×4 matrix instruction, at a quarter of the other ones' pace.
         padded = max(padded, 16)
     precision, options = _arithmetic(group)
-    own_blocks = {"ampere": _AMPERE_BLOCKS, "hopper": _HOPPER_BLOCKS}.get(group, {})
+    own_blocks = {"ampere": _AMPERE_BLOCKS, "blackwell": _BLACKWELL_BLOCKS, "cdna": _CDNA_BLOCKS}.get(group, {})
     block = own_blocks.get(padded, _BLOCKS[padded])
     return Tiles(
         rank=padded,
