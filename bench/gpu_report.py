@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +40,46 @@ def report(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def direct_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The direct solver's passes and solves in a step's columns, in microseconds, so that one plot has both."""
-    found = []
-    for row in rows:
+# Factor within which the band of the plot lies.
+_BAND = 1.25
+
+
+def series(measured: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[tuple[float, float, str]]]:
+    """Predicted and measured microseconds and a rank: steps by dtype, the direct solver's passes and solves."""
+    found: dict[str, list[tuple[float, float, str]]] = {}
+    for row in measured.get("steps", []):
+        if "predicted µs" in row:
+            taken = row["graph µs"] or row["launches µs"]
+            name = f"a step, {row['dtype'].removeprefix('torch.')}"
+            found.setdefault(name, []).append((row["predicted µs"], taken, str(row["rank"])))
+    for row in measured.get("direct", []):
         if "a pass" in row:
-            found.append({**row, "matrix": row["a pass"], "rank": "pass"})
+            taken = row["graph µs"] or row["launches µs"]
+            found.setdefault("direct solver, a pass", []).append((row["predicted µs"], taken, ""))
         elif "predicted s" in row:
-            taken = {"graph µs": None, "launches µs": 1e6 * row["s"], "predicted µs": 1e6 * row["predicted s"]}
-            found.append({"matrix": row["solve"], "rank": "solve", **taken})
+            found.setdefault("direct solver, whole", []).append((1e6 * row["predicted s"], 1e6 * row["s"], ""))
     return found
 
 
-def plot(rows: Sequence[dict[str, Any]]) -> Figure:
+def plot(measured: Mapping[str, Sequence[dict[str, Any]]], device: str) -> Figure:
     """Measured against predicted microseconds, both logarithmic; on the line they are equal."""
-    figure = Figure(figsize=(5, 5))
+    figure = Figure(figsize=(6.5, 6), layout="constrained")
     axes = figure.subplots()
-    points = [row for row in rows if "predicted µs" in row]
-    predicted = [row["predicted µs"] for row in points]
-    measured = [row["graph µs"] or row["launches µs"] for row in points]
-    axes.loglog(predicted, measured, "o")
-    for row, x, y in zip(points, predicted, measured, strict=True):
-        axes.annotate(f"{row['matrix']} r={row['rank']}", (x, y), fontsize=6)
-    if points:
-        ends = [min(predicted + measured), max(predicted + measured)]
-        axes.loglog(ends, ends, linewidth=0.8)
-    axes.set_xlabel("predicted, µs a step, pass or solve")
-    axes.set_ylabel("measured, µs a step, pass or solve")
+    points = series(measured)
+    for marker, (name, found) in zip("os^DvP", points.items(), strict=False):
+        axes.loglog(*zip(*((x, y) for x, y, _ in found), strict=True), marker, label=name)
+        for x, y, rank in found:
+            axes.annotate(rank, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7)
+    values = [value for found in points.values() for x, y, _ in found for value in (x, y)]
+    if values:
+        ends = [min(values) / 1.5, max(values) * 1.5]
+        axes.loglog(ends, ends, color="grey", linewidth=0.8, label="equal")
+        low, high = [end / _BAND for end in ends], [end * _BAND for end in ends]
+        axes.fill_between(ends, low, high, color="grey", alpha=0.15, linewidth=0, label=f"within {_BAND} times")
+    axes.set_title(f"{device}: matrices of a wave or batch, ranks as numbers")
+    axes.set_xlabel("predicted, µs")
+    axes.set_ylabel("measured, µs")
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -80,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{given.file.stem}-report.md").write_text(report(content), encoding="utf-8")
     measured = {part: one["rows"] for part, one in content.items()}
-    rows = [*measured.get("steps", []), *direct_rows(measured.get("direct", []))]
-    plot(rows).savefig(folder / f"{given.file.stem}.png", dpi=130)
+    device = next(iter(content.values()))["machine"].get("gpu", "no GPU")
+    plot(measured, device).savefig(folder / f"{given.file.stem}.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ that are equal or of a precision beyond float32's, is left to `principal`, one m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import ceil
@@ -163,22 +163,23 @@ def _principals(
         ]
 
 
-def _starts(batch: GramBatch, streams: Sequence[torch.Generator | None]) -> Tensor:
-    """Gaussian blocks, zero beyond each matrix's own size; where there is no stream, and no matrix, ones."""
-    starts = torch.zeros(batch.shape, dtype=torch.float32)
-    starts[:] = 1.0
-    for index, (n, stream) in enumerate(zip(batch.sizes, streams, strict=False)):
+def _starts(batch: GramBatch, blocks: Sequence[Tensor | None]) -> Tensor:
+    """These blocks, zero beyond each matrix's own size; where there is none, and no matrix, ones."""
+    starts = torch.ones(batch.shape, dtype=torch.float32)
+    for index, (n, block) in enumerate(zip(batch.sizes, blocks, strict=False)):
         starts[index] = 0.0
-        starts[index, :, :n] = (
-            1.0 if stream is None else torch.randn(starts.shape[1], n, generator=stream, dtype=torch.float32)
-        )
+        starts[index, :, :n] = 1.0 if block is None else block
     return starts.to(batch.energies.device)
+
+
+def _gaussian(batch: GramBatch, n: int, stream: torch.Generator) -> Tensor:
+    return torch.randn(batch.shape[1], n, generator=stream, dtype=torch.float32)
 
 
 def _converged(batch: GramBatch, searched: Sequence[_Searched], vectors: int) -> KrylovSpaces:
     """Grow all spaces until each promises enough, or is at its end."""
-    starts = _starts(batch, [torch.Generator().manual_seed(0) for _ in searched])
-    spaces = KrylovSpaces(batch, starts, vectors)
+    drawn = {n: _gaussian(batch, n, torch.Generator().manual_seed(0)) for n in set(batch.sizes)}
+    spaces = KrylovSpaces(batch, _starts(batch, [drawn[n] for n in batch.sizes]), vectors)
     going = {index for index, one in enumerate(searched) if not one.lost}
     batch.keep(going)
     looks = {index: searched[index].first_look() for index in going}
@@ -192,16 +193,19 @@ def _converged(batch: GramBatch, searched: Sequence[_Searched], vectors: int) ->
         def look(index: int, T: Tensor = T, coupling: Tensor = coupling) -> bool:
             return searched[index].judge(ritz_pairs(T[index], spaces.leaving(coupling[index])))
 
-        # On one thread each, however many look at once: MKL's bits change with the number.
-        with one_torch_thread() as threads:
-            verdicts = list(side_by_side(look, due, threads))
-        for index, done in zip(due, verdicts, strict=True):
-            looks[index] += _LOOK_EVERY
-            if done:
-                searched[index].vectors = spaces.size
-                going.discard(index)
+        looks |= {index: looks[index] + _LOOK_EVERY for index in due}
+        for index in _settled(look, due):
+            searched[index].vectors = spaces.size
+            going.discard(index)
         batch.keep(going)
     return spaces
+
+
+def _settled(look: Callable[[int], bool], due: Sequence[int]) -> set[int]:
+    """Those of the matrices that a look settles, on one thread each: MKL's bits change with the number."""
+    with one_torch_thread() as threads:
+        verdicts = list(side_by_side(look, due, threads))
+    return {index for index, done in zip(due, verdicts, strict=True) if done}
 
 
 def _until(spaces: KrylovSpaces, searched: Sequence[_Searched]) -> Tensor:
@@ -214,13 +218,14 @@ def _until(spaces: KrylovSpaces, searched: Sequence[_Searched]) -> Tensor:
 
 def _look_outside(batch: GramBatch, searched: Sequence[_Searched], digests: Sequence[Digest], fixed: Tensor) -> None:
     """Bound what lies outside of each space from a second one, drawn from W's hash once the first is fixed."""
-    streams: list[torch.Generator | None] = [None] * len(searched)
-    going = set()
-    for index, one in enumerate(searched):
-        if one.pairs is not None:
-            streams[index] = trusted_stream(digests[index])
-            going.add(index)
-    others = KrylovSpaces(batch, _starts(batch, streams), 16 * _MOST_PASSES_OUTSIDE, fixed)
+    going = {index for index, one in enumerate(searched) if one.pairs is not None}
+
+    def drawn(index: int) -> Tensor | None:
+        return _gaussian(batch, batch.sizes[index], trusted_stream(digests[index])) if index in going else None
+
+    with one_torch_thread() as threads:
+        blocks = list(side_by_side(drawn, range(len(searched)), threads))
+    others = KrylovSpaces(batch, _starts(batch, blocks), 16 * _MOST_PASSES_OUTSIDE, fixed)
     batch.keep(going)
     begun = others.begun.cpu()
     while going and others.passes < _MOST_PASSES_OUTSIDE:
@@ -228,10 +233,12 @@ def _look_outside(batch: GramBatch, searched: Sequence[_Searched], digests: Sequ
         if others.passes < _FIRST_LOOK_OUTSIDE or (others.passes - _FIRST_LOOK_OUTSIDE) % _LOOK_EVERY:
             continue
         T, coupling = others.here()
-        for index in sorted(going):
+
+        def look(index: int, T: Tensor = T, coupling: Tensor = coupling) -> bool:
             bounds = bound_outside(T[index], others.leaving(coupling[index]), begun[index], others.passes)
-            if searched[index].judge_outside(*bounds, others.passes):
-                going.discard(index)
+            return searched[index].judge_outside(*bounds, others.passes)
+
+        going -= _settled(look, sorted(going))
         batch.keep(going)
     for index in going:
         searched[index].lost = True

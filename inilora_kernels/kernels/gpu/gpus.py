@@ -43,7 +43,8 @@ GPUS: dict[str, Gpu] = {
     # cache_bandwidth: A100 5,120 bytes a clock at 1.41 GHz (whitepaper); MI300X's Infinity Cache 17.2 TB/s (its own).
     # No maker states the others': Ada about 5 TB/s and H100 about 5.6 TB/s are what Chips and Cheese's measurements
     # suggest ("Microbenchmarking Nvidia's RTX 4090"; "Nvidia's H100: Funny L2, and Tons of Bandwidth"); B200 twice
-    # H100's, for its two dies. Unchecked: docs/kernels.md says how much Table 5's prediction depends on them.
+    # H100's, for its two dies. Unchecked: docs/kernels.md says how much Table 5's prediction depends on them. H200's
+    # cache is what the chip itself reports.
     # cache_usable: one L2 on Ada; A100, H100, H200 and B200 have two partitions that may both hold a line: half.
     # launch: an assumption; a little over 1 µs from node to node of a straight graph is what NVIDIA's blog reports
     # ("Constant Time Launch for Straight-Line CUDA Graphs and Other Performance Enhancements").
@@ -98,7 +99,7 @@ GPUS: dict[str, Gpu] = {
         multiprocessors=132,
         memory=141e9,
         dram=4.8e12,
-        cache=50e6,
+        cache=60e6,
         cache_usable=0.45,
         cache_bandwidth=5.6e12,
         half=989e12,

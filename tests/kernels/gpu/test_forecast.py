@@ -103,8 +103,8 @@ def test_the_command_prints_json_for_mixed_shapes(tmp_path: Path) -> None:
 def test_the_host_is_a_twentieth_of_the_run_at_most(model: Model, gpu: str) -> None:
     """What the device waits for: the first upload, later ones that no step hides, milestones, graphs."""
     forecast = predicted(model, gpu)
-    # A run of a third of a second, RoBERTa Base on a B200, waits 15 ms.
-    assert forecast.host <= max(0.05 * forecast.seconds, 0.02)
+    # A run of a third of a second, RoBERTa Base on a B200, waits 25 ms: an H200's host took 55 µs a captured launch.
+    assert forecast.host <= max(0.05 * forecast.seconds, 0.025)
 
 
 def test_only_the_first_upload_of_many_is_waited_for() -> None:
