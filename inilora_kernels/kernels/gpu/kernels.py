@@ -196,8 +196,13 @@ def gradient_products_kernel(
                 else:
                     Q_share = tl.dot(W_tile, A_low, Q_share)
                     Q_share = tl.dot(W_tile, A_high, Q_share)
-                    P_share = tl.dot(tl.trans(W_tile), tl.trans(B_low))
-                    P_share = tl.trans(tl.dot(tl.trans(W_tile), tl.trans(B_high), P_share))
+                    if RANK >= 64:
+                        # The rank fills the instruction's rows by itself: P as it is stored, in fewer registers.
+                        P_share = tl.dot(B_low, W_tile)
+                        P_share = tl.dot(B_high, W_tile, P_share)
+                    else:
+                        P_share = tl.dot(tl.trans(W_tile), tl.trans(B_low))
+                        P_share = tl.trans(tl.dot(tl.trans(W_tile), tl.trans(B_high), P_share))
                 P_share *= unscale
             else:
                 Q_share = tl.dot(W_tile, A_block, Q_share, input_precision=PRECISION)
