@@ -32,6 +32,15 @@ def test_a_group_fills_the_cache_and_one_that_streams_is_a_single_group() -> Non
     assert not streamed.resident
 
 
+def test_groups_that_would_leave_the_gpu_idle_are_a_single_one() -> None:
+    shapes = [(64, 128)] * 5  # two programs each along the columns, the shorter side; two matrices a group
+    assert gram_layout(shapes, 2, TILE, cache=33_000, programs=4).groups == ((0, 2), (2, 4), (4, 5))
+    idle = gram_layout(shapes, 2, TILE, cache=33_000, programs=5)
+    assert (idle.groups, idle.resident) == (((0, 5),), False)
+    # All in one group, however few.
+    assert gram_layout(shapes, 2, TILE, cache=1e9, programs=100).resident
+
+
 def test_batches_are_of_one_kind_and_length_and_fit_the_memory() -> None:
     small, large, other = Wanted((96, 80), 2, 60), Wanted((400, 300), 2, 60), Wanted((90, 100), 2, 60)
     wanted = [small, large, other, small]
