@@ -1,8 +1,8 @@
 """Which tile each GPU family takes for each rank and weight size. Pure numbers: importable without triton or a GPU.
 
-Every entry was compiled ahead for its family, spills nothing and fits the shared memory (tests/kernels/gpu/test_compile.py
-holds that true). Hopper's are the fastest of some hundred on an H200; the others, which no GPU has run, are the largest by
-rows: the P slots weigh 4·r/(rows·size) of W.
+Every entry was compiled ahead for its family, spills nothing and fits the shared memory: test_compile.py in
+tests/kernels/gpu holds that true. Hopper's are the fastest of some hundred on an H200; the others, which no GPU ran,
+are the largest by rows: the P slots weigh 4·r/(rows·size) of W.
 """
 
 from __future__ import annotations
