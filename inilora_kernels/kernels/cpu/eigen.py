@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .copies import copy_row, copy_rows
 from .jit import njit
 from .plain_products import SUMS
 
@@ -209,7 +210,7 @@ def leading_vectors(reduced: Any, values: Any, vectors: Any) -> bool:
         for i in range(m):
             state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
             start[i] = np.float64(state >> np.uint64(40)) * 2.0**-24 - 0.5
-        y[:] = start
+        copy_row(start, y)
         accurate = False
         for step in range(_MOST_INVERSE_STEPS):
             _solve(upper, second, third, factor, swapped, y, step > 0)
@@ -319,7 +320,8 @@ def decomposed(T: Any, rows: Any) -> Any:
     if abs(d[0]) > abs(d[m - 1]):
         # QL wants the small entries first.
         values, g = values[::-1].copy(), g[::-1].copy()
-        beside[: m - 1] = e[: m - 1][::-1]
+        for i in range(m - 1):
+            beside[i] = e[m - 2 - i]
     converged = by_ql(values, beside, g)
     _sort(values, g)
     return values * scale, g, (T, betas, d, e, scale), converged
@@ -333,10 +335,10 @@ def _sort(values: Any, g: Any) -> None:
         j = i
         while j > 0 and values[j - 1] < value:
             values[j] = values[j - 1]
-            g[j] = g[j - 1]
+            copy_row(g[j - 1], g[j])
             j -= 1
         values[j] = value
-        g[j] = row
+        copy_row(row, g[j])
 
 
 @njit(cache=True, nogil=True)
@@ -348,7 +350,7 @@ def leading_pairs(T: Any, count: int) -> Any:
         turn_back(reduced, vectors)
     else:
         values, every, _, converged = decomposed(T.copy(), np.eye(len(T)))
-        vectors[:] = every[:count]
+        copy_rows(every, vectors)
     return values, vectors, converged
 
 

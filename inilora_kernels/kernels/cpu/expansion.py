@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .copies import copy_row, copy_rows
 from .gram import column_tiles, row_strips
 from .jit import njit
 from .orthonormal import PASS, help_project, make_orthonormal
@@ -39,28 +40,28 @@ def expand(
     taken, whole, stopped = 0, True, False
     if raw:
         X[:] = 0
-        X[:b] = block
-        begun[:] = np.eye(b)
+        copy_rows(block, X[:b])
+        copy_rows(np.eye(b), begun)
         whole = make_orthonormal(rows[:0], held, space, begun, np.zeros((0, b)), limits, job, shares)
         if not whole:
             close(job)
             return taken, whole, stopped
-        block[:] = X[:b]
+        copy_rows(X, block)
     while taken < passes and not stopped:
         first, last = size, size + b
-        rows[first:last] = block
+        copy_rows(block, rows[first:last])
         size = last
         multiply(W, layout, work, block, X, job)
         along = np.zeros((last, b))
         leaving[:] = 0.0
         for c in range(b):
             leaving[c, c] = 1.0
-            block[c] = X[c]
+            copy_row(X[c], block[c])
         taken += 1
         whole = make_orthonormal(rows[:last], held, space, leaving, along, limits, job, shares)
         if not whole:
             break
-        block[:] = X[:b]
+        copy_rows(X, block)
         for i in range(last):
             for c in range(b):
                 T[i, first + c] = T[first + c, i] = along[i, c]

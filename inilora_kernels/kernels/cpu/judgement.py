@@ -168,7 +168,8 @@ def stops_outside(
     """
     highest, off = theta[ranks.max() - 1], rounding(theta, goal)
     tried = np.empty(len(bounds) + 1)
-    tried[:-1] = bounds * highest
+    for i in range(len(bounds)):
+        tried[i] = bounds[i] * highest
     tried[-1] = expected
     enough = bound_to_reach(theta, g, ranks, tried, goal)
     stops = np.empty((len(factors), 2))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .copies import copy_rows
 from .eigen import decomposed
 from .jit import njit
 
@@ -35,8 +36,8 @@ def bound_outside(T: Any, leaving: Any, begun: Any, passes: int, least: float) -
         if begun[i, i] == 0.0:
             return np.inf, np.inf
     rows = np.zeros((b + len(begun), m))
-    rows[:b, m - leaving.shape[1] :] = leaving
-    rows[b:, : len(begun)] = begun.T
+    copy_rows(leaving, rows[:b, m - leaving.shape[1] :])
+    copy_rows(begun.T, rows[b:, : len(begun)])
     theta, both, _, converged = decomposed(T.copy(), rows)
     if not converged:
         return np.inf, np.inf

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .copies import copy_rows
 from .gram import BLOCK, RUN, add_inner_products, add_outer_by_strips
 from .in_place import WIDE_ROWS
 from .jit import ZERO, njit
@@ -98,7 +99,7 @@ def make_orthonormal(
         if not cholesky(gram, triangle, spread):
             return False
         solve(triangle, X, wide)
-        coupling[:] = _product(triangle, coupling)
+        copy_rows(_product(triangle, coupling), coupling)
         if attempt and stayed_long:
             return True
         # What rounding is to Z, it is to these unit rows, as long as the triangle is no smaller than that.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .copies import copy_rows
 from .eigen import decomposed
 from .expansion import expand
 from .jit import ZERO, njit
@@ -68,7 +69,7 @@ def search(
                     ended = LEFT
                     break
             last = np.zeros((b, size))
-            last[:, size - b :] = leaving
+            copy_rows(leaving, last[:, size - b :])
             theta, g, reduced, converged = decomposed(T[:size, :size].copy(), last)
             if not converged or too_coarse(theta, ranks, goal):
                 ended = COARSE if converged else LEFT

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .copies import copy_rows
 from .jit import njit
 from .products import B_BLOCK_ROWS, add_block_times_gram, add_gram_rows, add_panel, add_rows
 from .simd import (
@@ -206,7 +207,7 @@ def gram_of_B(B: Any, first: int, last: int, gram: Any) -> None:
 
 @njit(cache=True, nogil=True, inline="always")
 def _sum_shares(shares: Any, total: Any) -> None:
-    total[:] = shares[0]
+    copy_rows(shares[0], total)
     for share in range(1, shares.shape[0]):
         total += shares[share]
 
@@ -252,7 +253,7 @@ def strip_residual(W: Any, A: Any, B: Any) -> Any:
     sums, residual = np.zeros(PANEL), np.empty(PANEL)
     wide = np.empty((A.shape[1], PANEL))
     for panel in range(n_panels):
-        wide[:] = A[panel]
+        copy_rows(A[panel], wide)
         for i in range(rows):
             for j in range(PANEL):
                 residual[j] = W[panel, i, j]
