@@ -12,8 +12,7 @@ from inilora_kernels.kernels.backend import Stored
 from inilora_kernels.kernels.gpu.backend import TritonBackend
 from inilora_kernels.kernels.gpu.forecast import DirectWork, direct_seconds, pass_seconds
 from inilora_kernels.kernels.gpu.gram_batch import GramBatch
-from inilora_kernels.kernels.gpu.gram_layout import cached_bytes, gram_layout
-from inilora_kernels.kernels.gpu.tiles import gram_tile
+from inilora_kernels.kernels.gpu.gram_layout import gram_layout_on
 from inilora_kernels.solvers.krylov import TOLERANCE, principal
 from inilora_kernels.solvers.krylov_batch import PRODUCT_UNIT, passes_expected, principals, room
 from inilora_kernels.solvers.triplets import Principal
@@ -24,10 +23,8 @@ from .harness import Row, seconds
 
 def gram_batch_of(weights: Sequence[Tensor], backend: TritonBackend) -> GramBatch:
     """The matrices as a batch on the backend's device."""
-    gpu = backend.gpu()
-    tile = gram_tile(gpu.architecture, weights[0].element_size())
     shapes = [(W.shape[0], W.shape[1]) for W in weights]
-    layout = gram_layout(shapes, weights[0].element_size(), tile, cached_bytes(gpu), gpu.multiprocessors)
+    layout = gram_layout_on(backend.gpu(), shapes, weights[0].element_size())
     batch = GramBatch(layout, weights[0].dtype, backend.device)
     for index, W in enumerate(weights):
         batch.stored(index).copy_(W)

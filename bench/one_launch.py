@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from inilora_kernels.kernels.gpu.cost_model import Matrix, choose, reached, step_of, wave_step
+from inilora_kernels.kernels.gpu.cost_model import Matrix, choose, product_rate, reached, step_of, wave_step
 from inilora_kernels.kernels.gpu.gpus import GPUS, Gpu
 from inilora_kernels.kernels.gpu.waves import divide
 
@@ -84,8 +84,7 @@ def a_program_a_matrix(count: int, matrix: Matrix, name: str) -> float:
     at_once = min(count, gpu.multiprocessors)
     step = step_of(matrix, gpu, 1, 1, resident=True)
     drawn = min(DRAWN * chip.clock, gpu.cache_bandwidth * reached(gpu).cache / at_once)
-    peak = (gpu.half if matrix.itemsize == 2 else gpu.float32) / gpu.multiprocessors
-    peak *= reached(gpu).products(matrix.itemsize, matrix.rank)
+    peak = product_rate(gpu, matrix.itemsize, matrix.rank) / gpu.multiprocessors
     one = max(_bytes(matrix) / drawn, step.flops / peak) + step.state_bytes / drawn + LATENCIES
     return one * math.ceil(count / gpu.multiprocessors)
 

@@ -24,7 +24,7 @@ from ..kernels.threads import one_torch_thread, side_by_side
 from .certificate import bound_outside
 from .goal import Goal
 from .krylov import FLOAT32_RANGE, GRAM_SIZE
-from .krylov_search import MISSED, PROMISED, Digest, trusted_stream
+from .krylov_search import MISSED, PROMISED, Digest, gaussian, start_stream, trusted_stream
 from .krylov_spaces import UNIT, KrylovSpaces
 from .ritz import RitzPairs, ritz_pairs
 from .triplets import LastPass, Principal, concluded
@@ -172,13 +172,9 @@ def _starts(batch: GramBatch, blocks: Sequence[Tensor | None]) -> Tensor:
     return starts.to(batch.energies.device)
 
 
-def _gaussian(batch: GramBatch, n: int, stream: torch.Generator) -> Tensor:
-    return torch.randn(batch.shape[1], n, generator=stream, dtype=torch.float32)
-
-
 def _converged(batch: GramBatch, searched: Sequence[_Searched], vectors: int) -> KrylovSpaces:
     """Grow all spaces until each promises enough, or is at its end."""
-    drawn = {n: _gaussian(batch, n, torch.Generator().manual_seed(0)) for n in set(batch.sizes)}
+    drawn = {n: gaussian(batch.shape[1], n, start_stream()) for n in set(batch.sizes)}
     spaces = KrylovSpaces(batch, _starts(batch, [drawn[n] for n in batch.sizes]), vectors)
     going = {index for index, one in enumerate(searched) if not one.lost}
     batch.keep(going)
@@ -221,7 +217,9 @@ def _look_outside(batch: GramBatch, searched: Sequence[_Searched], digests: Sequ
     going = {index for index, one in enumerate(searched) if one.pairs is not None}
 
     def drawn(index: int) -> Tensor | None:
-        return _gaussian(batch, batch.sizes[index], trusted_stream(digests[index])) if index in going else None
+        if index not in going:
+            return None
+        return gaussian(batch.shape[1], batch.sizes[index], trusted_stream(digests[index]))
 
     with one_torch_thread() as threads:
         blocks = list(side_by_side(drawn, range(len(searched)), threads))

@@ -108,7 +108,7 @@ def _most_vectors(size: int, rank: int) -> int:
     return min(size - 2 * _block(rank), int(_MOST_GROWTH * expected_vectors(rank, size)))
 
 
-def _start_stream() -> torch.Generator:
+def start_stream() -> torch.Generator:
     """For a first space's start: its quality is checked, not trusted, so that it may be the same for every W."""
     return torch.Generator().manual_seed(0)
 
@@ -116,11 +116,11 @@ def _start_stream() -> torch.Generator:
 @functools.cache
 def _start(rows: int, size: int) -> NDArray[np.float32]:
     """A first space's start."""
-    found: NDArray[np.float32] = _gaussian(rows, size, _start_stream()).numpy()
+    found: NDArray[np.float32] = gaussian(rows, size, start_stream()).numpy()
     return found
 
 
-def _gaussian(rows: int, size: int, stream: torch.Generator) -> Tensor:
+def gaussian(rows: int, size: int, stream: torch.Generator) -> Tensor:
     return torch.randn(rows, size, generator=stream, dtype=torch.float32)
 
 
@@ -135,7 +135,7 @@ def _in_one_call(W: Tensor, goal: Goal, key: Digest) -> tuple[bool, Searched | N
     from ..kernels.cpu.gram import FusedGramReaders
 
     block, size, readers = _block(goal.rank), W.shape[1], FusedGramReaders(W, threads=1)
-    fresh = _gaussian(_NARROW, size, trusted_stream(key)).numpy()
+    fresh = gaussian(_NARROW, size, trusted_stream(key)).numpy()
     stored, layout, work = readers.of(block).compiled
     ended, basis, parts, missed, passes, spent = compiled.search(
         stored,
@@ -165,7 +165,7 @@ class _Search:
         self._device, self._size, self._dtype, self._multiply = W.device, W.shape[1], dtype, multiply
         self._goal, self._key = goal, key
         self._drawn: torch.Generator | None = None
-        stream = _start_stream()
+        stream = start_stream()
         self._space = KrylovSpace(multiply, self._random(_block(goal.rank), stream), stream)
         # An upper bound on what lies outside of the space, once there is one.
         self._missed = math.inf
@@ -189,7 +189,7 @@ class _Search:
         return Searched(pairs, self._space.Q, self._missed, passes, self._space.size + self._spent)
 
     def _random(self, rows: int, stream: torch.Generator) -> Tensor:
-        return _gaussian(rows, self._size, stream).to(self._device, self._dtype)
+        return gaussian(rows, self._size, stream).to(self._device, self._dtype)
 
     def _stream(self) -> torch.Generator:
         if self._drawn is None:

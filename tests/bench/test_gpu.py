@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gpu, gpu_direct, gpu_report
+from bench import gpu, gpu_report
 from bench.harness import Row
 from bench.six_models import MODELS, WAYS
-from inilora_kernels.kernels.gpu import gram_run
+from inilora_kernels.kernels.gpu import gram_layout
 from inilora_kernels.kernels.gpu.backend import TritonBackend
 from inilora_kernels.kernels.gpu.tiles import GramTile
 from tests.kernels.gpu.cases import CPU, PRODUCT_ERROR
@@ -54,8 +54,7 @@ def test_every_part_runs_and_is_written(
         lambda command, **options: Done() if "--checksum" in command else real(command, **options),
     )
     # Few programs, as each costs the interpreter milliseconds.
-    for module in (gpu_direct, gram_run):
-        monkeypatch.setattr(module, "gram_tile", lambda architecture, itemsize: GramTile(256, 256, 4, 1, "ieee"))
+    monkeypatch.setattr(gram_layout, "gram_tile", lambda architecture, itemsize: GramTile(256, 256, 4, 1, "ieee"))
     # However slow the machine: nothing is left out.
     monkeypatch.setattr(gpu, "PARTS", {name: (question, 10**6) for name, (question, _) in gpu.PARTS.items()})
     for name in gpu.PARTS:

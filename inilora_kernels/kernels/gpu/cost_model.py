@@ -61,6 +61,11 @@ def reached(gpu: Gpu) -> Reached:
     return _MEASURED.get(family(gpu.architecture), _ASSUMED)
 
 
+def product_rate(gpu: Gpu, itemsize: int, rank: int) -> float:
+    """FLOP a second of products with weights of `itemsize` bytes an entry, at a compiled rank."""
+    return (gpu.half if itemsize == 2 else gpu.float32) * reached(gpu).products(itemsize, rank)
+
+
 # Partial sums written may not exceed this share of W's bytes where the columns are divided.
 PARTIAL_SHARE = 0.15
 # But not of a matrix smaller than this, in bytes, whose step waits for launches and idle multiprocessors. It is divided
@@ -164,7 +169,6 @@ def wave_step(members: Sequence[tuple[Matrix, int]], gpu: Gpu, resident: bool) -
     programs = sum(count * one.programs for count, one in costs)
     share = reached(gpu)
     rank = tiles(gpu.architecture, itemsize, members[0][0].rank).rank
-    peak = (gpu.half if itemsize == 2 else gpu.float32) * share.products(itemsize, rank)
 
     rounds = math.ceil(programs / gpu.multiprocessors)
     busy = programs / (rounds * gpu.multiprocessors)
@@ -172,7 +176,7 @@ def wave_step(members: Sequence[tuple[Matrix, int]], gpu: Gpu, resident: bool) -
     dram = cache if resident else gpu.dram * share.dram
     times = {
         "cache": (weights + partial + factors_read) / cache / busy,
-        "tensor cores": flops / peak / busy,
+        "tensor cores": flops / product_rate(gpu, itemsize, rank) / busy,
     }
     if not resident:
         # A batch beyond the cache also streams its partial sums out and in.

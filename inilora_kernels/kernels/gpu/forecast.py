@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ...errors import OptionError
-from .cost_model import Matrix, Step, choose, reached, wave_step
+from .cost_model import Matrix, Step, choose, product_rate, reached, wave_step
 from .gpus import Gpu
-from .gram_layout import BATCH, WIDTH, GramLayout, Wanted, batches, cached_bytes, gram_layout
+from .gram_layout import BATCH, WIDTH, GramLayout, Wanted, batches, gram_layout_on
 from .layout import Layout
-from .tiles import gram_tile, padded_rank
+from .tiles import padded_rank
 from .waves import PlannedWave, divide
 
 # Bytes a second from the page cache into pinned memory by one thread, which PCIe (16 lanes of generation 4: 25e9) can
@@ -197,9 +197,7 @@ def direct_seconds(works: Sequence[DirectWork], gpu: Gpu, *, factors: bool) -> f
         batch = [taken[index] for index in members]
         itemsize = batch[0].itemsize
         shapes = [work.shape for work in batch]
-        layout = gram_layout(
-            shapes, itemsize, gram_tile(gpu.architecture, itemsize), cached_bytes(gpu), gpu.multiprocessors
-        )
+        layout = gram_layout_on(gpu, shapes, itemsize)
         passes = batch[0].passes
         dense = _dense_seconds(layout, passes * WIDTH / 2, gpu)
         looks = len(batch) * _LOOK_SECONDS * (passes * WIDTH / 128) ** 2
@@ -218,7 +216,7 @@ def pass_seconds(layout: GramLayout, itemsize: int, gpu: Gpu) -> float:
     # Three parts of float32 for 16-bit weights; the float32 peak counts tf32x3's three.
     flops = 2.0 * WIDTH * layout.weights * (3 if itemsize == 2 else 1)
     # As wide as rank 32's, where two halves of a factor make sixteen columns of each product.
-    cores = flops / ((gpu.half if itemsize == 2 else gpu.float32) * reached(gpu).products(itemsize, 32))
+    cores = flops / product_rate(gpu, itemsize, 32)
     return max(first, cores) + max(second, cores) + 2 * len(layout.groups) * gpu.launch
 
 

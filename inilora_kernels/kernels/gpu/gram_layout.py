@@ -20,7 +20,7 @@ import numpy as np
 from ..rounding import round_up
 from .gpus import Gpu
 from .layout import WorkList, weight_bytes
-from .tiles import ALIGNMENT, GramTile, aligned
+from .tiles import ALIGNMENT, GramTile, aligned, gram_tile
 
 # Vectors that W is multiplied with at a time: as many as the matrix instructions want, free where memory is the limit.
 WIDTH = 16
@@ -130,6 +130,12 @@ def gram_layout(
         resident,
         tile,
     )
+
+
+def gram_layout_on(gpu: Gpu, shapes: Sequence[tuple[int, int]], itemsize: int) -> GramLayout:
+    """The layout of a batch of these matrices on this GPU."""
+    tile = gram_tile(gpu.architecture, itemsize)
+    return gram_layout(shapes, itemsize, tile, cached_bytes(gpu), gpu.multiprocessors)
 
 
 def _groups(sizes: Sequence[int], cache: float) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from ..backend import Stored, Visit
 from .device import Device
 from .gpus import Gpu
 from .gram_batch import GramBatch
-from .gram_layout import Wanted, batches, cached_bytes, gram_layout
+from .gram_layout import Wanted, batches, gram_layout, gram_layout_on
 from .tiles import gram_tile
 
 # Two batches may be on the device at once.
@@ -38,10 +38,7 @@ def visit_batches(
         def coming(number: int) -> tuple[GramBatch, Future[None]]:
             members = planned[number]
             dtype = dtypes[members[0]]
-            tile = gram_tile(gpu.architecture, dtype.itemsize)
-            layout = gram_layout(
-                [matrices[i].shape for i in members], dtype.itemsize, tile, cached_bytes(gpu), gpu.multiprocessors
-            )
+            layout = gram_layout_on(gpu, [matrices[i].shape for i in members], dtype.itemsize)
             batch = GramBatch(layout, dtype, place.device)
             # The copies must not overtake what fills the batch with zeros.
             place.copying_waits()

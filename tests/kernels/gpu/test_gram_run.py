@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from inilora_kernels import approximate
 from inilora_kernels.errors import BackendError
 from inilora_kernels.kernels.backend import GramBatch, Stored
-from inilora_kernels.kernels.gpu import gram_batch, gram_layout, gram_run
+from inilora_kernels.kernels.gpu import gram_batch, gram_layout
 from inilora_kernels.kernels.gpu.backend import TritonBackend
 from inilora_kernels.kernels.gpu.device import HostDevice
 from inilora_kernels.kernels.gpu.tiles import GramTile
@@ -147,7 +147,7 @@ def test_a_whole_run_is_certified_by_the_batch(solver: str, monkeypatch: pytest.
     monkeypatch.setattr(run, "principal", never)
     monkeypatch.setattr(run, "optima", never)
     # Few programs, as each costs the interpreter milliseconds.
-    monkeypatch.setattr(gram_run, "gram_tile", lambda architecture, itemsize: GramTile(256, 256, 4, 1, "ieee"))
+    monkeypatch.setattr(gram_layout, "gram_tile", lambda architecture, itemsize: GramTile(256, 256, 4, 1, "ieee"))
     weights = [with_spectrum(540, 560, lambda i: i**-0.5), with_spectrum(560, 530, lambda i: i**-0.4)]
     extra = {"steps": 1} if solver == "adam" else {}
     with interpreted():
