@@ -45,6 +45,8 @@ _MORE_FOR_FEW = 3
 # As many as are worth having for a first space that need not grow on.
 _EXPECTED_PASSES = 14
 _MOST_CERTIFYING = 64
+# A search may take so many bytes an entry of W: 1.25 times W in float32.
+_MOST_BYTES = 5
 # As kernels/cpu/search.py takes them.
 _AIMS = PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED, _MORE_FOR_FEW
 
@@ -81,7 +83,20 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
             left, found = _in_one_call(W.float(), goal, key)
             if not left:
                 return found
-    return _Search(W, goal, gram_multiplier(W, dtype, threads), dtype, key).run()
+    return _Search(W, goal, gram_multiplier(_spread(W, goal.rank, dtype, threads), dtype, threads), dtype, key).run()
+
+
+def _spread(W: Tensor, rank: int, dtype: torch.dtype, threads: int) -> Tensor:
+    """W, or a copy that passes take a tenth less time over, where there is room for it beside what the search takes."""
+    if W.device.type != "cpu":
+        return W
+    from ..kernels.cpu.gram import crowded, spread, takes
+
+    size, vectors = W.shape[1], expected_vectors(rank, W.shape[1])
+    # At its peak a search takes twice its basis in float32 and QMQᵀ in float64, in two forms.
+    beside = 2 * (4 * size * vectors + 16 * vectors**2)
+    room = W.numel() * W.element_size() + beside <= _MOST_BYTES * W.numel()
+    return spread(W, threads) if room and takes(W, dtype) and crowded(W) else W
 
 
 def expected_vectors(rank: int, size: int) -> float:

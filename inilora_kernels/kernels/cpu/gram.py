@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...memory import empty
 from ..rounding import round_up
 from ..threads import share
 from .in_place import FETCHES_STRIPS, FILLS_VECTORS, WIDE_LANES, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
@@ -43,6 +44,10 @@ _WHOLE_ROWS, RUN = lcm(BLOCK, WIDE_ROWS), LANES * WIDE_VECTORS
 _OUTER_ROWS = 24
 # Below this a second thread costs more than it saves.
 _FLOPS_A_THREAD = 1e7
+# Rows a multiple of so many bytes apart begin on an eighth of a first cache's sets of lines or fewer.
+_CROWDED_BYTES = 512
+# A thread copies so many at a time.
+_COPIED_BYTES = 1 << 20
 
 
 def takes(W: Tensor, dtype: torch.dtype) -> bool:
@@ -56,6 +61,33 @@ def takes(W: Tensor, dtype: torch.dtype) -> bool:
 def for_one_thread(W: Tensor, width: int) -> bool:
     """Whether a pass over W with so many columns is worth a single thread only."""
     return W.numel() < 2 * _SLOT_ELEMENTS or 4 * W.numel() * round_up(width, BLOCK) < 2 * _FLOPS_A_THREAD
+
+
+def crowded(W: Tensor) -> bool:
+    """Whether W's rows (its columns, where those are contiguous) fall on so few lines of the first cache that they push
+    each other out before they are done with.
+    """
+    return max(W.stride()) * W.element_size() % _CROWDED_BYTES == 0
+
+
+def spread(W: Tensor, threads: int = 1) -> Tensor:
+    """A copy of W, laid out alike but for its rows (columns), which are a cache line further apart.
+
+    >>> spread(torch.eye(2, 128)).stride()
+    (144, 1)
+    """
+    by_rows = W.stride(1) == 1
+    rows = W if by_rows else W.T
+    copy = empty((rows.shape[0], rows.shape[1] + CACHE_LINE // W.element_size()), W.dtype)[:, : rows.shape[1]]
+
+    def fill(parts: Iterator[slice]) -> None:
+        for part in parts:
+            copy[part] = rows[part]
+
+    step = max(1, _COPIED_BYTES // (rows.shape[1] * W.element_size()))
+    parts = [slice(first, first + step) for first in range(0, len(rows), step)]
+    share(fill, parts, min(threads, len(parts)))
+    return copy if by_rows else copy.T
 
 
 class FusedGramReaders:

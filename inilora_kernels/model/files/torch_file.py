@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, is_out_of_memory
-from ...storage.reading import free_memory, opened, reporting, require_stored
+from ...memory import free_memory
+from ...storage.reading import opened, reporting, require_stored
 from ...suggestions import some
 from .tensor import ContiguousTensor, tensor_sha256, what_it_is
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...storage.reading import empty
+from ...memory import empty
 from ..files.tensor import StoredTensor
 from .block_fp8 import FLOAT8
 from .weight import StoredModule, StoredWeight, decode_floats, exponents, in_strips, unreadable

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError, InitializationError, WeightError
 from ...kernels.threads import share
-from ...storage.reading import empty, reporting
+from ...memory import empty
+from ...storage.reading import reporting
 from ..files.tensor import StoredTensor, reader
 
 # Values dequantized at a time: no more than a few MiB of packed ones, but as many as that allows: between strips

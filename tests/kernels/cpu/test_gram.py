@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inilora_kernels.kernels.cpu.gram import MOST_SLOTS, FusedGramReader, takes
+from inilora_kernels.kernels.cpu.gram import MOST_SLOTS, FusedGramReader, crowded, spread, takes
 
 # A sum of n ≤ 2^13 products, each rounded once: far below n·u of ‖W‖·‖X‖ where the signs are random.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 4e-6 * 2.0**-29}
@@ -82,6 +82,21 @@ def test_bits_do_not_depend_on_the_number_of_threads(by_columns: bool, dtypes: t
     for other in others:
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_copy_with_rows_further_apart_has_the_same_entries_and_products(by_columns: bool, threads: int) -> None:
+    """More rows than a thread copies at a time."""
+    W = torch.randn(2600, 1024, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    W = W.T if by_columns else W
+    copy = spread(W, threads)
+    assert (crowded(W), crowded(copy)) == (True, False)
+    assert torch.equal(copy, W)
+    assert min(copy.stride()) == W.stride(0 if by_columns else 1) == 1
+    X = torch.randn(4, W.shape[1], generator=torch.Generator().manual_seed(1))
+    products, expected = FusedGramReader(copy, 4, threads)(X), FusedGramReader(W, 4, threads)(X)
+    assert all(map(torch.equal, products, expected))
 
 
 def test_what_it_does_not_take() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from inilora_kernels.memory import free_memory
 from inilora_kernels.model.checkpoint import open_checkpoint
-from inilora_kernels.storage.reading import free_memory
 
 from ..checkpoints import MIXED, assert_holds, refusal
 
