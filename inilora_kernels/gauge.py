@@ -22,25 +22,28 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> tuple[Ten
     >>> nearest(A, B, -A, -B)
     (tensor([[-3.,  0.]]), tensor([[-3.]]))
     """
+    flops = 2 * A.numel() * len(A)
     # One thread for each side, so that the bits do not depend on how many there are.
     with one_torch_thread() as threads:
-        of_B, of_A = both(partial(_cross, B, B_start), partial(_cross, A.T, A_start.T), threads, 2 * A.numel() * len(A))
+        of_B, of_A = both(partial(_cross, B.T, B_start.T), partial(_cross, A, A_start), threads, flops)
         left, _, right = torch.linalg.svd(of_B + of_A)
         G = left @ right
-        B_near, A_near = both(partial(_turned, B, G), partial(_turned, A.T, G), threads, 2 * A.numel() * len(A))
-    return A_near.T.contiguous(), B_near
+        B_near, A_near = both(partial(_turned, G, B.T), partial(_turned, G, A), threads, flops)
+    return A_near, B_near.T
 
 
-def _cross(factor: Tensor, start: Tensor) -> Tensor:
-    """factorᵀ·start (r×r) of two n×r matrices, in float64 a part at a time: whole they might take half of W's bytes."""
-    first, *others = strips(factor, FEW_ELEMENTS)
-    cross = factor[first].double().T @ start[first].to(factor.device, torch.float64)
-    for rows in others:
-        cross.addmm_(factor[rows].double().T, start[rows].to(cross))
+def _cross(rows: Tensor, start: Tensor) -> Tensor:
+    """rows·startᵀ (r×r) of two r×n matrices, in float64 a part at a time: whole they might take half of W's bytes."""
+    first, *others = strips(rows.T, FEW_ELEMENTS)
+    cross = rows[:, first].double() @ start[:, first].to(rows.device, torch.float64).T
+    for part in others:
+        cross.addmm_(rows[:, part].double(), start[:, part].to(cross).T)
     return cross
 
 
-def _turned(factor: Tensor, G: Tensor) -> Tensor:
-    """factor·G (n×r) in float32, a part at a time."""
-    parts = [(factor[rows].double() @ G).float() for rows in strips(factor, FEW_ELEMENTS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _turned(G: Tensor, rows: Tensor) -> Tensor:
+    """Gᵀ·rows (r×n) in float32, a part at a time."""
+    turned = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for part in strips(rows.T, FEW_ELEMENTS):
+        turned[:, part] = G.T @ rows[:, part].double()
+    return turned

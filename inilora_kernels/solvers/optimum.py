@@ -83,7 +83,7 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
     with one_torch_thread() as threads:
         U, S, V = found.U[:, :rank], found.S[:rank], found.V[:, :rank]
         (BB, BU), (AA, AV) = both(
-            partial(_inner_products, B, U), partial(_inner_products, A.T, V), threads, 4 * A.numel() * rank
+            partial(_inner_products, B.T, U.T), partial(_inner_products, A, V.T), threads, 4 * A.numel() * rank
         )
         total = S @ S
         apart = max(0.0, float((BB * AA).sum() - 2 * (BU * AV).sum(0) @ S + total))
@@ -94,14 +94,14 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
 
 
 def _inner_products(factor: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """factorᵀ·factor and factorᵀ·vectors (r×r) of two n×r matrices, in float64; some rows at a time."""
-    first, *others = strips(vectors, FEW_ELEMENTS)
-    part = factor[first].to(vectors)
-    own, other = part.T @ part, part.T @ vectors[first]
-    for rows in others:
-        part = factor[rows].to(vectors)
-        own.addmm_(part.T, part)
-        other.addmm_(part.T, vectors[rows])
+    """factor·factorᵀ and factor·vectorsᵀ (r×r) of two r×n matrices, in float64; some columns at a time."""
+    first, *others = strips(vectors.T, FEW_ELEMENTS)
+    part = factor[:, first].to(vectors)
+    own, other = part @ part.T, part @ vectors[:, first].T
+    for columns in others:
+        part = factor[:, columns].to(vectors)
+        own.addmm_(part, part.T)
+        other.addmm_(part, vectors[:, columns].T)
     return own, other
 
 

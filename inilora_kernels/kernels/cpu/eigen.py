@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 
 from .copies import copy_row, copy_rows
-from .jit import njit
+from .gram import BLOCK, add_outer_products
+from .jit import ZERO, njit
 from .plain_products import SUMS
 
 _UNIT = 2.0**-53
 # Squares beside which 1 is infinite; entries of T are at most 1.
 _VANISHED = 1e-290
+# Reflections that T is updated with at a time.
+_HELD_BACK = 8
 # QL takes less than two steps a value; after so many it is given up.
 _MOST_STEPS = 40
 # Vectors of values this close, as a share of |D|, are made orthogonal.
@@ -33,56 +36,85 @@ _ACCURATE = 256
 def tridiagonal(T: Any, d: Any, e: Any, betas: Any) -> None:
     """D of T (m×m, symmetric), in place: d (m), e (m, its last zero); row k of T becomes v_k of I − β_k·v_k·v_kᵀ.
 
-    Reads and writes what is left of T's upper triangle once a reflection: 4/3·m³ FLOPs in all.
+    A reflection takes v_k·w_kᵀ + w_k·v_kᵀ from what is left of T, eight of them at a time. Reads its upper triangle
+    once a reflection and writes it once for eight: 4/3·m³ FLOPs in all.
     """
     m = len(T)
-    p, w = np.zeros(m), np.zeros(m)
-    for k in range(m):
-        updated = k > 0 and betas[k - 1] != 0.0
-        v = T[k - 1]
-        if updated:
-            less_outer(T[k, k:], v[k], w[k], v[k:], w[k:])
-        d[k] = T[k, k]
-        if k == m - 1:
-            break
-        x = T[k, k + 1 :]
-        betas[k], e[k] = _reflection(x)
-        p[k + 1 :] = 0.0
-        for i in range(k + 1, m):
-            row, here = T[i, i:], x[i - k - 1 :]
-            if updated:
-                p[i] += _updated_products(row, v[i], w[i], v[i:], w[i:], here, p[i:])
-            else:
-                p[i] += _products(row, here, p[i:])
-        beta = betas[k]
-        half = 0.5 * beta * beta * dot(p[k + 1 :], x)
-        for i in range(k + 1, m):
-            w[i] = beta * p[i] - half * x[i - k - 1]
+    p, signed = np.zeros(m), np.empty((2 * _HELD_BACK, BLOCK))
+    # v and w, one after the other, of the reflections that T has yet to be updated with.
+    held = np.empty((2 * _HELD_BACK, m))
+    for start in range(0, m, _HELD_BACK):
+        stop = min(start + _HELD_BACK, m)
+        held[:] = 0.0
+        for k in range(start, stop):
+            before = 2 * (k - start)
+            for i in range(0, before, 2):
+                less(T[k, k:], held[i, k], held[i + 1, k:])
+                less(T[k, k:], held[i + 1, k], held[i, k:])
+            d[k] = T[k, k]
+            if k == m - 1:
+                break
+            x, product = T[k, k + 1 :], p[k + 1 :]
+            betas[k], e[k] = _reflection(x)
+            product[:] = 0.0
+            _add_product(T, k + 1, x, product)
+            for i in range(0, before, 2):
+                v, w = held[i, k + 1 :], held[i + 1, k + 1 :]
+                along_v, along_w = dot(v, x), dot(w, x)
+                less(product, along_w, v)
+                less(product, along_v, w)
+            beta = betas[k]
+            half = 0.5 * beta * beta * dot(product, x)
+            for i in range(m - k - 1):
+                held[before, k + 1 + i] = x[i]
+                held[before + 1, k + 1 + i] = beta * product[i] - half * x[i]
+        whole = stop + (m - stop) // BLOCK * BLOCK
+        for i in range(stop, whole, BLOCK):
+            for n in range(2 * _HELD_BACK):
+                for c in range(BLOCK):
+                    signed[n, c] = -held[n ^ 1, i + c]
+            add_outer_products(
+                held.reshape(-1), m, ZERO, 2 * _HELD_BACK, i, m - i, signed, T[i : i + BLOCK], ZERO
+            )  # fmt: skip
+        for i in range(whole, m):
+            for n in range(2 * _HELD_BACK):
+                less(T[i, i:], held[n ^ 1, i], held[n, i:])
     e[m - 1] = betas[m - 1] = 0.0
 
 
-@njit(cache=True, nogil=True, fastmath=SUMS)
-def _products(row: Any, x: Any, p: Any) -> Any:
-    """rowᵀx, of the row from the diagonal on; what the column gives to the other rows' sums is added to p[1:]."""
-    first, total = x[0], row[0] * x[0]
-    for j in range(1, len(row)):
-        total += row[j] * x[j]
-        p[j] += row[j] * first
-    return total
+@njit(cache=True, nogil=True)
+def _add_product(T: Any, first: int, x: Any, out: Any) -> None:
+    """out += the part of T from row and column `first` on, times x: of the upper triangle, four rows at a time."""
+    m = len(x)
+    for i in range(0, m, 4):
+        last = min(i + 4, m)
+        for a in range(i, last):
+            for c in range(a, last):
+                entry = T[first + a, first + c]
+                out[a] += entry * x[c]
+                if c > a:
+                    out[c] += entry * x[a]
+        if last < m:
+            row, rest = first + i, first + last
+            sums = _four_products(
+                T[row, rest:], T[row + 1, rest:], T[row + 2, rest:], T[row + 3, rest:], x[i:last], x[last:], out[last:]
+            )  # fmt: skip
+            for a in range(4):
+                out[i + a] += sums[a]
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
-def _updated_products(row: Any, one: float, other: float, v: Any, w: Any, x: Any, p: Any) -> Any:
-    """`_products` of the row less its row of vwᵀ + wvᵀ, which it becomes."""
-    first = x[0]
-    row[0] -= one * w[0] + other * v[0]
-    total = row[0] * first
-    for j in range(1, len(row)):
-        entry = row[j] - (one * w[j] + other * v[j])
-        row[j] = entry
-        total += entry * x[j]
-        p[j] += entry * first
-    return total
+def _four_products(one: Any, two: Any, three: Any, four: Any, first: Any, x: Any, p: Any) -> Any:
+    """Each row times x; and to p is added what they, as columns, give: Σ first_i·row_i."""
+    a = b = c = d = 0.0
+    w, y, z, u = first[0], first[1], first[2], first[3]
+    for j in range(len(x)):
+        a += one[j] * x[j]
+        b += two[j] * x[j]
+        c += three[j] * x[j]
+        d += four[j] * x[j]
+        p[j] += one[j] * w + two[j] * y + three[j] * z + four[j] * u
+    return a, b, c, d
 
 
 @njit(cache=True, nogil=True)
@@ -111,13 +143,6 @@ def less(x: Any, factor: float, y: Any) -> None:
     """x less factor·y, in place."""
     for j in range(len(x)):
         x[j] -= factor * y[j]
-
-
-@njit(cache=True, nogil=True, fastmath=SUMS)
-def less_outer(row: Any, one: float, other: float, v: Any, w: Any) -> None:
-    """A row of a matrix less its row of vwᵀ + wvᵀ, in place."""
-    for j in range(len(row)):
-        row[j] -= one * w[j] + other * v[j]
 
 
 @njit(cache=True, nogil=True)
