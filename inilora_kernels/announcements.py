@@ -53,10 +53,10 @@ def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar
 
 def _announce_compiling(bar: ProgressBar) -> None:
     # Brings numba, which the run is about to import anyway.
-    from .kernels.cpu.compiled import COMPILING_SECONDS, compiled_before
+    from .kernels.cpu.compiled import compiled_before
 
     if not compiled_before():
-        bar.note(f"the first run compiles its kernels too, about {COMPILING_SECONDS} s, once")
+        bar.note("the first run compiles its kernels too: a minute or two, once")
 
 
 def _expect(works: Sequence[Work], matrices: int, options: Options, speed: float, bar: ProgressBar) -> None:

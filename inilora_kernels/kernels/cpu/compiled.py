@@ -8,9 +8,6 @@ from .expansion import expand
 from .gram import add_inner_products, add_outer_products
 from .search import search
 
-# Of all kernels for one dtype, measured on 2 Zen 4 cores; later runs load what numba keeps on the disk.
-COMPILING_SECONDS = 50
-
 
 def compiled_before() -> bool:
     """Whether this process or numba's cache has the direct solver's products, for any dtype, from an earlier run.

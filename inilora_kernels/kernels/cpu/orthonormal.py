@@ -22,8 +22,8 @@ from .team import WHAT, job, open_round, part_done, take_part, wait_until_done
 _MOST_PROJECTIONS = 3
 # What an open round of `expand`'s job is: a pass over W, or one of the two products of a projection from rows of the
 # basis, or of those that are held fixed; and from how many entries of them on these are shared.
-PASS, INNER, OUTER = 0, 1, 2
-_BASIS, _HELD = 0, 1
+PASS, INNER, OUTER = ZERO, ZERO + 1, ZERO + 2
+_BASIS, _HELD = ZERO, ZERO + 1
 _SHARED_ENTRIES = 1 << 17
 
 
@@ -114,8 +114,8 @@ def _project(Q: Any, which: int, first: int, work: Any, job: Any, shares: int) -
     """parts = −QXᵀ and X += partsᵀQ: the components of X's rows along Q's rows from `first` on are removed."""
     m, n = Q.shape
     if shares == 1 or (m - first) * n < _SHARED_ENTRIES:
-        project_part(Q, first, m, work, INNER, ZERO, 1)
-        project_part(Q, first, m, work, OUTER, ZERO, 1)
+        project_part(Q, first, m, work, INNER, ZERO, ZERO + 1)
+        project_part(Q, first, m, work, OUTER, ZERO, ZERO + 1)
         return
     for product in (INNER, OUTER):
         job[WHAT], job[WHAT + 1], job[WHAT + 2], job[WHAT + 3] = product, which, first, m
