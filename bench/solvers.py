@@ -59,7 +59,7 @@ CASES: dict[str, tuple[tuple[int, int], int] | None] = {
     "5120²": ((5120, 5120), 1),
     "14336×4096": ((14336, 4096), 1),
 }
-TURNS = 5
+TURNS = 11
 # Between turns: the threads of one solver's libraries wait busily for a while before they sleep.
 REST = 0.2
 # A solver whose turn takes longer has fewer turns.
