@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .kernels.dense import inner_in_parts
 from .kernels.streaming import FEW_ELEMENTS, strips
 from .kernels.threads import both, one_torch_thread
 
@@ -25,20 +26,13 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> tuple[Ten
     flops = 2 * A.numel() * len(A)
     # One thread for each side, so that the bits do not depend on how many there are.
     with one_torch_thread() as threads:
-        of_B, of_A = both(partial(_cross, B.T, B_start.T), partial(_cross, A, A_start), threads, flops)
+        [of_B], [of_A] = both(
+            partial(inner_in_parts, B.T, [B_start.T]), partial(inner_in_parts, A, [A_start]), threads, flops
+        )
         left, _, right = torch.linalg.svd(of_B + of_A)
         G = left @ right
         B_near, A_near = both(partial(_turned, G, B.T), partial(_turned, G, A), threads, flops)
     return A_near, B_near.T
-
-
-def _cross(rows: Tensor, start: Tensor) -> Tensor:
-    """rows·startᵀ (r×r) of two r×n matrices, in float64 a part at a time: whole they might take half of W's bytes."""
-    first, *others = strips(rows.T, FEW_ELEMENTS)
-    cross = rows[:, first].double() @ start[:, first].to(rows.device, torch.float64).T
-    for part in others:
-        cross.addmm_(rows[:, part].double(), start[:, part].to(cross).T)
-    return cross
 
 
 def _turned(G: Tensor, rows: Tensor) -> Tensor:

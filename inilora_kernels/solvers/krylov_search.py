@@ -88,15 +88,15 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
 
 def _spread(W: Tensor, rank: int, dtype: torch.dtype, threads: int) -> Tensor:
     """W, or a copy that passes take a tenth less time over, where there is room for it beside what the search takes."""
-    if W.device.type != "cpu":
-        return W
     from ..kernels.cpu.gram import crowded, spread, takes
 
+    if not takes(W, dtype) or not crowded(W):
+        return W
     size, vectors = W.shape[1], expected_vectors(rank, W.shape[1])
     # At its peak a search takes twice its basis in float32 and QMQᵀ in float64, in two forms.
     beside = 2 * (4 * size * vectors + 16 * vectors**2)
     room = W.numel() * W.element_size() + beside <= _MOST_BYTES * W.numel()
-    return spread(W, threads) if room and takes(W, dtype) and crowded(W) else W
+    return spread(W, threads) if room else W
 
 
 def expected_vectors(rank: int, size: int) -> float:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels.streaming import FEW_ELEMENTS, strips
+from ..kernels.dense import inner_in_parts
 from ..kernels.threads import both, one_torch_thread
 from .krylov import GRAM_SIZE, principal
 from .krylov_search import Digest
@@ -82,8 +82,12 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
     # One thread for each side, so that the bits do not depend on how many there are.
     with one_torch_thread() as threads:
         U, S, V = found.U[:, :rank], found.S[:rank], found.V[:, :rank]
+        columns = B.T
         (BB, BU), (AA, AV) = both(
-            partial(_inner_products, B.T, U.T), partial(_inner_products, A, V.T), threads, 4 * A.numel() * rank
+            partial(inner_in_parts, columns, [columns, U.T]),
+            partial(inner_in_parts, A, [A, V.T]),
+            threads,
+            4 * A.numel() * rank,
         )
         total = S @ S
         apart = max(0.0, float((BB * AA).sum() - 2 * (BU * AV).sum(0) @ S + total))
@@ -91,18 +95,6 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
     if rest < _READ_BELOW * found.energy or apart > _ROUNDING * found.energy or not found.certified[rank]:
         return None
     return rest + apart
-
-
-def _inner_products(factor: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """factor·factorᵀ and factor·vectorsᵀ (r×r) of two r×n matrices, in float64; some columns at a time."""
-    first, *others = strips(vectors.T, FEW_ELEMENTS)
-    part = factor[:, first].to(vectors)
-    own, other = part @ part.T, part @ vectors[:, first].T
-    for columns in others:
-        part = factor[:, columns].to(vectors)
-        own.addmm_(part, part.T)
-        other.addmm_(part, vectors[:, columns].T)
-    return own, other
 
 
 def rank_for_energy(W: Tensor, share: float) -> int:

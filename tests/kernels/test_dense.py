@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inilora_kernels.kernels.dense import combine, inner, residual_gram, turn
+from inilora_kernels.kernels.dense import combine, inner, inner_in_parts, residual_gram, turn
 from inilora_kernels.kernels.threads import one_torch_thread
 
 # m rows of n, of which s are made: one run of columns, and so many that threads share them.
@@ -70,3 +70,14 @@ def test_inner_products_residuals_and_turned_rows(m: int, n: int, s: int) -> Non
 def test_rows_that_are_not_independent_give_nothing() -> None:
     weights = torch.ones(2, 3, dtype=torch.float64)
     assert combine(torch.eye(3, 5), weights, threads=1).isnan().all()
+
+
+@pytest.mark.parametrize("n", [40, 5000])
+def test_inner_products_in_parts_of_stored_rows(n: int) -> None:
+    """With themselves and with transposed ones, in one part and in several. Tolerance: float64's sums of n products."""
+    random = torch.Generator().manual_seed(0)
+    rows, others = torch.randn(20, n, generator=random), torch.randn(n, 20, generator=random, dtype=torch.float64).T
+    own, other = inner_in_parts(rows, [rows, others])
+    assert own.dtype == other.dtype == torch.float64
+    assert torch.allclose(own, rows.double() @ rows.double().T, rtol=0, atol=1e-11)
+    assert torch.allclose(other, rows.double() @ others.T, rtol=0, atol=1e-11)
