@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import deque
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import islice
 from typing import TypeVar
 
 import torch
+
+from . import processors
 
 # Handing work to another thread and back takes about 0.1 ms.
 _FLOPS_WORTH_A_THREAD = 1e7
 # Matrices in memory at once may take this many bytes, whatever their number.
 _ROOM = 64 << 20
+# Items begun before the results of so many each have been taken.
+_AHEAD = 4
+# Each of several matrices side by side asks for up to a thread less than its share, and one for its hash.
+_MOST_KEPT = 4 * (os.cpu_count() or 1)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -50,14 +55,29 @@ def at_once(elements: int, itemsize: int, threads: int) -> int:
 
 
 @functools.cache
-def _kept(count: int) -> ThreadPoolExecutor:
-    """As many threads, for as long as the process lives: starting one takes as long as a small matrix's work."""
-    return ThreadPoolExecutor(count, thread_name_prefix="inilora")
+def _kept() -> ThreadPoolExecutor:
+    """Threads that are kept for as long as the process lives: starting one takes as long as a small matrix's work.
+
+    One is started where none is idle, so that who works side by side can have help each.
+    """
+    return ThreadPoolExecutor(_MOST_KEPT, thread_name_prefix="inilora")
 
 
 # A forked process has none of its parent's threads.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_kept.cache_clear)
+
+
+def _begun(work: Callable[[], Result]) -> Future[Result]:
+    """`work` on another thread, with one of torch's own, and on another processor."""
+    here = processors.current()
+
+    def begin() -> Result:
+        processors.leave({here})
+        torch.set_num_threads(1)
+        return work()
+
+    return _kept().submit(begin)
 
 
 @contextmanager
@@ -67,12 +87,9 @@ def helped(help: Callable[[], object], count: int) -> Iterator[None]:
     A call that has not begun at the end of the block never does; those that have are waited for. So the block must be
     able to do without them, and may be part of another block's help.
     """
-
-    def call() -> None:
-        torch.set_num_threads(1)
-        help()
-
-    calls = [_kept(count).submit(call) for _ in range(count)] if count > 0 else []
+    calls = [_begun(help) for _ in range(count)]
+    if calls:
+        processors.give_way()
     try:
         yield
     finally:
@@ -89,12 +106,8 @@ def beside(work: Callable[[], Result], threads: int) -> Callable[[], Result]:
     """
     if threads <= 1:
         return functools.cache(work)
-
-    def begin() -> Result:
-        torch.set_num_threads(1)
-        return work()
-
-    begun = _kept(threads - 1).submit(begin)
+    begun = _begun(work)
+    processors.give_way()
     return functools.cache(lambda: work() if begun.cancel() else begun.result())
 
 
@@ -136,33 +149,67 @@ def share(work: Callable[[Iterator[Item]], object], items: Iterable[Item], count
 
 
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], count: int) -> Generator[Result, None, None]:
-    """`work` on each item, `count` of them at a time with a share of torch's threads each; in order.
+    """`work` on each item, `count` of them at a time, with a share of torch's threads each; the results in order.
 
-    When the iterator is closed, no other item is begun.
+    This thread is one of them: whenever the next result is not there yet, it does an item. When the iterator is closed,
+    no other item is begun.
     """
     count = min(count, len(items))
     if count <= 1:
         yield from map(work, items)
         return
-    with one_torch_thread() as threads:
-        share = max(1, threads // count)
+    found: list[Future[Result]] = [Future() for _ in items]
+    # How many were begun, and how many may be: results that nobody has taken yet hold memory.
+    changed, begun, allowed = threading.Condition(), 0, _AHEAD * count
+    # The processor that each thread began its item on.
+    taken: dict[int, int] = {}
 
-        def call(item: Item) -> Result:
-            torch.set_num_threads(share)
-            return work(item)
+    def take(waits: bool) -> int | None:
+        """The next item's place; None when there is none, or none yet for who does not wait."""
+        nonlocal begun
+        with changed:
+            while waits and allowed <= begun < len(items):
+                changed.wait()
+            if begun >= min(allowed, len(items)):
+                return None
+            begun += 1
+            return begun - 1
 
-        waiting = iter(items)
-        # As many ahead as keep the threads busy: results that nobody has taken yet hold memory.
-        calls = deque(_kept(count).submit(call, item) for item in islice(waiting, 4 * count))
+    def do(place: int) -> None:
+        own = threading.get_ident()
+        processors.leave({processor for thread, processor in taken.items() if thread != own})
+        taken[own] = processors.current()
         try:
-            while calls:
-                result = calls.popleft().result()
-                calls.extend(_kept(count).submit(call, item) for item in islice(waiting, 1))
-                yield result
-        finally:
-            for one in calls:
-                one.cancel()
-            wait(calls)
+            found[place].set_result(work(items[place]))
+        except BaseException as error:
+            # For who takes the results, in order.
+            found[place].set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def help() -> None:
+        torch.set_num_threads(each)
+        while (place := take(waits=True)) is not None:
+            do(place)
+
+    with one_torch_thread() as threads:
+        each = max(1, threads // count)
+        torch.set_num_threads(each)
+        with helped(help, count - 1):
+            try:
+                for place in range(len(items)):
+                    while not found[place].done() and (mine := take(waits=False)) is not None:
+                        do(mine)
+                    result = found[place].result()
+                    found[place] = Future()
+                    with changed:
+                        allowed += 1
+                        changed.notify_all()
+                    yield result
+            finally:
+                with changed:
+                    begun = allowed = len(items)
+                    changed.notify_all()
 
 
 def in_groups(items: Iterable[Item], key: Callable[[Item], int]) -> list[tuple[int, list[Item]]]:

@@ -6,14 +6,15 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from multiprocessing.connection import Connection
 
 import pytest
 import torch
 
+from inilora_kernels.kernels import threads
 from inilora_kernels.kernels.threads import (
-    _kept,
     beside,
     both,
     helped,
@@ -58,11 +59,11 @@ def test_as_many_at_a_time_as_asked_for() -> None:
 def test_nothing_is_begun_after_the_end() -> None:
     """An interrupted run of sixty large matrices ends with those in work."""
     begun: list[int] = []
-    release = threading.Event()
+    release, here = threading.Event(), threading.get_ident()
 
     def work(place: int) -> int:
         begun.append(place)
-        if place > 0:
+        if place > 0 and threading.get_ident() != here:
             release.wait(timeout=60)
         return place
 
@@ -81,9 +82,37 @@ def test_threads_do_not_run_far_ahead_of_who_takes_the_results() -> None:
     begun: list[int] = []
     with closing(side_by_side(begun.append, range(60), 2)) as results:
         next(results)
-        # Calls are taken in turn: when this one has run, all that waited have begun.
-        _kept(2).submit(lambda: None).result()
-        assert 1 < len(begun) <= 9
+    assert 1 <= len(begun) <= 9
+
+
+def test_this_thread_is_one_of_them() -> None:
+    """Two at a time, and the other thread's first item waits for the second one to be done."""
+    done: list[int] = []
+    second = threading.Event()
+
+    def work(place: int) -> int:
+        if threading.get_ident() == here:
+            done.append(place)
+            second.set()
+        else:
+            assert second.wait(timeout=60)
+        return place
+
+    here = threading.get_ident()
+    assert list(side_by_side(work, range(3), 2)) == [0, 1, 2]
+    assert done
+
+
+def test_an_error_comes_in_its_turn() -> None:
+    def work(place: int) -> int:
+        if place == 3:
+            raise ValueError("the fourth")
+        return place
+
+    with closing(side_by_side(work, range(9), 2)) as results:
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(ValueError, match="the fourth"):
+            next(results)
 
 
 def test_groups_keep_their_order() -> None:
@@ -101,17 +130,19 @@ def test_threads_share_the_items(count: int) -> None:
         meeting.wait()
         done.extend((item, torch.get_num_threads()) for item in todo)
 
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     share(work, range(20), count)
     assert sorted(item for item, _ in done) == list(range(20))
     assert threading.get_ident() in calls
     assert len(calls) == count
     assert count == 1 or {each for _, each in done} == {1}
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == before
 
 
-def test_help_that_has_not_come_is_not_waited_for() -> None:
+def test_help_that_has_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """All kept threads are busy, with calls that wait for this very block."""
+    two = ThreadPoolExecutor(2)
+    monkeypatch.setattr(threads, "_kept", lambda: two)
     finished, busy = threading.Event(), threading.Barrier(3, timeout=60)
 
     def hold() -> None:
@@ -159,7 +190,26 @@ def test_when_one_raises_the_others_take_no_more(in_this_thread: bool) -> None:
     assert len(taken) < 10**6
 
 
-def test_what_has_not_begun_beside_is_done_by_who_asks() -> None:
+def test_who_works_side_by_side_has_help_each() -> None:
+    """Four threads, two matrices at a time: a pool as large as the one asked for would help one of them."""
+    before = torch.get_num_threads()
+    all_four = threading.Barrier(4, timeout=60)
+
+    def work(place: int) -> int:
+        with helped(all_four.wait, torch.get_num_threads() - 1):
+            all_four.wait()
+        return place
+
+    torch.set_num_threads(4)
+    try:
+        assert list(side_by_side(work, range(2), 2)) == [0, 1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_has_not_begun_beside_is_done_by_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ThreadPoolExecutor(1)
+    monkeypatch.setattr(threads, "_kept", lambda: one)
     goes_on, calls = threading.Event(), []
 
     def work() -> int:

@@ -18,6 +18,7 @@ from .jit import ZERO, njit
 from .judgement import ANY_BEYOND, expected_outside, next_size, promised, rounding, settled, stops_outside, too_coarse
 from .missed import bound_outside
 from .orthonormal import projection_space
+from .simd import give_way
 from .team import job
 
 # How a search ended: settled or at its end; float32 is too coarse; something that this search does not do.
@@ -41,6 +42,8 @@ def search(
     Returns how it ended; the basis Q (m, n); θ, g, QMQᵀ and its reduced form, as `RitzPairs` has them; the bound on
     λ_max outside; the passes of the first space, and the vectors of the others.
     """
+    # A thread that waited for the interpreter's lock may have been woken on this thread's processor.
+    give_way()
     b, n = start.shape
     most, rank = min(sizes[1], n - b), ranks.max()
     rows, T = np.empty((most + b, n), dtype=np.float32), np.empty((most + b, most + b))
