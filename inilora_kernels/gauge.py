@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .kernels.dense import inner_in_parts
+from .kernels.dense import few, inner_in_parts
 from .kernels.streaming import FEW_ELEMENTS, strips
 from .kernels.threads import both, one_torch_thread
 
@@ -23,6 +23,13 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> tuple[Ten
     >>> nearest(A, B, -A, -B)
     (tensor([[-3.,  0.]]), tensor([[-3.]]))
     """
+    sides = (B.T, A, B_start, A_start)
+    if few(A, B.T, A_start, B_start.T) and all(side.dtype == torch.float32 for side in sides):
+        from .kernels.cpu import few_rows
+
+        near_B, near_A, found = few_rows.nearest(*(side.detach().contiguous().numpy() for side in sides))
+        if found:
+            return torch.from_numpy(near_A), torch.from_numpy(near_B).T
     flops = 2 * A.numel() * len(A)
     # One thread for each side, so that the bits do not depend on how many there are.
     with one_torch_thread() as threads:

@@ -23,6 +23,7 @@ from .errors import OptionError
 from .factors import Factors
 from .gauge import nearest
 from .kernels.backend import Backend
+from .kernels.dense import few
 from .options import Options
 from .solvers.krylov import TOLERANCE, dense
 from .solvers.run import (
@@ -211,6 +212,11 @@ def pissa(U: Tensor, S: Tensor, V: Tensor) -> Pair:
     >>> B.T, A
     (tensor([[2., 0., 0.]]), tensor([[2., 0.]]))
     """
+    if few(U.T, V.T) and U.dtype == S.dtype == V.dtype == torch.float64:
+        from .kernels.cpu import few_rows
+
+        B, A = few_rows.balanced(*(side.contiguous().numpy() for side in (U.T, S, V.T)))
+        return torch.from_numpy(A), torch.from_numpy(B).T
     root = S.double().sqrt()
     return (V.double() * root).T.float().contiguous(), (U.double() * root).float()
 

@@ -19,6 +19,8 @@ from .threads import share, worth
 
 # At most so many runs, of at least so many columns, a multiple of a cache line's.
 _MOST_RUNS, _LEAST_COLUMNS, _LINE = 8, 256, 8
+# Up to so many rows, and products of two numbers.
+_FEW_ROWS, _FEW_PRODUCTS = 16, 1 << 19
 
 Result = TypeVar("Result")
 
@@ -74,6 +76,17 @@ def inner_in_parts(left: Tensor, rights: Sequence[Tensor]) -> list[Tensor]:
         else:
             found = [part @ other.T for other in others]
     return found
+
+
+def few(*rows: Tensor) -> bool:
+    """Whether these are so few rows, of float32 or float64 on the CPU, that few_rows.py's calls take less time."""
+    return all(
+        len(one) <= _FEW_ROWS
+        and one.numel() * len(one) <= _FEW_PRODUCTS
+        and one.device.type == "cpu"
+        and one.dtype in (torch.float32, torch.float64)
+        for one in rows
+    )
 
 
 def residual_gram(X: Tensor, image: Tensor, form: Tensor, threads: int) -> Tensor:

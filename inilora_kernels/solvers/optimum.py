@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels.dense import inner_in_parts
+from ..kernels.dense import few, inner_in_parts
 from ..kernels.threads import both, one_torch_thread
 from .krylov import GRAM_SIZE, principal
 from .krylov_search import Digest
@@ -79,22 +79,31 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
     >>> round(loss_near(found, 1, found.V[:, :1].T.float(), (found.U * found.S)[:, :1].float()), 6)
     5.0
     """
-    # One thread for each side, so that the bits do not depend on how many there are.
-    with one_torch_thread() as threads:
-        U, S, V = found.U[:, :rank], found.S[:rank], found.V[:, :rank]
-        columns = B.T
-        (BB, BU), (AA, AV) = both(
-            partial(inner_in_parts, columns, [columns, U.T]),
-            partial(inner_in_parts, A, [A, V.T]),
-            threads,
-            4 * A.numel() * rank,
-        )
-        total = S @ S
-        apart = max(0.0, float((BB * AA).sum() - 2 * (BU * AV).sum(0) @ S + total))
-        rest = found.energy - float(total)
+    U, S, V = found.U[:, :rank], found.S[:rank], found.V[:, :rank]
+    apart, captured = _apart(A, B.T, U.T, S, V.T)
+    rest = found.energy - captured
     if rest < _READ_BELOW * found.energy or apart > _ROUNDING * found.energy or not found.certified[rank]:
         return None
     return rest + apart
+
+
+def _apart(A: Tensor, columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[float, float]:
+    """||D||² of `loss_near`, and Σ s_i²; of the rows A, Bᵀ, Uᵀ and Vᵀ."""
+    if few(A, columns, U, V):
+        from ..kernels.cpu import few_rows
+
+        sides = (columns, A, U, S, V)
+        return max(0.0, few_rows.apart(*(side.contiguous().numpy() for side in sides))), float(S @ S)
+    # One thread for each side, so that the bits do not depend on how many there are.
+    with one_torch_thread() as threads:
+        (BB, BU), (AA, AV) = both(
+            partial(inner_in_parts, columns, [columns, U]),
+            partial(inner_in_parts, A, [A, V]),
+            threads,
+            4 * A.numel() * len(A),
+        )
+        total = S @ S
+        return max(0.0, float((BB * AA).sum() - 2 * (BU * AV).sum(0) @ S + total)), float(total)
 
 
 def rank_for_energy(W: Tensor, share: float) -> int:
