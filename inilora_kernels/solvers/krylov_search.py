@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.streaming import GramReader, gram_multiplier
+from ..kernels.threads import beside
 from .certificate import expected_factor, least_part
 from .goal import Goal, next_size
 from .krylov_space import LIMITS, KrylovSpace
@@ -42,6 +44,9 @@ _BOUNDS = np.array([0.98, 0.96, 0.93, 0.9])
 _JUDGED_AFTER = 4
 # Passes of the second space, once all is proven, in which a proof by few vectors may come.
 _MORE_FOR_FEW = 3
+# A pass of the second space takes as long on a thread as so many entries of W, and twice those of both bases, take of
+# the cube of the Ritz pairs' number. As many passes as that, at least and at most, are made beside the Ritz pairs.
+_RITZ_OVER_PASS, _LEAST_BESIDE, _MOST_BESIDE = 2.5, 2, 10
 # As many as are worth having for a first space that need not grow on.
 _EXPECTED_PASSES = 14
 _MOST_CERTIFYING = 64
@@ -83,7 +88,8 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
             left, found = _in_one_call(W.float(), goal, key)
             if not left:
                 return found
-    return _Search(W, goal, gram_multiplier(_spread(W, goal.rank, dtype, threads), dtype, threads), dtype, key).run()
+    multiply = gram_multiplier(_spread(W, goal.rank, dtype, threads), dtype, threads)
+    return _Search(W, goal, multiply, dtype, key, threads).run()
 
 
 def _spread(W: Tensor, rank: int, dtype: torch.dtype, threads: int) -> Tensor:
@@ -176,14 +182,17 @@ def _in_one_call(W: Tensor, goal: Goal, key: Digest) -> tuple[bool, Searched | N
 class _Search:
     """The search step by step, for any device and dtype."""
 
-    def __init__(self, W: Tensor, goal: Goal, multiply: GramReader, dtype: torch.dtype, key: Digest) -> None:
+    def __init__(
+        self, W: Tensor, goal: Goal, multiply: GramReader, dtype: torch.dtype, key: Digest, threads: int
+    ) -> None:
         self._device, self._size, self._dtype, self._multiply = W.device, W.shape[1], dtype, multiply
-        self._goal, self._key = goal, key
+        self._goal, self._key, self._threads, self._elements = goal, key, threads, W.numel()
         self._drawn: torch.Generator | None = None
         stream = start_stream()
         self._space = KrylovSpace(multiply, self._random(_block(goal.rank), stream), stream)
-        # An upper bound on what lies outside of the space, once there is one.
+        # An upper bound on what lies outside of the space, once there is one, and a second space that may give it.
         self._missed = math.inf
+        self._outside: KrylovSpace | None = None
         self._most = _most_vectors(self._size, goal.rank)
         self._spent = 0
 
@@ -223,7 +232,7 @@ class _Search:
         last = 0, math.inf
         while True:
             self._space.grow(min(target, self._most), passes=self._size)
-            pairs = self._space.ritz()
+            pairs = self._ritz()
             if self._goal.too_coarse(pairs):
                 return None
             missed = self._missed
@@ -236,14 +245,38 @@ class _Search:
             target = next_size(size, promised, *last, PROMISED)
             last = size, promised
 
-    def _look_outside(self, pairs: RitzPairs) -> KrylovSpace | None:
-        """Lower the bound on what lies outside until all is settled. Returns what was missed, if anything."""
+    def _ritz(self) -> RitzPairs:
+        """The space's Ritz pairs, one thread's work; where they take as long as several passes, others begin to look
+        outside meanwhile.
+
+        The passes depend on the shape alone, and one thread takes them, too: so its bits are the same.
+        """
+        size = self._space.size
+        shared = self._device.type == "cpu" and self._dtype == torch.float32 and self._missed == math.inf
+        passes = size**3 // int(_RITZ_OVER_PASS * (self._elements + 2 * size * self._size)) if shared else 0
+        if passes < _LEAST_BESIDE:
+            return self._space.ritz()
+        begun = beside(partial(self._begun_outside, min(passes, _MOST_BESIDE), spare=1), self._threads)
+        pairs = self._space.ritz()
+        self._outside = begun()
+        return pairs
+
+    def _begun_outside(self, passes: int, spare: int = 0) -> KrylovSpace:
+        """A second space, kept orthogonal to all of the first one, of so many blocks."""
         stream = self._stream()
         start = self._random(min(_NARROW, self._size - self._space.size), stream)
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
-        factors = _expected_factors(self._size, len(start))
+        other.grow(math.inf, passes, spare=spare)
+        return other
+
+    def _look_outside(self, pairs: RitzPairs) -> KrylovSpace | None:
+        """Lower the bound on what lies outside until all is settled. Returns what was missed, if anything."""
+        other = self._outside or self._begun_outside(0)
+        self._outside = None
+        factors = _expected_factors(self._size, min(_NARROW, self._size - self._space.size))
         stops = self._goal.stops_outside(pairs, factors, self._expected_outside(pairs), _AIMS, _BOUNDS)
-        other.grow(math.inf, passes=_MOST_CERTIFYING, stops=stops)
+        if other.passes == 0 or not other.stopped(*stops[other.passes - 1]):
+            other.grow(math.inf, passes=_MOST_CERTIFYING - other.passes, stops=stops[other.passes :])
         if other.passes == 0:
             return None
         highest = float(pairs.theta[self._goal.rank - 1])

@@ -60,10 +60,11 @@ class KrylovSpace:
         held = self.size + (0 if self._fixed is None else len(self._fixed))
         return held + 2 * len(self._next) <= self._rows.shape[1]
 
-    def grow(self, size: float, passes: int, stops: NDArray[np.float64] | None = None) -> None:
+    def grow(self, size: float, passes: int, stops: NDArray[np.float64] | None = None, spare: int = 0) -> None:
         """Take blocks into the basis until it holds `size` rows, or `passes` of them are taken, or there is no room.
 
         stops (passes, 2): also end after the i-th where λ_max(QMQᵀ) is below stops[i, 0] or not below stops[i, 1].
+        spare: so many threads have other work.
         """
         first = self.passes
         stopped = False
@@ -74,10 +75,10 @@ class KrylovSpace:
             wanted = int(min(passes, fitting, math.ceil((min(size, self._rows.shape[1]) - self.size) / block)))
             # Where it may end at any time, space for all passes would be cleared in vain.
             left = _NO_STOPS if stops is None else stops[self.passes - first :][: max(1, _ROWS_AT_ONCE // block)]
-            taken, stopped = self._expand_compiled(wanted if stops is None else min(wanted, len(left)), left)
+            taken, stopped = self._expand_compiled(wanted if stops is None else min(wanted, len(left)), left, spare)
             if taken == 0:
                 self.expand()
-                stopped = len(left) > 0 and self._stopped(*left[0])
+                stopped = len(left) > 0 and self.stopped(*left[0])
             passes -= max(1, taken)
 
     def expand(self) -> None:
@@ -106,7 +107,8 @@ class KrylovSpace:
         self._leaving = torch.zeros(len(self._next), self.size, dtype=torch.float64)
         self._leaving[:, first:] = coupling
 
-    def _stopped(self, below: float, above: float) -> bool:
+    def stopped(self, below: float, above: float) -> bool:
+        """Whether λ_max(QMQᵀ) is below the first or not below the second, if they are numbers that it can be."""
         return (below > 0.0 or above < math.inf) and not below <= self.largest() < above
 
     def largest(self) -> float:
@@ -117,7 +119,7 @@ class KrylovSpace:
         """c ≥ λ_max(C) of certificate.py's first step, if the start was Gaussian, and λ_max(QCQᵀ)."""
         return bound_outside(self.T, self._leaving, self._begun.cpu(), self.passes)
 
-    def _expand_compiled(self, passes: int, stops: NDArray[np.float64]) -> tuple[int, bool]:
+    def _expand_compiled(self, passes: int, stops: NDArray[np.float64], spare: int) -> tuple[int, bool]:
         """As many passes in one compiled call, where the kernels have one.
 
         Returns how many were taken, and whether one of the stops was reached.
@@ -139,7 +141,7 @@ class KrylovSpace:
         coupling = torch.empty(block, block, dtype=torch.float64)
         rows, held = self._rows.numpy(), fixed.numpy()
         space, shared = projection_space(block, max(len(rows), len(held)), rows.shape[1]), job()
-        with helped(partial(assist, *reader.compiled, rows, held, space, shared), reader.threads - 1):
+        with helped(partial(assist, *reader.compiled, rows, held, space, shared), reader.threads - 1 - spare):
             taken, whole, stopped = expand(
                 *reader.compiled,
                 rows,
