@@ -27,7 +27,7 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> tuple[Ten
     if few(A, B.T, A_start, B_start.T) and all(side.dtype == torch.float32 for side in sides):
         from .kernels.cpu import few_rows
 
-        near_B, near_A, found = few_rows.nearest(*(side.detach().contiguous().numpy() for side in sides))
+        near_B, near_A, found = few_rows.nearest(*(side.contiguous().numpy() for side in sides))
         if found:
             return torch.from_numpy(near_A), torch.from_numpy(near_B).T
     flops = 2 * A.numel() * len(A)

@@ -80,13 +80,13 @@ def inner_in_parts(left: Tensor, rights: Sequence[Tensor]) -> list[Tensor]:
 
 def few(*rows: Tensor) -> bool:
     """Whether these are so few rows, of float32 or float64 on the CPU, that few_rows.py's calls take less time."""
-    return all(
-        len(one) <= _FEW_ROWS
-        and one.numel() * len(one) <= _FEW_PRODUCTS
-        and one.device.type == "cpu"
-        and one.dtype in (torch.float32, torch.float64)
-        for one in rows
-    )
+    for one in rows:
+        r, n = one.shape
+        if r > _FEW_ROWS or r * r * n > _FEW_PRODUCTS or one.requires_grad:
+            return False
+        if one.device.type != "cpu" or one.dtype not in (torch.float32, torch.float64):
+            return False
+    return True
 
 
 def residual_gram(X: Tensor, image: Tensor, form: Tensor, threads: int) -> Tensor:

@@ -110,8 +110,7 @@ def proven(
 
 def _leading(pairs: RitzPairs, S: Array) -> tuple[float, ...]:
     """S, and the other Ritz values' roots where the residual says that they are good to 1 %; the first `LEADING`."""
+    from ..kernels.cpu.judgement import sure_values
+
     found = S[:LEADING].tolist()
-    rank = len(found)
-    theta, g = pairs.theta[rank:LEADING].clip(min=0.0), pairs.g[rank:LEADING]
-    sure = np.square(g).sum(1) <= np.square(0.02 * theta)
-    return (*found, *np.sqrt(theta[sure]).tolist())
+    return (*found, *sure_values(pairs.theta, pairs.g, len(found), LEADING).tolist())

@@ -29,6 +29,8 @@ _COARSE_GAP, _COARSE_ENERGY = 0.05, 1e-5
 _FLOAT32_UNIT = 2.0**-23
 # Roundings are independent: what they leave in a residual was a 6th to a 50th of the most that `rounding` allows for.
 _EXPECTED_NOISE = 0.25
+# A residual of this share of θ: √θ is good to half as much.
+_SURE = 0.02
 # A proof of this share of what is allowed survives that the last products are float64's, and one of the other as a
 # rule.
 _AMPLE, _NEARLY = 0.5, 0.9
@@ -207,6 +209,21 @@ def verdict(form: Any, residual_gram: Any, theta: Any, g: Any, ranks: Any, misse
         bounds[i] = min(lacking, shortfall(form, residual_gram, values, rank, outside))
         certified[i] = converged and bounds[i] <= max(goal[1] * (lacking - bounds[i]), goal[2] * goal[0])
     return values, vectors, bounds, certified
+
+
+@njit(cache=True)
+def sure_values(theta: Any, g: Any, first: int, last: int) -> Any:
+    """The roots of those θ from `first` on, before `last`, whose residuals say that they are good to 1 %."""
+    found = np.empty(max(0, min(last, len(theta)) - first))
+    count = 0
+    for j in range(first, first + len(found)):
+        value, square = max(0.0, theta[j]), 0.0
+        for c in range(g.shape[1]):
+            square += g[j, c] ** 2
+        if square <= (_SURE * value) ** 2:
+            found[count] = math.sqrt(value)
+            count += 1
+    return found[:count]
 
 
 @njit(cache=True, nogil=True)

@@ -42,12 +42,13 @@ BYTE_SHUFFLE = (
     else ""
 )
 PANEL = LANES * VECTORS
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
 def kernel_view(tensor: Tensor) -> NDArray[np.generic]:
     """The same memory in the form that the kernels take: bfloat16 as uint16, float16 as int16."""
-    bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-    return tensor.view(bits.get(tensor.dtype, tensor.dtype)).numpy()
+    bits = _BITS.get(tensor.dtype)
+    return (tensor if bits is None else tensor.view(bits)).numpy()
 
 
 _FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()

@@ -13,6 +13,7 @@ from inilora_kernels.kernels.cpu.judgement import (
     next_size,
     promised,
     shortfall,
+    sure_values,
     verdict,
 )
 
@@ -54,6 +55,14 @@ def test_the_next_look_is_where_the_promise_will_be() -> None:
     assert next_size(80, 4.0, 60, 400.0, 1.0) == pytest.approx(86.02, abs=0.01)
     assert next_size(80, 4.0, 0, np.inf, 1.0) == pytest.approx(80 * 1.12)
     assert next_size(80, 400.0, 60, 4.0, 1.0) == pytest.approx(80 * 1.12)
+
+
+def test_sure_values_are_those_whose_residual_is_a_fiftieth() -> None:
+    theta = np.array([9.0, 5.0, 1.0, 0.9, -0.1])
+    g = np.array([[9.0, 9.0], [0.0, 0.099], [0.015, 0.015], [0.0, 0.019], [0.0, 0.1]])
+    assert sure_values(theta, g, 1, 64).tolist() == pytest.approx([5**0.5])
+    assert sure_values(theta, g / 2, 1, 4).tolist() == pytest.approx([5**0.5, 1.0, 0.9**0.5])
+    assert sure_values(theta, g, 5, 64).tolist() == sure_values(theta, g, 2, 1).tolist() == []
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
