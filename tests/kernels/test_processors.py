@@ -11,8 +11,9 @@ import pytest
 from inilora_kernels.kernels import processors
 from inilora_kernels.kernels.threads import helped
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="no such calls elsewhere")
-several = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor")
+LINUX = sys.platform == "linux"
+linux = pytest.mark.skipif(not LINUX, reason="no such calls elsewhere")
+several = pytest.mark.skipif(not LINUX or len(os.sched_getaffinity(0)) < 2, reason="one processor")
 
 
 @linux
@@ -27,26 +28,22 @@ def test_a_thread_knows_its_processor() -> None:
         os.sched_setaffinity(0, every)
 
 
-@linux
 @several
-def test_a_thread_leaves_a_processor_that_is_taken_and_may_return() -> None:
+def test_a_thread_leaves_a_processor_that_is_taken_and_may_return(monkeypatch: pytest.MonkeyPatch) -> None:
     every = os.sched_getaffinity(0)
-    here = processors.current()
-    # By the affinity that it has meanwhile: the scheduler may move it again at any time.
-    seen = []
-    real = os.sched_setaffinity
+    free, where, bind = max(every), processors.current, os.sched_setaffinity
+    seen: list[tuple[set[int], int]] = []
 
     def recorded(thread: int, to: set[int]) -> None:
-        real(thread, to)
-        seen.append((set(to), processors.current()))
+        bind(thread, to)
+        # At once: the scheduler may move a thread that is bound to several at any time.
+        seen.append((set(to), where()))
 
-    os.sched_setaffinity = recorded
-    try:
-        processors.leave(every - {max(every - {here})})
-    finally:
-        os.sched_setaffinity = real
-    assert [to for to, _ in seen] == [{max(every - {here})}, every]
-    assert seen[0][1] == max(every - {here})
+    monkeypatch.setattr(os, "sched_setaffinity", recorded)
+    monkeypatch.setattr(processors, "current", lambda: min(every))
+    processors.leave(every - {free})
+    assert [to for to, _ in seen] == [{free}, every]
+    assert seen[0][1] == free
     assert os.sched_getaffinity(0) == every
 
 
