@@ -28,10 +28,10 @@ def leave(taken: Collection[int]) -> None:
     """Move this thread to another of its processors if it runs on one of these; the scheduler may move it again."""
     if sys.platform != "linux" or current() not in taken:
         return
-    every = os.sched_getaffinity(0)
-    if others := every.difference(taken):
-        # A container's processors may change meanwhile.
-        with contextlib.suppress(OSError):
+    # A sandbox may forbid it, and a container's processors may change meanwhile.
+    with contextlib.suppress(OSError):
+        every = os.sched_getaffinity(0)
+        if others := every.difference(taken):
             os.sched_setaffinity(0, others)
             os.sched_setaffinity(0, every)
 
