@@ -23,8 +23,8 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> tuple[Ten
     >>> nearest(A, B, -A, -B)
     (tensor([[-3.,  0.]]), tensor([[-3.]]))
     """
-    sides = (B.T, A, B_start, A_start)
-    if few(A, B.T, A_start, B_start.T) and all(side.dtype == torch.float32 for side in sides):
+    sides = (B.T, A, B_start.T, A_start)
+    if few(*sides) and all(side.dtype == torch.float32 for side in sides):
         from .kernels.cpu import few_rows
 
         near_B, near_A, found = few_rows.nearest(*(side.contiguous().numpy() for side in sides))

@@ -261,10 +261,15 @@ class _Search:
         self._outside = begun()
         return pairs
 
+    @property
+    def _width_outside(self) -> int:
+        """Columns of a second space's start."""
+        return min(_NARROW, self._size - self._space.size)
+
     def _begun_outside(self, passes: int, spare: int = 0) -> KrylovSpace:
         """A second space, kept orthogonal to all of the first one, of so many blocks."""
         stream = self._stream()
-        start = self._random(min(_NARROW, self._size - self._space.size), stream)
+        start = self._random(self._width_outside, stream)
         other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
         other.grow(math.inf, passes, spare=spare)
         return other
@@ -273,7 +278,7 @@ class _Search:
         """Lower the bound on what lies outside until all is settled. Returns what was missed, if anything."""
         other = self._outside or self._begun_outside(0)
         self._outside = None
-        factors = _expected_factors(self._size, min(_NARROW, self._size - self._space.size))
+        factors = _expected_factors(self._size, self._width_outside)
         stops = self._goal.stops_outside(pairs, factors, self._expected_outside(pairs), _AIMS, _BOUNDS)
         if other.passes == 0 or not other.stopped(*stops[other.passes - 1]):
             other.grow(math.inf, passes=_MOST_CERTIFYING - other.passes, stops=stops[other.passes :])

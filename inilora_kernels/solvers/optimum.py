@@ -80,20 +80,21 @@ def loss_near(found: Principal, rank: int, A: Tensor, B: Tensor) -> float | None
     5.0
     """
     U, S, V = found.U[:, :rank], found.S[:rank], found.V[:, :rank]
-    apart, captured = _apart(A, B.T, U.T, S, V.T)
+    captured = float(S @ S)
+    apart = max(0.0, _apart(A, B.T, U.T, S, V.T, captured))
     rest = found.energy - captured
     if rest < _READ_BELOW * found.energy or apart > _ROUNDING * found.energy or not found.certified[rank]:
         return None
     return rest + apart
 
 
-def _apart(A: Tensor, columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[float, float]:
-    """||D||² of `loss_near`, and Σ s_i²; of the rows A, Bᵀ, Uᵀ and Vᵀ."""
+def _apart(A: Tensor, columns: Tensor, U: Tensor, S: Tensor, V: Tensor, captured: float) -> float:
+    """||D||² of `loss_near` but for rounding, of the rows A, Bᵀ, Uᵀ and Vᵀ. captured: Σ s_i²."""
     if few(A, columns, U, V):
         from ..kernels.cpu import few_rows
 
         sides = (columns, A, U, S, V)
-        return max(0.0, few_rows.apart(*(side.contiguous().numpy() for side in sides))), float(S @ S)
+        return float(few_rows.apart(*(side.contiguous().numpy() for side in sides)))
     # One thread for each side, so that the bits do not depend on how many there are.
     with one_torch_thread() as threads:
         (BB, BU), (AA, AV) = both(
@@ -102,8 +103,7 @@ def _apart(A: Tensor, columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple
             threads,
             4 * A.numel() * len(A),
         )
-        total = S @ S
-        return max(0.0, float((BB * AA).sum() - 2 * (BU * AV).sum(0) @ S + total)), float(total)
+        return float((BB * AA).sum() - 2 * (BU * AV).sum(0) @ S) + captured
 
 
 def rank_for_energy(W: Tensor, share: float) -> int:

@@ -59,14 +59,15 @@ def test_who_has_one_processor_stays() -> None:
         os.sched_setaffinity(0, every)
 
 
-@linux
+@several
 def test_a_sandbox_that_forbids_it_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError("sched_setaffinity")
 
+    here = min(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_setaffinity", forbidden)
-    every = os.sched_getaffinity(0)
-    processors.leave(every - {max(every)} or every)
+    monkeypatch.setattr(processors, "current", lambda: here)
+    processors.leave({here})
 
 
 def test_none_is_left_where_none_is_taken() -> None:

@@ -80,9 +80,18 @@ def test_nothing_is_begun_after_the_end() -> None:
 
 def test_threads_do_not_run_far_ahead_of_who_takes_the_results() -> None:
     begun: list[int] = []
-    with closing(side_by_side(begun.append, range(60), 2)) as results:
+    reached = threading.Event()
+
+    def work(place: int) -> None:
+        begun.append(place)
+        if len(begun) >= 9:
+            reached.set()
+
+    with closing(side_by_side(work, range(60), 2)) as results:
         next(results)
-    assert 1 <= len(begun) <= 9
+        # The other thread goes as far as it may.
+        assert reached.wait(timeout=60)
+    assert 1 < len(begun) <= 9
 
 
 def test_this_thread_is_one_of_them() -> None:

@@ -36,10 +36,10 @@ def balanced(U: Any, S: Any, V: Any) -> Any:
 def nearest(B: Any, A: Any, B_start: Any, A_start: Any) -> Any:
     """GᵀB (r×d) and GᵀA (r×k) of `gauge.nearest`, in float32, and whether G was found.
 
-    B, A: rows, float32. B_start (d×r): columns. G is not found where B·B_start + A·A_startᵀ is nearly singular.
+    All are rows, float32. G is not found where B·B_startᵀ + A·A_startᵀ is nearly singular.
     """
     r = len(B)
-    M = inner(A, A_start) + inner(B, np.ascontiguousarray(B_start.T))
+    M = _inner(A, A_start) + _inner(B, B_start)
     X, Y, found = _orthogonal(M)
     G = np.zeros((r, r))
     for i in range(r):
@@ -53,7 +53,7 @@ def nearest(B: Any, A: Any, B_start: Any, A_start: Any) -> Any:
 def apart(B: Any, A: Any, U: Any, S: Any, V: Any) -> float:
     """||D||² of `optimum.loss_near`: D = BᵀA − Uᵀ·diag(S)·V, of rows."""
     total = 0.0
-    BB, AA, BU, AV = inner(B, B), inner(A, A), inner(B, U), inner(A, V)
+    BB, AA, BU, AV = _inner(B, B), _inner(A, A), _inner(B, U), _inner(A, V)
     for i in range(len(B)):
         for j in range(len(B)):
             total += BB[i, j] * AA[i, j]
@@ -65,7 +65,7 @@ def apart(B: Any, A: Any, U: Any, S: Any, V: Any) -> float:
 
 
 @njit(cache=True, fastmath=SUMS)
-def inner(left: Any, right: Any) -> Any:
+def _inner(left: Any, right: Any) -> Any:
     """left·rightᵀ (r×s), float64, of rows (r×n) and (s×n), float32 or float64. Reads `right` r times, from a cache."""
     r, n = left.shape
     found = np.empty((r, len(right)))

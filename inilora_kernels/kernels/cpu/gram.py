@@ -301,5 +301,4 @@ def stored(W: Tensor) -> tuple[NDArray[np.generic], int, tuple[int, int]]:
     stored = W if W.stride(1) == 1 else W.T
     m, n = stored.shape
     stride = stored.stride(0)
-    flat = stored.view(m * n) if stride == n else stored.as_strided(((m - 1) * stride + n,), (1,))
-    return kernel_view(flat), stride, (m, n)
+    return kernel_view(stored.as_strided(((m - 1) * stride + n,), (1,))), stride, (m, n)
