@@ -1,36 +1,57 @@
 """How much of Σ_{i≤r} σ_i² a Krylov space can have missed at most, without a full SVD.
 
-M = WᵀW (n×n) has eigenvalues λ_1 ≥ λ_2 ≥ …. Q (n×m) is an orthonormal basis of a Krylov space, MQ = QT + NL with
-N orthogonal to Q, and (θ_j, x_j) are the Ritz pairs: T = S·diag(θ)·Sᵀ, x_j = Qs_j, with residuals
-Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j. C = (I − QQᵀ)M(I − QQᵀ) is what M does outside the space. Three steps:
+M = WᵀW (n×n) has eigenvalues λ_1 ≥ λ_2 ≥ …. Q (n×m) is an orthonormal basis of a block Krylov space that starts from
+b Gaussian columns Ω = QR. They are drawn from a stream that the hash of W decides, so that no W can be chosen against
+them. MQ = QT + NL with N orthogonal to Q, and (θ_j, x_j) are the Ritz pairs: T = S·diag(θ)·Sᵀ, x_j = Qs_j, with
+residuals Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j; and ρ_j = Rᵀs_j is what Ω has along x_j. Three steps:
 
-1. c ≥ λ_max(C). A second Krylov space, of C, starts from b fresh Gaussian columns Ω: they are drawn once Q is fixed,
-   from a stream that the hash of W decides, so that no W can be chosen against them. Let λ = λ_max(C) and u its unit
-   eigenvector. Ωᵀu is b independent standard normal numbers, so that with probability 1 − δ
+1. The count: M has no more than p eigenvalues above μ, where θ_p > μ > θ_{p+1}. Let Mu = λu, |u| = 1, and t = Nᵀu.
+   From QᵀMu = λQᵀu follows x_jᵀu = g_jᵀt/(λ − θ_j), and Ω lies in the space, so that
 
-       |Ωᵀu| > ε,     (ε²/2)^(b/2) / Γ(b/2 + 1) = δ.
+       Ωᵀu = Σ_j ρ_j·x_jᵀu = F(λ)·t,     F(λ) = Σ_j ρ_j·g_jᵀ/(λ − θ_j),     |t| ≤ 1.
 
-   Let P be the second space's basis, CP = PT' + N'L', T' = S'·diag(ϑ)·S'ᵀ, Ω = P_1·R + (what it has along Q) with the
-   first b columns P_1 of P, and h = Pᵀu, t = N'ᵀu. Then λh = T'h + L'ᵀt, and if λ is above the largest ϑ,
+   F falls as fast as a polynomial with zeros at the θ_j grows, since its terms cancel, and is large near each θ_j
+   alone. Part (μ, ∞) into p cells, each around one of the first p. If there were p + 1 eigenvalues, two that follow
+   each other, λ_i and λ_{i+1}, i ≤ p, would share a cell k; and a unit vector u in the plane of their eigenvectors
+   would be orthogonal to x_k. Of it, z_1·u_i + z_2·u_{i+1}, the same sum without the k-th term says that
 
-       Ωᵀu = Rᵀh_1 = F(λ)·t,     F(λ) = Σ_k ρ_k·g'_kᵀ / (λ − ϑ_k),     |t| ≤ 1,
+       |Ωᵀu| = |z_1·F_{−k}(λ_i)·t_i + z_2·F_{−k}(λ_{i+1})·t_{i+1}| ≤ √2·max |F_{−k}| over the cell.
 
-   where ρ_k = Rᵀ·(the first b entries of s'_k) and g'_k = L's'_k. So |F(λ)| > ε, and every c above the largest ϑ with
-   |F| ≤ ε from c on is a bound. F falls as fast as a polynomial with zeros at the ϑ_k grows, since the terms cancel.
-   That |F| ≤ ε on a whole interval [l, l + x], x < l − ϑ_1, follows from its Taylor series,
+   But along all of the plane, |Ωᵀu| is at least the least singular value of a b×2 matrix of normal numbers. Its square
+   has the density of the smaller eigenvalue of a 2×2 Wishart matrix; with l_1 − l_2 ≤ l_1 and e^(−l_2/2) ≤ 1 in that,
+   it is below √2·ε for one of p planes with a probability of at most
 
-       |F(l + y)| ≤ Σ_{j<J} x^j·|Σ_k ρ_k·g'_kᵀ/(l − ϑ_k)^(j+1)| + (x/(l − ϑ_1))^J·Σ_k |ρ_k|·|g'_k|/(l − ϑ_k),
+       δ = p·2^((b−1)/2)·Γ((b+1)/2)/Γ(b)·(√2·ε)^(b−1).
 
-   and that it holds beyond (1 + y²)ϑ_1, sinh((2q−1)·asinh y) = √b·|column of Ω|/ε, q the blocks of P, from Chebyshev's
-   polynomials: a column of Ω has a part along u of ε/√b at least. Let τ = λ/(1 + y²), and
+   So max |F_{−k}| ≤ ε in every cell proves the count. The terms of the first p but k are bounded one by one, the rest
+   of F by its Taylor series on intervals from μ to ||W||_F² ≥ λ_1. By it, with X the first p Ritz vectors and C' what
+   M is outside of them, M = [[Θ, Gᵀ], [G, C']], Θ ≻ μ: since Θ − μ has p positive eigenvalues, Schur's complement has
+   none (Haynsworth), C' − μ − G·(Θ − μ)⁻¹·Gᵀ ⪯ 0, and
+
+       λ_max(C') ≤ c' = μ + Σ_{j≤p} |g_j|²/(θ_j − μ).
+
+2. Where values are so close that this takes too long, c' comes from a second space. C = (I − QQᵀ)M(I − QQᵀ) is what M
+   does outside the first, and the second, of C, starts from b fresh Gaussian columns Ω, drawn once Q is fixed. Let
+   λ = λ_max(C) and u its unit eigenvector: one vector now, so that with probability 1 − δ
+
+       |Ωᵀu| > ε,     (ε²/2)^(b/2) / Γ(b/2 + 1) = δ,
+
+   and again Ωᵀu = F(λ)·t, with the second space's own ϑ, ρ and g, if λ is above the largest ϑ. So |F(λ)| > ε, and every
+   c above the largest ϑ with |F| ≤ ε from c on is a bound on λ_max(C). That |F| ≤ ε on an interval [l, l + x],
+   x < l − ϑ_1, follows from the Taylor series,
+
+       |F(l + y)| ≤ Σ_{i<I} x^i·|Σ_j ρ_j·g_jᵀ/(l − ϑ_j)^(i+1)| + (x/(l − ϑ_1))^I·Σ_j |ρ_j|·|g_j|/(l − ϑ_j),
+
+   and that it holds beyond (1 + y²)ϑ_1, sinh((2q−1)·asinh y) = √b·|column of Ω|/ε, q the blocks of the space, from
+   Chebyshev's polynomials: a column of Ω has a part along u of ε/√b at least. Let τ = λ/(1 + y²), and
    p(x) = T_{2q−1}(√(1−x/τ))/√(1−x/τ), of degree q − 1: then (τ−x)p(x)² ≤ τ on [0, τ] and
    (λ−τ)p(λ)² = τ·sinh²((2q−1)·asinh y), so that the Rayleigh quotient of p(C) times the column, which lies in the
    space, is above τ; so ϑ_1 is. (Kuczyński and Woźniakowski 1992, SIAM J. Matrix Anal. Appl. 13.) A later, larger Q
    can only reduce λ_max(C), so the bound stays valid.
 
-2. c' ≥ λ_max(C'), C' being M outside of the s ≥ r leading Ritz vectors X. In the basis of the other Ritz vectors and
-   the complement of Q it is [[Θ', Gᵀ], [G, C]], Θ' = diag(θ_{s+1}, …), G = N·(g_{s+1}, …), so by Schur's complement
-   c' is a bound if c' > θ_{s+1} and
+   C' is M outside of the s ≥ r leading Ritz vectors X. In the basis of the other Ritz vectors and the complement of Q
+   it is [[Θ', Gᵀ], [G, C]], Θ' = diag(θ_{s+1}, …), G = N·(g_{s+1}, …), so by Schur's complement c' ≥ λ_max(C') if
+   c' > θ_{s+1} and
 
        λ_max(Σ_{j>s} g_j·g_jᵀ/(c' − θ_j)) ≤ c' − c,
 
@@ -51,8 +72,11 @@ takes come from products with M in the space's own arithmetic. Those are exact f
 product is off by about u·σ_1·||W||_F at most: partial sums of a row of W with a unit vector are about as large as the
 row, and their roundings are independent. A projection takes m rows of Q from a vector of length λ_1 at most, in m sums
 that are each rounded: √m·u·λ_1, which is the larger part where W is little more than one direction. `rounding` is
-their sum with 2u for u. It is added to c', and twice to c, since a projection for C is one from both bases; they
-enter through the gap alone.
+their sum with 2u for u. It is added to c', and twice where c' comes from a count or from c, whose projections are from
+two bases; it enters through the gap alone. Rounding also turns the eigenvectors of M + E, and so changes Ωᵀu, by some
+1e-5 in float32. T shows it: entries far from its diagonal blocks, which without rounding were zero, keep |F| from
+falling further. That has nothing to do with where Ω fails; but if it conspired, δ would be (1 + 1e-5/ε)^(b−1) times as
+large, 10 times at most. With more columns ε is larger: a wider block is taken where |F| would not fall below it.
 """
 
 from __future__ import annotations
@@ -61,15 +85,15 @@ import math
 
 from torch import Tensor
 
-# The probability that the bound on c is wrong, over the draw of the second space's start.
+# The probability that the count, or the bound on c, is wrong, over the draw of the space's start.
 FAILURE_PROBABILITY = 1e-12
-# What step 1's bound exceeds the largest Ritz value by, on real spectra, as a share of what Chebyshev's polynomials
-# alone would give: 0.46 to 0.67 after 6 to 14 passes.
+# What step 2's bound on c exceeds the largest Ritz value by, on real spectra, as a share of what Chebyshev's
+# polynomials alone would give: 0.46 to 0.67 after 6 to 14 passes.
 _SHARPER = 0.5
 
 
 def least_part(block: int) -> float:
-    """ε of step 1: b normal numbers are shorter with the probability FAILURE_PROBABILITY.
+    """ε of step 2: b normal numbers are shorter with the probability FAILURE_PROBABILITY.
 
     >>> round(least_part(4), 5), round(least_part(16), 3)
     (0.00168, 0.488)
@@ -77,8 +101,18 @@ def least_part(block: int) -> float:
     return math.sqrt(2 * (FAILURE_PROBABILITY * math.gamma(block / 2 + 1)) ** (2 / block))
 
 
+def least_of_pairs(block: int, count: int) -> float:
+    """ε of the count: for one of `count` planes, Ω's least singular value is below √2·ε with the probability δ.
+
+    >>> round(least_of_pairs(4, 12) * 1e5, 3), round(least_of_pairs(8, 132), 5)
+    (1.435, 0.01151)
+    """
+    constant = 2 ** ((block - 1) / 2) * math.gamma((block + 1) / 2) / math.gamma(block)
+    return math.sqrt(0.5) * math.pow(FAILURE_PROBABILITY / (count * constant), 1 / (block - 1))
+
+
 def expected_factor(n: int, block: int, passes: int) -> float:
-    """By how much step 1's bound is likely to exceed the largest Ritz value of so many blocks, for an n×n matrix.
+    """By how much step 2's bound on c is likely to exceed the largest Ritz value of so many blocks, for an n×n matrix.
 
     >>> round(expected_factor(4096, block=4, passes=9), 3)
     1.29
@@ -88,7 +122,7 @@ def expected_factor(n: int, block: int, passes: int) -> float:
 
 
 def bound_outside(T: Tensor, leaving: Tensor, begun: Tensor, passes: int) -> tuple[float, float]:
-    """c of step 1 and the largest ϑ, by a space of T = PᵀCP (m×m) with CP = PT + N'·leaving (b×m), in float64.
+    """c of step 2 and the largest ϑ, by a space of T = PᵀCP (m×m) with CP = PT + N'·leaving (b×m), in float64.
 
     begun (b×b): R. passes: q. The start has to be Gaussian.
 

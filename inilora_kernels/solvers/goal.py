@@ -6,6 +6,7 @@ How small the excess must be, and how much of it must be promised before the pro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,10 +63,26 @@ class Goal:
             judgement.promised(pairs.theta, pairs.g, self.each_rank, missed, self.numbers, enough, judgement.ANY_BEYOND)
         )
 
+    def counted(self, pairs: RitzPairs, least: float) -> tuple[int, float, float]:
+        """How many Ritz vectors the count proves every rank by, if the last pass finds what is expected; and c'.
+
+        0 where it does not; then third, the least bound on |F| of certificate.py, as a multiple of `least`, its ε.
+        """
+        from ..kernels.cpu.counting import counted
+
+        if pairs.rho is None:
+            return 0, math.inf, math.inf
+        kept, outside, bound = counted(pairs.theta, pairs.g, pairs.rho, self.each_rank, self.numbers, least)
+        return int(kept), float(outside), float(bound)
+
     def settled(self, pairs: RitzPairs, missed: float) -> tuple[bool, bool]:
         """Whether every rank is proven, if the last pass finds no more noise than is expected; and by few vectors."""
         found: tuple[bool, bool] = _judgement().settled(pairs.theta, pairs.g, self.each_rank, missed, self.numbers)
         return found
+
+    def outside(self, pairs: RitzPairs, kept: int, missed: float) -> float:
+        """c', what λ_max outside of so many Ritz vectors is at most; infinite where nothing is known."""
+        return float(_judgement().outside_kept(pairs.theta, pairs.g, kept, missed, self.numbers))
 
     def expected_outside(self, pairs: RitzPairs, factor: float) -> float:
         """Roughly how a second space will bound λ_max outside of this one, judging by how far the Ritz values reach.
@@ -102,6 +119,20 @@ def next_size(size: int, promised: float, before: int, then: float, wanted: floa
     86
     """
     return float(_judgement().next_size(size, promised, before, then, wanted))
+
+
+def next_count(size: int, block: int, bound: float, before: int, then: float) -> float:
+    """How many vectors to have when the count is tried again; 0 where a second space will take fewer.
+
+    block: vectors of a pass. bound: on |F|, as a multiple of ε, at `size` vectors; then: at `before`, infinite where
+    there is none.
+
+    >>> round(next_count(80, 4, 4.0, 76, 16.0)), next_count(80, 4, 4.0, 76, 4.0)
+    (84, 0.0)
+    """
+    from ..kernels.cpu import counting
+
+    return float(counting.next_count(size, block, bound, before, then))
 
 
 def _judgement() -> Any:

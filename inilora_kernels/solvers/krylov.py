@@ -27,7 +27,6 @@ from ..kernels.streaming import energy, products
 from ..kernels.threads import one_torch_thread
 from .goal import Goal
 from .krylov_search import Digest, Searched, expected_vectors, search
-from .ritz import RitzPairs
 from .triplets import LEADING, LastPass, Principal, concluded, proven
 
 # Each rank's proven excess must be below this, or below what float32 factors can show.
@@ -127,12 +126,12 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
     searched = search(W, goal, dtype, key, threads)
     if searched is None:
         return None
-    pairs, missed, passes, vectors = searched.pairs, searched.missed, searched.passes, searched.vectors
-    kept = goal.kept(pairs, missed)
+    pairs, kept, outside, settled = searched.pairs, searched.kept, searched.outside, searched.settled
+    passes, vectors = searched.passes, searched.vectors
     if searched.small is not None and kept <= _CONCLUDED_AT_ONCE:
-        at_once = _concluded_in_one_call(searched.small, goal, searched, kept)
+        at_once = _concluded_in_one_call(searched.small, goal, searched)
         if at_once is not None:
-            return at_once if _stands(at_once, goal, pairs, missed) else None
+            return at_once if _stands(at_once, goal, settled) else None
     # At high ranks the basis and its projection take two thirds of W's bytes, which the last pass needs.
     coefficients, basis, pairs = pairs.vectors(kept, threads), searched.basis, pairs.without_vectors()
     del searched
@@ -143,35 +142,34 @@ def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: i
     found = concluded(
         goal,
         pairs,
-        missed,
+        outside,
         LastPass(X, Y, image),
         passes=passes + 1,
         vectors=vectors + kept,
         threads=threads,
     )
-    return found if _stands(found, goal, pairs, missed) else None
+    return found if _stands(found, goal, settled) else None
 
 
-def _stands(found: Principal, goal: Goal, pairs: RitzPairs, missed: float) -> bool:
+def _stands(found: Principal, goal: Goal, settled: bool) -> bool:
     """Whether float64 would find no more: what the last pass finds beyond what was promised is rounding."""
-    return all(found.certified.values()) or goal.exact or not goal.settled(pairs, missed)[0]
+    return all(found.certified.values()) or goal.exact or not settled
 
 
-def _concluded_in_one_call(W: Tensor, goal: Goal, searched: Searched, kept: int) -> Principal | None:
+def _concluded_in_one_call(W: Tensor, goal: Goal, searched: Searched) -> Principal | None:
     """The end of `_searched` by one compiled call, if nothing rare comes up. W: float32."""
     from ..kernels.cpu.conclusion import conclude
     from ..kernels.cpu.gram import FusedGramReader
 
-    pairs, missed = searched.pairs, searched.missed
+    pairs, kept = searched.pairs, searched.kept
     reader = FusedGramReader(W, kept, threads=1, dtype=torch.float64)
     found, U, values, V, *proof = conclude(
         *reader.compiled,
         searched.basis.numpy(),
         pairs.theta,
-        pairs.g,
         pairs.reduced,
         goal.each_rank,
-        missed,
+        searched.outside,
         goal.numbers,
         kept,
     )

@@ -1,4 +1,6 @@
-"""The search for the leading Ritz pairs of one W: a block Krylov space, and a second one that bounds what it missed.
+"""The search for the leading Ritz pairs of one W: a block Krylov space that proves that it missed none.
+
+Where it cannot, since values are too close, a second space bounds what it missed.
 
 Where W is so small that calls would take longer than sums, the whole search is one compiled call
 (kernels/cpu/search.py). Otherwise, and where that one comes upon something rare, it goes step by step.
@@ -10,7 +12,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,20 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.streaming import GramReader, gram_multiplier
-from ..kernels.threads import beside
-from .certificate import expected_factor, least_part
-from .goal import Goal, next_size
+from .certificate import expected_factor, least_of_pairs
+from .goal import Goal, next_count, next_size
 from .krylov_space import LIMITS, KrylovSpace
 from .ritz import RitzPairs
 
-# A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512; more columns multiply
-# faster and converge more slowly, which pays where the space is large anyway.
-_NARROW, _WIDE, _WIDE_RANK = 4, 8, 96
-# Vectors that a real spectrum takes to converge: so many times the rank, plus a constant, by either block; and the
-# share of them, by the rank's share of a matrix's smaller side, whose spectrum has an end: it falls from 1 to its
-# least. They decide when to look, since a look costs an eigenvalue problem of the space's size.
-_VECTORS = {_NARROW: (3.7, 32), _WIDE: (4.1, 40)}
-_WHOLE_SHARE, _SHARE_LESS, _LEAST_SHARE = 1.06, 1.7, 0.6
+# A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512. More columns converge
+# more slowly, but prove more: by four, what float32 rounds away comes to the count's ε from rank 40 or so on.
+_NARROW, _WIDE, _WIDE_RANK = 4, 8, 40
+# Vectors that a real spectrum takes until it is proven: so many times the rank, plus a constant, by either block; and
+# by how much less, as they come to be a large share of W's smaller side, since its spectrum has an end. They decide
+# when to look, since a look costs an eigenvalue problem of the space's size.
+_VECTORS = {_NARROW: (4.0, 48), _WIDE: (3.1, 120)}
+_LESS = 0.25
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate must reach.
@@ -42,17 +42,14 @@ MISSED = 0.985
 _BOUNDS = np.array([0.98, 0.96, 0.93, 0.9])
 # Passes of the second space before it may be judged.
 _JUDGED_AFTER = 4
-# Passes of the second space, once all is proven, in which a proof by few vectors may come.
+# Passes of a second space, once all is proven, in which a proof by few vectors may come.
 _MORE_FOR_FEW = 3
-# A pass of the second space takes as long on a thread as so many entries of W, and twice those of both bases, take of
-# the cube of the Ritz pairs' number. As many passes as that, at least and at most, are made beside the Ritz pairs.
-_RITZ_OVER_PASS, _LEAST_BESIDE, _MOST_BESIDE = 2.5, 2, 10
 # As many as are worth having for a first space that need not grow on.
 _EXPECTED_PASSES = 14
 _MOST_CERTIFYING = 64
 # A search may take so many bytes an entry of W: 1.25 times W in float32.
 _MOST_BYTES = 5
-# As kernels/cpu/search.py takes them.
+# As judgement.py's `stops_outside` takes them.
 _AIMS = PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED, _MORE_FOR_FEW
 
 # The sha256 of W's bytes.
@@ -61,15 +58,18 @@ Digest = Callable[[], bytes]
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """What a search found: Ritz pairs, the basis Q of their space (m×n, rows), and the bound on λ_max outside of it.
+    """What a search found: Ritz pairs, the basis Q of their space (m×n, rows), and how to prove what they promise.
 
-    passes: over W. vectors: that W was multiplied with, on both sides. small: W in float32, where it is so small that
-        the search was one compiled call.
+    kept: so many leading Ritz vectors, outside of which λ_max is at most `outside`, infinite where nothing is known.
+    settled: whether that proves the goal, if the last pass finds what was promised. passes: over W. vectors: that W was
+    multiplied with, on both sides. small: W in float32, where it is so small that the search was one compiled call.
     """
 
     pairs: RitzPairs
     basis: Tensor
-    missed: float
+    kept: int
+    outside: float
+    settled: bool
     passes: int
     vectors: int
     small: Tensor | None = None
@@ -108,11 +108,12 @@ def _spread(W: Tensor, rank: int, dtype: torch.dtype, threads: int) -> Tensor:
 def expected_vectors(rank: int, size: int) -> float:
     """How many vectors a search is expected to take for W of this smaller side.
 
-    >>> expected_vectors(8, 768), expected_vectors(128, 768) < expected_vectors(128, 4096)
-    (61.6, True)
+    >>> round(expected_vectors(8, 4096)), round(expected_vectors(128, 4096)), round(expected_vectors(128, 768))
+    (80, 515, 464)
     """
     a_rank, more = _VECTORS[_block(rank)]
-    return (a_rank * rank + more) * min(1.0, max(_LEAST_SHARE, _WHOLE_SHARE - _SHARE_LESS * rank / size))
+    vectors = min(a_rank * rank + more, 2.0 * size)
+    return vectors / (1 + _LESS * (vectors / size) ** 2)
 
 
 @functools.cache
@@ -125,20 +126,15 @@ def _block(rank: int) -> int:
     return _NARROW if rank < _WIDE_RANK else _WIDE
 
 
+def least_counting(block: int, rank: int) -> float:
+    """ε of the count, for as many Ritz vectors as it may be taken for, by a start of so many columns."""
+    from ..kernels.cpu.judgement import FEW_BEYOND
+
+    return least_of_pairs(block, rank + FEW_BEYOND)
+
+
 def _most_vectors(size: int, rank: int) -> int:
     return min(size - 2 * _block(rank), int(_MOST_GROWTH * expected_vectors(rank, size)))
-
-
-def start_stream() -> torch.Generator:
-    """For a first space's start: its quality is checked, not trusted, so that it may be the same for every W."""
-    return torch.Generator().manual_seed(0)
-
-
-@functools.cache
-def _start(rows: int, size: int) -> NDArray[np.float32]:
-    """A first space's start."""
-    found: NDArray[np.float32] = gaussian(rows, size, start_stream()).numpy()
-    return found
 
 
 def gaussian(rows: int, size: int, stream: torch.Generator) -> Tensor:
@@ -146,8 +142,8 @@ def gaussian(rows: int, size: int, stream: torch.Generator) -> Tensor:
 
 
 def trusted_stream(key: Digest) -> torch.Generator:
-    """For all other draws: decided by W's hash, and never the first space's own."""
-    return torch.Generator().manual_seed(int.from_bytes(key()[:8], "big") >> 1 | 1)
+    """For a search's draws: decided by W's hash."""
+    return torch.Generator().manual_seed(int.from_bytes(key()[:8], "big") >> 1)
 
 
 def _in_one_call(W: Tensor, goal: Goal, key: Digest) -> tuple[bool, Searched | None]:
@@ -155,28 +151,22 @@ def _in_one_call(W: Tensor, goal: Goal, key: Digest) -> tuple[bool, Searched | N
     from ..kernels.cpu import search as compiled
     from ..kernels.cpu.gram import FusedGramReaders
 
-    block, size, readers = _block(goal.rank), W.shape[1], FusedGramReaders(W, threads=1)
-    fresh = gaussian(_NARROW, size, trusted_stream(key)).numpy()
-    stored, layout, work = readers.of(block).compiled
-    ended, basis, parts, missed, passes, spent = compiled.search(
-        stored,
-        layout,
-        (work, readers.of(_NARROW).compiled[2]),
-        _start(block, size),
-        fresh,
+    block, size = _block(goal.rank), W.shape[1]
+    ended, basis, parts, kept, outside, passes = compiled.search(
+        *FusedGramReaders(W, threads=1).of(block).compiled,
+        gaussian(block, size, trusted_stream(key)).numpy(),
         goal.each_rank,
         goal.numbers,
         (expected_vectors(goal.rank, size), _most_vectors(size, goal.rank)),
         LIMITS,
-        _expected_factors(size, _NARROW),
-        _AIMS,
-        _BOUNDS,
-        least_part(_NARROW),
+        least_counting(block, goal.rank),
+        PROMISED,
+        float(_expected_factors(size, _NARROW)[_EXPECTED_PASSES - 1]),
     )
-    if ended != compiled.ENDED:
+    if ended in (compiled.LEFT, compiled.COARSE):
         return ended == compiled.LEFT, None
-    passes += spent // _NARROW
-    return False, Searched(RitzPairs(*parts), torch.from_numpy(basis), missed, passes, len(basis) + spent, W)
+    searched = RitzPairs(*parts), torch.from_numpy(basis), kept or goal.rank, outside, kept > 0
+    return False, Searched(*searched, passes, len(basis), W)
 
 
 class _Search:
@@ -186,39 +176,38 @@ class _Search:
         self, W: Tensor, goal: Goal, multiply: GramReader, dtype: torch.dtype, key: Digest, threads: int
     ) -> None:
         self._device, self._size, self._dtype, self._multiply = W.device, W.shape[1], dtype, multiply
-        self._goal, self._key, self._threads, self._elements = goal, key, threads, W.numel()
-        self._drawn: torch.Generator | None = None
-        stream = start_stream()
-        self._space = KrylovSpace(multiply, self._random(_block(goal.rank), stream), stream)
-        # An upper bound on what lies outside of the space, once there is one, and a second space that may give it.
+        self._goal = goal
+        self._stream = trusted_stream(key)
+        self._space = KrylovSpace(multiply, self._random(_block(goal.rank)), self._stream)
+        self._least = least_counting(_block(goal.rank), goal.rank)
+        # An upper bound on what lies outside of the space, once a second space has given one.
         self._missed = math.inf
-        self._outside: KrylovSpace | None = None
         self._most = _most_vectors(self._size, goal.rank)
         self._spent = 0
 
     def run(self) -> Searched | None:
         """What was found; None if the dtype turns out to be too coarse."""
-        pairs = self._converge()
-        while pairs is not None and not self._goal.settled(pairs, self._missed)[0]:
+        while True:
+            pairs, kept, outside = self._converge()
+            if pairs is None:
+                return None
+            if kept > 0:
+                return self._found(pairs, kept, outside, settled=True)
             other = self._look_outside(pairs)
+            settled = self._goal.settled(pairs, self._missed)[0]
             if other is not None:
                 self._space.take(other)
                 self._missed = math.inf
-            elif self._goal.settled(pairs, self._missed)[0] or not self._growing():
-                break
-            pairs = self._converge()
-        if pairs is None:
-            return None
-        passes = self._space.passes + self._spent // _NARROW
-        return Searched(pairs, self._space.Q, self._missed, passes, self._space.size + self._spent)
+            elif settled or not self._growing():
+                kept = self._goal.kept(pairs, self._missed)
+                return self._found(pairs, kept, self._goal.outside(pairs, kept, self._missed), settled)
 
-    def _random(self, rows: int, stream: torch.Generator) -> Tensor:
-        return gaussian(rows, self._size, stream).to(self._device, self._dtype)
+    def _found(self, pairs: RitzPairs, kept: int, outside: float, settled: bool) -> Searched:
+        passes, vectors = self._space.passes + self._spent // _NARROW, self._space.size + self._spent
+        return Searched(pairs, self._space.Q, kept, outside, settled, passes, vectors)
 
-    def _stream(self) -> torch.Generator:
-        if self._drawn is None:
-            self._drawn = trusted_stream(self._key)
-        return self._drawn
+    def _random(self, rows: int) -> Tensor:
+        return gaussian(rows, self._size, self._stream).to(self._device, self._dtype)
 
     def _growing(self) -> bool:
         return self._space.room and self._space.size < self._most
@@ -226,62 +215,41 @@ class _Search:
     def _expected_outside(self, pairs: RitzPairs) -> float:
         return self._goal.expected_outside(pairs, float(_expected_factors(self._size, _NARROW)[_EXPECTED_PASSES - 1]))
 
-    def _converge(self) -> RitzPairs | None:
-        """Grow the space until it promises enough or is full. None if float32 is too coarse."""
+    def _converge(self) -> tuple[RitzPairs | None, int, float]:
+        """Grow the space until the count proves the goal, or it promises enough, or is full.
+
+        Returns its Ritz pairs, None if the dtype is too coarse; of how many the count proves the goal, 0 if it does
+        not; and c'.
+        """
         target = max(self._space.size + 1, expected_vectors(self._goal.rank, self._size))
-        last = 0, math.inf
+        before, then, bound_then = 0, math.inf, math.inf
         while True:
             self._space.grow(min(target, self._most), passes=self._size)
-            pairs = self._ritz()
+            pairs = self._space.ritz()
             if self._goal.too_coarse(pairs):
-                return None
+                return None, 0, math.inf
+            kept, outside, bound = self._goal.counted(pairs, self._least)
+            if kept > 0:
+                return pairs, kept, outside
             missed = self._missed
             if missed == math.inf:
                 missed = self._expected_outside(pairs)
-            promised = self._goal.promised(pairs, missed, enough=PROMISED)
-            if promised <= PROMISED or not self._growing():
-                return pairs
-            size = self._space.size
-            target = next_size(size, promised, *last, PROMISED)
-            last = size, promised
-
-    def _ritz(self) -> RitzPairs:
-        """The space's Ritz pairs, one thread's work; where they take as long as several passes, others begin to look
-        outside meanwhile.
-
-        The passes depend on the shape alone, and one thread takes them, too: so its bits are the same.
-        """
-        size = self._space.size
-        shared = self._device.type == "cpu" and self._dtype == torch.float32 and self._missed == math.inf
-        passes = size**3 // int(_RITZ_OVER_PASS * (self._elements + 2 * size * self._size)) if shared else 0
-        if passes < _LEAST_BESIDE:
-            return self._space.ritz()
-        begun = beside(partial(self._begun_outside, min(passes, _MOST_BESIDE), spare=1), self._threads)
-        pairs = self._space.ritz()
-        self._outside = begun()
-        return pairs
-
-    @property
-    def _width_outside(self) -> int:
-        """Columns of a second space's start."""
-        return min(_NARROW, self._size - self._space.size)
-
-    def _begun_outside(self, passes: int, spare: int = 0) -> KrylovSpace:
-        """A second space, kept orthogonal to all of the first one, of so many blocks."""
-        stream = self._stream()
-        start = self._random(self._width_outside, stream)
-        other = KrylovSpace(self._multiply, start, stream, fixed=self._space.Q)
-        other.grow(math.inf, passes, spare=spare)
-        return other
+            promised, size = self._goal.promised(pairs, missed, enough=PROMISED), self._space.size
+            if promised > PROMISED:
+                target = next_size(size, promised, before, then, PROMISED)
+            else:
+                target = next_count(size, self._space.block, bound, before, bound_then)
+            if target == 0 or not self._growing():
+                return pairs, 0, math.inf
+            before, then, bound_then = size, promised, bound
 
     def _look_outside(self, pairs: RitzPairs) -> KrylovSpace | None:
         """Lower the bound on what lies outside until all is settled. Returns what was missed, if anything."""
-        other = self._outside or self._begun_outside(0)
-        self._outside = None
-        factors = _expected_factors(self._size, self._width_outside)
+        width = min(_NARROW, self._size - self._space.size)
+        factors = _expected_factors(self._size, width)
         stops = self._goal.stops_outside(pairs, factors, self._expected_outside(pairs), _AIMS, _BOUNDS)
-        if other.passes == 0 or not other.stopped(*stops[other.passes - 1]):
-            other.grow(math.inf, passes=_MOST_CERTIFYING - other.passes, stops=stops[other.passes :])
+        other = KrylovSpace(self._multiply, self._random(width), self._stream, fixed=self._space.Q)
+        other.grow(math.inf, passes=_MOST_CERTIFYING, stops=stops)
         if other.passes == 0:
             return None
         highest = float(pairs.theta[self._goal.rank - 1])

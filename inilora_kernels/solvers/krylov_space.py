@@ -55,16 +55,20 @@ class KrylovSpace:
         return self._T[: self.size, : self.size]
 
     @property
+    def block(self) -> int:
+        """Vectors of the next pass."""
+        return len(self._next)
+
+    @property
     def room(self) -> bool:
         """Whether another block fits next to this space and what it is kept orthogonal to."""
         held = self.size + (0 if self._fixed is None else len(self._fixed))
         return held + 2 * len(self._next) <= self._rows.shape[1]
 
-    def grow(self, size: float, passes: int, stops: NDArray[np.float64] | None = None, spare: int = 0) -> None:
+    def grow(self, size: float, passes: int, stops: NDArray[np.float64] | None = None) -> None:
         """Take blocks into the basis until it holds `size` rows, or `passes` of them are taken, or there is no room.
 
         stops (passes, 2): also end after the i-th where λ_max(QMQᵀ) is below stops[i, 0] or not below stops[i, 1].
-        spare: so many threads have other work.
         """
         first = self.passes
         stopped = False
@@ -75,7 +79,7 @@ class KrylovSpace:
             wanted = int(min(passes, fitting, math.ceil((min(size, self._rows.shape[1]) - self.size) / block)))
             # Where it may end at any time, space for all passes would be cleared in vain.
             left = _NO_STOPS if stops is None else stops[self.passes - first :][: max(1, _ROWS_AT_ONCE // block)]
-            taken, stopped = self._expand_compiled(wanted if stops is None else min(wanted, len(left)), left, spare)
+            taken, stopped = self._expand_compiled(wanted if stops is None else min(wanted, len(left)), left)
             if taken == 0:
                 self.expand()
                 stopped = len(left) > 0 and self.stopped(*left[0])
@@ -119,7 +123,7 @@ class KrylovSpace:
         """c ≥ λ_max(C) of certificate.py's first step, if the start was Gaussian, and λ_max(QCQᵀ)."""
         return bound_outside(self.T, self._leaving, self._begun.cpu(), self.passes)
 
-    def _expand_compiled(self, passes: int, stops: NDArray[np.float64], spare: int) -> tuple[int, bool]:
+    def _expand_compiled(self, passes: int, stops: NDArray[np.float64]) -> tuple[int, bool]:
         """As many passes in one compiled call, where the kernels have one.
 
         Returns how many were taken, and whether one of the stops was reached.
@@ -141,7 +145,7 @@ class KrylovSpace:
         coupling = torch.empty(block, block, dtype=torch.float64)
         rows, held = self._rows.numpy(), fixed.numpy()
         space, shared = projection_space(block, max(len(rows), len(held)), rows.shape[1]), job()
-        with helped(partial(assist, *reader.compiled, rows, held, space, shared), reader.threads - 1 - spare):
+        with helped(partial(assist, *reader.compiled, rows, held, space, shared), reader.threads - 1):
             taken, whole, stopped = expand(
                 *reader.compiled,
                 rows,
@@ -186,7 +190,7 @@ class KrylovSpace:
         self._leaving = mixing.cpu() @ leaving
 
     def ritz(self) -> RitzPairs:
-        return ritz_pairs(self.T, self._leaving)
+        return ritz_pairs(self.T, self._leaving, self._begun.cpu())
 
     def _hold(self, size: int) -> None:
         if size > len(self._rows):

@@ -31,15 +31,15 @@ Multiply = Callable[[Tensor], Tensor]
 
 
 class KrylovSpaces:
-    """An orthonormal basis Q (m×n, rows) of a block Krylov space of C = PMP, P = I − FᵀF, for each of c matrices.
+    """An orthonormal basis Q (m×n, rows) of a block Krylov space of M = WᵀW, for each of c matrices.
 
     start (c×b×n): Ω of each, float32, zero beyond a matrix's own size, and nowhere all zero. room: vectors that the
-    spaces may have. fixed (c×s×n): F, orthonormal rows or zeros; None: P = I, C = M.
+    spaces may have.
     """
 
-    def __init__(self, multiply: Multiply, start: Tensor, room: int, fixed: Tensor | None = None) -> None:
+    def __init__(self, multiply: Multiply, start: Tensor, room: int) -> None:
         count, self._block, length = start.shape
-        self._multiply, self._fixed = multiply, fixed
+        self._multiply = multiply
         self._inside = (start != 0).any(dim=1, keepdim=True)
         # Each pass takes other rows of it: they stand one column further on.
         stream = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ class KrylovSpaces:
         self._rows = start.new_zeros(count, room + self._block, length)
         self._T = torch.zeros(count, room, room, dtype=torch.float64, device=start.device)
         self.size = self.passes = 0
-        # Ω is begunᵀ times the first rows of the basis, and what it has along F.
+        # Ω is begunᵀ times the first rows of the basis.
         self._next, self.begun, _ = self._orthonormal(start)
         self._coupling = torch.zeros(count, self._block, self._block, dtype=torch.float64, device=start.device)
 
@@ -108,8 +108,6 @@ class KrylovSpaces:
         return X, coupling, along
 
     def _project(self, Z: Tensor) -> tuple[Tensor, Tensor]:
-        if self._fixed is not None:
-            Z = torch.baddbmm(Z, Z @ self._fixed.mT, self._fixed, alpha=-1)
         if self.size == 0:
             return Z, torch.zeros(len(Z), 0, Z.shape[1], dtype=torch.float64, device=Z.device)
         along = self.Q @ Z.mT

@@ -25,6 +25,7 @@ class RitzPairs:
     theta: θ (m), descending.
     g (m×b): row i holds the residual Mx_i − θ_i·x_i in an orthonormal basis of what leaves the space, so its norm is
         the residual's.
+    rho (m×b): row i holds what Ω has along x_i; None where the start is not known.
     T (m×m): QMQᵀ, of which θ are the eigenvalues.
     reduced: T's tridiagonal form, as eigen.py has it.
     """
@@ -32,6 +33,7 @@ class RitzPairs:
     theta: Array
     g: Array
     T: Array
+    rho: Array | None = None
     reduced: tuple[Array, Array, Array, Array, float] | None = None
 
     def without_vectors(self) -> RitzPairs:
@@ -57,8 +59,10 @@ class RitzPairs:
         return every[:count]
 
 
-def ritz_pairs(T: Tensor, leaving: Tensor) -> RitzPairs:
+def ritz_pairs(T: Tensor, leaving: Tensor, begun: Tensor | None = None) -> RitzPairs:
     """The Ritz pairs of a space with QMQᵀ = T (m×m) and M·Qᵀ = QᵀT + N·leaving (b×m), float64, on the CPU.
+
+    begun (b×b): the start is begunᵀ times the first rows of Q.
 
     >>> pairs = ritz_pairs(torch.tensor([[1.0, 0.0], [0.0, 4.0]]).double(), torch.tensor([[0.0, 0.5]]).double())
     >>> pairs.theta.tolist(), abs(pairs.g).tolist()
@@ -66,12 +70,17 @@ def ritz_pairs(T: Tensor, leaving: Tensor) -> RitzPairs:
     """
     from ..kernels.cpu.eigen import decomposed
 
-    form = T.numpy()
-    theta, g, reduced, converged = decomposed(form.copy(), leaving.numpy())
-    if converged:
-        return RitzPairs(theta, g, form, reduced)
-    values, vectors = torch.linalg.eigh(T)
-    return RitzPairs(values.flip(0).numpy(), (leaving @ vectors.flip(1)).T.contiguous().numpy(), form)
+    form, b = T.numpy(), len(leaving)
+    known = begun is not None and len(begun) <= len(T)
+    rows = leaving
+    if begun is not None and known:
+        rows = torch.cat([leaving, leaving.new_zeros(begun.shape[1], len(T))])
+        rows[b:, : len(begun)] = begun.T
+    theta, both, reduced, converged = decomposed(form.copy(), rows.numpy())
+    if not converged:
+        values, vectors = torch.linalg.eigh(T)
+        theta, both, reduced = values.flip(0).numpy(), (rows @ vectors.flip(1)).T.numpy(), None
+    return RitzPairs(theta, both[:, :b].copy(), form, both[:, b:].copy() if known else None, reduced)
 
 
 def largest_eigenvalue(T: Tensor) -> float:

@@ -63,18 +63,18 @@ class LastPass:
 
 
 def concluded(
-    goal: Goal, pairs: RitzPairs, missed: float, last: LastPass, *, passes: int, vectors: int, threads: int = 1
+    goal: Goal, pairs: RitzPairs, outside: float, last: LastPass, *, passes: int, vectors: int, threads: int = 1
 ) -> Principal:
     """The triplets and their certificate.
 
-    missed: the bound on λ_max outside of the space of `pairs`; infinite where there is none.
+    outside: c', the bound on λ_max outside of the last pass's Ritz vectors; infinite where there is none.
     """
     from ..kernels.cpu.judgement import verdict
 
     form = inner(last.Y, last.Y, threads)
     residuals = residual_gram(last.X, last.image, form, threads)
     values, chosen, shortfalls, certified = verdict(
-        form.cpu().numpy(), residuals.cpu().numpy(), pairs.theta, pairs.g, goal.each_rank, missed, goal.numbers
+        form.cpu().numpy(), residuals.cpu().numpy(), goal.each_rank, outside, goal.numbers
     )
     turned = torch.from_numpy(chosen)
     V, U = turn(last.X, turned, threads), turn(last.Y, turned, threads)

@@ -27,7 +27,8 @@ def test_the_space_holds_its_pairs() -> None:
         lengths = torch.from_numpy(found.pairs.g[:8]).norm(dim=1)
         # Of float32's products: a hundredth of what goal.py allows for a step.
         torch.testing.assert_close(residuals.norm(dim=1), lengths, rtol=1e-2, atol=1e-6)
-        outside = torch.eye(shape[1]).double() - Q.T @ Q
-        assert float(torch.linalg.eigvalsh(outside @ M @ outside)[-1]) <= found.missed
-        assert len(Q) < found.vectors < 4 * expected_vectors(8, shape[1])
-        assert found.passes * 4 >= found.vectors
+        others = torch.eye(shape[1]).double() - X[: found.kept].T @ X[: found.kept]
+        assert float(torch.linalg.eigvalsh(others @ M @ others)[-1]) <= found.outside
+        assert found.settled
+        assert len(Q) == found.vectors < 2 * expected_vectors(8, shape[1])
+        assert found.passes * 4 == found.vectors

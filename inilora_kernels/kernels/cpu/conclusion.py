@@ -24,13 +24,13 @@ _ORTHONORMAL = 0.5
 
 @njit(cache=True, nogil=True)
 def conclude(
-    W: Any, layout: Any, work: Any, basis: Any, theta: Any, g: Any, reduced: Any, ranks: Any, missed: float, goal: Any,
+    W: Any, layout: Any, work: Any, basis: Any, theta: Any, reduced: Any, ranks: Any, outside: float, goal: Any,
     count: int,
 ) -> Any:  # fmt: skip
     """The leading triplets of W and what a pass in float64 proves of them, if `found`.
 
     W, layout, work: as `expand` takes them, the work space in float64 and for `count` columns. basis (m, n): of the
-    space, float32; theta, g, reduced: its Ritz pairs. ranks, missed, goal: as judgement.py has them. count: of Ritz
+    space, float32; theta, reduced: of its Ritz pairs. ranks, outside, goal: as judgement.py has them. count: of Ritz
     vectors that W is multiplied with.
 
     Reads the basis once, and W twice, the second time from the cache. Returns found; U (max(ranks), d), the
@@ -51,7 +51,7 @@ def conclude(
     turned = _turned(form, X)
     for c in range(count):
         less(image[c], 1.0, turned[c])
-    values, chosen, shortfalls, certified = verdict(form, _inner(image, count), theta, g, ranks, missed, goal)
+    values, chosen, shortfalls, certified = verdict(form, _inner(image, count), ranks, outside, goal)
     U = _turned(chosen, Y)
     for c in range(len(U)):
         square = dot(U[c], U[c])

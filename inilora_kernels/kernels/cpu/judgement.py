@@ -14,7 +14,7 @@ import numpy as np
 
 from .eigen import leading_pairs
 from .jit import ZERO, njit
-from .outside import least_outside, least_shortfall
+from .outside import least_outside, least_shortfall, shortfall_without_eigenvalues
 
 # How many Ritz vectors beyond r may go into X; and at most so many as a rule, since each takes longer in the last pass
 # than another one of a second space, which lowers the bound.
@@ -102,6 +102,22 @@ def settled(theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
+def promised_beyond(theta: Any, g: Any, ranks: Any, count: int, outside: float, goal: Any) -> bool:
+    """Whether every rank is proven by the first `count` Ritz vectors, if λ_max outside of those is c' at most.
+
+    It is promised as in `settled`: with as much noise in the last pass as is expected.
+    """
+    noise = _EXPECTED_NOISE * rounding(theta, goal)
+    for rank in ranks:
+        most, gap = allowed(theta, rank, goal), theta[rank - 1] - outside
+        if missing(theta, rank, goal) > most and not (
+            gap > 0.0 and shortfall_without_eigenvalues(theta, g, rank, count, gap, noise, 0.0) <= _NEARLY * most
+        ):
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
 def kept(theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
     """How many Ritz vectors the proof of all ranks uses."""
     most = 0
@@ -183,8 +199,16 @@ def stops_outside(
 
 
 @njit(cache=True, nogil=True)
-def verdict(form: Any, residual_gram: Any, theta: Any, g: Any, ranks: Any, missed: float, goal: Any) -> Any:
+def outside_kept(theta: Any, g: Any, count: int, missed: float, goal: Any) -> Any:
+    """c', what λ_max outside of the first `count` Ritz vectors is at most; infinite where nothing is known."""
+    return least_outside(theta, g, count, missed) + rounding(theta, goal) if missed < np.inf else np.inf
+
+
+@njit(cache=True, nogil=True)
+def verdict(form: Any, residual_gram: Any, ranks: Any, outside: float, goal: Any) -> Any:
     """What a last pass in float64 proves. form: XᵀMX (s×s) of the s leading Ritz vectors; residual_gram: RᵀR.
+
+    outside: c'; infinite where nothing is known.
 
     Returns the eigenvalues of `form` (s, descending, none below 0), its leading eigenvectors (max(ranks)×s, rows), and
     for each rank the shortfall and whether it is certified. If QL does not converge, which has not been seen, X itself
@@ -198,11 +222,9 @@ def verdict(form: Any, residual_gram: Any, theta: Any, g: Any, ranks: Any, misse
             values[i] = form[i, i]
             if i < len(vectors):
                 vectors[i, i] = 1.0
+        outside = np.inf
     for i in range(s):
         values[i] = max(0.0, values[i])
-    outside = np.inf
-    if converged and missed < np.inf:
-        outside = least_outside(theta, g, s, missed) + rounding(theta, goal)
     bounds, certified = np.empty(len(ranks)), np.empty(len(ranks), dtype=np.bool_)
     for i, rank in enumerate(ranks):
         lacking = missing(values, rank, goal)

@@ -34,10 +34,10 @@ def space(W: Tensor, size: int) -> tuple[np.ndarray, RitzPairs]:
     return np.ascontiguousarray(Q.T.float().numpy()), ritz_pairs(Q.T @ M @ Q, leaving)
 
 
-def concluded(W: Tensor, basis: np.ndarray, pairs: RitzPairs, goal: Goal, missed: float, count: int) -> Any:
+def concluded(W: Tensor, basis: np.ndarray, pairs: RitzPairs, goal: Goal, outside: float, count: int) -> Any:
     reader = FusedGramReader(W, count, threads=1, dtype=torch.float64)
     return conclude(
-        *reader.compiled, basis, pairs.theta, pairs.g, pairs.reduced, goal.each_rank, missed, goal.numbers, count
+        *reader.compiled, basis, pairs.theta, pairs.reduced, goal.each_rank, outside, goal.numbers, count
     )
 
 
@@ -47,8 +47,8 @@ def test_it_is_what_float64_gives(d: int, k: int, rank: int, count: int, transpo
     W = matrix(d, k, transposed=transposed)
     basis, pairs = space(W, 2 * count)
     goal = Goal(float(W.double().square().sum()), (2, rank), 1e-8, 2.0**-23, exact=False)
-    missed = 0.9 * float(pairs.theta[count])
-    found, U, values, V, shortfalls, certified = concluded(W, basis, pairs, goal, missed, count)
+    outside = 1.01 * float(pairs.theta[count])
+    found, U, values, V, shortfalls, certified = concluded(W, basis, pairs, goal, outside, count)
     assert found
     assert U.shape == (rank, d)
     assert V.shape == (rank, k)
@@ -59,7 +59,7 @@ def test_it_is_what_float64_gives(d: int, k: int, rank: int, count: int, transpo
     Y = X @ wide.T
     form, image = Y @ Y.T, Y @ wide
     R = image - form @ X
-    expected, chosen, _, _ = verdict(form, R @ R.T, pairs.theta, pairs.g, goal.each_rank, missed, goal.numbers)
+    expected, chosen, _, _ = verdict(form, R @ R.T, goal.each_rank, outside, goal.numbers)
     # The combinations are summed in float32: 2⁻²⁴ of a unit row for each of the basis's, and their squares in values.
     assert np.allclose(values, expected, rtol=0, atol=1e-11 * expected[0])
     own, other = V.T @ V, (chosen @ X).T @ (chosen @ X)
@@ -71,7 +71,7 @@ def test_it_is_what_float64_gives(d: int, k: int, rank: int, count: int, transpo
     if count == rank:
         residuals = V @ wide.T @ wide - values[:rank, None] * V
         gram = residuals @ residuals.T
-        same = verdict(np.diag(values), gram, pairs.theta, pairs.g, goal.each_rank, missed, goal.numbers)
+        same = verdict(np.diag(values), gram, goal.each_rank, outside, goal.numbers)
         assert np.allclose(shortfalls, same[2], rtol=1e-6, atol=1e-12 * values[0])
         assert certified.tolist() == same[3].tolist()
 

@@ -74,9 +74,7 @@ def test_the_verdict_is_above_what_is_lacking(noise: float) -> None:
     form = X.T @ M @ X
     R = M @ X - X @ form
     energy = float(spectrum.sum())
-    found = verdict(
-        form, R.T @ R, np.linalg.eigvalsh(form)[::-1].copy(), np.zeros((3, 1)), RANKS, 1.0, (energy, *GOAL[1:])
-    )
+    found = verdict(form, R.T @ R, RANKS, 1.0, (energy, *GOAL[1:]))
     values, vectors, bounds, certified = found
     np.testing.assert_allclose(vectors @ form @ vectors.T, np.diag(values[:2]), atol=1e-13)
     for rank, bound, sure in zip(RANKS, bounds, certified, strict=True):

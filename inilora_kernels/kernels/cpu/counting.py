@@ -1,0 +1,158 @@
+"""How many eigenvalues of M lie above some μ, judging by one Krylov space: certificate.py's count, in compiled code.
+
+θ (m, descending), g (m×b') and ρ (m×b) make F(λ) = Σ_k ρ_k·g_kᵀ/(λ − θ_k); float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .jit import ZERO, njit
+from .judgement import FEW_BEYOND, promised_beyond, rounding
+
+# What is left of a Taylor series may be this share of ε.
+_REST = 0.02
+# Where a bound on |F| is so many times ε, more vectors are not yet worth estimating.
+_FAR = 1e4
+# An interval is no shorter than this share of its middle.
+_NEAREST = 2.0**-40
+# Where nothing is known yet, so large a share of the vectors more.
+_MORE = 0.12
+# As many vectors as a second space takes.
+_SECOND_SPACE = 60
+# How far μ is from θ_{p+1}, as a share of the gap to θ_p; |F| is the smaller, the farther.
+_PLACES = (0.9, 0.75, 0.5)
+
+
+@njit(cache=True, nogil=True)
+def counted(theta: Any, g: Any, rho: Any, ranks: Any, goal: Any, least: float) -> Any:
+    """Whether the count proves all ranks. Returns p, c' and the least bound on |F| found, as a multiple of ε.
+
+    ranks, goal: as judgement.py has them. least: ε. p is 0, and c' infinite, where it does not prove them; the bound is
+    infinite where it is not even promised, or far above ε.
+    """
+    best, off = np.inf, rounding(theta, goal)
+    for beyond in range(FEW_BEYOND + 1):
+        count = ranks.max() + beyond
+        if count >= len(theta):
+            break
+        for place in _PLACES:
+            mu = theta[count] + place * (theta[count - 1] - theta[count])
+            outside = _outside(theta, g, count, mu) + 2.0 * off
+            if promised_beyond(theta, g, ranks, count, outside, goal):
+                found = level(theta, g, rho, count, mu, goal[0] + off, least)
+                if found <= least:
+                    return count, outside, found / least
+                best = min(best, found / least)
+                break
+    return ZERO, np.inf, best
+
+
+@njit(cache=True, nogil=True)
+def _outside(theta: Any, g: Any, count: int, mu: float) -> float:
+    """c' ≥ λ_max(C'), if no more than `count` eigenvalues of M are above μ."""
+    total = mu
+    for k in range(count):
+        if not theta[k] > mu:
+            return np.inf
+        total += _square(g[k]) / (theta[k] - mu)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def level(theta: Any, g: Any, rho: Any, count: int, mu: float, highest: float, least: float) -> Any:
+    """A bound on |F_{-k}(λ)|, for every λ in (μ, highest] and the cell k that it is in; infinite where far above ε.
+
+    count: θ_count > μ > θ_{count+1}. least: ε.
+    """
+    weights = np.empty(count)
+    # What a cell has below its θ, and above it.
+    below, above = np.empty(count), np.empty(count)
+    for k in range(count):
+        weights[k] = math.sqrt(_square(rho[k]) * _square(g[k]))
+    for k in range(count - 1):
+        gap, both = theta[k] - theta[k + 1], weights[k] + weights[k + 1]
+        if both >= _FAR * least * gap:
+            return np.inf
+        # The cells part where both poles are as large.
+        below[k] = gap * (weights[k] / both) if both > 0.0 else gap / 2
+        above[k + 1] = gap * (weights[k + 1] / both) if both > 0.0 else gap / 2
+    poles = 0.0
+    for k in range(count):
+        total = 0.0
+        for j in range(k):
+            if weights[j] > 0.0:
+                total += weights[j] / (theta[j] - theta[k - 1] + below[k - 1])
+        for j in range(k + 1, count):
+            if weights[j] > 0.0:
+                total += weights[j] / (theta[k + 1] - theta[j] + above[k + 1])
+        poles = max(poles, total)
+    if not poles < _FAR * least:
+        return np.inf
+    return poles + _largest(theta[count:], g[count:], rho[count:], mu, highest, least)
+
+
+@njit(cache=True, nogil=True)
+def _largest(theta: Any, g: Any, rho: Any, low: float, high: float, least: float) -> float:
+    """A bound on |F| over [low, high], all θ below it, by Taylor series; infinite where far above ε.
+
+    Reads the m products ρ_k·g_kᵀ once for each of some 20 terms of some 15 intervals.
+    """
+    m, b, c = len(theta), rho.shape[1], g.shape[1]
+    products, norms = np.empty((m, b * c)), np.empty(m)
+    for k in range(m):
+        norms[k] = math.sqrt(_square(rho[k]) * _square(g[k]))
+        for i in range(b):
+            for j in range(c):
+                products[k, i * c + j] = rho[k, i] * g[k, j]
+    weights, form = np.empty(m), np.empty(b * c)
+    worst = 0.0
+    while low < high:
+        # An interval as long as it is far from the largest θ, whose middle is three times as far from it as its ends.
+        radius = (low - theta[0]) / 2
+        middle = low + radius
+        if not radius > _NEAREST * middle:
+            return np.inf
+        rest, total = 0.0, 0.0
+        for k in range(m):
+            weights[k] = 1.0 / (middle - theta[k])
+            rest += weights[k] * norms[k]
+        while rest > _REST * least:
+            form[:] = 0.0
+            for k in range(m):
+                for i in range(b * c):
+                    form[i] += weights[k] * products[k, i]
+                weights[k] *= radius / (middle - theta[k])
+            total += math.sqrt(_square(form))
+            if not total < _FAR * least:
+                return np.inf
+            rest *= radius / (middle - theta[0])
+        worst = max(worst, total + rest)
+        low = middle + radius
+    return worst
+
+
+@njit(cache=True, nogil=True)
+def next_count(size: int, block: int, bound: float, before: int, then: float) -> Any:
+    """How many vectors to have when the count is tried again; 0 where a second space will take fewer.
+
+    block: vectors of a pass. bound: on |F|, as a multiple of ε, at `size` vectors; then: at `before`, infinite where
+    there is none. It falls by a factor of e or more with each pass, until two looks have shown by which.
+    """
+    if not bound < np.inf:
+        return 0.0 if before > 0 else size * (1.0 + _MORE)
+    rate = 1.0 / block if not then < np.inf else math.log(then / bound) / (size - before)
+    if not rate * _SECOND_SPACE > math.log(bound):
+        return 0.0
+    return size + max(1.0, math.log(bound) / rate)
+
+
+@njit(cache=True, nogil=True)
+def _square(row: Any) -> float:
+    total = 0.0
+    for c in range(len(row)):
+        total += row[c] ** 2
+    return total
