@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import time
 import traceback
 import warnings
 from importlib import import_module
+from types import FrameType
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -16,6 +19,9 @@ from typer.core import TyperGroup
 from ..errors import InitializationError, ProcessError, is_out_of_files, is_out_of_memory
 from ..suggestions import did_you_mean
 from ..version import __version__
+
+# Seconds for which Ctrl-C does nothing once it was pressed.
+_PATIENCE = 2.0
 
 # Each command: its module, its name there, and the first line of its help, so that listing them imports nothing.
 COMMANDS = {
@@ -103,9 +109,29 @@ def _show_warning(
         print(f"inilora: warning: {message}", file=sys.stderr)
 
 
+def stop_once() -> None:
+    """Ctrl-C raises KeyboardInterrupt once. Pressed again it must not cut the cleanup short; after that it ends all.
+
+    A second KeyboardInterrupt could come between two lines that release what another thread waits for.
+    """
+    first: list[float] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not first:
+            first.append(time.monotonic())
+            raise KeyboardInterrupt
+        if time.monotonic() - first[0] > _PATIENCE:
+            os._exit(128 + number)
+
+    # Where Ctrl-C is ignored, as in a shell's background job, it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def main() -> None:
     """Run the command line; print one clear line for a warning, and one, with status 2, for whatever is refused."""
     warnings.showwarning = _show_warning
+    stop_once()
     for stream in (sys.stdout, sys.stderr):
         # A terminal without σ shows ? instead; that must not cost a result.
         if isinstance(stream, io.TextIOWrapper):

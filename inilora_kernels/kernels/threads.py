@@ -87,10 +87,12 @@ def helped(help: Callable[[], object], count: int) -> Iterator[None]:
     A call that has not begun at the end of the block never does; those that have are waited for. So the block must be
     able to do without them, and may be part of another block's help.
     """
-    calls = [_begun(help) for _ in range(count)]
-    if calls:
-        processors.give_way()
+    calls: list[Future[object]] = []
     try:
+        for _ in range(count):
+            calls.append(_begun(help))
+        if calls:
+            processors.give_way()
         yield
     finally:
         begun = [one for one in calls if not one.cancel()]

@@ -120,3 +120,21 @@ def test_no_more_files_to_open_is_one_clear_line(
     with pytest.raises(SystemExit, match="2"):
         main.main()
     assert "inilora: too many open files, nothing was written; raise the limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("patience", "status", "said"), [("60", 0, "cleaned\n"), ("-1", 130, "")])
+def test_a_second_interrupt_cuts_no_cleanup_short_a_later_one_ends_all(patience: str, status: int, said: str) -> None:
+    script = f"""
+import os, signal
+import sys, inilora_kernels.cli.main; main = sys.modules["inilora_kernels.cli.main"]
+main._PATIENCE = {patience}
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main.stop_once()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("cleaned", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, said)

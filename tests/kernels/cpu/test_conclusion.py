@@ -36,9 +36,7 @@ def space(W: Tensor, size: int) -> tuple[np.ndarray, RitzPairs]:
 
 def concluded(W: Tensor, basis: np.ndarray, pairs: RitzPairs, goal: Goal, outside: float, count: int) -> Any:
     reader = FusedGramReader(W, count, threads=1, dtype=torch.float64)
-    return conclude(
-        *reader.compiled, basis, pairs.theta, pairs.reduced, goal.each_rank, outside, goal.numbers, count
-    )
+    return conclude(*reader.compiled, basis, pairs.theta, pairs.reduced, goal.each_rank, outside, goal.numbers, count)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
