@@ -29,9 +29,10 @@ from .ritz import RitzPairs
 _NARROW, _WIDE, _WIDE_RANK = 4, 8, 40
 # Vectors that a real spectrum takes until it is proven: so many times the rank, plus a constant, by either block; and
 # by how much less, as they come to be a large share of W's smaller side, since its spectrum has an end. They decide
-# when to look, since a look costs an eigenvalue problem of the space's size.
-_VECTORS = {_NARROW: (4.0, 48), _WIDE: (3.1, 120)}
-_LESS = 0.25
+# when to look, since a look costs an eigenvalue problem of the space's size: as much as several passes over a small W,
+# so that a first look comes later there, by so many vectors over W's smaller side.
+_VECTORS = {_NARROW: (4.0, 48, 0.6), _WIDE: (3.1, 120, 0.33)}
+_LATER = 4600
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate must reach.
@@ -109,11 +110,11 @@ def expected_vectors(rank: int, size: int) -> float:
     """How many vectors a search is expected to take for W of this smaller side.
 
     >>> round(expected_vectors(8, 4096)), round(expected_vectors(128, 4096)), round(expected_vectors(128, 768))
-    (80, 515, 464)
+    (81, 515, 453)
     """
-    a_rank, more = _VECTORS[_block(rank)]
-    vectors = min(a_rank * rank + more, 2.0 * size)
-    return vectors / (1 + _LESS * (vectors / size) ** 2)
+    a_rank, more, less = _VECTORS[_block(rank)]
+    vectors = min(a_rank * rank + more + _LATER / size, 1.5 * size)
+    return max(rank + 2 * _block(rank), vectors / (1 + less * (vectors / size) ** 2))
 
 
 @functools.cache
