@@ -93,7 +93,8 @@ def _with_adapters(model: nn.Module, config: LoraConfig) -> PeftModel:
                     setattr(module, name, child.get_base_layer())
         raise TargetError(
             f"{type(model).__name__}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make "
-            f"the factors again without them, or train with `attach`, which needs no PEFT"
+            f"the factors again without them, or train with `attach`, which needs no PEFT, and write what was learned "
+            f"by `inilora merge`"
         ) from error
     assert isinstance(peft_model, PeftModel)
     return peft_model

@@ -34,6 +34,7 @@ from .expert_folder import unwrapped
 from .folder import CONFIG, KEY_PREFIX, Adapter, adapter_path, named_base, read_adapter
 from .model_copy import Change, copy_model, size_of_copy
 from .modules import Start, find_starts, module_of
+from .rehearsal import require_converted_loads
 from .started import difference
 from .trained_whole import find_trained_whole
 
@@ -72,7 +73,8 @@ def convert(
     Returns the truncation error of each module, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, all 0 without `rank`.
 
     Raises FactorFileError (the factors are of another model or another run; the folder holds no plain LoRA, or NaN),
-    OptionError (rank; the base cannot be found), CheckpointError and OutputError, and then leaves nothing behind.
+    OptionError (rank; the base cannot be found), TargetError (PEFT would load it onto other modules, or onto none),
+    CheckpointError and OutputError, and then leaves nothing behind.
     """
     trained, out = adapter_path(trained), Path(out)
     if rank is not None and rank < 1:
@@ -107,7 +109,9 @@ def convert(
     if isinstance(config.get("target_modules"), str):  # SGLang reads a list of names, no regular expression
         config["target_modules"] = sorted(updates)
     with whole_folder(out) as folder:
-        write_for(checkpoint, folder, Adapter(config, padded, adapter.others), _ABOUT)
+        converted = Adapter(config, padded, adapter.others)
+        write_for(checkpoint, folder, converted, _ABOUT)
+        require_converted_loads(checkpoint, folder, converted)
     return errors
 
 

@@ -24,6 +24,7 @@ from .modules import Start, find_starts, linear_shape
 from .peft_check import disabled, parts_of, put_back, require_layer_unchanged
 from .peft_layer import DeltaVariant, halved, start_layer, start_on_residual, started_config
 from .peft_model import save_and_combine_what_was_learned
+from .rehearsal import require_peft_reads_back
 from .residual_base import Layer, is_residual
 from .started import StartedA, start_of
 from .weights import (
@@ -110,6 +111,7 @@ def initialize_peft(
             _require_untouched(layers[name], name, users)
         scaled[name] = start.scaled(layers[name].scaling[adapter_name])
     require_called(peft_model.get_base_model(), _linear(layers, starts))
+    require_peft_reads_back(peft_model.get_base_model(), config)
     _start(peft_model, layers, scaled, form, adapter_name)
     return peft_model
 
@@ -308,7 +310,7 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
             instead = (
                 ", parameters of experts, into which PEFT turns the names of layers that they have too; make the "
                 "factors again without gate, gate_proj, up_proj and down_proj (target_modules), or train with "
-                "`attach`, which needs no PEFT"
+                "`attach`, which needs no PEFT, and write what was learned by `inilora merge`"
             )
         raise TargetError(f"target_modules selects {some(without, most=1)} that have no factors{instead}")
     return {name: start for name, start in starts.items() if name in layers}

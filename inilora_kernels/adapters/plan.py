@@ -113,7 +113,7 @@ def plan_export(
     if not changes_weights:
         scaled = {module: difference(A, B, A, B) for module, (A, B) in scaled.items()}
         ranks = {module: 2 * rank for module, rank in ranks.items()}
-    available = dict(architecture.model.named_modules()) if architecture else _modules(checkpoint)
+    available = dict(architecture.model.named_modules()) if architecture else module_names(checkpoint)
     experts = {name for name, start in starts.items() if start.A.dim() == 3}
     if experts and lora_dropout:
         raise OptionError(f"lora_dropout={lora_dropout}: PEFT has no dropout for experts; leave it out")
@@ -221,7 +221,7 @@ def _architecture(checkpoint: Checkpoint, task_type: TaskType | None) -> Archite
             f"task_type={task_type}: transformers has no such model for model_type {model_type!r}; leave task_type out "
             f"to load the class that config.json names"
         )
-    architecture = describe(checkpoint.config, _modules(checkpoint), auto_class)
+    architecture = describe(checkpoint.config, module_names(checkpoint), auto_class)
     if architecture is None and auto_class is not None:
         raise OptionError(
             f"{checkpoint.path}: transformers cannot build {auto_class} of model_type {model_type!r}, so the names of "
@@ -304,7 +304,8 @@ def _linear_layers(architecture: Architecture) -> set[str]:
     return {name for name, module in architecture.model.named_modules() if linear_shape(module)}
 
 
-def _modules(checkpoint: Checkpoint) -> list[str]:
+def module_names(checkpoint: Checkpoint) -> list[str]:
+    """The modules of a checkpoint that have a weight, also those in shards that are not here."""
     names = (*checkpoint.weights, *checkpoint.absent)
     return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
-from torch import Tensor
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, TargetError, is_out_of_files, is_out_of_memory
+from ..model.architecture import architectures
 from ..model.aside import aside
 from ..model.checkpoint import Checkpoint
 from ..model.layout import variant_of
+from ..suggestions import some
 from .experts import name_of
+from .folder import KEY_PREFIX, Adapter
 from .live_model import require_called, require_called_by_kernels
-from .plan import Plan
+from .plan import Plan, module_names
+
+_WITHOUT_PEFT = "train with `attach`, which needs no PEFT, and write what was learned by `inilora merge`"
 
 # Loading and running a model of this size takes a second or two; of larger ones the structure alone is tried.
 _LARGEST_RUN = 1 << 26
@@ -30,48 +36,132 @@ _MOST_ERROR = 0.02
 
 
 def require_peft_takes(plan: Plan, folder: Path) -> None:
-    """Raise TargetError unless PEFT puts an adapter of this folder on each module that has factors, and on no other.
+    """Raise TargetError unless PEFT loads this folder as it is meant, and the model calls each module.
 
-    PEFT refuses some modules (Mamba's out_proj), turns others into parameters of experts (DeepSeek's gate_proj), and
-    goes on with a warning where it finds no module for a tensor. The model has to call each module too:
-    `require_called`. All this on the meta device, so that it costs neither memory nor time, whatever the model's size.
+    `require_peft_loads`, `require_called`: on the meta device, so that it costs neither memory nor time, whatever the
+    model's size.
     """
     if plan.architecture is None or not plan.architecture.layers:
         return
-    experts = {name for name, (A, _) in plan.adapter.factors.items() if A.dim() == 3}
-    model = copy.deepcopy(plan.architecture.model)
-    where = f"{plan.checkpoint.path}: {type(model).__name__}"
+    model = plan.architecture.model
+    instead = f"make the factors again without them, or {_WITHOUT_PEFT}"
+    experts = require_peft_loads(model, folder, plan.adapter, f"{plan.checkpoint.path}: ", instead)
+    for require in (require_called, require_called_by_kernels):
+        require(model, plan.adapter.factors.keys() - experts)
+
+
+def require_peft_loads(model: nn.Module, folder: Path, adapter: Adapter, where: str, instead: str) -> set[str]:
+    """Raise TargetError unless PEFT puts an adapter of this folder on each module that has factors, and on no other.
+
+    PEFT refuses some modules (Mamba's out_proj), turns others into parameters of experts (DeepSeek's gate_proj), and
+    goes on with a warning where it finds no module for a tensor.
+
+    model: on the meta device; it stays as it is. adapter: what is in the folder. where: what messages begin with, and
+    instead: what they say to do. Returns which of the adapter's names are parameters of experts.
+    """
+    where += type(model).__name__
+    experts = {name for name, (A, _) in adapter.factors.items() if A.dim() == 3}
     with warnings.catch_warnings(record=True) as caught, aside():
         warnings.simplefilter("always")
         try:
-            loaded = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+            loaded = PeftModel.from_pretrained(copy.deepcopy(model), str(folder), torch_device="cpu")
         except Exception as error:  # PEFT raises many kinds
             _require_resources(error, folder)
             raise TargetError(
-                f"{where}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make the factors "
-                f"again without them, or train with `attach`, which needs no PEFT"
+                f"{where}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); {instead}"
             ) from error
-    for require in (require_called, require_called_by_kernels):
-        require(plan.architecture.model, plan.adapter.factors.keys() - experts)
-    layers = {
-        name_of(layer, name): layer
-        for name, layer in loaded.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    layers = {name: layer for name, (_, layer) in _lora_layers(loaded.get_base_model()).items()}
     strange = sorted(
         name for name, layer in layers.items() if not isinstance(layer, ParamWrapper if name in experts else Linear)
     )
-    lost = [module for module in plan.adapter.factors if module not in layers]
-    if strange or lost or len(layers) != len(plan.adapter.factors):
-        odd = [*strange, *lost, *sorted(layers.keys() - plan.adapter.factors.keys())][0]
+    lost = [module for module in adapter.factors if module not in layers]
+    if strange or lost or len(layers) != len(adapter.factors):
+        odd = [*strange, *lost, *sorted(layers.keys() - adapter.factors.keys())][0]
         raise TargetError(
             f"{where}: PEFT makes something else of these target_modules than a LoRA of each linear layer ({odd}): it "
-            f"turns names that experts have too into parameters of the experts; make the factors again without gate, "
-            f"gate_proj, up_proj and down_proj, or train with `attach`, which needs no PEFT"
+            f"turns names that experts have too (gate, gate_proj, up_proj, down_proj) into parameters of the experts; "
+            f"{instead}"
         )
     unfilled = next((str(one.message) for one in caught if "missing adapter keys" in str(one.message)), None)
     if unfilled:
-        raise TargetError(f"{where}: PEFT does not fill all layers of this adapter ({unfilled[:300]}); use `attach`")
+        raise TargetError(f"{where}: PEFT does not fill all layers of this adapter ({unfilled[:300]}); {instead}")
+    return experts
+
+
+def require_converted_loads(checkpoint: Checkpoint, folder: Path, adapter: Adapter) -> None:
+    """`require_peft_loads` for a plain LoRA of this checkpoint, on the first class of model that has all its names.
+
+    Nothing where transformers knows no such class.
+    """
+    if not checkpoint.config:
+        return
+    names = {*adapter.factors, *(key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in adapter.others)}
+    for architecture in architectures(checkpoint.config, module_names(checkpoint)):
+        if names <= architecture.parameter_names.union(name for name, _ in architecture.model.named_modules()):
+            instead = "`inilora merge` writes the full model with what was learned"
+            require_peft_loads(architecture.model, folder, adapter, f"{checkpoint.path}: ", instead)
+            return
+
+
+def require_peft_reads_back(base: nn.Module, config: LoraConfig) -> None:
+    """Raise TargetError if PEFT would not load again what it saves of this adapter of a live transformers model.
+
+    It renames an adapter's keys by transformers' table of renamed modules, also where the model has the old names
+    (Laguna's shared experts), and goes on with a fresh LoRA there. Tried on a copy on the meta device.
+    """
+    model = _renamed_on_loading(base)
+    if model is None:
+        return
+    where = type(base).__name__
+    with warnings.catch_warnings(), aside():
+        warnings.simplefilter("ignore")
+        try:
+            again = get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=True)
+        except Exception:  # PEFT has done the same to the live model, so it is the meta device's
+            return
+        try:
+            saved = get_peft_model_state_dict(again, save_embedding_layers=False)
+            missing: list[str] = set_peft_model_state_dict(again, saved)[0]
+        except Exception as error:  # PEFT raises many kinds
+            _require_resources(error, where)
+            raise TargetError(
+                f"{where}: PEFT does not load what it saves of these modules ({' '.join(str(error).split())[:300]}); "
+                f"make the factors again without them, or {_WITHOUT_PEFT}"
+            ) from error
+    paths = {key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in missing if ".lora_" in key}
+    layers = _lora_layers(again.get_base_model())
+    lost = [name for name, (path, _) in layers.items() if path in paths]
+    if lost and layers.keys() == _lora_layers(base).keys():
+        raise TargetError(
+            f"{where}: PEFT saves {some(lost)} under names that it loads into no module, so all that is learned there "
+            f"would be lost; make the factors again without {'it' if len(lost) == 1 else 'them'}, or {_WITHOUT_PEFT}"
+        )
+
+
+def _renamed_on_loading(base: nn.Module) -> Any:
+    """The model once more, on the meta device; None where PEFT renames nothing in it, or nothing is known of it."""
+    from transformers import PreTrainedModel
+
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # transformers 4
+        return None
+    renamed: Any = get_checkpoint_conversion_mapping
+    if not isinstance(base, PreTrainedModel) or renamed(base.config.model_type) is None:
+        return None
+    build: Any = type(base)
+    try:
+        with torch.device("meta"), aside():
+            return build(copy.deepcopy(base.config))
+    except Exception as error:  # whatever a class raises on the meta device
+        _require_resources(error, type(base).__name__)
+        return None
+
+
+def _lora_layers(base: nn.Module) -> dict[str, tuple[str, LoraLayer]]:
+    """The paths and layers that have an adapter, by their names in the plain model; experts by the parameter's."""
+    every = base.named_modules()
+    return {name_of(layer, path): (path, layer) for path, layer in every if isinstance(layer, LoraLayer)}
 
 
 def require_same_start(plan: Plan, base: Path | None, adapter: Path) -> None:

@@ -11,8 +11,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from inilora_kernels import initialize_peft, lora_model
+from inilora_kernels import attach, initialize_peft, lora_model, save_adapter
 from inilora_kernels.adapters import rehearsal
+from inilora_kernels.adapters.convert import convert, export_merged
 from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.plan import _all_but
 from inilora_kernels.errors import CheckpointError, TargetError
@@ -20,8 +21,8 @@ from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets
 
 from ..factorized import factorize
-from .architectures import JAMBA, LLAMA4, MAMBA
-from .models import logits, save
+from .architectures import DEEPSEEK, EXPERTS, JAMBA, LLAMA4, MAMBA, TEXT
+from .models import logits, save, train
 
 
 def test_another_class_than_the_exported_one_is_an_error_and_no_warning(llama: Path, tmp_path: Path) -> None:
@@ -109,3 +110,50 @@ def test_a_lack_of_memory_or_files_is_not_blamed_on_the_model(
     monkeypatch.setattr(*place, fail)
     with pytest.raises(CheckpointError, match="ulimit"):
         export_delta(llama, factors, tmp_path / "out")
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="before 5, PEFT renames nothing of these models")
+@pytest.mark.parametrize(
+    ("name", "config", "modules", "complaint"),
+    [
+        (
+            "DeepseekV3ForCausalLM",
+            {**DEEPSEEK, "n_group": 1, "topk_group": 1},
+            ("o_proj", "shared_experts.down_proj"),
+            r"makes something else .*experts",
+        ),
+        ("MambaForCausalLM", MAMBA, ("in_proj", "out_proj"), r"does not take these modules .*out_proj"),
+    ],
+)
+def test_a_converted_lora_that_peft_would_load_elsewhere_is_refused_and_merged(
+    name: str, config: dict[str, object], modules: tuple[str, ...], complaint: str, tmp_path: Path
+) -> None:
+    """PEFT made parameters of the experts of it, without a word; what was trained by `attach` is not lost."""
+    base = save(name, tmp_path / "base", **config)
+    factors = factorize(base, modules, rank=2)
+    model = attach(AutoModelForCausalLM.from_pretrained(base), factors)
+    trained = train(model)
+    save_adapter(model, tmp_path / "trained", base)
+    with pytest.raises(TargetError, match=rf"PEFT {complaint}.*`inilora merge` writes"):
+        convert(tmp_path / "trained", factors, tmp_path / "lora", base)
+    assert not (tmp_path / "lora").exists()
+    export_merged(tmp_path / "trained", factors, tmp_path / "merged", base)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "LagunaConfig"), reason="a newer transformers has Laguna")
+def test_a_live_adapter_whose_names_peft_would_lose_is_refused(tmp_path: Path) -> None:
+    """PEFT renames the keys of Laguna's shared experts as transformers does a checkpoint's, and finds no module."""
+    sizes = {**TEXT, "num_key_value_heads": 2, "head_dim": 8, **EXPERTS, "num_experts": 4}
+    base = save("LagunaForCausalLM", tmp_path / "base", **sizes, num_attention_heads_per_layer=[4, 4])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = logits(model)
+    with pytest.raises(TargetError, match=r"PEFT saves .*shared_experts\.down_proj under names .*`inilora merge`"):
+        lora_model(model, factorize(base, ("o_proj", "shared_expert.down_proj"), rank=2))
+    assert torch.equal(logits(model), expected)
+    started = lora_model(model, factorize(base, ("o_proj",), rank=2))
+    trained = train(started)
+    started.save_pretrained(tmp_path / "trained")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "trained")
+    torch.testing.assert_close(logits(plain), trained, rtol=1e-4, atol=1e-5)
