@@ -47,7 +47,7 @@ def require_called(model: nn.Module, names: Collection[str]) -> None:
         return
     called = frozenset[str]() if inputs is None else called_layers(model, suspects, inputs)
     bypassed = {name for name in suspects if name not in called}
-    if bypassed and inputs is not None and _is_on_meta(model):
+    if bypassed and inputs is not None and all(parameter.is_meta for parameter in model.parameters()):
         # Models that run elsewhere may fail there before they come to a layer: one that is called somewhere passes.
         completed = _completed(model, {suspects[name][0] for name in bypassed}, inputs)
         bypassed -= {
@@ -187,13 +187,17 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def require_same_output(before: Tensor, after: Tensor | None, where: str) -> None:
-    """Raise TargetError if a model's output on the same input has changed, as a start must not change it.
+    """Raise TargetError if a model's output on the same input has changed, or there is none, as it must be the same.
 
     The tolerance is far above the effect of R's rounding and of kernels that add in no fixed order, and far below that
     of a layer that starts from BA instead of W.
     """
     if after is None or before.shape != after.shape:
-        return
+        what = "does not run" if after is None else "gives another shape"
+        raise TargetError(
+            f"{where}: with the adapters it {what} on random input, on which it ran before, so some of these are "
+            f"no linear layers; leave them out of target_modules and of the factors"
+        )
     size = float(before.double().norm()) or 1.0
     changed = float((after.double() - before.double()).norm()) / size
     if changed > (1e-3 if before.dtype.itemsize >= 4 else 0.05):
@@ -258,10 +262,6 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor], training: bool = False)
             return model(**inputs)
         except Exception:  # whatever a model raises on input that is not meant for it; it then tells us nothing
             return None
-
-
-def _is_on_meta(model: nn.Module) -> bool:
-    return all(parameter.is_meta for parameter in model.parameters())
 
 
 @contextmanager

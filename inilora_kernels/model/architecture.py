@@ -303,16 +303,18 @@ def _layers(model: PreTrainedModel) -> dict[str, Layer]:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    """Whether it is nn.Linear, or a class of it that returns one tensor: Llama 4's router returns its choice too.
+    """Whether it is nn.Linear, or a class of it that runs and gives one tensor of that shape: Llama 4's router returns
+    its choice too, and DeepSeek-V4's o_a_proj multiplies groups of its input with parts of its weight.
     Not out_proj of torch's MultiheadAttention (SigLIP's head), whose weight is read and which is not called."""
     read = isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
     if read or not isinstance(module, torch.nn.Linear) or type(module).forward is torch.nn.Linear.forward:
         return isinstance(module, torch.nn.Linear) and not read
     x = torch.empty(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     try:
-        return isinstance(module(x), torch.Tensor)
-    except Exception:  # whatever a class raises on the meta device, or for want of other arguments
-        return True
+        output: Any = module(x)
+    except Exception:  # whatever a class raises on input that is not meant for it
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (2, module.out_features)
 
 
 def _build(config: Mapping[str, Any], kind: str, weights: int) -> PreTrainedModel | None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from inilora_kernels.errors import CheckpointError
-from inilora_kernels.model.architecture import describe
+from inilora_kernels.model.architecture import _layers, describe
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.targets import find_targets
 
@@ -90,3 +92,23 @@ def test_config_never_runs_code_or_asks(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "code.py").write_text("raise SystemExit('remote code ran')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
     assert len(find_targets(open_checkpoint(tmp_path))) == 4
+
+
+def test_a_class_of_linear_with_a_forward_of_its_own_counts_if_it_runs() -> None:
+    """DeepSeek-V4's o_a_proj views its input in groups: it got an adapter, and the model's first forward crashed."""
+
+    class Grouped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bgi,goi->bgo", x, self.weight.view(2, 3, 4))
+
+    class Rounding(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.bfloat16().to(x.dtype))
+
+    with torch.device("meta"):
+        model: Any = BertModel(BertConfig(**ENCODER))
+        model.pooler.dense = Grouped(4, 6)
+        model.encoder.layer[0].output.dense = Rounding(36, 24)
+    forms = {name: layer.form for name, layer in _layers(model).items()}
+    assert forms["pooler.dense"] == "other"
+    assert forms["encoder.layer.0.output.dense"] == forms["encoder.layer.1.output.dense"] == "linear"
