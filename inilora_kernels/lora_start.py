@@ -128,7 +128,7 @@ def lora_config_of(
     experts = expert_shapes(model)
     factors = factor_set(factors)
     fits = partial(has_weight_of, model, factors)
-    starts = find_starts(shapes | experts, factors, type(model).__name__, model_config(model), fits=fits)
+    starts = find_starts(shapes | experts, factors, type(model).__name__, model_config(model), fits=fits, model=model)
     starts = with_shared(starts, model, shapes)
     require_unpacked(model, starts)
     ranks = {name: start.rank for name, start in starts.items()}

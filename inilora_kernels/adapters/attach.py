@@ -86,7 +86,7 @@ def attach(
     shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
     _require_no_experts(factors := factor_set(factors))
     fits = partial(has_weight_of, model, factors)
-    starts = find_starts(shapes, factors, where, model_config(model), fits=fits)
+    starts = find_starts(shapes, factors, where, model_config(model), fits=fits, model=model)
     starts = with_shared(starts, model, shapes)
     scaled = {name: start.scaled(scaling) for name, start in starts.items()}
     require_called(model, starts)

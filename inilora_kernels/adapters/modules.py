@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import FactorFileError, OptionError, TargetError
 from ..factor_set import FactorSet
 from ..factors import Factors
-from ..model.architecture import architectures
+from ..model.architecture import architectures, names_on_loading
 from ..model.experts import parameter_of_expert
 from ..model.fused import row_count, row_index
 from ..model.names import endings, match_names
@@ -90,6 +91,8 @@ def find_starts(
     config: Mapping[str, Any] | None = None,
     partial: bool = False,
     fits: Callable[[str, Start], bool] | None = None,
+    *,
+    model: nn.Module | None = None,
 ) -> dict[str, Start]:
     """Return the start of each module that has factors, by the module's name in the model, in the FactorSet's order.
 
@@ -100,6 +103,7 @@ def find_starts(
     partial: every one of `shapes` has factors, but some factors may have no module.
     fits: whether a module is the one that this start is for, as far as its values tell. Asked where the model is a part
         of the checkpoint's, such as the text model of one for vision and language.
+    model: the live model, which knows the names of its own checkpoints best.
 
     Names in a checkpoint and in a model may differ by a prefix, `bert.` or `base_model.model.`, the same
     one for all. Two parts of one fused weight start one adapter together: their A stacked, each B in its
@@ -117,19 +121,20 @@ def find_starts(
         parts.setdefault(module_of(name), {})[name] = part
     if partial and config and not shapes.keys() <= parts.keys():
         parts |= _of_shared(parts, config)
+    why = "merges, splits or permutes on loading"
     try:
-        live_names = _live_names(list(parts), shapes, where, config, partial)
+        live_names = _live_names(list(parts), shapes, where, config, partial, model=model)
     except TargetError:
         live_names = _names_in_part(parts, shapes, fits, partial) if fits else {}
         if not live_names:
             raise
-        left_out = [module for module in parts if module not in live_names]
-        if not partial:
-            warnings.warn(
-                f"{where}: left out the factors of {some(left_out, most=1)}, which it does not have; its own modules "
-                f"get adapters",
-                stacklevel=3,
-            )
+        why = "does not have"
+    left_out = [module for module in parts if module not in live_names]
+    if left_out and not partial:
+        warnings.warn(
+            f"{where}: left out the factors of {some(left_out, most=1)}, which it {why}; its own modules get adapters",
+            stacklevel=3,
+        )
     return {
         live_names[module]: _combine(its_parts, shapes[live_names[module]], f"{where}: {live_names[module]}")
         for module, its_parts in parts.items()
@@ -163,11 +168,15 @@ def _live_names(
     where: str,
     config: Mapping[str, Any] | None,
     partial: bool,
+    *,
+    model: nn.Module | None,
 ) -> dict[str, str]:
     match = _match_part if partial else match_names
     try:
         return match(wanted, available, where)
     except TargetError:
+        if own := _own_names(model, wanted, available):
+            return own
         for architecture in architectures(config, wanted) if config else ():
             renamed = {architecture.layers[name].name: name for name in wanted if name in architecture.layers}
             renamed |= {name: name for name in wanted if name in architecture.parameter_names}
@@ -181,6 +190,20 @@ def _live_names(
         if fused and fused not in available:
             raise fused_attention(where, fused) from None
         raise
+
+
+def _own_names(model: nn.Module | None, wanted: Sequence[str], available: Collection[str]) -> dict[str, str]:
+    """The names under which a transformers model loads these modules, without those that it takes apart or together.
+
+    Empty unless that is all of them: then they are another model's.
+    """
+    transformers: Any = sys.modules.get("transformers")
+    if model is None or transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return {}
+    names, converted = names_on_loading(model, wanted)
+    names = {name: name for name in wanted if name in available} | names
+    whole = all(name in converted or names.get(name) in available for name in wanted)
+    return {name: live for name, live in names.items() if name not in converted} if whole else {}
 
 
 def fused_attention(where: str, module: str) -> TargetError:

@@ -301,7 +301,8 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
         if name and id(module) not in inside and (shape := linear_shape(getattr(module, "base_layer", module)))
     }
     fits = partial(has_weight_of, base, factors)
-    starts = find_starts(shapes | expert_shapes(base), factors, type(base).__name__, model_config(base), fits=fits)
+    every = shapes | expert_shapes(base)
+    starts = find_starts(every, factors, type(base).__name__, model_config(base), fits=fits, model=base)
     starts = with_shared(starts, base, shapes)
     without = [name for name in layers if name not in starts]
     if without:

@@ -80,7 +80,8 @@ class Architecture:
     model: the model itself, on the meta device.
     layers: by the module's name in the checkpoint; only those that the model loads one to one.
     merged: the parameter that several modules' weights become on loading, such as all experts of a layer.
-    conversions: how each of these modules' weights becomes a part of it.
+    rearranged: the module that a weight becomes, or the first of several, where it is split or permuted on loading.
+    conversions: how each of the weights of both becomes what it does.
     unloaded: modules of the checkpoint that the model does not load.
     missing: modules of the model that the checkpoint has no weight for.
     complete: every linear layer of the model is in the checkpoint, so anything else there does not belong to the model.
@@ -92,6 +93,7 @@ class Architecture:
     model: PreTrainedModel
     layers: Mapping[str, Layer]
     merged: Mapping[str, str]
+    rearranged: Mapping[str, str]
     conversions: Mapping[str, Conversion]
     unloaded: frozenset[str]
     missing: tuple[str, ...]
@@ -120,7 +122,11 @@ class Architecture:
         if module in self.merged:
             parameter = re.sub(r"\.\d+\.", ".*.", self.merged[module])
             ending = ".".join(parameter.split(".")[-2:])
-            return f'{name} keeps it as a part of {parameter}, which target_parameters=["{ending}"] factorizes'
+            if self.merged[module] in self.parameter_names:
+                return f'{name} keeps it as a part of {parameter}, which target_parameters=["{ending}"] factorizes'
+            return f"{name} joins it with others to {parameter} on loading; factorize the live model, which has that"
+        if module in self.rearranged:
+            return f"{name} splits or permutes it on loading, so no adapter fits its factors; factorize the live model"
         return f"{name} does not load it" if module in self.unloaded else None
 
 
@@ -163,12 +169,12 @@ def _best_fit(config: Mapping[str, Any], names: list[str], bare: Architecture) -
 
 def architectures(config: Mapping[str, Any], modules: Iterable[str]) -> Iterator[Architecture]:
     """Yield what these modules are in each class that may load the checkpoint, the one that config.json names first."""
-    names = list(modules)
-    for auto_class in (None, *dict.fromkeys(AUTO_CLASSES.values())):
-        if auto_class is None or has_class(config, auto_class):
-            architecture = describe(config, names, auto_class)
-            if architecture is not None:
-                yield architecture
+    names, named = list(modules), config.get("architectures")
+    kinds = [kind for kind in dict.fromkeys(AUTO_CLASSES.values()) if has_class(config, kind)]
+    for kind in (str(named[0]) if named else None, *kinds):
+        architecture = describe(config, names, kind)
+        if architecture is not None:
+            yield architecture
 
 
 def has_class(config: Mapping[str, Any], auto_class: str) -> bool:
@@ -191,13 +197,20 @@ def loaded_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, st
     >>> loaded_names(BertModel(config), ["bert.pooler.dense", "cls.predictions.decoder"])
     {'bert.pooler.dense': 'pooler.dense'}
     """
+    return names_on_loading(model, modules)[0]
+
+
+def names_on_loading(model: PreTrainedModel, modules: Iterable[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """`loaded_names`, and which modules the live model merges, splits or permutes. It may have PEFT's adapters."""
     loads_into = _loader(model)
-    names = {}
+    names, converted = {}, set()
     for module in modules:
         live, conversion = loads_into(f"{module}.weight")
-        if live is not None and conversion is None:
+        if live is not None and conversion is not None:
+            converted.add(module)
+        elif live is not None:
             names[module] = live.removesuffix(".weight")
-    return names
+    return names, frozenset(converted)
 
 
 def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
@@ -209,10 +222,12 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
     unloaded = []
     for module in modules:
         live, conversion = loads_into(f"{module}.weight")
+        if live is None:
+            # What is called so here may be a parameter there, in_proj_weight of torch's MultiheadAttention.
+            live, conversion = loads_into(f"{module}_weight")
         name = None if live is None else live.removesuffix(".weight")
         if name is None:
-            # What is called so here may be a parameter there, in_proj_weight of torch's MultiheadAttention.
-            unloaded += [module] if loads_into(f"{module}_weight")[0] is None else []
+            unloaded.append(module)
         elif conversion is not None:
             merged[module], conversions[module] = name, conversion
         elif name in every:
@@ -230,6 +245,7 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
         model=model,
         layers=layers,
         merged={module: name for module, name in merged.items() if parts[name] > 1},
+        rearranged={module: name for module, name in merged.items() if parts[name] == 1},
         conversions=conversions,
         unloaded=frozenset(unloaded),
         missing=tuple(missing),
@@ -243,7 +259,7 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
 def _loader(model: PreTrainedModel) -> Callable[[str], tuple[str | None, Conversion | None]]:
     """Where a tensor of a checkpoint goes: its name in the model, None if nowhere; how, if not just as it is."""
     prefix: str = model.base_model_prefix
-    tensors = model.state_dict(keep_vars=True)
+    tensors = {name.replace(".base_layer.", "."): one for name, one in model.state_dict(keep_vars=True).items()}
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

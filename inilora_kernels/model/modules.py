@@ -62,6 +62,8 @@ def aliases(module: str, architecture: Architecture | None) -> set[str]:
     if architecture is not None:
         if module in architecture.layers:
             names.add(architecture.layers[module].name)
+        elif module in architecture.rearranged:
+            names.add(architecture.rearranged[module])
         if architecture.base_model_prefix:
             names |= {f"{architecture.base_model_prefix}.{name}" for name in names}
     return names

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, WeightError
-from ..suggestions import did_you_mean, did_you_mean_names, some
+from ..suggestions import some
 from .architecture import Architecture, describe
 from .checkpoint import Checkpoint
 from .experts import ExpertParameter, find_expert_parameters, is_selected, selected
@@ -22,7 +22,8 @@ from .formats.find import module_and_part
 from .formats.weight import StoredWeight
 from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index, thirds
 from .hub import Choose
-from .modules import Module, aliases, find_modules, is_output_by_name, last_part, once_each, selector, unused
+from .modules import Module, aliases, find_modules, is_output_by_name, last_part, once_each, selector
+from .selection import nothing_found, require_each_selects
 from .unchanged import watch
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -38,6 +39,9 @@ QUERY_AND_VALUE = {
     "wq": "wv",  # LLaMA's and Mistral's own files
     "to_q": "to_v",  # diffusers
     "add_q_proj": "add_v_proj",  # diffusers' transformers, for the text tokens
+    "project_q": "project_v",  # CPM-Ant
+    "Wq": "Wv",  # CTRL
+    "q_head": "v_head",  # Funnel
 }
 # GPT-2's cross-attention, and DeepSeek's latent attention: its queries are q_proj's, or q_b_proj's where they are
 # compressed; keys and values come from one latent vector by kv_b_proj, whose heads hold both, so it is taken whole.
@@ -107,7 +111,8 @@ def find_targets(
     model's prefix (`bert.`), so what works in a `LoraConfig` works here.
 
     A target is a matrix that the model will load as a linear layer. Whatever transformers does not load (the layers for
-    multi-token prediction), or merges with others into one parameter (experts), is left out with a warning.
+    multi-token prediction), merges with others into one parameter (experts), or splits or permutes (nomic-bert's Wqkv),
+    is left out with a warning.
 
     Raises TargetError: nothing is selected, or something that is no linear layer or shares its weight, or the
     expression is invalid. WeightError: a selected weight is quantized or not floating point. CheckpointError:
@@ -134,7 +139,7 @@ def find_targets(
     named_all = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     if target_modules is None:
         targets = list(_query_and_value(modules, target, SimpleNamespace(**(checkpoint.config or {}))))
-        left_out = [module for module in left_out if last_part(module.name) in QUERIES | VALUES]
+        left_out = [module for module in left_out if _is_default(module)]
     elif named_all:
         targets = [target(module) for module in modules if module.is_inner_linear]
         left_out = [module for module in left_out if module.form != "other" and not is_output_by_name(module.name)]
@@ -142,12 +147,12 @@ def find_targets(
         selects = selector(target_modules)
         targets = [target(module) for module in modules if selects(module.aliases)]
         left_out = [module for module in left_out if selects(module.aliases)]
-        _require_each_selects(checkpoint, target_modules, modules, left_out)
+        require_each_selects(checkpoint, target_modules, modules, left_out)
     thin = [one for one in targets if rank_of and min(one.shape) < rank_of(one.module)] if named_all else []
     dropped = {one.module for one in thin}
     targets = [one for one in targets if one.module not in dropped]
     if not targets:
-        raise _nothing_found(checkpoint, modules, target_modules)
+        raise nothing_found(checkpoint, modules, target_modules, left_out)
     parameters = {one.name for one in chosen}
     left_out = [module for module in left_out if _merged(module) not in parameters]
     fused = [one.name for one in experts if one not in chosen and one.is_fused] if named_all else []
@@ -170,6 +175,13 @@ def find_targets(
         names = [module.name for module in left_out if module.left_out == reason]
         warnings.warn(f"{checkpoint.path}: left out {some(names)}: {reason}", stacklevel=2)
     return targets + matrices
+
+
+def _is_default(module: Module) -> bool:
+    """Whether one that is left out would be a target by default, as far as its name tells."""
+    last = last_part(module.name)
+    is_fused = FUSED.fullmatch(last) is not None and module.architecture is not None
+    return last in QUERIES | VALUES or (is_fused and module.name in module.architecture.rearranged)
 
 
 def _merged(module: Module) -> str | None:
@@ -214,31 +226,11 @@ def _by_default(names: Collection[str]) -> bool:
     return any(last in QUERIES | VALUES or FUSED.fullmatch(last) for last in map(last_part, names))
 
 
-def _require_each_selects(
-    checkpoint: Checkpoint, target_modules: Collection[str] | str, loaded: list[Module], left_out: list[Module]
-) -> None:
-    """Raise TargetError, or warn, if a name in `target_modules` selects nothing, or nothing that can be a target."""
-    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    for name in unused(target_modules, loaded):
-        selects = selector(name if isinstance(target_modules, str) else [name])
-        refused = next((module for module in left_out if selects(module.aliases)), None)
-        if refused is not None:
-            others = [other for other in names if other != name]
-            raise TargetError(
-                f"{checkpoint.path}: {name} selects only modules like {refused.name}, and {refused.left_out}; "
-                f"leave {name} out of target_modules{f': {others}' if others else ''}"
-            )
-        if len(names) > 1:
-            endings = {last_part(module.name) for module in loaded if module.is_inner_linear}
-            problem = f"{checkpoint.path}: {name!r} in target_modules selects nothing{did_you_mean(name, endings)}"
-            if did_you_mean(name, endings):
-                raise TargetError(f"{problem}; names here end in {', '.join(sorted(endings))}")
-            warnings.warn(problem, stacklevel=3)  # PEFT accepts a list that is meant for several models
-
-
 def _query_and_value(modules: list[Module], target: Callable[..., Target], config: Any) -> Iterator[Target]:
     # transformers' names if it knows the module: they are more uniform than those in files.
-    by_name = {module.layer.name if module.layer else module.name: module for module in modules}
+    # Convolutions have such names too, of Janus's VQ model and of Squeezebert.
+    linear = [module for module in modules if module.form != "other"]
+    by_name = {module.layer.name if module.layer else module.name: module for module in linear}
     for name, module in by_name.items():
         block, last = name.rpartition(".")[0], last_part(name)
         partners = [query for query, value in QUERY_AND_VALUE.items() if value == last]
@@ -365,35 +357,6 @@ def _read_periodic(entry: StoredWeight, rows: Rows) -> Tensor:
         kept = strip[row_index(rows, len(strip))]
         W[start : start + len(kept)] = kept
     return W
-
-
-def _nothing_found(
-    checkpoint: Checkpoint, modules: list[Module], target_modules: Collection[str] | str | None
-) -> TargetError | WeightError:
-    method = ((checkpoint.config or {}).get("quantization_config") or {}).get("quant_method")
-    if method:
-        return WeightError(
-            f"{checkpoint.path}: no weight found to factorize, and config.json says the model is quantized "
-            f"({method}); use the original, unquantized model: its factors fit the quantized one too"
-        )
-    how = (
-        'give a list of name endings such as ["query", "value"], a regular expression for the whole name, '
-        'or "all-linear"'
-    )
-    linear = [module.name for module in modules if module.is_inner_linear]
-    known = f"{', '.join(linear[:4])}; they end in {', '.join(sorted({last_part(name) for name in linear}))}"
-    there = f"linear layers here: {known}" if linear else "it has no linear layers"
-    fused = next((module.name for module in modules if FUSED.fullmatch(last_part(module.name))), None)
-    if target_modules is None and fused:
-        return TargetError(
-            f"{checkpoint.path}: query and value are fused in {fused}, in a layout that is not known, so neither can "
-            f"be cut out. Name the modules in target_modules, such as "
-            f'["{last_part(fused)}"] for the whole fused weights'
-        )
-    asked = "no query and value projections found" if target_modules is None else "nothing selected"
-    shown = "" if target_modules is None else f" by target_modules={target_modules!r}"
-    near = did_you_mean_names(target_modules, {"all-linear", *map(last_part, linear)})
-    return TargetError(f"{checkpoint.path}: {asked}{shown}{near}; {there}. In target_modules {how}")
 
 
 def _dtype(entry: StoredWeight) -> str:

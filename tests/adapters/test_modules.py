@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from torch import nn
 
+from inilora_kernels import lora_model
 from inilora_kernels.adapters.attach import (
     adapters,
     attach,
@@ -15,7 +18,7 @@ from inilora_kernels.adapters.attach import (
 from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import factorize
-from .models import small
+from .models import save, small
 
 
 def test_names_may_differ_by_a_prefix() -> None:
@@ -40,3 +43,28 @@ def test_modules_that_transformers_has_renamed(tmp_path: Path) -> None:
     assert len(factors) == 2
     assert torch.equal(attach(model, factors)(pixels).last_hidden_state, expected)
     assert len(list(adapters(model))) == 2
+
+
+@pytest.mark.skipif(not hasattr(transformers, "NomicBertConfig"), reason="a newer transformers has nomic-bert")
+def test_factors_of_a_weight_that_is_split_on_loading_leave_the_others_in_use(tmp_path: Path) -> None:
+    """All were refused, with a message about a layer that was there."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    base = save("NomicBertModel", tmp_path, hidden_size=16, num_hidden_layers=1, intermediate_size=16, **heads)
+    factors = factorize(base, ("Wqkv", "out_proj", "fc2"), rank=2)
+    model = transformers.NomicBertModel.from_pretrained(base)
+    with pytest.warns(UserWarning, match=r"left out the factors of .*Wqkv, which it merges, splits or permutes"):
+        attach(model, factors)
+    assert len(list(adapters(model))) == len(factors) - 1
+    with pytest.warns(UserWarning, match="splits or permutes"):
+        assert lora_model(detach(model), factors).peft_config["default"].target_modules == {"o_proj", "down_proj"}
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="before 5, the file has the model's own names")
+def test_a_model_gets_all_adapters_of_its_own_checkpoint(tmp_path: Path) -> None:
+    """ViTMAE's decoder is in no class that an auto class loads: 2 of 26 layers were found by equal names."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    decoder = {f"decoder_{name}": size for name, size in sizes.items()}
+    base = save("ViTMAEForPreTraining", tmp_path, image_size=8, patch_size=4, **sizes, **decoder)
+    factors = factorize(base, ("query", "value", "decoder_embed", "decoder_pred"), rank=2)
+    model = transformers.ViTMAEForPreTraining.from_pretrained(base)
+    assert len(factors) == len(list(adapters(attach(model, factors)))) == 6
