@@ -123,6 +123,9 @@ def may_hold_experts(module: nn.Module, parameter: Tensor) -> bool:
 
     parameter: also one that ZeRO-3 has partitioned.
     """
+    name = next((name for name, one in module.named_parameters(recurse=False) if one is parameter), "")
+    if "embed" in name or "position" in name:
+        return False
     shape = getattr(parameter, "ds_shape", parameter.shape)
     other = (nn.Conv1d, nn.ConvTranspose1d, nn.Linear, nn.Embedding, parametrize.ParametrizationList)
     return len(shape) == 3 and min(shape) > 1 and not isinstance(module, other)
