@@ -67,10 +67,12 @@ class Conversion:
 
     operations: what is done with them, in order: "MergeModulelist(0)" stacks, "Concatenate(1)" joins.
     place: of this tensor among those that are joined.
+    turns_if_needed: whether all that is done is to transpose the matrices of a stack where it has not the right shape.
     """
 
     operations: tuple[str, ...]
     place: int
+    turns_if_needed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class Architecture:
     complete: every linear layer of the model is in the checkpoint, so anything else there does not belong to the model.
     base_model_prefix: the prefix that a model with a head adds to the base model's names.
     config: transformers' config, with its defaults filled in.
-    live_name: the name in the model of a tensor of the checkpoint; None where the model does not load it one to one.
+    loads_into: where a tensor of the checkpoint goes: its name in the model, None if nowhere; how, if not as it is.
     """
 
     model: PreTrainedModel
@@ -100,7 +102,12 @@ class Architecture:
     complete: bool
     base_model_prefix: str
     config: Any
-    live_name: Callable[[str], str | None]
+    loads_into: Callable[[str], tuple[str | None, Conversion | None]]
+
+    def live_name(self, tensor: str) -> str | None:
+        """The name in the model of a tensor of the checkpoint; None where the model does not load it one to one."""
+        live, conversion = self.loads_into(tensor)
+        return None if conversion is not None else live
 
     @functools.cached_property
     def parameter_names(self) -> frozenset[str]:
@@ -237,10 +244,6 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
     sources = {layer.name for layer in layers.values()} | set(merged.values())
     missing = [name for name, layer in every.items() if name not in sources and not layer.shared_with]
 
-    def live_name(tensor: str) -> str | None:
-        live, conversion = loads_into(tensor)
-        return None if conversion is not None else live
-
     return Architecture(
         model=model,
         layers=layers,
@@ -252,7 +255,7 @@ def _architecture(model: PreTrainedModel, modules: list[str]) -> Architecture:
         complete=all(every[name].form == "other" for name in missing),
         base_model_prefix=model.base_model_prefix,
         config=model.config,
-        live_name=live_name,
+        loads_into=loads_into,
     )
 
 
@@ -291,7 +294,8 @@ def _loader(model: PreTrainedModel) -> Callable[[str], tuple[str | None, Convers
 def _conversion(pattern: str, converters: Iterable[Any]) -> Conversion:
     converter = next(one for one in converters if pattern in one.source_patterns)
     operations = (f"{type(one).__name__}({getattr(one, 'dim', '')})" for one in converter.operations)
-    return Conversion(tuple(operations), list(converter.source_patterns).index(pattern))
+    turns = all(getattr(one, "check_dims", False) and (one.dim0, one.dim1) == (1, 2) for one in converter.operations)
+    return Conversion(tuple(operations), list(converter.source_patterns).index(pattern), turns)
 
 
 def _layers(model: PreTrainedModel) -> dict[str, Layer]:

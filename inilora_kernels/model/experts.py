@@ -25,6 +25,8 @@ from .files.gguf import GGUFTensor
 from .files.tensor import tensor_sha256
 from .formats.weight import StoredWeight
 
+REARRANGED = "rearranged on loading, so its experts are no matrices of the file; factorize the live model"
+
 _STACKED = ("MergeModulelist(0)",)
 _STACKED_AND_JOINED = ("MergeModulelist(0)", "Concatenate(1)")
 
@@ -39,6 +41,7 @@ class ExpertParameter:
     stored: for each expert, the weights whose rows, one below the other, are its W. If the checkpoint stores all
         experts in one tensor, or in two that are joined: these weights, with three dimensions, for all.
     count: how many experts the model has.
+    flipped: the one stored tensor holds the parameter's matrices transposed, as Qwen3-VL's older files do.
     """
 
     name: str
@@ -46,6 +49,7 @@ class ExpertParameter:
     transposed: bool
     stored: tuple[tuple[StoredWeight, ...], ...]
     count: int
+    flipped: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,7 +72,7 @@ class ExpertParameter:
     def turned(self) -> bool:
         """Whether the stored tensor holds Wᵀ. MXFP4's blocks are along in_features, so they hold W."""
         fused = self.stored[0][0]
-        return self.transposed and self.is_fused and not fused.is_quantized
+        return self.transposed != self.flipped and self.is_fused and not fused.is_quantized
 
     @property
     def is_fused(self) -> bool:
@@ -98,7 +102,11 @@ def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | 
             for name, weight in _fused(checkpoint).items()
             if min(weight.shape) > 1 and not name.endswith((".weight", ".bias"))
         ]
-    live = {architecture.live_name(name): weight for name, weight in _fused(checkpoint).items()}
+    live: dict[str, StoredWeight] = {}
+    for tensor, weight in _fused(checkpoint).items():
+        into, conversion = architecture.loads_into(tensor)
+        if into is not None and (conversion is None or conversion.turns_if_needed):
+            live[into] = weight
     stacked, stacks = _stacked(checkpoint, architecture), _stacks_of_gguf(checkpoint)
     found = []
     for name, parameter in architecture.model.named_parameters():
@@ -112,8 +120,21 @@ def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | 
         parts = (whole,) * count if whole else stacked.get(name)
         if parts is None:
             continue
-        found.append(ExpertParameter(name, shape, transposed, parts, count))
+        _, conversion = architecture.loads_into(parts[0][0].name)
+        turns = conversion is not None and conversion.turns_if_needed
+        flipped = turns and parts[0][0].shape == (count, sides[1], sides[0]) != tuple(parameter.shape)
+        found.append(ExpertParameter(name, shape, transposed, parts, count, flipped))
     return found
+
+
+def rearranged_experts(checkpoint: Checkpoint, architecture: Architecture | None) -> list[str]:
+    """The parameters of experts that the model makes of a stored stack in another way than `find_expert_parameters`."""
+    names = []
+    for tensor in _fused(checkpoint) if architecture is not None else ():
+        into, conversion = architecture.loads_into(tensor)
+        if into is not None and conversion is not None and not conversion.turns_if_needed:
+            names.append(into)
+    return names
 
 
 def may_hold_experts(module: nn.Module, parameter: Tensor) -> bool:
@@ -132,9 +153,14 @@ def may_hold_experts(module: nn.Module, parameter: Tensor) -> bool:
 
 
 def selected(
-    checkpoint: Checkpoint, parameters: Collection[ExpertParameter], target_parameters: Collection[str]
+    checkpoint: Checkpoint,
+    parameters: Collection[ExpertParameter],
+    target_parameters: Collection[str],
+    rearranged: Collection[str] = (),
 ) -> list[ExpertParameter]:
     """The ones that `target_parameters` selects, in PEFT's syntax: whole names, or endings after a dot.
+
+    rearranged: what `rearranged_experts` found, for messages.
 
     Raises TargetError for a name that selects none, and CheckpointError if experts are missing or their shapes differ
     from the model's.
@@ -148,6 +174,8 @@ def selected(
             stacks = [] if endings else [stack for stack in _fused(checkpoint) if is_selected(stack, [name])]
             if stacks or (not endings and any("switch_mlp" in stack for stack in _fused(checkpoint))):
                 there = "the stacks of experts here (MLX's) have other names than those that transformers loads"
+            if odd := next((one for one in rearranged if is_selected(one, [name])), None):
+                there = f"{odd} is {REARRANGED}"
             raise TargetError(
                 f"target_parameters: {name!r} selects no parameter of experts; {there}. Linear layers are named in "
                 f"target_modules"

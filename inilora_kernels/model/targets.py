@@ -17,7 +17,14 @@ from ..errors import CheckpointError, TargetError, WeightError
 from ..suggestions import some
 from .architecture import Architecture, describe
 from .checkpoint import Checkpoint
-from .experts import ExpertParameter, find_expert_parameters, is_selected, selected
+from .experts import (
+    REARRANGED,
+    ExpertParameter,
+    find_expert_parameters,
+    is_selected,
+    rearranged_experts,
+    selected,
+)
 from .formats.find import module_and_part
 from .formats.weight import StoredWeight
 from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index, thirds
@@ -129,8 +136,10 @@ def find_targets(
     """
     target = partial(_target, checkpoint, functools.cache(checkpoint.sha256))
     every = once_each(find_modules(checkpoint))
-    experts = find_expert_parameters(checkpoint, next((module.architecture for module in every), None))
-    chosen = selected(checkpoint, experts, target_parameters or ())
+    architecture = next((module.architecture for module in every), None)
+    experts = find_expert_parameters(checkpoint, architecture)
+    rearranged = rearranged_experts(checkpoint, architecture)
+    chosen = selected(checkpoint, experts, target_parameters or (), rearranged)
     matrices = [_expert(one, number) for one in chosen for number in range(len(one.stored))]
     if chosen and target_modules is None:
         return matrices
@@ -163,6 +172,8 @@ def find_targets(
             f"target_parameters={endings} factorizes them",
             stacklevel=2,
         )
+    if rearranged and named_all:
+        warnings.warn(f"{checkpoint.path}: left out {some(rearranged)}: {REARRANGED}", stacklevel=2)
     if thin:
         shapes = f"{some([one.module for one in thin])}: {thin[0].shape[0]}×{thin[0].shape[1]} is thinner than the rank"
         warnings.warn(f"{checkpoint.path}: left out {shapes}", stacklevel=2)

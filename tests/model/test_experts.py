@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from inilora_kernels import approximate_model
+from inilora_kernels import approximate_model, export_merged, lora_model
 from inilora_kernels.errors import CheckpointError, TargetError
 from inilora_kernels.model.checkpoint import open_checkpoint
 from inilora_kernels.model.experts import may_hold_experts
@@ -22,6 +23,18 @@ from ..mixtures import CONFIGS, EXPERTS, PARAMETERS
 from ..mixtures import saved as save
 from .gguf_model import TYPES, mixture, write_mixture
 from .live_factors import same
+from .models import DECODER, build, write
+
+QWEN3_VL = {
+    **DECODER,
+    "head_dim": 8,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+}
+QWEN3_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 24}
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +169,35 @@ def test_tensors_without_a_config(tmp_path: Path) -> None:
     save_file({"experts.up": torch.randn(2, 6, 4), "conv.weight": torch.randn(2, 3, 4)}, tmp_path / "model.safetensors")
     targets = find_targets(open_checkpoint(tmp_path), None, None, ["experts.up"])
     assert [(one.module, one.shape) for one in targets] == [("experts.up:0", (6, 4)), ("experts.up:1", (6, 4))]
+
+
+@pytest.mark.skipif(transformers.__version__ < "5.2", reason="a newer transformers turns these stacks")
+def test_stacks_that_older_files_hold_the_other_way_round(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE's, which transformers turns where the shape asks for it: all-linear did not mention them."""
+    model = build("Qwen3VLMoeForConditionalGeneration", text_config=QWEN3_VL, vision_config=QWEN3_VISION)
+    model.save_pretrained(tmp_path / "new")
+    tensors = load_file(tmp_path / "new/model.safetensors")
+    (tmp_path / "old").mkdir()
+    turned = {name: one.mT.contiguous() if name.endswith(tuple(PARAMETERS)) else one for name, one in tensors.items()}
+    write(tmp_path / "old", turned, json.loads((tmp_path / "new/config.json").read_text()))
+    hashes = []
+    for checkpoint in (open_live(model), open_checkpoint(tmp_path / "new"), open_checkpoint(tmp_path / "old")):
+        targets = find_targets(checkpoint, None, None, PARAMETERS)
+        assert len(targets) == len(PARAMETERS) * EXPERTS
+        hashes.append({target.module: target.sha256() for target in targets})
+        with pytest.warns(UserWarning, match=r"left out .*experts.*target_parameters="):
+            find_targets(checkpoint, "all-linear")
+    assert hashes[0] == hashes[1] == hashes[2]
+    factors = approximate_model(
+        tmp_path / "old", rank=2, solver="krylov", target_parameters=PARAMETERS, cache=False, progress=False
+    )
+    base = model.eval()
+    started, ids = lora_model(base, factors, task_type=None), torch.arange(8)[None]
+    with torch.no_grad():
+        for name, parameter in started.named_parameters():
+            parameter.add_(0.1 if ".lora_" in name else 0.0)
+        expected = started(ids).logits
+    started.save_pretrained(tmp_path / "trained")
+    export_merged(tmp_path / "trained", factors, tmp_path / "merged", tmp_path / "old")
+    merged = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-3)

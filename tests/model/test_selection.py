@@ -46,9 +46,7 @@ def test_convolutions_called_as_queries_are_no_defaults(tmp_path: Path) -> None:
 def test_neither_all_linear_nor_mambas_in_proj_is_misread(tmp_path: Path) -> None:
     write(tmp_path, {"norm.weight": torch.zeros(2)})
     assert "did you mean" not in refusal(tmp_path, TargetError, "all-linear")
-    build("MambaModel", vocab_size=40, hidden_size=16, num_hidden_layers=1).save_pretrained(
-        tmp_path / "m"
-    )
+    build("MambaModel", vocab_size=40, hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "m")
     assert "no query and value projections found" in refusal(tmp_path / "m", TargetError)
 
 
