@@ -157,3 +157,13 @@ def test_a_live_adapter_whose_names_peft_would_lose_is_refused(tmp_path: Path) -
     started.save_pretrained(tmp_path / "trained")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "trained")
     torch.testing.assert_close(logits(plain), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_draws_what_it_masks_is_compared_with_itself(tmp_path: Path) -> None:
+    """ViTMAE's two runs differed by the mask, and an export that adds exactly 0 was refused, or not, by luck."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    decoder = {f"decoder_{name}": size for name, size in sizes.items()}
+    base = save("ViTMAEForPreTraining", tmp_path / "base", image_size=16, patch_size=4, **sizes, **decoder)
+    factors = factorize(base, ("query", "value", "decoder_pred"), rank=2)
+    export_delta(base, factors, tmp_path / "delta")
+    export_residual(base, factors, tmp_path / "residual")
