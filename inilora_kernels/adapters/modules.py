@@ -200,7 +200,8 @@ def _own_names(model: nn.Module | None, wanted: Sequence[str], available: Collec
     transformers: Any = sys.modules.get("transformers")
     if model is None or transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return {}
-    names, converted = names_on_loading(model, wanted)
+    own: Any = model
+    names, converted = names_on_loading(own, wanted)
     names = {name: name for name in wanted if name in available} | names
     whole = all(name in converted or names.get(name) in available for name in wanted)
     return {name: live for name, live in names.items() if name not in converted} if whole else {}

@@ -129,8 +129,10 @@ def find_expert_parameters(checkpoint: Checkpoint, architecture: Architecture | 
 
 def rearranged_experts(checkpoint: Checkpoint, architecture: Architecture | None) -> list[str]:
     """The parameters of experts that the model makes of a stored stack in another way than `find_expert_parameters`."""
+    if architecture is None:
+        return []
     names = []
-    for tensor in _fused(checkpoint) if architecture is not None else ():
+    for tensor in _fused(checkpoint):
         into, conversion = architecture.loads_into(tensor)
         if into is not None and conversion is not None and not conversion.turns_if_needed:
             names.append(into)

@@ -191,8 +191,8 @@ def find_targets(
 def _is_default(module: Module) -> bool:
     """Whether one that is left out would be a target by default, as far as its name tells."""
     last = last_part(module.name)
-    is_fused = FUSED.fullmatch(last) is not None and module.architecture is not None
-    return last in QUERIES | VALUES or (is_fused and module.name in module.architecture.rearranged)
+    is_rearranged = module.architecture is not None and module.name in module.architecture.rearranged
+    return last in QUERIES | VALUES or (is_rearranged and FUSED.fullmatch(last) is not None)
 
 
 def _merged(module: Module) -> str | None:

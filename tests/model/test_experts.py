@@ -66,6 +66,13 @@ def test_the_parts_of_a_weight_norm_are_no_experts() -> None:
     assert not may_hold_experts(module, module.original1)
 
 
+def test_a_position_embedding_of_three_dimensions_is_no_experts() -> None:
+    """Kimi's has a row and a column: lora_model took its rows for 32 experts."""
+    module = nn.Module()
+    module.position_embeddings, module.down_proj = (nn.Parameter(torch.zeros(4, 4, 8)) for _ in range(2))
+    assert [may_hold_experts(module, parameter) for parameter in module.parameters()] == [False, True]
+
+
 def test_the_stacks_of_a_gguf_file(tmp_path: Path) -> None:
     """llama.cpp stacks gate, up and down by themselves; transformers joins the first two."""
     path = write_mixture(tmp_path / "model.gguf", mixture(), TYPES.Q8_0)
