@@ -33,6 +33,9 @@ _MERGE_INSTEAD = (
     "trained (on the residual base, or `adapter` and `initial` together) and call PEFT's merge_and_unload"
 )
 
+# Kinds of LoRA of which BA is not what is added to W, or not to every input: PEFT's fields of its config.
+_NOT_PLAIN = ("use_dora", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+
 # Where huggingface_hub keeps a downloaded model: its id and its commit are in the path.
 _HUB_CACHE = re.compile(r".*[/\\]models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[^/\\]+)")
 
@@ -83,7 +86,9 @@ def adapter_path(given: str | Path) -> Path:
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter folder that PEFT, or a trainer through PEFT, wrote. Raises FactorFileError.
 
-    DoRA and LoRA with a bias are refused, since they add more than BA to W.
+    DoRA and LoRA with a bias are refused, since they add more than BA to W, aLoRA, which adds it to some of the tokens,
+    QALoRA and BD-LoRA, whose A and B have other shapes, and a model whose layers PEFT has repeated. So are A and B of
+    another rank than the config's, of which scaling and meaning are unknown.
     """
     try:
         for name in (CONFIG, WEIGHTS):
@@ -99,9 +104,18 @@ def read_adapter(folder: Path) -> Adapter:
     except SafetensorError as error:
         raise FactorFileError(f"{folder}: damaged adapter ({error}); save it again") from error
     config = parse(AdapterConfig, text, str(folder / CONFIG))
-    if config.peft_type != "LORA" or config.use_dora or config.bias not in (None, "none"):
-        found = f"peft_type {config.peft_type}, use_dora {config.use_dora}, bias {config.bias}"
+    settings = config.model_dump()
+    kinds = {name: settings[name] for name in _NOT_PLAIN if settings.get(name)}
+    if config.peft_type != "LORA" or kinds or config.bias not in (None, "none"):
+        found = ", ".join(f"{name} {value}" for name, value in kinds.items())
+        found = f"peft_type {config.peft_type}, {found or 'no variant'}, bias {config.bias}"
         raise FactorFileError(f"{folder / CONFIG}: not a plain LoRA ({found}); {_MERGE_INSTEAD}")
+    if settings.get("layer_replication"):
+        raise FactorFileError(
+            f"{folder / CONFIG}: layer_replication {settings['layer_replication']}: PEFT has repeated the base's "
+            f"layers for this adapter, so its modules are not those of the original model; merge it by PEFT's "
+            f"merge_and_unload"
+        )
     modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     if not modules:
         raise FactorFileError(f"{folder / WEIGHTS}: no lora_A in it; give the folder of a trained LoRA adapter")
@@ -117,13 +131,25 @@ def read_adapter(folder: Path) -> Adapter:
             )
         if not (A.isfinite().all() and B.isfinite().all()):
             raise FactorFileError(f"{folder / WEIGHTS}: {module} holds NaN or Inf; take an earlier checkpoint")
-        factors[module.removeprefix(KEY_PREFIX)] = (A, B)
+        name = module.removeprefix(KEY_PREFIX)
+        _require_rank(config, name, A.shape[0], f"{folder / WEIGHTS}: {module}")
+        factors[name] = (A, B)
     for key in [key for key in tensors if key.endswith(STARTS)]:  # what get_peft_model_state_dict adds
         del tensors[key]
     strange = [key for key in tensors if "lora_" in key]
     if strange:
         raise FactorFileError(f"{folder / WEIGHTS}: {strange[0]} is neither A nor B; {_MERGE_INSTEAD}")
-    return Adapter(config.model_dump(), factors, tensors)
+    return Adapter(settings, factors, tensors)
+
+
+def _require_rank(config: AdapterConfig, module: str, found: int, where: str) -> None:
+    """Raise FactorFileError if A has another rank than adapter_config.json says; of experts, a multiple of it."""
+    rank = int(pattern_value(config.rank_pattern or {}, module, config.r))
+    if found != rank and (found % rank or not config.model_dump().get("target_parameters")):
+        raise FactorFileError(
+            f"{where} has A of rank {found}, and {CONFIG} says {rank}: they do not belong together; save by the "
+            f"model's own save_pretrained, which writes both"
+        )
 
 
 def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:

@@ -274,6 +274,11 @@ def _config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
             f"init_lora_weights={config.init_lora_weights!r} has set up this adapter already; "
             f"make the LoraConfig with init_lora_weights=True"
         )
+    if config.layer_replication:
+        raise OptionError(
+            f"layer_replication={config.layer_replication}: PEFT has repeated layers of the base, so names no longer "
+            f"say which layer's factors a module starts from; repeat them in a model of its own, and factorize that"
+        )
     if config.bias != "none":
         raise OptionError(
             f"bias={config.bias!r} trains biases of the base, which no LoRA for the original model can hold; "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import BdLoraConfig, LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from inilora_kernels.adapters.export import export_delta
@@ -39,7 +39,15 @@ def test_adapters_are_written_as_peft_writes_them(llama: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "options",
-    [{"bias": "all"}, {"lora_bias": True}, {"target_modules": ["q_proj", "embed_tokens"]}, {"use_dora": True}],
+    [
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"use_dora": True},
+        {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"},
+        {"use_qalora": True, "qalora_group_size": 4},
+        {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)},
+    ],
 )
 def test_what_is_more_than_a_and_b_is_refused_with_what_to_do(
     llama: Path, tmp_path: Path, options: dict[str, object]
@@ -48,4 +56,23 @@ def test_what_is_more_than_a_and_b_is_refused_with_what_to_do(
     config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
     get_peft_model(LlamaForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path)
     with pytest.raises(FactorFileError, match=r"train again without it, or .*merge_and_unload"):
+        read_adapter(tmp_path)
+
+
+def test_repeated_layers_are_refused(llama: Path, tmp_path: Path) -> None:
+    """Their adapter was merged into the layers of the original model that have the same numbers."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[1, 2], [0, 1]])
+    get_peft_model(LlamaForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path)
+    with pytest.raises(FactorFileError, match=r"layer_replication .*merge_and_unload"):
+        read_adapter(tmp_path)
+
+
+def test_tensors_of_another_rank_than_the_configs_are_refused(llama: Path, tmp_path: Path) -> None:
+    """Their scaling is unknown, and that of A and B alone next to the config of the plain LoRA was taken for half."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2})
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama), config)
+    model.save_pretrained(tmp_path)
+    read_adapter(tmp_path)
+    LoraConfig(r=8, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2}).save_pretrained(tmp_path)
+    with pytest.raises(FactorFileError, match=r"v_proj has A of rank 4, and adapter_config\.json says 8"):
         read_adapter(tmp_path)

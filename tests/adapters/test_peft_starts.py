@@ -98,6 +98,7 @@ def test_modules_that_are_bypassed_are_refused(form: Form) -> None:
         ({"bias": "lora_only"}, 'bias="none"'),
         ({"lora_bias": True}, "without it"),
         ({"target_modules": [*TARGETS, "embed_tokens"]}, "embed_tokens"),
+        ({"layer_replication": [[1, 2], [0, 1]]}, "layer_replication=.*in a model of its own"),
     ],
 )
 def test_what_convert_could_not_take_is_refused_at_the_start(
