@@ -17,6 +17,7 @@ from ..errors import OptionError
 from .residual_base import Layer
 from .started import Started, unwrapped
 from .weights import require_unshared_weight, users_of_weights
+from .wrappers import in_state_dict, own_names, without_wrappers
 
 # What PEFT's initializations do to A and B alone.
 _LEAVES_THE_BASE = frozenset({"gaussian", "orthogonal", "eva", "mica"})
@@ -36,6 +37,7 @@ def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
     model.save_pretrained = partial(_save_pretrained, model)
     model.state_dict = partial(_state_dict, model)
     model.load_state_dict = partial(_load_state_dict, model)
+    model.load_adapter = partial(_load_adapter, model)
     base: Any = peft_model.get_base_model()
     if callable(getattr(base, "save_pretrained", None)):
         base.save_pretrained = partial(_save_base, base)
@@ -49,10 +51,20 @@ def save_and_combine_what_was_learned(peft_model: PeftModel) -> None:
 
 
 def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **options: Any) -> None:
-    """PeftModel.save_pretrained; state_dict, where given, is the gathered one of a sharded model."""
+    """PeftModel.save_pretrained; state_dict, where given, is the gathered one of a sharded model.
+
+    Names are those of the model itself, also where torch.compile has wrapped it, its base or its layers.
+    """
     options.pop("path_initial_model_for_weight_conversion", None)  # the start, which the file subtracts already
     given = options.pop("state_dict", None)
-    state_dict = dict(peft_model.state_dict() if given is None else given)
+    state_dict = own_names(peft_model, peft_model.state_dict() if given is None else given)
+    with without_wrappers(peft_model):
+        _save_under_own_names(peft_model, save_directory, state_dict, *args, **options)
+
+
+def _save_under_own_names(
+    peft_model: PeftModel, save_directory: str, state_dict: dict[str, Any], *args: Any, **options: Any
+) -> None:
     _double(peft_model, state_dict)
     for key, started in _started(peft_model).items():
         state_dict.pop(f"{key}.{started.start_name}", None)
@@ -61,7 +73,8 @@ def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **o
                 f"{key}: PEFT's hotswap has put another adapter here since this one was started from factors, and the "
                 f"config is still the old one's; copy the folder that was swapped in"
             )
-    for name in options.get("selected_adapters") or list(peft_model.peft_config):
+    selected = options.get("selected_adapters") or list(peft_model.peft_config)
+    for name in selected:
         # Processes other than the one that saves may have gathered nothing.
         if state_dict and not get_peft_model_state_dict(
             peft_model, dict(state_dict), name, save_embedding_layers=False
@@ -70,6 +83,12 @@ def _save_pretrained(peft_model: PeftModel, save_directory: str, *args: Any, **o
                 f"adapter {name!r}: PEFT finds none of its tensors in this state dict, and would write an empty one "
                 f"(PEFT 0.21 under FSDP1, a plain LoRA's too); use FSDP2, or load the gathered state dict into a model "
                 f"that is not sharded and save that"
+            )
+    for key in _started(peft_model):
+        if state_dict and f"{key}.weight" not in state_dict and key.rpartition(".")[2] in selected:
+            raise OptionError(
+                f"{key}.weight is not in the state dict to save, which has other names or leaves it out; save by "
+                f"save_pretrained without a state_dict, or give the model's own"
             )
     type(peft_model).save_pretrained(peft_model, save_directory, *args, state_dict=state_dict, **options)
 
@@ -109,6 +128,18 @@ def _load_state_dict(peft_model: PeftModel, state_dict: Mapping[str, Any], *args
     return type(peft_model).load_state_dict(peft_model, state_dict, *args, **options)
 
 
+def _load_adapter(peft_model: PeftModel, *args: Any, **options: Any) -> Any:
+    """PeftModel.load_adapter of what `save_pretrained` wrote under the model's own names, also into a compiled one.
+
+    PEFT alone writes the wrappers' names, so those of its folders are looked for too.
+    """
+    with without_wrappers(peft_model) as wrapped:
+        result = type(peft_model).load_adapter(peft_model, *args, **options)
+    if wrapped and result.missing_keys:
+        result = type(peft_model).load_adapter(peft_model, *args, **options)
+    return result
+
+
 def _double(peft_model: PeftModel, state_dict: MutableMapping[str, Any]) -> None:
     for key, started in _started(peft_model).items():
         weight = state_dict.get(f"{key}.weight")
@@ -117,12 +148,8 @@ def _double(peft_model: PeftModel, state_dict: MutableMapping[str, Any]) -> None
 
 
 def _started(peft_model: PeftModel) -> dict[str, Started]:
-    """lora_A and lora_B of every adapter that started from factors, by their key in the unwrapped state dict."""
-    return {
-        name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", ""): module
-        for name, module in peft_model.named_modules()
-        if isinstance(module, Started)
-    }
+    """lora_A and lora_B of every adapter that started from factors, by their key in the model's state dict."""
+    return {in_state_dict(name): module for name, module in peft_model.named_modules() if isinstance(module, Started)}
 
 
 def _inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **options: Any) -> None:
