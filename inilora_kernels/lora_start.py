@@ -16,6 +16,7 @@ from .adapters.experts import expert_shapes
 from .adapters.live_model import model_config
 from .adapters.modules import find_starts, is_conv1d, linear_shape
 from .adapters.peft import initialize_peft
+from .adapters.peft_check import require_no_adapters
 from .adapters.plan import common_scaling, lora_config
 from .adapters.weights import has_weight_of, require_unpacked, with_shared
 from .approximate import approximate_model
@@ -51,7 +52,8 @@ def lora_model(
 
     `save_pretrained`, which every trainer calls, writes a plain LoRA of rank 2r for the original model.
 
-    Raises what `initialize_peft` and `FactorSet.load` raise, and for a rank what `approximate_model` raises.
+    Raises what `initialize_peft` and `FactorSet.load` raise, for a rank what `approximate_model` raises, and
+    OptionError for a model that has adapters already.
 
     >>> import torch
     >>> from torch import nn
@@ -66,6 +68,7 @@ def lora_model(
     if (factors is None) == (rank is None):
         raise OptionError("lora_model: give either factors or a rank, as lora_model(model, rank=8)")
     factors = rank if factors is None else factors
+    require_no_adapters(model)
     require_original(model)
     if isinstance(factors, int):
         factors = approximate_model(model, rank=factors, solver="krylov")

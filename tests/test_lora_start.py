@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
 
-from inilora_kernels import FactorSet, approximate_model, lora_config_of, lora_model
+from inilora_kernels import FactorSet, approximate_model, export_delta, load_delta, lora_config_of, lora_model
 from inilora_kernels.errors import OptionError, TargetError
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -85,3 +85,29 @@ def test_what_is_refused_leaves_the_model_as_it_was(minilm: Path, gpt2_factors: 
     with pytest.raises(OptionError, match="form='both'"):
         lora_model(model, 4, "both")  # type: ignore[arg-type]
     assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("form", ["delta", "residual"])
+@pytest.mark.parametrize("started", [True, False])
+def test_a_model_that_has_adapters_keeps_them(llama: Path, tmp_path: Path, form: str, started: bool) -> None:
+    """A notebook's cell run twice: the trained adapter was taken out of the model, or started anew."""
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    factors = approximate_model(base, rank=4, solver="krylov", cache=False, progress=False)
+    export_delta(llama, factors, tmp_path / "delta")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = lora_model(base, factors, form) if started else peft.get_peft_model(base, config)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    trained = model(IDS).logits
+    for given in (model, model.get_base_model()):
+        with pytest.raises(OptionError, match=r"has PEFT's adapters already.*unload\(\) first"):
+            lora_model(given, factors, form)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="has PEFT's adapters already"):
+            load_delta(given, tmp_path / "delta")
+        assert torch.equal(model(IDS).logits, trained)
+    model.save_pretrained(tmp_path / "trained")
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "trained")
+    torch.testing.assert_close(plain(IDS).logits, trained, rtol=1e-4, atol=1e-5)
+    assert isinstance(lora_model(model.unload(), factors), peft.PeftModel)

@@ -21,7 +21,7 @@ from .experts import expert_shapes, name_of, require_expert_parameter, stacks, s
 from .folder import WEIGHTS, adapter_path, named_base, read_adapter
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, linear_shape
-from .peft_check import disabled, parts_of, put_back, require_layer_unchanged
+from .peft_check import disabled, parts_of, put_back, require_layer_unchanged, require_no_adapters
 from .peft_layer import DeltaVariant, halved, start_layer, start_on_residual, started_config
 from .peft_model import save_and_combine_what_was_learned
 from .rehearsal import require_peft_reads_back
@@ -125,6 +125,7 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
     Raises FactorFileError (a folder of another kind, of A and B alone, say), and what peft and `initialize_peft` raise.
     """
     folder = adapter_path(folder)
+    require_no_adapters(model)
     require_original(model)
     if is_there(folder / "initial"):
         raise FactorFileError(f"{folder}: a delta export of an earlier version, of two adapters; export it again")
@@ -140,8 +141,7 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
     config.base_model_name_or_path = None  # get_peft_model warns where the model was loaded from elsewhere
     peft_model = get_peft_model(model, config, adapter_name)
     assert isinstance(peft_model, PeftModel)
-    for key, value in named.items():
-        setattr(config, key, value)
+    vars(config).update(named)
     layers = _lora_layers(peft_model, adapter_name)
     paths = {module: path for path, module in peft_model.get_base_model().named_modules()}
     strange = sorted(stored.keys() ^ {paths[layer] for layer in layers.values()})

@@ -1,4 +1,7 @@
-"""Whether one of PEFT's layers keeps its output when it starts from factors: tried on the layer itself, then undone."""
+"""Whether a model can take adapters, and whether one of PEFT's layers keeps its output when it starts from factors.
+
+The latter is tried on the layer itself, then undone.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..choices import Form
-from ..errors import TargetError
+from ..errors import OptionError, TargetError
 from .peft_layer import start_layer
 from .residual_base import Layer
 from .weights import require_gradients, run_base
+
+
+def require_no_adapters(model: nn.Module) -> None:
+    """Raise OptionError if a model has PEFT's adapters, which `get_peft_model` would start anew under their name."""
+    found = next((name for name, one in model.named_modules() if isinstance(one, (PeftModel, BaseTunerLayer))), None)
+    if found is not None:
+        raise OptionError(
+            f"{found or type(model).__name__} has PEFT's adapters already, which this would overwrite, trained or not; "
+            f"go on with that PeftModel (initialize_peft starts a further adapter of it), or call its "
+            f"merge_and_unload() or unload() first"
+        )
 
 
 @dataclass(frozen=True, eq=False)
