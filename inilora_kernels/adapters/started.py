@@ -7,7 +7,7 @@ pass: FSDP and ZeRO may shard each of the two modules by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,25 @@ class Started(nn.Linear):
     @property
     def initial(self) -> Tensor:
         return self.get_buffer(self.start_name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Started:
+        """nn.Module._apply, by which `.to`, `.half()` and so on act, but no coarser dtype for what was trained.
+
+        In 16 bits A − A0 would be rounded by the size of A, which is many times larger, and be lost without a word.
+        """
+        keeps = self._is_trained()
+
+        def kept(tensor: Tensor) -> Tensor:
+            return _not_coarser(fn(tensor), tensor) if keeps else fn(tensor)
+
+        moved: Started = super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def _is_trained(self) -> bool:
+        weight, initial = self.weight.data, self.initial
+        if type(weight) is not Tensor or weight.is_meta or initial.is_meta or weight.shape != initial.shape:
+            return False
+        return weight.dtype == initial.dtype and weight.device == initial.device and not torch.equal(weight, initial)
 
     def doubled(self, weight: Tensor) -> Tensor:
         """[A − A0; A0] or [B, B − B0], so that their product is BA − B0A0, and nothing cancels in it; see `difference`.
@@ -174,6 +193,19 @@ def _is_same(stored: Tensor, initial: Tensor, weight: Tensor) -> bool:
     return bool((off <= rtol * (stored.float().abs() + weight.float().abs())).all())
 
 
+def _not_coarser(moved: Tensor, tensor: Tensor) -> Tensor:
+    """What a tensor has become, but in its own dtype where the new one has fewer digits."""
+    if not (tensor.is_floating_point() and moved.is_floating_point()):
+        return moved
+    coarser = torch.finfo(moved.dtype).eps > torch.finfo(tensor.dtype).eps
+    return tensor.to(moved.device) if coarser else moved
+
+
+def _as_weight(x: Tensor, weight: Tensor) -> Tensor:
+    """The input of B in B's dtype: where only one of A and B is trained, a cast to 16 bits leaves them different."""
+    return x if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
 class StartedA(Started):
     """lora_A (r, in_features) of the residual form, whose forward pass is a LoRA's."""
 
@@ -184,6 +216,9 @@ class StartedB(Started):
     """lora_B (out_features, r) of the residual form, whose forward pass is a LoRA's."""
 
     start_name, axis = "residual_start", 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(_as_weight(x, self.weight), self.weight, self.bias)
 
 
 class DeltaA(StartedA):
@@ -204,6 +239,7 @@ class DeltaB(StartedB):
     start_name = "delta_start"
 
     def forward(self, x: Tensor) -> Tensor:
+        x = _as_weight(x, self.weight)
         if self.weight.shape != self.initial.shape:
             return F.linear(x, self.weight, self.bias)
         B0 = self.initial.to(self.weight.dtype)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from inilora_kernels.adapters.started import difference
+from inilora_kernels.adapters.started import Started, difference
+from inilora_kernels.choices import Form
+from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import inilora_alpha
+from .started import FORMS, load, logits, started
 
 
 def test_taking_the_difference_first_keeps_half_precision() -> None:
@@ -25,3 +32,39 @@ def test_taking_the_difference_first_keeps_half_precision() -> None:
     stable, cancelling = difference(A, B, A0, B0), (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
     assert error(*reversed(stable)) < 2**-7
     assert error(*reversed(cancelling)) > 0.3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("trained", ["lora_", "lora_A", "lora_B"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_after_training_keeps_what_was_learned(
+    llama: Path, factors: FactorSet, form: Form, trained: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Trainer's bf16_full_eval casts the model before it is saved: of small updates, nothing was left."""
+    model = started(llama, factors, form)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if trained in name:
+                parameter.add_(1e-5 * torch.randn(parameter.shape, generator=generator))
+    layer = next(one for one in model.modules() if getattr(one, "started_as", None))
+    learned = layer.lora_B["default"], layer.lora_A["default"]
+    B, A = (one.weight.detach().double() for one in learned)
+    B0, A0 = (one.initial.double() for one in learned)
+    model.to(dtype)
+    assert bool(logits(model).isfinite().all())
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(load(llama), tmp_path)
+    saved = next(one for one in plain.modules() if hasattr(one, "lora_A") and "default" in one.lora_A)
+    found = saved.lora_B["default"].weight.double() @ saved.lora_A["default"].weight.double()
+    # What was trained is kept to float32's rounding of A; the other's start is rounded to 16 bits.
+    assert float((found - (B @ A - B0 @ A0)).norm() / (B @ A - B0 @ A0).norm()) < 0.02
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cast_before_training_casts_all(llama: Path, factors: FactorSet, form: Form) -> None:
+    model = started(llama, factors, form).bfloat16()
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    assert {one.initial.dtype for one in model.modules() if isinstance(one, Started)} == {torch.bfloat16}
+    if form == "delta":
+        assert torch.equal(logits(model), logits(load(llama).bfloat16()))
