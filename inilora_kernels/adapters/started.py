@@ -27,7 +27,8 @@ _UNRELATED = 0.1
 _NEAR = 0.5
 
 
-class Started(nn.Linear):
+# Which torchao's quantize_ leaves alone: a quantized A less A0 is neither computed nor what was learned.
+class Started(nn.modules.linear.NonDynamicallyQuantizableLinear):
     """A linear layer (out_features, in_features) without bias of its own, and a frozen copy of where it started.
 
     weight: the parameter to train, used as it is.

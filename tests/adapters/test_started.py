@@ -14,7 +14,7 @@ from inilora_kernels.choices import Form
 from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import inilora_alpha
-from .started import FORMS, load, logits, started
+from .started import FORMS, change, load, logits, started
 
 
 def test_taking_the_difference_first_keeps_half_precision() -> None:
@@ -68,3 +68,21 @@ def test_a_cast_before_training_casts_all(llama: Path, factors: FactorSet, form:
     assert {one.initial.dtype for one in model.modules() if isinstance(one, Started)} == {torch.bfloat16}
     if form == "delta":
         assert torch.equal(logits(model), logits(load(llama).bfloat16()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quantizing_the_base_after_the_start_leaves_a_and_b(
+    llama: Path, factors: FactorSet, form: Form, tmp_path: Path
+) -> None:
+    """torchao's quantize_ takes every nn.Linear, and has no difference of quantized A and A0."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = started(llama, factors, form)
+    trained = change(model)
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    assert all(type(one.weight.data) is Tensor for one in model.modules() if isinstance(one, Started))
+    # int8 weights, one scale a row, through two layers.
+    assert float((logits(model) - trained).norm()) < 0.05 * float(trained.norm())
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(load(llama), tmp_path)
+    assert torch.allclose(logits(plain), trained, rtol=0, atol=1e-5)
