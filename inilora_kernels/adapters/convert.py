@@ -348,7 +348,8 @@ def _require_related(trained: Path, ends: Mapping[str, tuple[Tensor, Tensor, Ten
         raise FactorFileError(
             f"{trained}: neither its A nor its BA is near the factors' (mean cosine {means['A']:.2f} and "
             f"{means['BA']:.2f}), so it hardly started from them, and the result would be off by all of their BA; "
-            f"give the factors that training started from, or insist (--insist, insist=True)"
+            f"give the factors that training started from, load what `inilora convert --rank` wrote as the plain LoRA "
+            f"that it is, or insist (--insist, insist=True)"
         )
 
 

@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .peft_layer import StartedLoraConfig, started_config
 from .residual_base import Layer
 from .started import Started, unwrapped
 from .weights import require_unshared_weight, users_of_weights
@@ -164,6 +165,10 @@ def _inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any,
             f"adapters that started from factors compute; load it into a model of its own"
         )
     type(tuner).inject_adapter(tuner, model, adapter_name, *args, **options)
+    config = tuner.peft_config[adapter_name]
+    if isinstance(config, StartedLoraConfig) and config.started_from is not None:
+        # It has the start itself now, and may outlive the adapter whose config this is.
+        tuner.peft_config[adapter_name] = started_config(config, adapter_name, config.form or "delta")
 
 
 def _require_unshared(tuner: Any, names: Iterable[str]) -> None:

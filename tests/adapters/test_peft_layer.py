@@ -34,6 +34,17 @@ def test_a_copy_of_the_adapter_is_right_by_itself(llama: Path, factors: FactorSe
     assert torch.allclose(logits(model), expected, rtol=0, atol=0 if form == "delta" else 1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copys_config_outlives_its_source(llama: Path, factors: FactorSet, form: Form) -> None:
+    model = started(llama, factors, form)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    model.delete_adapter("default")
+    model.add_adapter("third", model.peft_config["ref"])
+    model.set_adapter("third")
+    assert torch.allclose(logits(model), logits(load(llama)), rtol=0, atol=0 if form == "delta" else 1e-5)
+
+
 def _copy(model: PeftModel, name: str) -> None:
     for key, parameter in model.named_parameters():
         if ".default." in key:
