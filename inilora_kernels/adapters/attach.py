@@ -15,7 +15,7 @@ from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet, factor_set
 from ..model.experts import parameter_of_expert
 from ..suggestions import require_choice
-from .attached_model import adapters, save_as_before, save_as_trained
+from .attached_model import adapters, plain_name, save_as_before, save_as_trained, unwrapped_model
 from .base import require_original
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
@@ -33,8 +33,6 @@ from .weights import (
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What torch.compile and activation checkpointing put into module names; DDP puts "module" before them.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _FROZEN = "_inilora_trained_before"
 
 
@@ -209,8 +207,8 @@ def _require_residual(name: str, base_layer: nn.Module, start: Start, users: Map
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, layer in adapters(model):
-        plain = ".".join(part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS)
+    for name, layer in adapters(unwrapped_model(model)):
+        plain = plain_name(name).removeprefix("module.")  # other libraries' wrappers call it so, too
         for linear in ("lora_A", "lora_B"):
             yield f"{plain}.{linear}.weight", layer.get_parameter(f"{linear}.weight")
 

@@ -1,8 +1,8 @@
 """After training: back to the original model, as a plain LoRA next to it or merged into it.
 
-A model that was started in memory saves a plain LoRA of rank 2r, and so does PEFT from what `export_delta` wrote. What
-PEFT saves from a residual's folder, and `save_adapter`, is A and B alone: together with the factors they started from,
-A0 and B0, they are the update
+A model that was started in memory saves a plain LoRA of rank 2r, `save_adapter` too, and so does PEFT from what
+`export_delta` wrote. What PEFT saves from a residual's folder is A and B alone: together with the factors they started
+from, A0 and B0, they are the update
 
     ΔW = s(BA − B0A0) = s [B, B − B0] [A − A0; A0]
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from ..factors import Factors
 from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from ..storage.reading import absolute
+from ..suggestions import some
 from ..torch_defaults import created_on_the_cpu
-from .attached_model import adapters
+from .attached_model import adapters, plain_name, unwrapped_model
 from .base import write_residual_record
 from .diffusers_folder import write_for
 from .folder import KEY_PREFIX, WEIGHTS, Adapter, named_base, write_adapter
@@ -48,8 +51,7 @@ _ABOUT_DELTA = (
     "plain LoRA for the original model."
 )
 _ABOUT_TRAINED = (
-    "A trained LoRA that started from the pretrained weights. **Alone on the base model it is wrong**: "
-    "`inilora convert` makes a plain LoRA from it and the factors that it started from."
+    "A plain LoRA for the original model, of rank 2r: what training from the pretrained weights has added to them."
 )
 
 
@@ -209,42 +211,89 @@ def export_delta(
 def save_adapter(
     model: nn.Module, out: str | Path, base: str | Path, task_type: TaskType | None = None, lora_dropout: float = 0.0
 ) -> None:
-    """Write what a model with attached adapters has learned as PEFT's adapter folder, as PEFT itself would.
+    """Write what a model with attached adapters has learned as PEFT's adapter folder, for the original model.
 
-    For training without PEFT: `attach`, train, `save_adapter`; `convert` then makes a plain LoRA from the folder. It
-    holds A and B alone, and modules trained whole, such as a head. Gather a sharded model first: load its
-    `adapter_state_dict` into a model that is not sharded.
+    For training without PEFT: `attach`, train, `save_adapter`. The folder is a plain LoRA of rank 2r,
+    [B, B − B0] [A − A0; A0], as live PeftModels save it, with modules trained whole, such as a head; `convert` gives it
+    another rank, `export_merged` merges it. Gather a sharded model first: load its `adapter_state_dict` into a model
+    that is not sharded.
 
-    base: the original model, a folder or its id on the hub; task_type: PEFT's, for loading the converted adapter.
+    model: also in DDP, torch.compile, AveragedModel, or another module, a LightningModule, say: the names are those of
+        the model that saves itself by `save_pretrained` in it. Where something is trained outside of that, they are
+        those of the module given, with a warning.
+    base: the original model, a folder or its id on the hub; task_type: PEFT's, for loading the adapter.
 
-    Raises TargetError if no adapter is attached, and OutputError.
+    Raises TargetError (no adapter is attached, they are sharded, or a parameter is trained for which such a folder has
+    no place: a bias or the weight below an adapter), and OutputError.
     """
-    layers = dict(adapters(model))
-    if not layers:
+    if not any(True for _ in adapters(model)):
         raise TargetError(f"{type(model).__name__} has no adapters; call attach(model, factors) before training")
-    learned = {
-        name: (layer.lora_A.weight.detach().cpu(), layer.lora_B.weight.detach().cpu()) for name, layer in layers.items()
-    }
-    whole = sorted(
-        {
-            name.rpartition(".")[0]
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name.rpartition(".")[0].rpartition(".")[0] not in layers
-        }
-    )
+    model = _saved_by_itself(unwrapped_model(model))
+    layers = dict(adapters(model))
+    for name, layer in layers.items():
+        if type(layer.lora_A.weight.data) is not Tensor or layer.lora_A.weight.shape != layer.lora_A.initial.shape:
+            raise TargetError(f"{name}: A and B are sharded; load adapter_state_dict(model) into one that is not")
+    whole = _trained_whole(model, layers)
     others = {
-        f"{KEY_PREFIX}{module}.{name}": tensor.detach().cpu().contiguous()
+        f"{KEY_PREFIX}{plain_name(f'{module}.{name}')}": tensor.detach().cpu().contiguous()
         for module in whole
         for name, tensor in model.get_submodule(module).state_dict().items()
     }
+    learned = {}
+    for name, layer in layers.items():
+        A, B = layer.learned()
+        learned[plain_name(name)] = (A.cpu(), B.cpu())
     ranks = {name: A.shape[0] for name, (A, _) in learned.items()}
+    modules = [plain_name(name) for name, _ in model.named_modules()]
     config = {
-        **lora_config(ranks, next(iter(layers.values())).scaling, False, [name for name, _ in model.named_modules()]),
+        **lora_config(ranks, next(iter(layers.values())).scaling, False, modules),
         **named_base(Path(base)),
         "lora_dropout": lora_dropout,
         "task_type": task_type,
         "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
-        "modules_to_save": whole or None,
+        "modules_to_save": [plain_name(module) for module in whole] or None,
     }
     with whole_folder(Path(out)) as folder:
         write_adapter(folder, Adapter(config, learned, others), _ABOUT_TRAINED)
+
+
+def _saved_by_itself(model: nn.Module) -> nn.Module:
+    """The outermost part with `save_pretrained` that has all adapters, of which `base` is a folder; or all of it."""
+    every = {id(layer) for _, layer in adapters(model)}
+    inner = next(
+        (
+            part
+            for part in model.modules()
+            if hasattr(type(part), "save_pretrained") and every <= {id(one) for one in part.modules()}
+        ),
+        model,
+    )
+    own = {id(parameter) for parameter in inner.parameters()}
+    outside = [name for name, one in model.named_parameters() if one.requires_grad and id(one) not in own]
+    if not outside:
+        return inner
+    warnings.warn(
+        f"{some(outside, most=1)} is trained and is no part of {type(inner).__name__}, so the adapter has the names of "
+        f"{type(model).__name__}, and loads onto a model of that class alone; for a LoRA of {type(inner).__name__}, "
+        f"give that to save_adapter, and save the rest by itself",
+        stacklevel=4,
+    )
+    return model
+
+
+def _trained_whole(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The modules with parameters of their own that are trained. Raises TargetError where adapters are in them."""
+    factors = {f"{name}.{linear}" for name in layers for linear in ("lora_A", "lora_B")}
+    whole = set()
+    for parameter, values in model.named_parameters():
+        module = parameter.rpartition(".")[0]
+        if not values.requires_grad or module in factors:
+            continue
+        if any(f"{module}.".startswith(f"{name}.") or not module or name.startswith(f"{module}.") for name in layers):
+            raise TargetError(
+                f"{plain_name(parameter).replace('.base_layer.', '.')}: it is trained, and a LoRA's folder has no "
+                f"place for it, next to an adapter; save the whole model, by its save_pretrained or state_dict, which "
+                f"keep it, or freeze it"
+            )
+        whole.add(module)
+    return sorted(whole)

@@ -158,9 +158,14 @@ class LoRALinear(nn.Module):
         return "was trained from other factors, or on another base; attach the factors that it started from"
 
     @torch.no_grad()
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """[A − A0; A0] (2r, in_features) and [B, B − B0] (out_features, 2r), whose product, times s, `delta` is."""
+        return difference(self.lora_A.weight, self.lora_B.weight, self.lora_A.initial, self.lora_B.initial)
+
+    @torch.no_grad()
     def delta(self) -> Tensor:
         """s(BA − B0A0) (out_features, in_features), float32: what training has added to W."""
-        A, B = difference(self.lora_A.weight, self.lora_B.weight, self.lora_A.initial, self.lora_B.initial)
+        A, B = self.learned()
         return self.scaling * (B.float() @ A.float())
 
     def merge(self) -> None:

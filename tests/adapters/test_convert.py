@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2LMHeadModel
 
-from inilora_kernels.adapters.attach import attach
 from inilora_kernels.adapters.convert import convert, export_merged, recompress
-from inilora_kernels.adapters.export import export_delta, export_residual, save_adapter
+from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.adapters.peft import initialize_peft, load_delta
 from inilora_kernels.errors import FactorFileError, OptionError, OutputError
 from inilora_kernels.factor_set import FactorSet
@@ -316,7 +315,11 @@ def test_factors_that_do_not_belong_are_refused(minilm: Path, minilm_factors: Fa
     wrong = factorize(other)
     # A and B alone, as a trainer that does not know this library saves them.
     alone = tmp_path / "alone"
-    save_adapter(attach(AutoModel.from_pretrained(minilm), minilm_factors), alone, minilm)
+    plain = get_peft_model(AutoModel.from_pretrained(minilm), LoraConfig(r=8, target_modules=["query", "value"]))
+    for module, part in minilm_factors.items():
+        layer = plain.get_base_model().get_submodule(module)
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = part.A.clone(), part.B.clone()
+    plain.save_pretrained(alone)
     for act in (convert, export_merged):
         with pytest.raises(
             FactorFileError, match=r"query\.weight is not the weight that these factors were computed from"

@@ -7,21 +7,27 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModel, GPT2LMHeadModel
 
+from inilora_kernels.adapters.attach import attach, trainable_parameters
+from inilora_kernels.adapters.attached_model import adapters
 from inilora_kernels.adapters.convert import convert
-from inilora_kernels.adapters.export import _Residual, export_delta, export_residual
+from inilora_kernels.adapters.export import _Residual, export_delta, export_residual, save_adapter
 from inilora_kernels.adapters.peft import load_delta
-from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError, OutputError
+from inilora_kernels.errors import CheckpointError, FactorFileError, OptionError, OutputError, TargetError
 from inilora_kernels.factor_set import FactorSet
 from inilora_kernels.factors import Certificate, Factors
 from inilora_kernels.model.fused import row_index
 
 from ..factorized import factorize, inilora_alpha
 from .models import output
+from .started import FORMS, change, load, logits
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -201,3 +207,104 @@ def test_rows_of_every_head(tmp_path: Path) -> None:
     expected[row_index(part.rows, 24)] -= B @ A
     residual = _Residual([part], 24)
     assert torch.equal(torch.cat([residual.rows(start, W[start : start + 5]) for start in range(0, 24, 5)]), expected)
+
+
+def compiled_layer(model: Any) -> nn.Module:
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    return model
+
+
+def checkpointed_layers(model: Any) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda part: type(part).__name__ == "LlamaDecoderLayer")
+    return model
+
+
+class Holder(nn.Module):
+    """As a LightningModule holds a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return self.model(*args, **options)
+
+
+WRAPPERS: dict[str, Any] = {
+    "nothing": lambda model: model,
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "compile of parallel": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    "parallel, averaged": lambda model: AveragedModel(nn.DataParallel(model)),
+    "a compiled layer": compiled_layer,
+    "checkpointed layers": checkpointed_layers,
+    "a module that holds it": Holder,
+    "a compiled one that does": lambda model: torch.compile(Holder(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_an_attached_model_is_saved_under_the_original_models_names(
+    llama: Path, factors: FactorSet, tmp_path: Path, wrap: Any
+) -> None:
+    model = wrap(attach(load(llama), factors, scaling=2.0))
+    trained = change(model)
+    save_adapter(model, tmp_path / "trained", llama)
+    convert(tmp_path / "trained", factors, tmp_path / "lora")
+    assert (trained - logits(load(llama))).abs().max() > 0.1
+    for name in ("trained", "lora"):
+        loaded = PeftModel.from_pretrained(load(llama), tmp_path / name)
+        assert torch.allclose(logits(loaded), trained, rtol=0, atol=1e-5)
+
+
+def test_what_is_trained_next_to_the_model_keeps_the_holders_names(
+    llama: Path, factors: FactorSet, tmp_path: Path
+) -> None:
+    model = Holder(attach(load(llama), factors))
+    model.classifier = nn.Linear(4, 2)
+    trained = change(model)
+    with pytest.warns(
+        UserWarning, match="classifier.weight and 1 more is trained and is no part of LlamaForCausalLM"
+    ) as seen:
+        save_adapter(model, tmp_path / "trained", llama)
+    assert seen[0].filename == __file__
+    original = Holder(load(llama))
+    original.classifier = nn.Linear(4, 2)
+    loaded = PeftModel.from_pretrained(original, tmp_path / "trained")
+    assert torch.allclose(logits(loaded), trained, rtol=0, atol=1e-5)
+    assert torch.equal(loaded.get_base_model().classifier.modules_to_save["default"].weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_learned_after_a_cast_is_saved_as_it_is(
+    llama: Path, factors: FactorSet, tmp_path: Path, form: Any
+) -> None:
+    """A0 and B0 are the cast ones then, which the factors alone do not tell."""
+    model = attach(load(llama), factors, form=form).bfloat16()
+    for parameter in trainable_parameters(model):
+        parameter.data = parameter.data.float()
+        parameter.data.add_(1e-4 * torch.randn(parameter.shape))
+    save_adapter(model, tmp_path / "trained", llama)
+    convert(tmp_path / "trained", factors, tmp_path / "lora")
+    saved = safetensors.torch.load_file(tmp_path / "lora/adapter_model.safetensors")
+    for name, layer in adapters(model):
+        A, B = (saved[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        assert float((B @ A - layer.delta()).norm() / layer.delta().norm()) < 1e-5
+
+
+def test_what_a_lora_has_no_place_for_is_refused_when_it_is_saved(
+    llama: Path, factors: FactorSet, minilm: Path, minilm_factors: FactorSet, tmp_path: Path
+) -> None:
+    model = attach(AutoModel.from_pretrained(minilm), minilm_factors)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.requires_grad_(True)
+    with pytest.raises(TargetError, match=r"layer\.0\.attention\.self\.query\.bias: it is trained, .* no place"):
+        save_adapter(model, tmp_path / "out", minilm)
+    whole = attach(load(llama), factors).requires_grad_(True)
+    with pytest.raises(TargetError, match=r"q_proj\.weight: it is trained, .* save the whole model"):
+        save_adapter(whole, tmp_path / "out", llama)
+    around = attach(load(llama), factors)
+    around.model.gate = nn.Parameter(torch.ones(1))
+    with pytest.raises(TargetError, match=r"model\.gate: it is trained"):
+        save_adapter(around, tmp_path / "out", llama)
+    assert not list(tmp_path.iterdir())
