@@ -57,11 +57,11 @@ def attach(
     scaling: s; A and B are divided by √s, so sBA stays the same.
     dropout: probability for the adapter's input.
 
-    Returns the model. Raises TargetError (no such module, a shape differs, an adapter is there already, the code around
-    a module reads its weight instead of calling it, a quantized module passes no gradients, or a residual form of a
-    weight that two modules share), OptionError (form, scaling, dropout, a model loaded from a residual folder) and
-    WeightError (residual form of a quantized, sharded or offloaded weight). Warns where the residual form would lose W
-    to rounding.
+    Returns the model. Raises TargetError (no such module, a shape differs, an adapter is there already, also one of
+    PEFT's, the code around a module reads its weight instead of calling it, a quantized module passes no gradients, or
+    a residual form of a weight that two modules share), OptionError (form, scaling, dropout, a model loaded from a
+    residual folder) and WeightError (residual form of a quantized, sharded or offloaded weight). Warns where the
+    residual form would lose W to rounding.
 
     >>> from inilora_kernels.factors import Certificate, Factors
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -81,6 +81,7 @@ def attach(
     if any(True for _ in adapters(model)):
         raise TargetError(f"{where} has adapters already; call detach(model) first")
     modules = dict(model.named_modules())
+    _require_no_peft(modules, where)
     shapes = {name: shape for name, module in modules.items() if name and (shape := linear_shape(module))}
     _require_no_experts(factors := factor_set(factors))
     fits = partial(has_weight_of, model, factors)
@@ -185,6 +186,16 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_like(state_dict[name], parameter))
+
+
+def _require_no_peft(modules: Mapping[str, nn.Module], where: str) -> None:
+    """Raise TargetError for a PeftModel and for a base that has PEFT's layers: PEFT saves and merges its own alone."""
+    for name, module in modules.items():
+        if any(owner.__module__.startswith("peft.") for owner in type(module).__mro__):
+            raise TargetError(
+                f"{f'{where}: {name}' if name else where} is PEFT's, which would not save what these adapters learn; "
+                f"start PEFT's own adapter by initialize_peft, or attach to what its unload or merge_and_unload returns"
+            )
 
 
 def _require_no_experts(factors: FactorSet) -> None:
