@@ -59,9 +59,9 @@ def attach(
 
     Returns the model. Raises TargetError (no such module, a shape differs, an adapter is there already, also one of
     PEFT's, the code around a module reads its weight instead of calling it, a quantized module passes no gradients, or
-    a residual form of a weight that two modules share), OptionError (form, scaling, dropout, a model loaded from a
-    residual folder) and WeightError (residual form of a quantized, sharded or offloaded weight). Warns where the
-    residual form would lose W to rounding.
+    a residual form of a weight that two modules share), FactorFileError (factors of another model, judging by the
+    weights' values), OptionError (form, scaling, dropout, a model loaded from a residual folder) and WeightError
+    (residual form of a quantized, sharded or offloaded weight). Warns where the residual form would lose W to rounding.
 
     >>> from inilora_kernels.factors import Certificate, Factors
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))

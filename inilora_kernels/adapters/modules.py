@@ -90,7 +90,7 @@ def find_starts(
     where: str,
     config: Mapping[str, Any] | None = None,
     partial: bool = False,
-    fits: Callable[[str, Start], bool] | None = None,
+    fits: Callable[..., bool] | None = None,
     *,
     model: nn.Module | None = None,
 ) -> dict[str, Start]:
@@ -101,8 +101,9 @@ def find_starts(
     where: what messages call the model.
     config: the model's config.json, for modules to which transformers gives other names than the checkpoint.
     partial: every one of `shapes` has factors, but some factors may have no module.
-    fits: whether a module is the one that this start is for, as far as its values tell. Asked where the model is a part
-        of the checkpoint's, such as the text model of one for vision and language.
+    fits: fits(module, start) says whether a module is the one that this start is for, as far as its values tell. Asked
+        where the model is a part of the checkpoint's, such as the text model of one for vision and language. Unless
+        `partial`, fits(module, start, guessed=False) then says of each module found whether it can be.
     model: the live model, which knows the names of its own checkpoints best.
 
     Names in a checkpoint and in a model may differ by a prefix, `bert.` or `base_model.model.`, the same
@@ -110,7 +111,7 @@ def find_starts(
     own rows.
 
     Raises TargetError: a matrix has no module, two modules fit equally, or a shape differs. FactorFileError: factors
-    hold NaN or Inf.
+    hold NaN or Inf, or are of another model.
     """
     if not factors:
         raise TargetError(f"{where}: the factor set is empty; compute it again with `inilora approximate`")
@@ -135,11 +136,19 @@ def find_starts(
             f"{where}: left out the factors of {some(left_out, most=1)}, which it {why}; its own modules get adapters",
             stacklevel=3,
         )
-    return {
+    starts = {
         live_names[module]: _combine(its_parts, shapes[live_names[module]], f"{where}: {live_names[module]}")
         for module, its_parts in parts.items()
         if module in live_names
     }
+    checked = {} if partial or fits is None else starts
+    strange = [name for name, start in checked.items() if fits and not fits(name, start, guessed=False)]
+    if strange:
+        raise FactorFileError(
+            f"{where}: {some(strange, most=1)} of its modules do not have the weight that the factors were computed "
+            f"from ({starts[strange[0]].names[0]}); give the factors of this model, or the model that they are of"
+        )
+    return starts
 
 
 def without(factors: FactorSet, left_out: Collection[str], warning: str, nothing_left: str) -> FactorSet:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError, WeightError
 from ..factor_set import FactorSet
+from ..factors import Factors
 from ..model.fused import row_index
 from .modules import Start, is_conv1d, linear_shape
 
@@ -79,25 +80,66 @@ def users_of_weights(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
-def has_weight_of(model: nn.Module, factors: FactorSet, name: str, start: Start) -> bool:
-    """Whether the weight of a layer is as large as the one that a start's factors were computed from.
+def has_weight_of(model: nn.Module, factors: FactorSet, name: str, start: Start, guessed: bool = True) -> bool:
+    """Whether the weight of a layer is the one that a start's factors were computed from, as far as its values tell.
 
-    Up to the rounding of 16 bits. True where the values are not there to be looked at.
+    guessed: the layer is not named as the factors are, so ‖W‖² must be theirs, up to the rounding of 16 bits. Otherwise
+    W may be another version of the same weight, quantized and back, pruned, trained on: it must still have the
+    direction of BA, ⟨W, BA⟩, that the certificate says.
+
+    True where the values are not there to be looked at: sharded, offloaded, quantized, replaced by a residual.
     """
     layer = model.get_submodule(name.rpartition(".")[0] if start.A.dim() == 3 else name)
     base_layer = getattr(layer, "base_layer", layer)
     weight = getattr(base_layer, "weight", None)
     if start.A.dim() == 3 or not isinstance(weight, Tensor) or not is_plain(weight.data) or weight.is_meta:
         return True
-    if not weight.numel():  # sharded by ZeRO-3
+    # ZeRO-3 and FSDP1 shard in place; FSDP loads the values on the first process alone; subtracted_A: W is R there.
+    elsewhere = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    if tuple(oriented(base_layer, weight).shape) != linear_shape(base_layer) or elsewhere or _is_residual(layer):
         return True
     W = oriented(base_layer, weight.detach())  # its own inverse
     for part in map(factors.__getitem__, start.names):
         rows = W[row_index(part.rows, len(W))]
         energy = float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2
-        if not math.isclose(energy, part.certificate.energy, rel_tol=0.01):
+        if guessed and not math.isclose(energy, part.certificate.energy, rel_tol=0.01):
+            return False
+        if not guessed and part.source_sha256 and _is_strange(rows, energy, part):
             return False
     return True
+
+
+def _is_residual(layer: nn.Module) -> bool:
+    return "subtracted_A" in layer._buffers
+
+
+@torch.no_grad()
+def _is_strange(W: Tensor, energy: float, part: Factors) -> bool:
+    """Whether ‖W‖² or ⟨W, BA⟩ is not half of what the certificate says, or twice that.
+
+    ‖W − BA‖² = ‖W‖² − 2⟨W, BA⟩ + ‖BA‖² gives the product that W should have. A matrix that has nothing to do with BA
+    has one of about ‖W‖‖BA‖/√(dk): where the certificate's is no larger, as for IniLoRA-α's factors, it says nothing.
+    """
+    certificate = part.certificate
+    if not certificate.energy / 2 <= energy <= 2 * certificate.energy:
+        return certificate.energy > 0  # NaN where it is not known
+    with torch.autocast("cpu", enabled=False), torch.autocast(W.device.type, enabled=False):
+        square = float(((part.B.mT @ part.B) * (part.A @ part.A.mT)).sum())
+        expected = (certificate.energy + square - certificate.loss) / 2
+        if expected < 6 * math.sqrt(certificate.energy * max(square, 0.0) / W.numel()):
+            return False
+        A, B = part.A.to(W.device), part.B.to(W.device)
+        found = sum(
+            float(((B[start : start + len(strip)].mT @ strip.float()) * A).sum()) for start, strip in _strips(W)
+        )
+    return not expected / 2 <= found <= 2 * expected
+
+
+def _strips(W: Tensor, most: int = 1 << 22) -> Iterator[tuple[int, Tensor]]:
+    """Some rows at a time, so that a float32 copy of them is small."""
+    height = max(1, most // max(1, W.shape[1]))
+    for start in range(0, len(W), height):
+        yield start, W[start : start + height]
 
 
 def with_shared(starts: Mapping[str, Start], model: nn.Module, shapes: Collection[str]) -> dict[str, Start]:
