@@ -20,6 +20,7 @@ from .base import require_original
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
 from .modules import Start, find_starts, is_conv1d, linear_shape
+from .started import gathered
 from .weights import (
     has_weight_of,
     require_gradients,
@@ -164,7 +165,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Names are those of the plain model, even through DDP and torch.compile. Under FSDP2 the tensors are
     gathered, so every process has to call this.
     """
-    return {name: _whole(parameter.detach()) for name, parameter in _named(model)}
+    return {name: gathered(parameter.detach()) for name, parameter in _named(model)}
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -222,11 +223,6 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         plain = plain_name(name).removeprefix("module.")  # other libraries' wrappers call it so, too
         for linear in ("lora_A", "lora_B"):
             yield f"{plain}.{linear}.weight", layer.get_parameter(f"{linear}.weight")
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    gather = getattr(tensor, "full_tensor", None)
-    return gather() if gather else tensor
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:

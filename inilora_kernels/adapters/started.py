@@ -112,7 +112,7 @@ class Started(nn.modules.linear.NonDynamicallyQuantizableLinear):
     def require_loadable(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise FactorFileError if a state dict's weight has not started where this one did."""
         key = f"{prefix}weight"
-        found = state_dict.get(key)
+        found = gathered(state_dict.get(key))
         if isinstance(found, Tensor) and self._is_doubled(found):
             weight, start = self._ends(found)
             if not _is_same(start, self.initial, weight):
@@ -124,7 +124,7 @@ class Started(nn.modules.linear.NonDynamicallyQuantizableLinear):
         elif f"{prefix}{self.start_name}" not in state_dict:
             self._require_related(found, key)
         if self.start_name not in self._non_persistent_buffers_set:
-            self._require_own_start(state_dict.get(f"{prefix}{self.start_name}", self.initial), key)
+            self._require_own_start(gathered(state_dict.get(f"{prefix}{self.start_name}", self.initial)), key)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         self.require_loadable(state_dict, prefix)
@@ -179,6 +179,12 @@ class Started(nn.modules.linear.NonDynamicallyQuantizableLinear):
         )
 
 
+def gathered(tensor: Any) -> Any:
+    """A tensor that FSDP2 has sharded as a whole one, for which every process has to call this; else what was given."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
+
+
 def unwrapped(module: nn.Module) -> Started | None:
     """The Started in a module, since FSDP wraps each by itself; None where there is none."""
     return next((inner for inner in module.modules() if isinstance(inner, Started)), None)
@@ -189,9 +195,11 @@ def _is_same(stored: Tensor, initial: Tensor, weight: Tensor) -> bool:
 
     weight: the one whose difference from the start was stored, and rounded by its own size.
     """
-    rtol = 4 * max(torch.finfo(stored.dtype).eps, torch.finfo(initial.dtype).eps)
+    dtypes = [torch.finfo(one.dtype) for one in (stored, initial)]
+    rtol = 4 * max(dtype.eps for dtype in dtypes)
+    atol = 4 * max(dtype.eps * dtype.smallest_normal for dtype in dtypes)  # between float16's least numbers
     off = (stored.float() - initial.to(stored.device, torch.float32)).abs()
-    return bool((off <= rtol * (stored.float().abs() + weight.float().abs())).all())
+    return bool((off <= atol + rtol * (stored.float().abs() + weight.float().abs())).all())
 
 
 def _not_coarser(moved: Tensor, tensor: Tensor) -> Tensor:

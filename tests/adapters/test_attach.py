@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, BertModel, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -332,6 +333,7 @@ def _trains_as_one_does(rank: int, sharded: bool, path: str) -> None:
         optimizer.step()
     state = adapter_state_dict(parallel)
     load_adapter_state_dict(parallel, state)
+    set_model_state_dict(model, get_model_state_dict(model))
     if rank == 0:
         torch.save((state, {name: tensor.clone() for name, tensor in adapter_state_dict(parallel).items()}), path)
     else:
