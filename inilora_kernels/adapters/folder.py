@@ -21,7 +21,7 @@ from ..options import fits
 from ..storage.atomic import save_tensors
 from ..storage.reading import MOST_JSON, absolute, is_there, read_bytes, reporting, require_regular
 from ..storage.schema import AdapterConfig, parse
-from ..suggestions import near_names
+from ..suggestions import near_names, some
 from .started import STARTS
 
 CONFIG = "adapter_config.json"
@@ -94,8 +94,8 @@ def read_adapter(folder: Path) -> Adapter:
         for name in (CONFIG, WEIGHTS):
             if not is_there(folder / name):
                 raise FactorFileError(
-                    f"{folder / name}: no such file{near_names(folder, ())}; give the folder with {CONFIG} and "
-                    f"{WEIGHTS} that the trainer saved"
+                    f"{folder / name}: no such file{near_names(folder, ()) or _adapters_in(folder)}; give the folder "
+                    f"with {CONFIG} and {WEIGHTS} that the trainer saved"
                 )
         text = read_bytes(folder / CONFIG, FactorFileError, MOST_JSON)
         require_regular(folder / WEIGHTS, FactorFileError)
@@ -150,6 +150,12 @@ def _require_rank(config: AdapterConfig, module: str, found: int, where: str) ->
             f"{where} has A of rank {found}, and {CONFIG} says {rank}: they do not belong together; save by the "
             f"model's own save_pretrained, which writes both"
         )
+
+
+def _adapters_in(folder: Path) -> str:
+    """'; there is one in folder/name' for adapters below, where PEFT saves those that are not called default."""
+    below = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
+    return f"; there is one in {some(below)}" if below else ""
 
 
 def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:

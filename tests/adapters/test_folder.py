@@ -76,3 +76,12 @@ def test_tensors_of_another_rank_than_the_configs_are_refused(llama: Path, tmp_p
     LoraConfig(r=8, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2}).save_pretrained(tmp_path)
     with pytest.raises(FactorFileError, match=r"v_proj has A of rank 4, and adapter_config\.json says 8"):
         read_adapter(tmp_path)
+
+
+def test_an_adapter_in_a_folder_below_is_named(llama: Path, tmp_path: Path) -> None:
+    """PEFT saves an adapter that is not called default into a folder of its name."""
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(LlamaForCausalLM.from_pretrained(llama), config, "two").save_pretrained(tmp_path)
+    with pytest.raises(FactorFileError, match=r"adapter_config\.json: no such file; there is one in .*two; give"):
+        read_adapter(tmp_path)
+    read_adapter(tmp_path / "two")
