@@ -98,8 +98,8 @@ class LoRALinear(nn.Module):
         """A and B, and the base layer's tensors under the plain layer's names, with W + s(BA − B0A0) in W's place.
 
         Programs that save a model without knowing of adapters write this, and the plain model loads it as trained.
-        Loaded back here, A and B count, and the base stays. The base layer's own names (`base_layer.…`) remain where W
-        cannot be changed, quantized, sharded or offloaded, and with `keep_vars`.
+        Loaded back here, A and B count, and the base stays, unless it is unfrozen. The base layer's own names
+        (`base_layer.…`) remain where W cannot be changed, quantized, sharded or offloaded, and with `keep_vars`.
         """
         state_dict = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **options)
         if keep_vars or not self.holds_weight():
@@ -129,10 +129,12 @@ class LoRALinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         found = state_dict.pop(f"{prefix}weight", None)
         if found is not None:
-            error = self._misfit(found, *(state_dict.get(f"{prefix}lora_{side}.weight") for side in "AB"))
+            ends: list[Any] = [state_dict.get(f"{prefix}lora_{side}.weight") for side in "AB"]
+            error = self._misfit(found, *ends)
             if error:
                 others[-1].append(f"{prefix}weight {error}")
-            state_dict[f"{prefix}base_layer.weight"] = self.base_layer.weight
+            trains_base = not error and self._is_unfrozen() and self.holds_weight()
+            state_dict[f"{prefix}base_layer.weight"] = self._base_of(found, *ends) if trains_base else self.weight
             for name in self.base_layer.state_dict().keys() & {key.removeprefix(prefix) for key in state_dict}:
                 state_dict[f"{prefix}base_layer.{name}"] = state_dict.pop(f"{prefix}{name}")
         super()._load_from_state_dict(state_dict, prefix, *others)
@@ -146,6 +148,8 @@ class LoRALinear(nn.Module):
         if not self.holds_weight() or A.shape != self.lora_A.weight.shape or B.shape != self.lora_B.weight.shape:
             return None  # what follows says so
         started = (self.lora_A.initial.to(A), self.lora_B.initial.to(B))
+        if self._is_unfrozen():
+            return None
         A, B = difference(A, B, *started)
         update = self.scaling * (B.float() @ A.float())
         W = self._unchanged().to(update.device)
@@ -155,7 +159,22 @@ class LoRALinear(nn.Module):
         # are off by the difference of two B0A0, of which the update here consists then.
         if off <= torch.finfo(W.dtype).eps * float(expected.norm()) + 0.5 * float(update.norm()):
             return None
-        return "was trained from other factors, or on another base; attach the factors that it started from"
+        return (
+            "was trained from other factors, or on another base, or with it; attach the factors that it started from, "
+            "and unfreeze what was trained besides"
+        )
+
+    def _is_unfrozen(self) -> bool:
+        """Whether the base weight is trained, too."""
+        return self.weight is not None and self.weight.requires_grad
+
+    def _base_of(self, found: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The base weight, W or R, with which A and B make a stored W + s(BA − B0A0)."""
+        if A.shape != self.lora_A.weight.shape or B.shape != self.lora_B.weight.shape:
+            return self._weight()  # what follows says so
+        if self.form == "delta":
+            A, B = difference(A, B, self.lora_A.initial.to(A), self.lora_B.initial.to(B))
+        return self._add(found, -self.scaling * (B.float() @ A.float()).to(found.device))
 
     @torch.no_grad()
     def learned(self) -> tuple[Tensor, Tensor]:
@@ -176,7 +195,10 @@ class LoRALinear(nn.Module):
         if self.merged:
             return
         require_own_weight(self.base_layer, "merge", "`inilora convert` makes an adapter to load next to it")
-        self._put_weight(self._add(self._unchanged(), self.delta()))
+        W = self._unchanged()
+        if self._is_trained_residual():
+            self._original = W.to("cpu", copy=True)
+        self._put_weight(self._add(W, self.delta()))
         self.merged = True
 
     def unmerge(self) -> None:
@@ -195,7 +217,11 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def _residual(self) -> Tensor:
-        return self._add(self._weight(), -self.scaling * (self.lora_B.initial.float() @ self.lora_A.initial.float()))
+        return self._add(self._weight(), -self._started())
+
+    def _started(self) -> Tensor:
+        """sB0A0, float32."""
+        return self.scaling * (self.lora_B.initial.float() @ self.lora_A.initial.float())
 
     def _add(self, weight: Tensor, update: Tensor) -> Tensor:
         oriented = update.T if is_conv1d(self.base_layer) else update
@@ -206,8 +232,16 @@ class LoRALinear(nn.Module):
         return weight
 
     def _unchanged(self) -> Tensor:
-        """W as it was before the adapter."""
-        return self._weight() if self._original is None else self._original.to(self._weight())
+        """W as it was before the adapter, or as it was trained since, by itself."""
+        if self._original is None:
+            return self._weight()
+        if self._is_trained_residual():
+            return self._add(self._weight(), self._started())
+        return self._original.to(self._weight())
+
+    def _is_trained_residual(self) -> bool:
+        """Whether R is there and may have been trained, so that W is no longer what it was computed from."""
+        return self.form == "residual" and not self.merged and self._is_unfrozen()
 
     def _put_weight(self, weight: Tensor) -> None:
         if self._original is None:

@@ -118,6 +118,28 @@ def test_a_part_of_the_model_saves_itself(llama: Path, factors: FactorSet, tmp_p
     assert torch.allclose(logits(loaded), trained, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_base_that_is_trained_as_well_is_kept(llama: Path, factors: FactorSet, tmp_path: Path, form: Any) -> None:
+    def unfrozen() -> nn.Module:
+        return attach(load(llama), factors, form=form, scaling=2.0).requires_grad_(True)
+
+    model = unfrozen()
+    trained = change(model)
+    frozen = attach(load(llama), factors, form=form, scaling=2.0)
+    frozen.load_state_dict({name: one for name, one in model.state_dict().items() if "lora_" in name}, strict=False)
+    assert not torch.allclose(logits(frozen), trained, rtol=0, atol=1e-2)
+    model.save_pretrained(tmp_path)
+    near = {"rtol": 0, "atol": 1e-5}
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), trained, **near)
+    again = unfrozen()
+    again.load_state_dict(model.state_dict())
+    assert torch.allclose(logits(again), trained, **near)
+    for change_it in (merge, unmerge):
+        assert torch.allclose(logits(change_it(model)), trained, **near)
+    with pytest.raises(RuntimeError, match="unfreeze what was trained besides"):
+        frozen.load_state_dict(model.state_dict())
+
+
 def test_what_has_no_place_for_the_update_is_refused(llama: Path, factors: FactorSet, tmp_path: Path) -> None:
     tied = LlamaForCausalLM(LlamaConfig.from_pretrained(llama, tie_word_embeddings=True))
     start = Factors(*truncated_svd(tied.lm_head.weight.detach(), 4), NONE, "")
