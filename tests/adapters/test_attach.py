@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -357,16 +356,6 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         for name, tensor in expected.items():
             torch.testing.assert_close(state[name], tensor)
             assert torch.equal(reloaded[name], state[name])
-
-
-@pytest.mark.parametrize("of", [lambda model: model, lambda model: model.get_base_model()], ids=["PeftModel", "base"])
-def test_a_model_with_pefts_layers_is_refused(minilm: Path, minilm_factors: FactorSet, of) -> None:
-    """PEFT's save_pretrained and merge_and_unload would leave out, or stumble over, what is attached inside of it."""
-    peft_model = get_peft_model(load(minilm), LoraConfig(r=8, target_modules=["key"]))
-    with pytest.raises(TargetError, match=r"(key )?is PEFT's, which would not save .* initialize_peft"):
-        attach(of(peft_model), minilm_factors)
-    assert not list(adapters(peft_model))
-    attach(peft_model.merge_and_unload(), minilm_factors)
 
 
 def test_it_warns_where_the_residual_would_lose_the_weight_to_rounding(

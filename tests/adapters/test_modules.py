@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModel
 
 from inilora_kernels import lora_model
 from inilora_kernels.adapters.attach import (
@@ -15,6 +17,7 @@ from inilora_kernels.adapters.attach import (
     attach,
     detach,
 )
+from inilora_kernels.errors import TargetError
 from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import factorize
@@ -68,3 +71,13 @@ def test_a_model_gets_all_adapters_of_its_own_checkpoint(tmp_path: Path) -> None
     factors = factorize(base, ("query", "value", "decoder_embed", "decoder_pred"), rank=2)
     model = transformers.ViTMAEForPreTraining.from_pretrained(base)
     assert len(factors) == len(list(adapters(attach(model, factors)))) == 6
+
+
+@pytest.mark.parametrize("of", [lambda model: model, lambda model: model.get_base_model()], ids=["PeftModel", "base"])
+def test_a_model_with_pefts_layers_is_refused(minilm: Path, minilm_factors: FactorSet, of) -> None:
+    """PEFT's save_pretrained and merge_and_unload would leave out, or stumble over, what is attached inside of it."""
+    peft_model = get_peft_model(AutoModel.from_pretrained(minilm), LoraConfig(r=8, target_modules=["key"]))
+    with pytest.raises(TargetError, match=r"(key )?is PEFT's, which would not save .* initialize_peft"):
+        attach(of(peft_model), minilm_factors)
+    assert not list(adapters(peft_model))
+    attach(peft_model.merge_and_unload(), minilm_factors)
