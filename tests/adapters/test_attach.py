@@ -330,8 +330,7 @@ def _trains_as_one_does(rank: int, sharded: bool, path: str) -> None:
         optimizer.zero_grad()
         (parallel(x[4 * rank : 4 * rank + 4]) - 1).square().mean().backward()
         optimizer.step()
-    state = adapter_state_dict(parallel)
-    load_adapter_state_dict(parallel, state)
+    load_adapter_state_dict(parallel, state := adapter_state_dict(parallel))
     set_model_state_dict(model, get_model_state_dict(model))
     if rank == 0:
         torch.save((state, {name: tensor.clone() for name, tensor in adapter_state_dict(parallel).items()}), path)

@@ -120,7 +120,7 @@ def test_plain_peft_trains_the_delta_as_a_lora_that_is_never_mistaken(
         output(PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), tmp_path / "lora")) - trained
     ).abs().max() < 2e-5
     assert (output(load_delta(AutoModel.from_pretrained(minilm), tmp_path / "trained")) - trained).abs().max() < 2e-5
-    assert (trained - expected.float()).abs().max() > 0.1
+    assert (trained - expected.float()).abs().max() > 0.05
     with pytest.raises(FactorFileError, match="its start was trained too, as PEFT alone does"):
         ours.load_adapter(tmp_path / "trained", "default")
 
