@@ -127,17 +127,17 @@ def _open_component(component: Component) -> Checkpoint:
         of_shard.setdefault(shard, []).append(name)
     for file in component.files:
         found, own_metadata, own_config = _open_file(file)
-        if component.weight_map is None:
-            twice = [name for name in found if name in tensors]
-            if twice:
-                raise CheckpointError(f"{file}: {some(twice)} are in another shard too; remove the copy")
-            tensors.update(found)
-        else:
-            tensors.update(_of_shard(file, component.index, of_shard[file.name], found))
+        if component.weight_map is not None:
+            _require_shard_of_index(file, component, of_shard[file.name], found)
+        twice = [name for name in found if name in tensors]
+        if twice:
+            raise CheckpointError(f"{file}: {some(twice)} are in another shard too; remove the copy")
+        tensors.update(found)
         metadata.update(own_metadata)
         config = config or own_config
     if component.weight_map is not None:
-        tensors = {name: tensors[name] for name in component.weight_map}
+        # In the index's order; behind it what the shards hold and the index forgot, which transformers loads too.
+        tensors = {name: tensors[name] for name in (*component.weight_map, *tensors)}
     else:
         tensors = _without_wrappers(tensors)
     _refuse_adapters(component, tensors, metadata)
@@ -181,16 +181,21 @@ def _open_file(file: Path) -> tuple[Mapping[str, StoredTensor], dict[str, str], 
     return *open_safetensors(file), None
 
 
-def _of_shard(
-    file: Path, index: str | None, names: list[str], found: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
+def _require_shard_of_index(file: Path, component: Component, names: list[str], found: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless a shard holds its tensors of the index, and none that the index has elsewhere."""
     lacking = [name for name in names if name not in found]
     if lacking:
         raise CheckpointError(
-            f"{file}: {index} expects {some(lacking)} in this shard, which lacks "
+            f"{file}: {component.index} expects {some(lacking)} in this shard, which lacks "
             f"{'them' if len(lacking) > 1 else 'it'}; the index and the shards are not from the same download"
         )
-    return {name: found[name] for name in names}
+    elsewhere = {*(component.weight_map or {}), *component.absent} - set(names)
+    twice = [name for name in found if name in elsewhere]
+    if twice:
+        # transformers loads every tensor of every shard, and the last one stays.
+        raise CheckpointError(
+            f"{file}: {some(twice)} are in this shard too, and {component.index} has them in another; remove the copy"
+        )
 
 
 def _together(path: Path, components: Sequence[Component], parts: Sequence[Checkpoint]) -> Checkpoint:

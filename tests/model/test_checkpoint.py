@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from inilora_kernels.model.checkpoint import open_checkpoint
@@ -144,6 +144,28 @@ def test_shard_that_lacks_a_tensor(tmp_path: Path) -> None:
     message = refusal(tmp_path)
     assert "layer.99.weight" in message
     assert shard in message
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_a_second_copy_of_a_tensor_in_another_shard(tmp_path: Path, where: str) -> None:
+    """transformers loads the last shard's, the index names this one's."""
+    weight_map = json.loads(sharded(tmp_path).read_text())["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    name = next(name for name in weight_map if weight_map[name] == shards[1])
+    stale = tmp_path / (shards[0] if where == "before" else shards[-1])
+    tensors = load_file(stale)
+    save_file({**tensors, name: torch.zeros_like(open_checkpoint(tmp_path).read(name))}, stale, {"format": "pt"})
+    message = refusal(tmp_path)
+    assert f"{stale}: {name} are in this shard too" in message
+    assert "remove the copy" in message
+
+
+def test_a_tensor_that_the_index_forgot_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    content = json.loads(index.read_text())
+    del content["weight_map"]["pooler.dense.weight"]
+    index.write_text(json.dumps(content))
+    assert_holds(tmp_path, BertModel.from_pretrained(tmp_path).state_dict())
 
 
 @pytest.mark.parametrize(
