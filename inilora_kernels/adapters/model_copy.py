@@ -7,7 +7,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -18,21 +19,24 @@ from ..model.checkpoint import Checkpoint
 from ..model.files.distributed import DistributedTensor
 from ..model.files.safetensors import open_safetensors, write_empty_safetensors
 from ..model.files.tensor import StoredTensor, tensor_bytes
-from ..model.layout import read_weight_map
+from ..model.layout import NAMED_WEIGHTS, read_weight_map
 from ..model.location import TORCH_SUFFIXES
 from ..model.residual import RESIDUAL_RECORD
 from ..storage.atomic import save_tensors
-from ..storage.reading import MOST_JSON, is_there, opened, read_bytes, read_json, reporting
+from ..storage.reading import MOST_JSON, absolute, is_there, opened, read_bytes, read_json, reporting
+from ..suggestions import some
 
 # (index of the first row, rows as stored) ↦ the new rows, in the same shape and dtype.
 Change = Callable[[int, Tensor], Tensor]
 
-# Other copies of a model's weights, other programs' files, and our own record of another folder: a changed model must
-# not carry them along.
+# Other copies of a model's weights, adapters, other programs' files, and our own record of another folder: a changed
+# model must not carry them along.
 _LEFT_BEHIND = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|distcp|h5|msgpack|onnx|onnx_data|gguf|pb|ot|tflite|npz)(\.index(\.[\w-]+)?\.json)?|\..*"
-    rf"|optimizer_\d+|{re.escape(RESIDUAL_RECORD)}"
+    rf"|optimizer_\d+|adapter_config\.json|{re.escape(RESIDUAL_RECORD)}"
 )
+# Where huggingface_hub keeps the files that a download's folder links to.
+_HUB_BLOB = re.compile(r".*[/\\]models--[^/\\]+[/\\]blobs[/\\][^/\\]+")
 _STRIP_BYTES = 1 << 20
 
 
@@ -59,7 +63,9 @@ def copy_model(
     size_of_copy(checkpoint)
     shards, in_place = _shards(checkpoint)
     folder.mkdir(exist_ok=True)
-    for path in _copied(source, shards):
+    copied = list(_copied(source, shards))
+    _warn_of_links_out(source, copied)
+    for path in copied:
         # Not the modes: a read-only model's copy is written to. They follow the umask.
         target = folder / path.relative_to(source)
         target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
@@ -128,6 +134,21 @@ def _size_of_copied(path: Path) -> int:
         return 0
     with opened(path) as stream:
         return os.fstat(stream.fileno()).st_size
+
+
+def _warn_of_links_out(source: Path, copied: Iterable[Path]) -> None:
+    """Warn of files that lie elsewhere: a model from a stranger may link to what is nobody's business."""
+    ends = {path.name: absolute(path) for path in copied if path.is_symlink()}
+    out = [
+        f"{name} → {end}"
+        for name, end in ends.items()
+        if not (end.is_relative_to(absolute(source)) or _HUB_BLOB.fullmatch(str(end)))
+    ]
+    if out:
+        warnings.warn(
+            f"{source}: {some(out)}: links out of the model's folder, whose files are copied into the new model's",
+            stacklevel=4,
+        )
 
 
 def _parts_of_sentence_transformers(folder: Path) -> frozenset[str]:
@@ -204,6 +225,7 @@ def _untie(checkpoint: Checkpoint, folder: Path, files: Mapping[str, str], untie
     _write_index(checkpoint, folder, {**files, **dict.fromkeys(untied, extra)}, sum(t.nbytes for t in tensors.values()))
     config = read_json(folder / "config.json")
     config["tie_word_embeddings"] = False
+    config.pop(NAMED_WEIGHTS, None)  # the index names the weights now
     if isinstance(config.get("text_config"), dict):
         config["text_config"]["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

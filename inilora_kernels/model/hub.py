@@ -105,7 +105,7 @@ def _parts(name: str, revision: str | None, token: str | None, choose: Choose) -
     config = None
     for folder in _folders(names, described):
         here = [PurePosixPath(file).name for file in names if str(PurePosixPath(file).parent) == (folder or ".")]
-        found = weight_files(here, f"{name}/{folder}".rstrip("/"))
+        found = weight_files(here, f"{name}/{folder}".rstrip("/"), described.get(_join(folder, "config.json")))
         if found is not None and found.index is not None:
             weight_map = read_weight_map(described[_join(folder, found.index)])
             prefix = f"{folder}." if pipeline else ""

@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..storage.factor_file import METADATA_KEY
 from ..storage.reading import MOST_JSON, is_there, read_bytes, read_json
 from ..suggestions import some
 from .files.distributed import METADATA
+from .files.safetensors import open_safetensors
 from .location import WEIGHT_SUFFIXES
 
 INDEX_SUFFIX = ".index.json"
+# The entry of config.json that names the file that transformers loads, whatever else is there.
+NAMED_WEIGHTS = "transformers_weights"
 
 # transformers, diffusers, open_clip and the models' own authors; if several exist, the first one counts.
 SINGLE_FILES = (
@@ -96,11 +100,28 @@ def find_components(path: Path, kept: Collection[str] | None = None) -> tuple[Co
     if component is None:
         _refuse_deepspeed(path)
         raise _nothing(path)
+    if component.config is not None and is_there(path / "adapter_config.json"):
+        warnings.warn(
+            f"{path}: adapter_config.json is beside the model, and transformers would load that adapter with it; the "
+            f"model is taken alone. Move the adapter into a folder of its own",
+            stacklevel=2,
+        )
     return (component,)
 
 
-def weight_files(names: Sequence[str], where: object) -> WeightFiles | None:
-    """Which files of a folder hold the weights, by name alone; None if none do. Raises CheckpointError."""
+def weight_files(names: Sequence[str], where: object, config: Path | None = None) -> WeightFiles | None:
+    """Which files of a folder hold the weights, by name alone; None if none do. Raises CheckpointError.
+
+    config: the folder's config.json, which may name one.
+    """
+    named = None if config is None else read_json(config).get(NAMED_WEIGHTS)
+    if named is not None:
+        if named not in names or not named.endswith((".safetensors", f".safetensors{INDEX_SUFFIX}")):
+            raise CheckpointError(
+                f"{where}: config.json has {NAMED_WEIGHTS} {named!r}, the file that transformers would load, and it is "
+                f"no safetensors file of this folder; put it there, or take the entry out of config.json"
+            )
+        return WeightFiles((), named) if named.endswith(INDEX_SUFFIX) else WeightFiles((named,))
     for file in SINGLE_FILES:
         if file in names:
             if file == "consolidated.00.pth" and "consolidated.01.pth" in names:
@@ -126,7 +147,10 @@ def _model(folder: Path, kept: Collection[str] | None = None) -> Component | Non
     """The weights directly in a folder. kept: for a download, the files that were chosen; None for all."""
     config = _config(folder)
     names = sorted(entry.name for entry in folder.iterdir())
-    found = weight_files(names, folder)
+    # A folder in place of an index is refused when that is read.
+    files = [name for name in names if name.endswith(".json") or not (folder / name).is_dir()]
+    found = weight_files(files, folder, config)
+    found = found or _only_file([name for name in files if not _is_factor_file(folder / name)], folder)
     if found is None:
         return _distributed(folder, names, config)
     if found.index is None:
@@ -206,6 +230,14 @@ def _only_file(names: Iterable[str], where: object) -> WeightFiles | None:
         if len(files) > 1 and suffixes == (".gguf",):
             raise CheckpointError(f"{where}: several GGUF files ({some(files, 6)}); give one of them")
     return None
+
+
+def _is_factor_file(file: Path) -> bool:
+    """Whether this holds factors, which lie wherever a user has put them, also beside the model."""
+    try:
+        return file.suffix == ".safetensors" and METADATA_KEY in open_safetensors(file)[1]
+    except CheckpointError:
+        return False
 
 
 def _distributed(folder: Path, names: Iterable[str], config: Path | None) -> Component | None:

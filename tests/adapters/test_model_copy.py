@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, LlamaForCausalLM
 
 from inilora_kernels.adapters import model_copy
 from inilora_kernels.adapters.convert import export_merged
-from inilora_kernels.adapters.export import export_residual
+from inilora_kernels.adapters.export import export_delta, export_residual
 from inilora_kernels.errors import CheckpointError
 from inilora_kernels.factor_set import FactorSet
 from inilora_kernels.model.checkpoint import open_checkpoint
 
 from ..factorized import factorize
-from .models import files, output
+from .models import files, logits, output
 
 
 def test_only_the_targets_change_in_the_residual(minilm: Path, sharded: Path, tmp_path: Path) -> None:
@@ -116,6 +117,33 @@ def test_weights_are_changed_strip_by_strip(
     assert torch.allclose(merged, W + 0.5 * (W - R), rtol=0, atol=1e-5)
 
 
+def loads_as(base: Path, out: Path, model: LlamaForCausalLM) -> bool:
+    """Whether a residual's two folders give the output of a model, by what PEFT and transformers load."""
+    export_residual(base, factorize(base, ("q_proj",)), out)
+    residual = LlamaForCausalLM.from_pretrained(out / "base")
+    return torch.allclose(logits(PeftModel.from_pretrained(residual, out / "adapter")), logits(model), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*adapter_config.json is beside the model")
+def test_an_adapter_beside_the_model_is_left_behind(llama: Path, tmp_path: Path) -> None:
+    """Its weights are, and transformers then loaded nothing."""
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    export_delta(llama, factorize(llama, ("q_proj",)), tmp_path / "delta")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "delta/adapter" / name, base)
+    assert loads_as(base, tmp_path / "out", LlamaForCausalLM.from_pretrained(llama))
+    assert not (tmp_path / "out/base/adapter_config.json").exists()
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="before 5, transformers takes no such name")
+def test_weights_that_config_json_names(llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    (base / "model.safetensors").rename(base / "real.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "transformers_weights": "real.safetensors"}))
+    assert loads_as(base, tmp_path / "out", LlamaForCausalLM.from_pretrained(llama))
+
+
 @pytest.mark.parametrize("kind", ["pipe", "loop", "elsewhere", "nowhere"])
 def test_a_copy_that_would_not_end_is_refused(
     minilm: Path, minilm_factors: FactorSet, tmp_path: Path, kind: str
@@ -130,6 +158,20 @@ def test_a_copy_that_would_not_end_is_refused(
     with pytest.raises(CheckpointError, match=r"notes: .*remove it"):
         export_residual(model, minilm_factors, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_link_out_of_the_folder_is_told(llama: Path, tmp_path: Path) -> None:
+    """What a stranger's model links to would be uploaded with the copy."""
+    base, secret = Path(shutil.copytree(llama, tmp_path / "base")), tmp_path / "secret"
+    secret.write_text("mine")
+    (base / "notes.txt").symlink_to(secret)
+    (base / "again.json").symlink_to("config.json")
+    blob = tmp_path / "hub/models--org--tiny/blobs/0123"
+    blob.parent.mkdir(parents=True)
+    blob.write_text("a file of a download")
+    (base / "README.md").symlink_to(blob)
+    with pytest.warns(UserWarning, match=f"base: notes.txt → {secret}: links out of the model's folder"):
+        export_residual(base, factorize(base, ("q_proj",)), tmp_path / "out")
 
 
 def test_a_read_only_model_is_copied_and_changed(llama: Path, tmp_path: Path) -> None:

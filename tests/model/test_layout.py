@@ -7,6 +7,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -102,6 +103,44 @@ def test_a_wrappers_state_dict(tmp_path: Path, prefix: str) -> None:
     ids = torch.arange(8)[None]
     expected = model.eval()(ids)[0]
     assert torch.equal(lora_model(model, factors)(ids)[0], expected)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="before 5, transformers takes no such name")
+def test_the_file_that_config_json_names(tmp_path: Path) -> None:
+    """`transformers_weights`, since transformers 5: loaded in place of model.safetensors."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1))
+    model.save_pretrained(tmp_path)
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    save_file(other, tmp_path / "other.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(torch.equal(checkpoint.read(name), value) for name, value in loaded.items())
+    for wrong in ("gone.safetensors", "config.json", 3):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": wrong}))
+        assert f"transformers_weights {wrong!r}" in refusal(tmp_path)
+
+
+def test_a_factor_file_beside_the_only_weights(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "weights.safetensors")
+    factors = approximate_model(tmp_path, rank=2, solver="krylov", cache=False, progress=False)
+    factors.save(tmp_path / "factors.safetensors")
+    assert holds(tmp_path)
+
+
+def test_a_folder_is_no_weight_file(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").mkdir()
+    assert "no weights here" in refusal(tmp_path)
+    assert "found x.pt/" in refusal(tmp_path)
+
+
+def test_an_adapter_beside_the_model_is_told(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="transformers would load that adapter with it"):
+        open_checkpoint(tmp_path)
 
 
 def test_shards_without_an_index(tmp_path: Path) -> None:
