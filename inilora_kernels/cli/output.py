@@ -64,7 +64,7 @@ def show(results: list[FactorSet], as_json: bool, every: bool) -> None:
     """Print tables, or one JSON value: a list if there are several sets."""
     if as_json:
         reports = [json_report(factors, factors.options) for factors in results]
-        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
+        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2, allow_nan=False))
     else:
         for factors in results:
             print_table(factors.table(every=every))

@@ -12,7 +12,7 @@ from ..factors import Factors
 def json_report(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> dict[str, Any]:
     """The table's content, and the options, as JSON values."""
     return {
-        "options": dict(options),
+        "options": _strict(dict(options)),
         "modules": {
             name: {
                 "shape": [one.B.shape[0], one.A.shape[1]],
@@ -33,5 +33,14 @@ def json_report(factors: Mapping[str, Factors], options: Mapping[str, Any]) -> d
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN: what is not known without the model is null."""
-    return None if math.isnan(value) else value
+    """JSON has neither NaN nor Inf: what is not known without the model, or has no bound, is null."""
+    return value if math.isfinite(value) else None
+
+
+def _strict(value: Any) -> Any:
+    """The same value without numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _strict(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(one) for one in value]
+    return _number(value) if isinstance(value, float) else value

@@ -72,6 +72,8 @@ def times(value: float) -> str:
     >>> times(94.12), times(25_230.0)
     ('94.1×', '25,200×')
     """
+    if math.isinf(value):
+        return "∞×"
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{round(value, digits):,.{max(0, digits)}f}×"
 

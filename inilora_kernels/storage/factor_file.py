@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def _record(factors: Factors) -> dict[str, Any]:
     return {
         "loss": certificate.loss,
         "optimum": certificate.optimum,
-        "excess": certificate.excess,
+        # Of a loss where W is zero there is no multiple, and JSON has no Inf.
+        "excess": certificate.excess if certificate.excess < math.inf else None,
         "energy": certificate.energy,
         "steps": certificate.steps,
         "certified": certificate.certified,

@@ -18,6 +18,8 @@ from ..errors import FactorFileError, InitializationError
 LEAST_SCALING, MOST_SCALING = 1e-12, 1e12
 
 _MOST = 2**53  # above this, JSON's numbers are no longer exact integers
+# Sums of squares of float32's numbers, and their roots, stay far below; what follows computes with them.
+_MOST_SQUARES = 1e200
 
 
 def _expression(pattern: str) -> str:
@@ -58,15 +60,15 @@ class ModuleRecord(BaseModel):
     history: list[tuple[Count, Finite]]
     checkpoint_steps: list[Count]
     sha256: dict[str, Sha256] = {}
-    singular_values: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = []
+    singular_values: list[Annotated[float, Field(ge=0, le=math.sqrt(_MOST_SQUARES))]] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> ModuleRecord:
         numbers = (self.loss, self.optimum, self.energy)
-        if not all(0 <= number < math.inf for number in numbers) and (
+        if not all(0 <= number <= _MOST_SQUARES for number in numbers) and (
             self.source_sha256 or not all(math.isnan(number) for number in numbers)
         ):
-            raise ValueError("loss, optimum and energy must be finite and not negative")
+            raise ValueError(f"loss, optimum and energy must be from 0 to {_MOST_SQUARES:g}")
         if self.rows is not None and not (self.rows[0] < self.rows[1] <= self.rows[-1]):
             raise ValueError(f"rows {self.rows} are not a range of rows")
         if not set(self.checkpoint_steps) <= {step for step, _ in self.history}:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from inilora_kernels import FactorSet
+from inilora_kernels import Certificate, Factors, FactorSet
 from inilora_kernels.errors import FactorFileError
 
 from .records import STEP, A, B, M, changed, header_of
@@ -90,3 +92,11 @@ def test_files_without_checksums_are_read(file: Path) -> None:
     before = FactorSet.load(file)
     changed(file, header, {})
     assert torch.equal(FactorSet.load(file)[M].A, before[M].A)
+
+
+def test_the_metadata_is_json_also_where_the_excess_has_no_bound(tmp_path: Path) -> None:
+    zero = Factors(torch.ones(1, 2), torch.ones(3, 1), Certificate(6.0, 0.0, 0.0, 3), "ab" * 32)
+    FactorSet({M: zero}, {}).save(tmp_path / "factors")
+    record = header_of(tmp_path / "factors")["modules"][M]
+    assert json.loads(json.dumps(record, allow_nan=False))["excess"] is None
+    assert FactorSet.load(tmp_path / "factors")[M].certificate.excess == math.inf

@@ -21,6 +21,7 @@ from .records import M, changed, header_of
         {"loss": None},
         {"loss": float("nan")},
         {"loss": float("inf")},
+        {"loss": 1.7e308},
         {"optimum": -1.0},
         {"energy": [1.0]},
         {"steps": None},
@@ -43,6 +44,7 @@ from .records import M, changed, header_of
         {"checkpoint_steps": [10]},
         {"singular_values": [float("nan")]},
         {"singular_values": [-1.0]},
+        {"singular_values": [1e200]},
         {"singular_values": "1.0"},
     ],
 )
