@@ -8,6 +8,7 @@ it there may be `{module}.weight.loss.pt` with {'loss': the mean squared error o
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ from .reading import is_there, reporting, require_regular, require_stored
 SUFFIX = ".weight.pt"
 LOSS_SUFFIX = ".weight.loss.pt"
 
+# What the authors' training code takes off a module's name.
+_HEAD = "roberta."
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The most steps that a factor file records.
+_MOST_STEPS = 2**53
+
 
 def save_inilora_pt(factors: Mapping[str, Factors], folder: str | Path) -> None:
     """Write a folder that the authors' training code reads, with the sampled losses.
@@ -30,16 +37,23 @@ def save_inilora_pt(factors: Mapping[str, Factors], folder: str | Path) -> None:
     Names are those of a model without a task's head, as their decomposition writes them: their training code takes
     `roberta.` off a module's name before it looks for the file.
 
-    Raises OptionError for a part of a fused weight or a Conv1D, which the format cannot express, and OutputError.
+    Raises OptionError for a part of a fused weight or a Conv1D, which the format cannot express, for names that no file
+    can have and two that are one without the head, and OutputError.
     """
+    files: dict[str, str] = {}
     for name, part in factors.items():
         if part.rows or part.transposed or "/" in name:
             raise OptionError(
                 f"{name}: a part of a fused weight or a transposed one does not fit into the authors' format"
             )
+        if not name.isprintable():
+            raise OptionError(f"{name!r}: no name of a file; the authors' format has one for each module")
+        other = files.setdefault(name.removeprefix(_HEAD), name)
+        if other != name:
+            raise OptionError(f"{name} and {other} have the same file in the authors' format; export one of them")
     with whole_folder(Path(folder)) as whole:
         for module, part in factors.items():
-            name = module.removeprefix("roberta.")
+            name = module.removeprefix(_HEAD)
             _save(whole / f"{name}{SUFFIX}", {"A": part.B.contiguous(), "B": part.A.contiguous()})
             if part.history:
                 entries = part.B.shape[0] * part.A.shape[1]
@@ -70,13 +84,15 @@ def load_inilora_pt(folder: str | Path) -> tuple[dict[str, Factors], dict[str, A
 def _load(file: Path) -> Factors:
     content = _torch_load(file)
     A, B = content.get("B"), content.get("A")
-    if not (isinstance(A, Tensor) and isinstance(B, Tensor) and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]):
+    fit = isinstance(A, Tensor) and isinstance(B, Tensor) and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+    if not fit or 0 in (*A.shape, *B.shape):
         raise FactorFileError(f"{file}: no 'A' (d×r) and 'B' (r×k) in it; write it again")
     for letter, factor in (("A", B), ("B", A)):
         require_stored(factor, file, letter, FactorFileError)
-        if not factor.is_floating_point() or not factor.isfinite().all():
+        if factor.dtype not in _FLOATS or not factor.float().isfinite().all():
             raise FactorFileError(
-                f"{file}: {letter} holds NaN or Inf, or no floating-point numbers; decompose that matrix again"
+                f"{file}: {letter} holds NaN, Inf or more than float32 does, or {str(factor.dtype).partition('.')[2]}, "
+                f"not float16 to float64; decompose that matrix again"
             )
     history: list[tuple[int, float]] = []
     steps = 0
@@ -99,7 +115,10 @@ def _history(file: Path, entries: int) -> tuple[list[tuple[int, float]], int]:
     try:
         losses = [float(loss) * entries for loss in found.get("loss", [])]
         numbers = [int(step) for step in found.get("step", range(len(losses)))]
-        return list(zip(numbers, losses, strict=True)), int(found.get("steps", len(losses)))
+        steps = int(found.get("steps", len(losses)))
+        if not all(map(math.isfinite, losses)) or not all(0 <= step <= _MOST_STEPS for step in (*numbers, steps)):
+            raise ValueError("a loss is NaN or Inf, or a step is negative")
+        return list(zip(numbers, losses, strict=True)), steps
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FactorFileError(f"{file}: 'loss' is not a list of numbers ({error}); remove that file") from error
 

@@ -78,3 +78,41 @@ def test_what_is_no_such_folder_is_refused(gpt2_factors: FactorSet, minilm_facto
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(FactorFileError, match="damaged"):
         FactorSet.load(tmp_path / "pt")
+
+
+def test_what_could_not_be_read_again_is_refused(minilm_factors: FactorSet, tmp_path: Path) -> None:
+    """Loaded, saved as a factor file, and refused there; or a traceback of torch."""
+    save_inilora_pt(FactorSet({QUERY: minilm_factors[QUERY]}, {}), tmp_path / "pt")
+    file, losses = (tmp_path / "pt" / f"{QUERY}.weight{part}.pt" for part in ("", ".loss"))
+    right = torch.load(file, weights_only=True)
+    for content, match in (
+        ({name: one.double() * 1e100 for name, one in right.items()}, "more than float32 does"),
+        ({name: one.to(torch.float8_e4m3fn) for name, one in right.items()}, "float8_e4m3fn, not float16 to float64"),
+        ({"A": torch.zeros(384, 0), "B": torch.zeros(0, 384)}, "no 'A' .d×r. and 'B'"),
+        ({"A": torch.zeros(0, 8), "B": torch.zeros(8, 384)}, "no 'A' .d×r. and 'B'"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(FactorFileError, match=match):
+            FactorSet.load(tmp_path / "pt")
+    torch.save(right, file)
+    for history in (
+        {"loss": [float("nan")]},
+        {"loss": [1e308] * 3},
+        {"loss": [1.0], "steps": -5},
+        {"loss": [1.0], "step": [-3]},
+    ):
+        torch.save(history, losses)
+        with pytest.raises(FactorFileError, match="a loss is NaN or Inf, or a step is negative"):
+            FactorSet.load(tmp_path / "pt")
+
+
+def test_names_that_would_share_a_file_or_have_none(minilm_factors: FactorSet, tmp_path: Path) -> None:
+    """`roberta.e.query` took the file of `e.query`: one for two modules."""
+    one = minilm_factors[QUERY]
+    for names, match in (
+        (("e.query", "roberta.e.query"), "have the same file"),
+        (("e.\0.query",), "no name of a file"),
+    ):
+        with pytest.raises(OptionError, match=match):
+            save_inilora_pt(FactorSet(dict.fromkeys(names, one), {}), tmp_path / "pt")
+    assert not (tmp_path / "pt").exists()
