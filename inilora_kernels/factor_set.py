@@ -17,7 +17,7 @@ from .display.html import as_html
 from .errors import FactorFileError, OptionError, UnknownModuleError
 from .factors import Factors
 from .foreign_factors import certified
-from .places import file_to_write
+from .places import file_to_write, given_path
 from .storage import factor_file
 from .storage.atomic import write_whole
 from .storage.authors_folder import load_inilora_pt
@@ -106,7 +106,7 @@ class FactorSet(Mapping[str, Factors]):
         """
         if not isinstance(path, (str, PathLike)):
             raise FactorFileError(f"FactorSet.load was given a {type(path).__name__}; give a factor file's path")
-        path = Path(path)
+        path = given_path(path)
         if not os.path.isdir(path):
             return cls(*factor_file.read(path))
         modules, options = load_inilora_pt(path)

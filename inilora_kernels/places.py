@@ -7,7 +7,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from .errors import OutputError
+from .errors import FactorFileError, OutputError
 
 
 def file_to_write(given: str | os.PathLike[str]) -> Path:
@@ -20,7 +20,40 @@ def file_to_write(given: str | os.PathLike[str]) -> Path:
     text = os.fspath(given)
     if os.path.basename(text) in ("", os.curdir, os.pardir):
         raise OutputError(f"cannot write {text}: that names a folder; give the name of a file")
+    require_no_tilde(Path(text))
     return Path(text)
+
+
+def require_no_tilde(path: Path) -> None:
+    """Raise OutputError for a home folder that no shell has spelled out, as in --output=~/x.
+
+    A folder called ~ would be made, and the next thing that its owner does is rm -r ~.
+    """
+    home = os.path.expanduser(path)
+    if Path(home) != path:
+        raise OutputError(f"cannot write {path}: ~ stands for your home folder in a shell alone; give {home}")
+
+
+def given_path(given: str | os.PathLike[str]) -> Path:
+    """The path of factors, or of an adapter. Raises FactorFileError for an empty one.
+
+    Path("") is the folder where one happens to be; a variable that is not set must not choose it.
+
+    >>> given_path("")
+    Traceback (most recent call last):
+    inilora_kernels.errors.FactorFileError: a path is empty; is the variable set that it is taken from?
+    """
+    if not os.fspath(given).strip():
+        raise FactorFileError("a path is empty; is the variable set that it is taken from?")
+    return Path(given)
+
+
+def folder_to_write(given: str | os.PathLike[str]) -> Path:
+    """The path of a folder to write. Raises OutputError for an empty one, and a home folder that is not spelled out."""
+    if not os.fspath(given).strip():
+        raise OutputError("the path to write is empty; is the variable set that it is taken from?")
+    require_no_tilde(Path(given))
+    return Path(given)
 
 
 def cache_folder() -> Path | None:

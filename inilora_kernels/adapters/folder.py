@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..errors import FactorFileError
 from ..options import fits
+from ..places import given_path
 from ..storage.atomic import save_tensors
 from ..storage.reading import MOST_JSON, absolute, is_there, read_bytes, reporting, require_regular
 from ..storage.schema import AdapterConfig, parse
@@ -35,6 +37,7 @@ _MERGE_INSTEAD = (
 
 # Kinds of LoRA of which BA is not what is added to W, or not to every input: PEFT's fields of its config.
 _NOT_PLAIN = ("use_dora", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Where huggingface_hub keeps a downloaded model: its id and its commit are in the path.
 _HUB_CACHE = re.compile(r".*[/\\]models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[^/\\]+)")
@@ -80,7 +83,7 @@ def adapter_path(given: str | Path) -> Path:
         raise FactorFileError(
             f"the trained adapter is given by its folder, not as a {type(given).__name__}; save it by save_pretrained"
         )
-    return Path(given)
+    return given_path(given)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -129,8 +132,7 @@ def read_adapter(folder: Path) -> Adapter:
                 f"{folder / WEIGHTS}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, not "
                 f"(r, in_features) and (out_features, r); save it again"
             )
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise FactorFileError(f"{folder / WEIGHTS}: {module} holds NaN or Inf; take an earlier checkpoint")
+        require_trained(A, B, f"{folder / WEIGHTS}: {module}")
         name = module.removeprefix(KEY_PREFIX)
         _require_rank(config, name, A.shape[0], f"{folder / WEIGHTS}: {module}")
         factors[name] = (A, B)
@@ -139,6 +141,10 @@ def read_adapter(folder: Path) -> Adapter:
     strange = [key for key in tensors if "lora_" in key]
     if strange:
         raise FactorFileError(f"{folder / WEIGHTS}: {strange[0]} is neither A nor B; {_MERGE_INSTEAD}")
+    # Inf may be meant, in a buffer that masks.
+    broken = [key for key, value in tensors.items() if value.dtype in _FLOATS and value.isnan().any()]
+    if broken:
+        raise FactorFileError(f"{folder / WEIGHTS}: {broken[0]} holds NaN; take an earlier checkpoint")
     return Adapter(settings, factors, tensors)
 
 
@@ -156,6 +162,16 @@ def _adapters_in(folder: Path) -> str:
     """'; there is one in folder/name' for adapters below, where PEFT saves those that are not called default."""
     below = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
     return f"; there is one in {some(below)}" if below else ""
+
+
+def require_trained(A: Tensor, B: Tensor, where: str) -> None:
+    """Raise FactorFileError unless A and B are finite numbers that were trained. where: names them in the message."""
+    for factor in (A, B):
+        if factor.dtype not in _FLOATS:
+            kind = str(factor.dtype).removeprefix("torch.")
+            raise FactorFileError(f"{where} is stored as {kind}; save A and B in float32, float16 or bfloat16")
+        if not factor.isfinite().all():
+            raise FactorFileError(f"{where} holds NaN or Inf; take an earlier checkpoint")
 
 
 def write_adapter(folder: Path, adapter: Adapter, about: str) -> None:

@@ -14,6 +14,7 @@ import typer
 from ..choices import FORMS, TASK_TYPES, TaskType
 from ..errors import OptionError
 from ..model.location import located
+from ..places import folder_to_write, given_path
 from ..suggestions import require_choice
 from .arguments import Every, FactorFile, Json
 
@@ -26,13 +27,21 @@ Base = Annotated[
         help="The original model, a folder or hub id: the one that the factors were computed from.",
     ),
 ]
-Init = Annotated[Path, typer.Option("--init", help="The factors that training started from.")]
-Folder = Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")]
+Init = Annotated[
+    Path,
+    typer.Option("--init", metavar="PATH", parser=given_path, help="The factors that training started from."),
+]
+Folder = Annotated[
+    Path, typer.Option("-o", "--output", metavar="PATH", parser=folder_to_write, help="The folder to write.")
+]
 Insist = Annotated[
     bool,
     typer.Option("--insist", help="Accept the factors even if the adapter does not seem to have started from them."),
 ]
-Trained = Annotated[Path, typer.Argument(help="The adapter folder that the trainer saved.")]
+Trained = Annotated[
+    Path,
+    typer.Argument(metavar="TRAINED", parser=given_path, help="The adapter folder that the trainer saved."),
+]
 
 
 def export(
@@ -82,8 +91,10 @@ def export(
     if task_type is not None:
         require_choice("task_type", task_type, TASK_TYPES)
     if file_format == "inilora-pt":
-        if lora_alpha is not None or rslora or lora_dropout or task_type is not None:
-            raise OptionError("the authors' files hold A and B alone: --lora-alpha and the like go with --format peft")
+        if form != "residual" or lora_alpha is not None or rslora or lora_dropout or task_type is not None:
+            raise OptionError(
+                "the authors' files hold A and B alone: --form, --lora-alpha and the like go with --format peft"
+            )
         save_inilora_pt(FactorSet.load(factors, base), output)
         say(f"wrote {output}")
         return

@@ -17,7 +17,7 @@ import typer
 from ..errors import OptionError
 from ..model.location import located
 from ..options import ModelOptions, meaning
-from ..places import file_to_write
+from ..places import file_to_write, given_path
 
 if TYPE_CHECKING:
     from ..factor_set import FactorSet
@@ -39,7 +39,12 @@ Plot = Annotated[
 ]
 Every = Annotated[bool, typer.Option("--all", help="A row for each matrix, not for each kind.")]
 FactorFile = Annotated[
-    Path, typer.Argument(help="A factor file, or a folder of the authors' {module}.weight.pt files.")
+    Path,
+    typer.Argument(
+        metavar="FACTORS",
+        parser=given_path,
+        help="A factor file, or a folder of the authors' {module}.weight.pt files.",
+    ),
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
@@ -77,20 +82,28 @@ def _flag(one: Field[Any]) -> inspect.Parameter:
     if kind is bool:
         help_text = help_text.partition(" Default:")[0]
         declarations = [f"{declarations[0]}/--no-{one.name}"]
+    own: dict[str, Any] = {"parser": spelled.parser, "metavar": "PATH"} if spelled and spelled.parser else {}
     default = spelled.default if spelled is not None else one.default if kind is not bool else True
     return inspect.Parameter(
         one.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, typer.Option(*declarations, help=help_text)],
+        annotation=Annotated[kind, typer.Option(*declarations, help=help_text, **own)],
     )
 
 
 class _Spelled:
     """How a flag is written: its type on the command line, its default there, and how to read a value from its text."""
 
-    def __init__(self, kind: Any, default: Any, read: Callable[[Any], Any], more: str = "") -> None:
-        self.kind, self.default, self.read, self.more = kind, default, read, more
+    def __init__(
+        self,
+        kind: Any,
+        default: Any,
+        read: Callable[[Any], Any],
+        more: str = "",
+        parser: Callable[[str], Any] | None = None,
+    ) -> None:
+        self.kind, self.default, self.read, self.more, self.parser = kind, default, read, more, parser
 
 
 def _rank(text: str) -> int | str | list[int]:
@@ -148,7 +161,7 @@ _RANK = str(next(one.default for one in fields(ModelOptions) if one.name == "ran
 _SPELLED: Mapping[str, _Spelled] = {
     "rank": _Spelled(str, _RANK, _rank, " 8,16,32: a file for each, from the same passes over W."),
     "rank_pattern": _Spelled(list[str] | None, None, _rank_pattern, " PATTERN=RANK; repeat for more."),
-    "start": _Spelled(Path | None, None, _factors, ""),
+    "start": _Spelled(Path | None, None, _factors, parser=given_path),
     "init_std": _Spelled(str | None, None, _number_or_name),
     "checkpoint_steps": _Spelled(list[int] | None, None, lambda steps: tuple(steps or ()), " Repeat for more."),
     "target_modules": _Spelled(

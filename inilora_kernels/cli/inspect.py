@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import OptionError
 from ..model.location import located
 from .arguments import Every, FactorFile, Json, Plot
 
@@ -27,11 +28,16 @@ def inspect(
     from .output import draw, print_table, require_plot, say, show
 
     require_plot(plot)
+    if base is not None and not file.is_dir():
+        raise OptionError(
+            f"{file}: --base is for an authors' folder; a factor file has its own certificates, and is compared with a "
+            f"model by inilora export"
+        )
     factors = FactorSet.load(file, base)
     draw(factors, plot, base or file)
     if plot is not None:
         say(f"wrote {plot}")
     show([factors], as_json, every)
-    spectrum = spectrum_table(factors, every=every)
-    if spectrum is not None and not as_json:
+    spectrum = None if as_json else spectrum_table(factors, every=every)
+    if spectrum is not None:
         print_table(spectrum)

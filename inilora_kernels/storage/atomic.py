@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import OutputError
+from ..places import require_no_tilde
 from .temporary import Temporary, ended_cleanly, sweep, temporary_file, temporary_folder
 
 # What marks a folder as a model's or an adapter's, and the names in it that their loaders look for.
@@ -85,6 +86,7 @@ def require_new_folder(path: Path, size: int = 0) -> None:
 
     An empty folder may exist, and parents may be missing.
     """
+    require_no_tilde(path)
     with _reporting(path):
         if path.is_symlink():
             raise OutputError(f"{path}: a symbolic link; give the folder that it points to, or another name")
