@@ -73,8 +73,8 @@ def convert(
     Returns the truncation error of each module, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, all 0 without `rank`.
 
     Raises FactorFileError (the factors are of another model or another run; the folder holds no plain LoRA, or NaN),
-    OptionError (rank; the base cannot be found), TargetError (PEFT would load it onto other modules, or onto none),
-    CheckpointError and OutputError, and then leaves nothing behind.
+    WeightError (an update leaves float32's range), OptionError (rank; the base cannot be found), TargetError (PEFT would
+    load it onto other modules, or onto none), CheckpointError and OutputError, and then leaves nothing behind.
     """
     trained, out = adapter_path(trained), Path(out)
     if rank is not None and rank < 1:
@@ -84,8 +84,13 @@ def convert(
     adapter = _read(trained, factors)
     checkpoint, _, residual = find_original(adapter.config, factors, base)
     whole = sum(tensor.nbytes for tensor in adapter.others.values())
-    # A and B of rank 2r in float32.
-    require_new_folder(out, whole + 8 * sum(A.numel() + B.numel() for A, B in adapter.factors.values()))
+    # Of rank 2r in float32, or of the rank that is asked for: all of each row of A and column of B.
+    pairs = adapter.factors.values()
+    most = max(max(2 * A.shape[-2], min(A.shape[-1], B.shape[-2])) for A, B in pairs)
+    if rank is not None and rank > most:
+        raise OptionError(f"rank={rank}: no update of this adapter has a rank above {most}; take that or less")
+    written = sum((rank or 2 * A.shape[-2]) * (A.numel() + B.numel()) // A.shape[-2] for A, B in pairs)
+    require_new_folder(out, whole + 4 * written)
     updates, _ = _updates(trained, adapter, factors, checkpoint, residual, insist)
     errors = dict.fromkeys(updates, 0.0)
     if rank is not None:
@@ -94,6 +99,9 @@ def convert(
             updates[module] = (A, B)
     common = rank or max(A.shape[-2] for A, _ in updates.values())
     padded = {module: _pad(A, B, common) for module, (A, B) in updates.items()}
+    for module, pair in padded.items():
+        if not all(factor.isfinite().all() for factor in pair):
+            raise WeightError(f"{trained}: the update of {module} leaves float32's range; take an earlier checkpoint")
     config = {
         **adapter.config,
         **named_base(checkpoint.path),

@@ -31,7 +31,7 @@ from ..storage.factor_file import METADATA_KEY
 from ..storage.reading import is_there, read_json, reporting, require_regular
 from ..suggestions import some
 from .expert_folder import wrapped
-from .folder import Adapter, pattern_value, write_adapter, write_card
+from .folder import Adapter, pattern_value, require_trained, write_adapter, write_card
 from .modules import without
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -134,6 +134,8 @@ def read_diffusers(folder: Path) -> Adapter | None:
             metadata = opened.metadata() or {}
             described = json.loads(metadata.get(_METADATA, "null"))
     except (SafetensorError, ValueError, RecursionError) as error:
+        if file.suffix != ".safetensors":
+            raise FactorFileError(f"{file}: no adapter; give the folder that the trainer saved") from error
         raise FactorFileError(f"{file}: damaged adapter ({error}); save it again") from error
     if METADATA_KEY in metadata:
         raise FactorFileError(f"{file}: a factor file, where training starts; give what the trainer saved")
@@ -154,8 +156,7 @@ def read_diffusers(folder: Path) -> Adapter | None:
                 f"{file}: {module} has A {tuple(A[module].shape)} and B {tuple(B[module].shape)}; only linear layers "
                 f"can be converted"
             )
-        if not (A[module].isfinite().all() and B[module].isfinite().all()):
-            raise FactorFileError(f"{file}: {module} holds NaN or Inf; take an earlier checkpoint")
+        require_trained(A[module], B[module], f"{file}: {module}")
         factors[module] = (A[module], B[module])
     alpha = {
         module: float(alphas[module]) if module in alphas else _alpha(described, module, pair[0].shape[0])

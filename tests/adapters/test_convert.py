@@ -346,6 +346,8 @@ def test_what_is_no_trained_lora_is_refused(minilm: Path, minilm_factors: Factor
     live(minilm, minilm_factors).save_pretrained(trained)
     with pytest.raises(OptionError, match="rank=0"):
         convert(trained, minilm_factors, tmp_path / "out", rank=0)
+    with pytest.raises(OptionError, match="rank=100000: no update of this adapter has a rank above 384"):
+        convert(trained, minilm_factors, tmp_path / "out", rank=100_000)
     with pytest.raises(OutputError, match="already there"):
         convert(trained, minilm_factors, trained)
     with pytest.raises(FactorFileError, match=r"no such file; give the folder with adapter_config\.json"):

@@ -7,13 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import BdLoraConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from inilora_kernels.adapters.convert import convert
 from inilora_kernels.adapters.export import export_delta
 from inilora_kernels.adapters.folder import read_adapter
-from inilora_kernels.errors import FactorFileError
+from inilora_kernels.errors import FactorFileError, WeightError
+from inilora_kernels.factor_set import FactorSet
 
 from ..factorized import factorize
 
@@ -85,3 +89,44 @@ def test_an_adapter_in_a_folder_below_is_named(llama: Path, tmp_path: Path) -> N
     with pytest.raises(FactorFileError, match=r"adapter_config\.json: no such file; there is one in .*two; give"):
         read_adapter(tmp_path)
     read_adapter(tmp_path / "two")
+
+
+def trained(llama: Path, folder: Path) -> tuple[FactorSet, Path]:
+    factors = factorize(llama, ("q_proj",), rank=2)
+    export_delta(llama, factors, folder / "delta")
+    return factors, folder / "delta/adapter"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int8])
+def test_numbers_that_nobody_trains_are_refused(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of complex ones the imaginary part was dropped without a word."""
+    _, adapter = trained(llama, tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(FactorFileError, match=f"stored as {str(dtype)[6:]}; save A and B in float32"):
+        read_adapter(adapter)
+
+
+def test_nan_in_a_module_trained_whole_is_refused(llama: Path, tmp_path: Path) -> None:
+    factors, adapter = trained(llama, tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    head = {"base_model.model.lm_head.weight": torch.full((64, 32), torch.nan)}
+    save_file({**load_file(file), **head}, file)
+    with pytest.raises(FactorFileError, match=r"lm_head.weight holds NaN; take an earlier checkpoint"):
+        convert(adapter, factors, tmp_path / "out")
+
+
+def test_an_update_beyond_float32_is_refused(llama: Path, tmp_path: Path) -> None:
+    """A is divided among its rows and rounded to float32 after the check: Inf was written."""
+    factors, adapter = trained(llama, tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * 0 + 3e38 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(WeightError, match=r"leaves float32's range"):
+        convert(adapter, factors, tmp_path / "out", rank=2, insist=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_config_in_place_of_its_folder(llama: Path, tmp_path: Path) -> None:
+    factors, adapter = trained(llama, tmp_path)
+    with pytest.raises(FactorFileError, match=r"adapter_config.json: no adapter; give the folder"):
+        convert(adapter / "adapter_config.json", factors, tmp_path / "out")
