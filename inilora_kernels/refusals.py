@@ -76,7 +76,12 @@ def _require_taken(wanted: Sequence[tuple[Target, Sequence[int]]], options: Opti
 
 
 def size_of_factors(targets: Sequence[Target], options: Options) -> int:
-    """The bytes of all A and B in float32, of every rank and kept step; the least where energy decides."""
+    """The bytes of all A and B in float32, of every rank and kept step; the least where energy decides.
+
+    Raises WeightError for a rank that a matrix cannot have, whose bytes nobody would have to find room for.
+    """
+    for target in targets:
+        require_fitting(target, options, None)
     values = sum(rank * sum(target.shape) for target in targets for rank in options.ranks_of(target.module) or (1,))
     return 4 * values * (1 + len(options.checkpoint_steps))
 

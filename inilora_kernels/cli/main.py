@@ -16,6 +16,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from ..display.names import printable
 from ..errors import InitializationError, ProcessError, is_out_of_files, is_out_of_memory
 from ..suggestions import did_you_mean
 from ..version import __version__
@@ -106,7 +107,12 @@ def _show_warning(
 ) -> None:
     # The library's own are UserWarnings; other packages' deprecations do not concern users of a command.
     if category is UserWarning:
-        print(f"inilora: warning: {message}", file=sys.stderr)
+        _tell(f"warning: {message}")
+
+
+def _tell(text: str) -> None:
+    lines = (printable(line) for line in text.split("\n"))
+    print(f"inilora: {chr(10).join(lines)}", file=sys.stderr)
 
 
 def stop_once() -> None:
@@ -156,19 +162,19 @@ def main() -> None:
         reason = f"cannot write to the standard output: {error.strerror}" if _cannot_print() else _foreseen(error)
         if reason is None:
             raise
-        print(f"inilora: {reason}", file=sys.stderr)
+        _tell(reason)
         sys.exit(2)
     except ProcessError:
         # The process that failed has said why.
         sys.exit(2)
     except InitializationError as error:
-        print(f"inilora: {error}", file=sys.stderr)
+        _tell(str(error))
         sys.exit(2)
     except Exception as error:
         reason = _foreseen(error)
         if reason is None:
             raise
-        print(f"inilora: {reason}", file=sys.stderr)
+        _tell(reason)
         sys.exit(2)
 
 

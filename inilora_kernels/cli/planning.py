@@ -70,7 +70,8 @@ def show_plan(
     if rank > min(smallest.shape):
         raise OptionError(f"rank={rank}: {smallest.module} can have {min(smallest.shape)} at most")
     works = [Work(target.shape, target.dtype.itemsize, rank) for target in targets]
-    dealt = shares(estimate.costs([[work] for work in works], "adam", steps, card), gpus)
+    # A GPU more than there are matrices has nothing to do.
+    dealt = shares(estimate.costs([[work] for work in works], "adam", steps, card), min(gpus, len(works)))
     parts = [[works[place] for place in part] for part in dealt if part]
     speed = speed_of_torch_mm()
     on_cards = None if card is None else _on_cards(parts, steps, speed, card)

@@ -24,7 +24,7 @@ def places_of(names: Sequence[str]) -> list[Place]:
     >>> [(place.kind, place.layer) for place in places_of(["h.0.attn.q", "h.0.mlp.fc", "h.1.attn.q", "h.1.mlp.fc"])]
     [('q', 0), ('fc', 0), ('q', 1), ('fc', 1)]
     """
-    rows = [name.replace(":", ".").split(".") for name in names]
+    rows = [printable(name).replace(":", ".").split(".") for name in names]
     varying = _varying_numbers(rows)
     patterns = [
         tuple("*" if (tuple(row[:place]), place) in varying else part for place, part in enumerate(row)) for row in rows
@@ -38,12 +38,22 @@ def places_of(names: Sequence[str]) -> list[Place]:
     ]
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or turn around, spelled out: names come from files.
+
+    >>> printable("layer.\x1b[31mred.query") == r"layer.\x1b[31mred.query"
+    True
+    """
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
 def labels_of(names: Sequence[str]) -> tuple[list[str], str]:
     """What distinguishes each name from the others, and the pattern they share.
 
     >>> labels_of(["layer.0.self.query", "layer.1.self.query"])
     (['0', '1'], 'layer.*.self.query')
     """
+    names = [printable(name) for name in names]
     rows = [name.split(".") for name in names]
     if len(names) == 1 or len({len(row) for row in rows}) > 1:
         return list(names), "*"

@@ -97,10 +97,13 @@ def draw(factors: Mapping[str, Factors], options: Mapping[str, Any], model: str)
     axes = [figure.add_subplot(cell) for cell in cells]
     for panel, one in zip(panels, axes, strict=True):
         panel(one, {kind: [m for m in matrices if m.kind == kind] for kind in kinds} if many else lines, colors)
-    figure.suptitle(f"{model}: {run_in_words(factors, options)}\n{worth_in_words(factors)}", fontsize=10.5)
+    title = f"{model}: {run_in_words(factors, options)}\n{worth_in_words(factors)}"
+    figure.suptitle(title, fontsize=10.5, parse_math=False)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8.5)
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8.5)
+        for text in legend.get_texts():  # a name with $ in it is no formula
+            text.set_parse_math(False)
     return figure
 
 
@@ -147,7 +150,7 @@ def _draw_error_map(axes: Axes, lines: Lines, colors: Mapping[str, str]) -> None
     norm = LogNorm(min(found), max(found)) if _spans_decades(found) else None
     image = axes.pcolormesh(range(len(layers) + 1), range(len(cells) + 1), cells, norm=norm, cmap="viridis")
     axes.invert_yaxis()
-    axes.set_yticks([place + 0.5 for place in range(len(lines))], list(lines), fontsize=7)
+    axes.set_yticks([place + 0.5 for place in range(len(lines))], list(lines), fontsize=7, parse_math=False)
     step = max(1, math.ceil(len(layers) / 12))
     axes.set_xticks([place + 0.5 for place in range(0, len(layers), step)], [str(layer) for layer in layers[::step]])
     axes.set_xlabel("layer")

@@ -69,6 +69,9 @@ def aliases(module: str, architecture: Architecture | None) -> set[str]:
     return names
 
 
+_COLON = "a colon in its name, which stands between a weight and its part here; rename it"
+
+
 def find_modules(checkpoint: Checkpoint) -> list[Module]:
     """Every module of the checkpoint that has a weight; layer 2 comes before layer 10."""
     entries = {
@@ -96,7 +99,7 @@ def find_modules(checkpoint: Checkpoint) -> list[Module]:
                 is_inner_linear=inner,
                 layer=layer,
                 architecture=architecture,
-                left_out=architecture.left_out(name) if architecture else None,
+                left_out=_COLON if ":" in name else architecture.left_out(name) if architecture else None,
             )
         )
     return modules

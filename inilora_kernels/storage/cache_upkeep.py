@@ -52,7 +52,7 @@ def entries() -> list[Entry]:
             # An entry may vanish while another process clears the cache.
             with contextlib.suppress(OSError):
                 state = path.lstat()
-                if not stat.S_ISLNK(state.st_mode):
+                if stat.S_ISREG(state.st_mode):
                     found.append(Entry(path, state.st_size, state.st_mtime))
     return sorted(found, key=lambda entry: (entry.last_used, entry.path))
 

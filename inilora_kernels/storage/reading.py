@@ -41,8 +41,14 @@ def is_there(path: Path) -> bool:
 
 
 def absolute(path: Path) -> Path:
-    """The path without links, as Path.resolve; a link that leads to itself stays."""
-    return Path(os.path.realpath(path))
+    """The path without links, as Path.resolve; a link that leads to itself stays.
+
+    Raises CheckpointError for a relative path where the working folder has been removed.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the folder you are in has been removed; change to another one") from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 
 from inilora_kernels.cli.main import COMMANDS
 
@@ -34,6 +36,16 @@ from .commands import Inilora, in_a_process
         (["approximate", "{model}", "-o", "{tmp}/out.png", "--plot", "{tmp}/out.png"], "another name"),
         (["approximate", "{model}", "-o", "{tmp}/out", "--device", "nonsense"], "device='nonsense'"),
         (["approximate", "{model}", "-o", "{tmp}/out", "--steps", "300", "--lr", "1e30", "--no-progress"], "diverged"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "--rank", "99999999999999999999"], "take rank ≤ 20"),
+        (["approximate", "{model}", "-o", "{tmp}/out", "--start", ""], "a path is empty"),
+        (["approximate", "{model}", "-o", "~/out"], "~ stands for your home folder"),
+        (["inspect", ""], "a path is empty"),
+        (["inspect", "{tmp}/factors", "--base", "{model}"], "--base is for an authors' folder"),
+        (["convert", "", "--init", "{model}", "-o", "{tmp}/out"], "a path is empty"),
+        (["convert", "{tmp}", "--init", " ", "-o", "{tmp}/out"], "a path is empty"),
+        (["export", "{model}", "--base", "{model}", "-o", ""], "the path to write is empty"),
+        (["export", "{model}", "--base", "{model}", "-o", "~/out"], "~ stands for your home folder"),
+        (["export", "{model}", "-o", "{tmp}/out", "--format", "inilora-pt", "--form", "delta"], "--form"),
         (["plan", "{model}", "--steps", "-5"], "steps=-5"),
         (["plan", "{model}", "--rank", "9999"], "rank=9999"),
         (["plan", "{model}", "--kernels"], "give --gpu"),
@@ -138,3 +150,11 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (status, said)
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(tmp_path: Path, inilora: Inilora) -> None:
+    """Names come from files, and those from strangers."""
+    save_file({"a.\x1b[31mred.q_proj.weight": torch.full((8, 8), torch.nan)}, tmp_path / "model.safetensors")
+    error = inilora("approximate", tmp_path, "-o", tmp_path / "out", "-t", "q_proj", "--rank", "2").stderr
+    assert r"\x1b[31mred" in error
+    assert "\x1b" not in error

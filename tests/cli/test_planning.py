@@ -66,3 +66,21 @@ def test_the_direct_solver_is_predicted_for_the_gpu_too(model: Path) -> None:
     (row,) = (line for line in table.splitlines() if "krylov" in line)
     # A time here, and one on the card.
     assert row.count("second") + row.count(" ms") >= 2
+
+
+def test_more_gpus_than_matrices_take_no_longer(model: Path) -> None:
+    arguments = [
+        "plan",
+        str(model),
+        "-t",
+        "all-linear",
+        "--rank",
+        "4",
+        "--gpu",
+        "h100",
+        "--gpus",
+        str(10**12),
+        "--json",
+    ]
+    result = CliRunner().invoke(application, arguments)
+    assert len(json.loads(result.stdout)["seconds_by_gpu"]) == 9

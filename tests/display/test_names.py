@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inilora_kernels.display.names import places_of
+from inilora_kernels.display.names import labels_of, places_of
 
 
 def kinds(names: list[str]) -> list[str]:
@@ -28,3 +28,9 @@ def test_a_layer_is_the_first_number_that_varies() -> None:
 def test_parts_of_fused_weights_and_bare_names() -> None:
     assert kinds(["h.0.c_attn:query", "h.0.c_attn:value", "h.1.c_attn:query", "h.1.c_attn:value"]) == ["query", "value"]
     assert kinds(["0", "1", "2"]) == ["matrix"]
+
+
+def test_two_names_with_different_control_characters_stay_two() -> None:
+    labels, pattern = labels_of(["a.\x1b[1m.q", "a.\u202e.q"])
+    assert labels == [r"\x1b[1m", r"\u202e"]
+    assert pattern == "a.*.q"

@@ -65,3 +65,10 @@ def test_no_more_than_two_panels_are_side_by_side() -> None:
     errors, spectra, convergence = (axes.get_position() for axes in figure.axes)
     assert errors.y0 > max(spectra.y1, convergence.y1)
     assert spectra.x1 < convergence.x0
+
+
+def test_a_name_with_dollars_is_no_formula() -> None:
+    few = {f"a$b_$c.{layer}.x$\\foo$": one() for layer in range(2)} | {f"a$b_$c.{layer}.y": one() for layer in range(2)}
+    many = {f"h.{layer}.$x_${kind}": one() for layer in range(2) for kind in range(MOST_LINES + 3)}
+    for factors in (few, many):
+        draw(factors, OPTIONS, "a$b_$c").canvas.draw()

@@ -168,3 +168,12 @@ def test_heads_left_over_from_pretraining_are_not_linear_layers_of_the_model(tmp
     assert "cls.predictions.transform.dense" in modules
     assert "cls.predictions.decoder" not in modules
     assert "cls.seq_relationship" not in modules
+
+
+def test_a_colon_in_a_name_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    """It stands between a fused weight and its part in the names of factors: a KeyError."""
+    names = ("l.0.a:b.q_proj", "l.0.:key:x.q_proj", "l.0.plain.q_proj")
+    save_file({f"{name}.weight": torch.randn(8, 8) for name in names}, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="a:b.q_proj.*a colon in its name"):
+        targets = find_targets(open_checkpoint(tmp_path), ["q_proj"])
+    assert [target.module for target in targets] == ["l.0.plain.q_proj"]

@@ -50,3 +50,14 @@ def test_a_broken_disk_is_no_empty_cache(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(os, "listdir", broken)
     with pytest.raises(OutputError, match=r"cannot be listed: Input/output error"):
         cache_upkeep.entries()
+
+
+def test_what_is_no_file_is_no_entry() -> None:
+    cache.keep(FIRST, example())
+    folder = cache_folder()
+    assert folder is not None
+    (folder / FIRST[:2] / f"{FIRST[:2]}{'0' * 62}.safetensors").mkdir()
+    os.mkfifo(folder / FIRST[:2] / f"{FIRST[:2]}{'1' * 62}.safetensors")
+    assert [entry.key for entry in cache_upkeep.entries()] == [FIRST]
+    assert cache_upkeep.damaged_entries() == []
+    assert [entry.key for entry in cache_upkeep.prune(to_size=0)] == [FIRST]

@@ -261,3 +261,12 @@ def test_without_more_files_to_open_readers_raise_errors_of_ours(llama: Path, tm
                     os._exit(1)
             os._exit(not refused)
         assert os.waitpid(process, 0)[1] == 0
+
+
+def test_a_working_folder_that_has_been_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(CheckpointError, match="the folder you are in has been removed; change to another one"):
+        reading.absolute(Path("factors.safetensors"))
+    assert reading.absolute(tmp_path) == tmp_path.resolve()

@@ -210,7 +210,20 @@ def _load_checked(file: Path, device: str, mmap: bool = False) -> Mapping[str, T
     ]
     if strange:
         raise CheckpointError(f"{file}: not a state_dict of tensors: it holds {some(strange)}; save model.state_dict()")
-    return {str(name): tensor for name, tensor in state_dict.items()}
+    names = [str(name) for name in state_dict]
+    unwritable = next((name for name in names if not _is_text(name)), None)
+    if unwritable is not None:
+        raise CheckpointError(f"{file}: the name {unwritable!r} is no text that a file can hold; rename that tensor")
+    return dict(zip(names, state_dict.values(), strict=True))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written: a pickle may hold half of a character."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _torch_load(file: Path, device: str, mmap: bool) -> Any:

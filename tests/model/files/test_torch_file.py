@@ -120,3 +120,9 @@ def test_values_that_are_marked_as_negatives(tmp_path: Path) -> None:
     whole = torch.randn(6, 4)
     torch.save({"negative": torch._neg_view(whole)}, tmp_path / "model.bin")
     assert_holds(tmp_path / "model.bin", {"negative": -whole})
+
+
+def test_half_of_a_character_in_a_name(tmp_path: Path) -> None:
+    """A pickle holds it; the factor file, written after all the work, cannot."""
+    torch.save({"\ud800.q_proj.weight": torch.ones(4, 4)}, tmp_path / "pytorch_model.bin")
+    assert r"\ud800.q_proj.weight' is no text" in refusal(tmp_path)
