@@ -148,31 +148,31 @@ def _model(folder: Path, kept: Collection[str] | None = None) -> Component | Non
     config = _config(folder)
     names = sorted(entry.name for entry in folder.iterdir())
     # A folder in place of an index is refused when that is read.
-    files = [name for name in names if name.endswith(".json") or not (folder / name).is_dir()]
-    found = weight_files(files, folder, config)
-    found = found or _only_file([name for name in files if not _is_factor_file(folder / name)], folder)
+    here = [name for name in names if name.endswith(".json") or not (folder / name).is_dir()]
+    found = weight_files(here, folder, config)
+    found = found or _only_file([name for name in here if not _is_factor_file(folder / name)], folder)
     if found is None:
         return _distributed(folder, names, config)
     if found.index is None:
         return Component("", folder, tuple(folder / name for name in found.files), config)
     weight_map = read_weight_map(folder / found.index)
-    here = {name: shard for name, shard in weight_map.items() if kept is None or shard in kept}
-    for shard in sorted(set(here.values())):
+    held = {name: shard for name, shard in weight_map.items() if kept is None or shard in kept}
+    for shard in sorted(set(held.values())):
         if not is_there(folder / shard):
-            tensors = [name for name, file in here.items() if file == shard]
+            tensors = [name for name, file in held.items() if file == shard]
             raise CheckpointError(
                 f"{folder / shard}: this shard is missing; {found.index} expects {len(tensors)} tensors in it: "
                 f"{some(tensors)}. Download it again"
             )
-    files = tuple(folder / shard for shard in sorted(set(here.values())))
+    files = tuple(folder / shard for shard in sorted(set(held.values())))
     return Component(
         name="",
         folder=folder,
         files=files,
         config=config,
         index=found.index,
-        weight_map=here,
-        absent=tuple(name for name in weight_map if name not in here),
+        weight_map=held,
+        absent=tuple(name for name in weight_map if name not in held),
     )
 
 

@@ -84,9 +84,11 @@ def load_inilora_pt(folder: str | Path) -> tuple[dict[str, Factors], dict[str, A
 def _load(file: Path) -> Factors:
     content = _torch_load(file)
     A, B = content.get("B"), content.get("A")
-    fit = isinstance(A, Tensor) and isinstance(B, Tensor) and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
-    if not fit or 0 in (*A.shape, *B.shape):
-        raise FactorFileError(f"{file}: no 'A' (d×r) and 'B' (r×k) in it; write it again")
+    nothing = FactorFileError(f"{file}: no 'A' (d×r) and 'B' (r×k) in it; write it again")
+    if not (isinstance(A, Tensor) and isinstance(B, Tensor) and A.ndim == B.ndim == 2):
+        raise nothing
+    if A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
+        raise nothing
     for letter, factor in (("A", B), ("B", A)):
         require_stored(factor, file, letter, FactorFileError)
         if factor.dtype not in _FLOATS or not factor.float().isfinite().all():

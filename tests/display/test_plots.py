@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from inilora_kernels.display.plots import MOST_LINES, draw
+from inilora_kernels.display.plots import MOST_LINES, draw, picture
 from inilora_kernels.errors import OptionError
 from inilora_kernels.factors import Certificate
 
@@ -71,4 +71,4 @@ def test_a_name_with_dollars_is_no_formula() -> None:
     few = {f"a$b_$c.{layer}.x$\\foo$": one() for layer in range(2)} | {f"a$b_$c.{layer}.y": one() for layer in range(2)}
     many = {f"h.{layer}.$x_${kind}": one() for layer in range(2) for kind in range(MOST_LINES + 3)}
     for factors in (few, many):
-        draw(factors, OPTIONS, "a$b_$c").canvas.draw()
+        assert picture(factors, OPTIONS, "a$b_$c", ".svg")
