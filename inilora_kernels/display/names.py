@@ -39,10 +39,10 @@ def places_of(names: Sequence[str]) -> list[Place]:
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey, or turn around, spelled out: names come from files.
+    r"""The text with what a terminal would obey, or turn around, spelled out: names come from files.
 
-    >>> printable("layer.\x1b[31mred.query") == r"layer.\x1b[31mred.query"
-    True
+    >>> print(printable("layer.\x1b[31mred.query"))
+    layer.\x1b[31mred.query
     """
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
