@@ -73,8 +73,8 @@ def convert(
     Returns the truncation error of each module, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, all 0 without `rank`.
 
     Raises FactorFileError (the factors are of another model or another run; the folder holds no plain LoRA, or NaN),
-    WeightError (an update leaves float32's range), OptionError (rank; the base cannot be found), TargetError (PEFT would
-    load it onto other modules, or onto none), CheckpointError and OutputError, and then leaves nothing behind.
+    WeightError (an update leaves float32's range), OptionError (rank; the base cannot be found), TargetError (PEFT
+    would load it onto other modules, or onto none), CheckpointError and OutputError, and then leaves nothing behind.
     """
     trained, out = adapter_path(trained), Path(out)
     if rank is not None and rank < 1:
