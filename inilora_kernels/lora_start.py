@@ -68,8 +68,8 @@ def lora_model(
     if (factors is None) == (rank is None):
         raise OptionError("lora_model: give either factors or a rank, as lora_model(model, rank=8)")
     factors = rank if factors is None else factors
-    require_no_adapters(model)
     require_original(model)
+    require_no_adapters(model)
     if isinstance(factors, int):
         factors = approximate_model(model, rank=factors, solver="krylov")
     assert factors is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from .errors import FactorFileError, OutputError
 
 
@@ -58,6 +56,8 @@ def folder_to_write(given: str | os.PathLike[str]) -> Path:
 
 def cache_folder() -> Path | None:
     """`$INILORA_CACHE`, or `inilora` in the user's cache folder (XDG); None for a user without a home."""
+    from platformdirs import user_cache_path
+
     override = os.environ.get("INILORA_CACHE")
     try:
         # platformdirs leaves ~ unexpanded where there is no home; no folder may get that name.

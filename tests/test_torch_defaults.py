@@ -61,6 +61,7 @@ def test_neither_do_they_change_an_adapter(dtype: torch.dtype, device: str, tmp_
     outputs, residuals = [], []
     for place in ("as usual", "with defaults"):
         model = nn.ModuleDict({"c_attn": nn.Linear(60, 18, bias=False, device="cpu", dtype=torch.float32)})
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"))
         attach(model, factors)
         outputs.append(model["c_attn"](x))
         export_residual(tmp_path, factors, tmp_path / place)

@@ -125,13 +125,12 @@ def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "defaul
     Raises FactorFileError (a folder of another kind, of A and B alone, say), and what peft and `initialize_peft` raise.
     """
     folder = adapter_path(folder)
-    require_no_adapters(model)
     require_original(model)
+    require_no_adapters(model)
     if is_there(folder / "initial"):
         raise FactorFileError(f"{folder}: a delta export of an earlier version, of two adapters; export it again")
     at = folder / "adapter" if is_there(folder / "adapter") else folder
-    stored = read_adapter(at).factors
-    require_unpacked(model, stored)
+    require_unpacked(model, stored := read_adapter(at).factors)
     config = LoraConfig.from_pretrained(str(at))
     for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank % 2:
@@ -276,8 +275,8 @@ def _config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
         )
     if config.layer_replication:
         raise OptionError(
-            f"layer_replication={config.layer_replication}: PEFT has repeated layers of the base, so names no longer "
-            f"say which layer's factors a module starts from; repeat them in a model of its own, and factorize that"
+            f"layer_replication={config.layer_replication}: names do not tell which factors PEFT's copies of layers "
+            f"start from; repeat them in a model of its own, and factorize that"
         )
     if config.bias != "none":
         raise OptionError(
@@ -305,18 +304,16 @@ def _matched(peft_model: PeftModel, layers: Mapping[str, Layer], factors: Factor
         for name, module in base.named_modules()
         if name and id(module) not in inside and (shape := linear_shape(getattr(module, "base_layer", module)))
     }
-    fits = partial(has_weight_of, base, factors)
-    every = shapes | expert_shapes(base)
-    starts = find_starts(every, factors, type(base).__name__, model_config(base), fits=fits, model=base)
+    fits, every, where = partial(has_weight_of, base, factors), shapes | expert_shapes(base), type(base).__name__
+    starts = find_starts(every, factors, where, model_config(base), fits=fits, model=base)
     starts = with_shared(starts, base, shapes)
     without = [name for name in layers if name not in starts]
     if without:
         instead = "; name the modules that were factorized, or factorize these too"
         if isinstance(layers[without[0]], ParamWrapper):
             instead = (
-                ", parameters of experts, into which PEFT turns the names of layers that they have too; make the "
-                "factors again without gate, gate_proj, up_proj and down_proj (target_modules), or train with "
-                "`attach`, which needs no PEFT, and write what was learned by `inilora merge`"
+                ", parameters of experts, into which PEFT turns the names of layers that they have too; leave gate, "
+                "gate_proj, up_proj and down_proj out of the factors, or use `attach` and `inilora merge`"
             )
         raise TargetError(f"target_modules selects {some(without, most=1)} that have no factors{instead}")
     return {name: start for name, start in starts.items() if name in layers}

@@ -15,6 +15,9 @@ from ..factors import Factors
 from ..model.fused import row_index
 from .modules import Start, is_conv1d, linear_shape
 
+# ⟨W, BA⟩ tells whether W is the matrix that BA is of, where it is this share of ‖W‖².
+_TELLING = 1e-3
+
 
 def require_own_weight(base_layer: nn.Module, what: str, instead: str) -> None:
     """Raise WeightError unless the weight is a whole, plain floating-point matrix in memory, which can be changed.
@@ -118,7 +121,8 @@ def _is_strange(W: Tensor, energy: float, part: Factors) -> bool:
     """Whether ‖W‖² or ⟨W, BA⟩ is not half of what the certificate says, or twice that.
 
     ‖W − BA‖² = ‖W‖² − 2⟨W, BA⟩ + ‖BA‖² gives the product that W should have. A matrix that has nothing to do with BA
-    has one of about ‖W‖‖BA‖/√(dk): where the certificate's is no larger, as for IniLoRA-α's factors, it says nothing.
+    has one of about ‖W‖‖BA‖/√(dk): where the certificate's is no larger, as for IniLoRA-α's factors, it says nothing,
+    nor where it is no share of ‖W‖², as for a plain LoRA's.
     """
     certificate = part.certificate
     if not certificate.energy / 2 <= energy <= 2 * certificate.energy:
@@ -126,7 +130,8 @@ def _is_strange(W: Tensor, energy: float, part: Factors) -> bool:
     with torch.autocast("cpu", enabled=False), torch.autocast(W.device.type, enabled=False):
         square = float(((part.B.mT @ part.B) * (part.A @ part.A.mT)).sum())
         expected = (certificate.energy + square - certificate.loss) / 2
-        if expected < 6 * math.sqrt(certificate.energy * max(square, 0.0) / W.numel()):
+        chance = 6 * math.sqrt(certificate.energy * max(square, 0.0) / W.numel())
+        if expected < max(chance, _TELLING * certificate.energy):
             return False
         A, B = part.A.to(W.device), part.B.to(W.device)
         found = sum(

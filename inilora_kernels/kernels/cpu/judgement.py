@@ -235,16 +235,18 @@ def verdict(form: Any, residual_gram: Any, ranks: Any, outside: float, goal: Any
 
 @njit(cache=True)
 def sure_values(theta: Any, g: Any, first: int, last: int) -> Any:
-    """The roots of those θ from `first` on, before `last`, whose residuals say that they are good to 1 %."""
+    """The roots of θ from `first` on, before `last`, as long as residuals say that they are good to 1 %."""
     found = np.empty(max(0, min(last, len(theta)) - first))
     count = 0
     for j in range(first, first + len(found)):
         value, square = max(0.0, theta[j]), 0.0
         for c in range(g.shape[1]):
             square += g[j, c] ** 2
-        if square <= (_SURE * value) ** 2:
-            found[count] = math.sqrt(value)
-            count += 1
+        # What follows one that is not might stand in another's place.
+        if square > (_SURE * value) ** 2:
+            break
+        found[count] = math.sqrt(value)
+        count += 1
     return found[:count]
 
 
