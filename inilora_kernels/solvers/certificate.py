@@ -76,7 +76,7 @@ their sum with 2u for u. It is added to c', and twice where c' comes from a coun
 two bases; it enters through the gap alone. Rounding also turns the eigenvectors of M + E, and so changes Ωᵀu, by some
 1e-5 in float32. T shows it: entries far from its diagonal blocks, which without rounding were zero, keep |F| from
 falling further. That has nothing to do with where Ω fails; but if it conspired, δ would be (1 + 1e-5/ε)^(b−1) times as
-large, 3 times at most. With more columns ε is larger: a wider block is taken where |F| would not fall below it.
+large, 1.3 times at most. With more columns ε is larger: a wider block is taken where |F| would not fall below it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ import math
 from torch import Tensor
 
 # The probability that the count, or the bound on c, is wrong, over the draw of the space's start.
-FAILURE_PROBABILITY = 1e-12
+FAILURE_PROBABILITY = 1e-10
 # What step 2's bound on c exceeds the largest Ritz value by, on real spectra, as a share of what Chebyshev's
 # polynomials alone would give: 0.46 to 0.67 after 6 to 14 passes.
 _SHARPER = 0.5
@@ -96,7 +96,7 @@ def least_part(block: int) -> float:
     """ε of step 2: b normal numbers are shorter with the probability FAILURE_PROBABILITY.
 
     >>> round(least_part(4), 5), round(least_part(16), 3)
-    (0.00168, 0.488)
+    (0.00532, 0.651)
     """
     return math.sqrt(2 * (FAILURE_PROBABILITY * math.gamma(block / 2 + 1)) ** (2 / block))
 
@@ -104,8 +104,8 @@ def least_part(block: int) -> float:
 def least_of_pairs(block: int, count: int) -> float:
     """ε of the count: for one of `count` planes, Ω's least singular value is below √2·ε with the probability δ.
 
-    >>> round(least_of_pairs(4, 12) * 1e5, 3), round(least_of_pairs(8, 132), 5)
-    (3.609, 0.01144)
+    >>> round(least_of_pairs(4, 12) * 1e4, 3), round(least_of_pairs(8, 132), 5)
+    (1.675, 0.02209)
     """
     constant = 2 ** ((block - 1) / 2) * math.gamma((block + 1) / 2) / math.gamma(block)
     return math.sqrt(0.5) * math.pow(FAILURE_PROBABILITY / (count * constant), 1 / (block - 1))
@@ -115,7 +115,7 @@ def expected_factor(n: int, block: int, passes: int) -> float:
     """By how much step 2's bound on c is likely to exceed the largest Ritz value of so many blocks, for an n×n matrix.
 
     >>> round(expected_factor(4096, block=4, passes=9), 3)
-    1.29
+    1.23
     """
     y = math.sinh(math.asinh(math.sqrt(block * n) / least_part(block)) / (2 * passes - 1))
     return 1 + _SHARPER * y**2

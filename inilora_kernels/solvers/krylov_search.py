@@ -25,14 +25,16 @@ from .krylov_space import LIMITS, KrylovSpace
 from .ritz import RitzPairs
 
 # A pass with four columns is about as long in arithmetic as in memory on two cores with AVX-512. More columns converge
-# more slowly, but prove more: by four, what float32 rounds away comes to the count's ε from rank 40 or so on.
-_NARROW, _WIDE, _WIDE_RANK = 4, 8, 40
-# Vectors that a real spectrum takes until it is proven: so many times the rank, plus a constant, by either block; and
-# by how much less, as they come to be a large share of W's smaller side, since its spectrum has an end. They decide
-# when to look, since a look costs an eigenvalue problem of the space's size: as much as several passes over a small W,
-# so that a first look comes later there, by so many vectors over W's smaller side.
-_VECTORS = {_NARROW: (4.0, 48, 0.6), _WIDE: (3.1, 120, 0.33)}
-_LATER = 4600
+# more slowly, but prove more: by four, what float32 rounds away comes near to the count's ε from rank 112 or so on.
+_NARROW, _WIDE, _WIDE_RANK = 4, 8, 112
+# Vectors that a real spectrum takes until it is proven: so many times the rank, plus a constant, whichever pair gives
+# fewer, by either block; and by how much less, as they come to be a large share of W's smaller side, since its spectrum
+# has an end. They decide when to look, since a look costs an eigenvalue problem of the space's size: as much as several
+# passes over a small W, so that a first look comes later there, by so many vectors over the square of its smaller side.
+_VECTORS = {_NARROW: ((4.0, 42), (3.3, 68)), _WIDE: ((3.1, 112),)}
+_LESS = {_NARROW: 0.65, _WIDE: 0.33}
+_LATER = 2.2e6
+_LEAST_A_RANK = 2.9
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate must reach.
@@ -110,11 +112,12 @@ def expected_vectors(rank: int, size: int) -> float:
     """How many vectors a search is expected to take for W of this smaller side.
 
     >>> round(expected_vectors(8, 4096)), round(expected_vectors(128, 4096)), round(expected_vectors(128, 768))
-    (81, 515, 453)
+    (74, 506, 447)
     """
-    a_rank, more, less = _VECTORS[_block(rank)]
-    vectors = min(a_rank * rank + more + _LATER / size, 1.5 * size)
-    return max(rank + 2 * _block(rank), vectors / (1 + less * (vectors / size) ** 2))
+    block = _block(rank)
+    vectors = min(a_rank * rank + more for a_rank, more in _VECTORS[block]) + _LATER / size**2
+    vectors = min(vectors, 1.5 * size)
+    return max(_LEAST_A_RANK * rank + 2 * block, vectors / (1 + _LESS[block] * (vectors / size) ** 2))
 
 
 @functools.cache

@@ -23,6 +23,8 @@ _NEAREST = 2.0**-40
 _MORE = 0.12
 # As many vectors as a second space takes.
 _SECOND_SPACE = 60
+# Numbers of Ritz vectors for which the bound is worth its time.
+_MOST_TRIED = 2
 # How far μ is from θ_{p+1}, as a share of the gap to θ_p; |F| is the smaller, the farther.
 _PLACES = (0.9, 0.75, 0.5)
 
@@ -34,10 +36,10 @@ def counted(theta: Any, g: Any, rho: Any, ranks: Any, goal: Any, least: float) -
     ranks, goal: as judgement.py has them. least: ε. p is 0, and c' infinite, where it does not prove them; the bound is
     infinite where it is not even promised, or far above ε.
     """
-    best, off = np.inf, rounding(theta, goal)
+    best, off, tried = np.inf, rounding(theta, goal), 0
     for beyond in range(FEW_BEYOND + 1):
         count = ranks.max() + beyond
-        if count >= len(theta):
+        if count >= len(theta) or tried == _MOST_TRIED:
             break
         for place in _PLACES:
             mu = theta[count] + place * (theta[count - 1] - theta[count])
@@ -47,6 +49,7 @@ def counted(theta: Any, g: Any, rho: Any, ranks: Any, goal: Any, least: float) -
                 if found <= least:
                     return count, outside, found / least
                 best = min(best, found / least)
+                tried += 1
                 break
     return ZERO, np.inf, best
 
