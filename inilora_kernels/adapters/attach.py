@@ -15,7 +15,7 @@ from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet, factor_set
 from ..model.experts import parameter_of_expert
 from ..suggestions import require_choice
-from .attached_model import adapters, plain_name, save_as_before, save_as_trained, unwrapped_model
+from .attached_model import adapters, save_as_before, save_as_trained
 from .base import require_original
 from .layer import LoRALinear
 from .live_model import model_config, output_of, random_inputs, require_called, require_same_output
@@ -31,6 +31,7 @@ from .weights import (
     warn_of_dropout,
     with_shared,
 )
+from .wrappers import plain_name, unwrapped_model
 
 Model = TypeVar("Model", bound=nn.Module)
 

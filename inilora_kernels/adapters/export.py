@@ -27,7 +27,7 @@ from ..storage.atomic import whole_folder
 from ..storage.reading import absolute
 from ..suggestions import some
 from ..torch_defaults import created_on_the_cpu
-from .attached_model import adapters, plain_name, unwrapped_model
+from .attached_model import adapters
 from .base import write_residual_record
 from .diffusers_folder import write_for
 from .folder import KEY_PREFIX, WEIGHTS, Adapter, named_base, write_adapter
@@ -36,6 +36,7 @@ from .modules import is_conv1d, module_of
 from .plan import lora_config, plan_export
 from .rehearsal import require_peft_takes, require_same_start
 from .weights import warn_if_rounded_away
+from .wrappers import plain_name, unwrapped_model
 
 _ABOUT_RESIDUAL = (
     "A LoRA that starts from the pretrained weights: B·A is the low-rank part of W, and the base model of this "

@@ -9,8 +9,28 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+# What torch.compile, activation checkpointing and FSDP1 put into module names.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# Where the classes are that hold a model as their one child, `module` or one of the above.
+_HOLDERS = ("torch.nn.parallel.", "torch.optim.swa_utils", "torch._dynamo.", "torch.distributed.", "deepspeed.")
 # Names of wrappers that are not in those of a state dict: torch's own hooks take them off.
 _UNSEEN = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """The model that DDP, torch.compile, AveragedModel, FSDP1 and DeepSpeed's engine hold, one in the other."""
+    held = next((child for name, child in model.named_children() if name == "module" or name in _WRAPPERS), None)
+    holds = any(owner.__module__.startswith(_HOLDERS) for owner in type(model).__mro__)
+    return unwrapped_model(held) if holds and held is not None else model
+
+
+def plain_name(name: str) -> str:
+    """A name in an unwrapped model without what wrappers of its parts have put in.
+
+    >>> plain_name("layers.0._orig_mod.q_proj")
+    'layers.0.q_proj'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def in_state_dict(name: str) -> str:

@@ -61,6 +61,8 @@ def test_sure_values_are_those_whose_residual_is_a_fiftieth() -> None:
     theta = np.array([9.0, 5.0, 1.0, 0.9, -0.1])
     g = np.array([[9.0, 9.0], [0.0, 0.099], [0.015, 0.015], [0.0, 0.019], [0.0, 0.1]])
     assert sure_values(theta, g, 1, 64).tolist() == pytest.approx([5**0.5])
+    # A value after one that is not sure might stand in another's place.
+    assert sure_values(theta, np.where(np.arange(5)[:, None] == 2, g, 0.0), 1, 64).tolist() == pytest.approx([5**0.5])
     assert sure_values(theta, g / 2, 1, 4).tolist() == pytest.approx([5**0.5, 1.0, 0.9**0.5])
     assert sure_values(theta, g, 5, 64).tolist() == sure_values(theta, g, 2, 1).tolist() == []
 
