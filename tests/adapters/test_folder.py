@@ -102,7 +102,10 @@ def test_numbers_that_nobody_trains_are_refused(llama: Path, tmp_path: Path, dty
     """Of complex ones the imaginary part was dropped without a word."""
     _, adapter = trained(llama, tmp_path)
     file = adapter / "adapter_model.safetensors"
-    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    try:
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    except KeyError:
+        pytest.skip(f"this safetensors stores no {dtype}")
     with pytest.raises(FactorFileError, match=f"stored as {str(dtype)[6:]}; save A and B in float32"):
         read_adapter(adapter)
 
