@@ -4,9 +4,9 @@ The space K_q = span{Ω, MΩ, …, M^{q−1}Ω} of M = WᵀW (k×k, or WWᵀ whe
 and is kept orthonormal against all of itself. Its Ritz pairs converge to the leading singular triplets of W faster than
 subspace iteration over the same passes (Musco and Musco 2015, arXiv:1504.05477). What counts is the number of vectors
 that W is multiplied with, and a narrow block needs the fewest: it is just wide enough that a pass takes as long in
-arithmetic as in memory, whatever the rank. `certificate.py` bounds what the Ritz pairs still lack, from a second space;
-where that finds a direction that the first has missed, as a narrow block does where singular values are equal, the two
-are joined.
+arithmetic as in memory, whatever the rank. `certificate.py` bounds what the Ritz pairs still lack, from the same space,
+or from a second one where singular values are too close; where that finds a direction that the first has missed, as a
+narrow block does where they are equal, the two are joined.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def principal(
     dtype: of the products with W. Where float32 is too coarse for the certificate (M = WᵀW has the square of W's
         condition), the work is done in float64.
     tolerance: of each rank's excess f/f* − 1.
-    digest: the sha256 of W's bytes, if it is computed anyway. The certificate's random block is drawn from it, so
-        the same W gives the same bits, at any number of threads, and nobody can choose a W against the block.
+    digest: the sha256 of W's bytes, if it is computed anyway. The search's random blocks are drawn from it, so the
+        same W gives the same bits, at any number of threads, and nobody can choose a W against the block.
     total: ||W||_F², where it is known.
 
     The space grows until its Ritz residuals promise an excess below `tolerance`, then the certificate is computed.

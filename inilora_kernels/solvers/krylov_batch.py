@@ -83,11 +83,11 @@ class _Searched:
 
     def judge(self, pairs: RitzPairs, size: int) -> None:
         """At `size` vectors: whether it is proven, or lost; or how many more may prove it."""
-        goal = self.goal
-        kept, self.outside, bound = goal.counted(pairs, least_counting(16, goal.rank))
-        if goal.too_coarse(pairs):
+        if self.goal.too_coarse(pairs):
             self.lost = True
-        elif kept > 0:
+            return
+        kept, self.outside, bound = self.goal.counted(pairs, least_counting(16, self.goal.rank))
+        if kept > 0:
             self.pairs, self.kept, self.vectors = pairs, kept, size
         else:
             target = next_count(size, 16, bound, self.before, self.then)

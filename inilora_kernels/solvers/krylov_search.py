@@ -34,6 +34,7 @@ _NARROW, _WIDE, _WIDE_RANK = 4, 8, 112
 _VECTORS = {_NARROW: ((4.0, 42), (3.3, 68)), _WIDE: ((3.1, 112),)}
 _LESS = {_NARROW: 0.65, _WIDE: 0.33}
 _LATER = 2.2e6
+# And never fewer than so many times the rank, and two blocks.
 _LEAST_A_RANK = 2.9
 # The space may grow to this many times that before the search is given up.
 _MOST_GROWTH = 10
@@ -92,7 +93,7 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
             if not left:
                 return found
     multiply = gram_multiplier(_spread(W, goal.rank, dtype, threads), dtype, threads)
-    return _Search(W, goal, multiply, dtype, key, threads).run()
+    return _Search(W, goal, multiply, dtype, key).run()
 
 
 def _spread(W: Tensor, rank: int, dtype: torch.dtype, threads: int) -> Tensor:
@@ -176,9 +177,7 @@ def _in_one_call(W: Tensor, goal: Goal, key: Digest) -> tuple[bool, Searched | N
 class _Search:
     """The search step by step, for any device and dtype."""
 
-    def __init__(
-        self, W: Tensor, goal: Goal, multiply: GramReader, dtype: torch.dtype, key: Digest, threads: int
-    ) -> None:
+    def __init__(self, W: Tensor, goal: Goal, multiply: GramReader, dtype: torch.dtype, key: Digest) -> None:
         self._device, self._size, self._dtype, self._multiply = W.device, W.shape[1], dtype, multiply
         self._goal = goal
         self._stream = trusted_stream(key)

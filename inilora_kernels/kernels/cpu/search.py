@@ -49,6 +49,7 @@ def search(
     size = passes = kept = ZERO
     target, before, then, bound_then, outside = sizes[0], 0, np.inf, np.inf, np.inf
     theta, both, reduced, converged = decomposed(np.eye(1), np.zeros((2 * b, 1)))
+    g = rho = both
     while True:
         ahead = min(math.ceil((min(target, most) - size) / b), (n - size) // b - 1)
         if ahead > 0:
@@ -83,5 +84,4 @@ def search(
             ended = LEFT
             break
         before, then, bound_then = size, now, bound
-    parts = theta, both[:, :b].copy(), np.ascontiguousarray(T[:size, :size]), both[:, b:].copy(), reduced
-    return ended, rows[:size], parts, kept, outside, passes
+    return ended, rows[:size], (theta, g, np.ascontiguousarray(T[:size, :size]), rho, reduced), kept, outside, passes
