@@ -94,25 +94,19 @@ def products(W: Tensor, X: Tensor, threads: int, image: torch.dtype = torch.floa
     >>> products(2 * torch.eye(2), torch.ones(1, 2).double(), threads=1)[1]
     tensor([[4., 4.]], dtype=torch.float64)
     """
-    if W.device.type != "cpu":
+    if not _fused(W, torch.float64):
         return gram_product(W, X)
-    if len(X) <= _FUSED_ROWS[image] and _fused(W, torch.float64):
-        from .cpu.gram import FusedGramReader
+    from .cpu.gram import FusedGramReader, wide_product
 
+    if len(X) <= _FUSED_ROWS[image]:
         return FusedGramReader(W, len(X), threads, torch.float64, image)(X)
     d, k = W.shape
-    Y, Z = X.new_empty(len(X), d), torch.empty(len(X), k, dtype=image)
-
-    # Copies, also of float32: what torch makes of numbers may depend on where in a cache line they begin.
-    def multiply_rows(runs: Iterator[slice]) -> None:
-        for rows in runs:
-            torch.mm(X, W[rows].to(torch.float64, copy=True).T, out=Y[:, rows])
-
-    share(multiply_rows, _runs(d, k, X.dtype), threads)
+    Y, Z = wide_product(W, X, threads), torch.empty(len(X), k, dtype=image)
     given = Y.to(image)
 
     def multiply_columns(runs: Iterator[slice]) -> None:
         for columns in runs:
+            # Copies, also of float32: what torch makes of numbers may depend on where in a cache line they begin.
             torch.mm(given, W[:, columns].to(image, copy=True), out=Z[:, columns])
 
     share(multiply_columns, _runs(k, d, image), threads)

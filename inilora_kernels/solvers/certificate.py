@@ -73,10 +73,11 @@ product is off by about u·σ_1·||W||_F at most: partial sums of a row of W wit
 row, and their roundings are independent. A projection takes m rows of Q from a vector of length λ_1 at most, in m sums
 that are each rounded: √m·u·λ_1, which is the larger part where W is little more than one direction. `rounding` is
 their sum with 2u for u. It is added to c', and twice where c' comes from a count or from c, whose projections are from
-two bases; it enters through the gap alone. Rounding also turns the eigenvectors of M + E, and so changes Ωᵀu, by some
-1e-5 in float32. T shows it: entries far from its diagonal blocks, which without rounding were zero, keep |F| from
-falling further. That has nothing to do with where Ω fails; but if it conspired, δ would be (1 + 1e-5/ε)^(b−1) times as
-large, 1.3 times at most. With more columns ε is larger: a wider block is taken where |F| would not fall below it.
+two bases; it enters through the gap alone. Entries of T far from its diagonal are nothing but the rounding of these
+projections, for without it they were zero; so M + E' with zeros there is as near, and `decomposed` takes that. Rounding
+also turns the eigenvectors of M + E, and so changes Ωᵀu, by some 1e-5 in float32: with T's far entries |F| falls no
+further. That has nothing to do with where Ω fails; but if it conspired, δ would be (1 + 1e-5/ε)^(b−1) times as large,
+1.3 times at most. With more columns ε is larger, and a wider block is taken where it would come near to that.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class KrylovSpace:
         self._leaving = mixing.cpu() @ leaving
 
     def ritz(self) -> RitzPairs:
-        return ritz_pairs(self.T, self._leaving, self._begun.cpu())
+        return ritz_pairs(self.T, self._leaving, self._begun.cpu(), torch.finfo(self._rows.dtype).eps)
 
     def _hold(self, size: int) -> None:
         if size > len(self._rows):

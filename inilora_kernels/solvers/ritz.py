@@ -34,7 +34,7 @@ class RitzPairs:
     g: Array
     T: Array
     rho: Array | None = None
-    reduced: tuple[Array, Array, Array, Array, float] | None = None
+    reduced: tuple[Array, Array, Array, Array, float, bool] | None = None
 
     def without_vectors(self) -> RitzPairs:
         """θ and g alone, without the m² numbers that `vectors` takes."""
@@ -59,10 +59,11 @@ class RitzPairs:
         return every[:count]
 
 
-def ritz_pairs(T: Tensor, leaving: Tensor, begun: Tensor | None = None) -> RitzPairs:
+def ritz_pairs(T: Tensor, leaving: Tensor, begun: Tensor | None = None, unit: float = 0.0) -> RitzPairs:
     """The Ritz pairs of a space with QMQᵀ = T (m×m) and M·Qᵀ = QᵀT + N·leaving (b×m), float64, on the CPU.
 
-    begun (b×b): the start is begunᵀ times the first rows of Q.
+    begun (b×b): the start is begunᵀ times the first rows of Q. unit: of the arithmetic of a space of one start; what T
+    has far from its diagonal counts as zero if it is rounding in that.
 
     >>> pairs = ritz_pairs(torch.tensor([[1.0, 0.0], [0.0, 4.0]]).double(), torch.tensor([[0.0, 0.5]]).double())
     >>> pairs.theta.tolist(), abs(pairs.g).tolist()
@@ -76,7 +77,7 @@ def ritz_pairs(T: Tensor, leaving: Tensor, begun: Tensor | None = None) -> RitzP
     if begun is not None and known:
         rows = torch.cat([leaving, leaving.new_zeros(begun.shape[1], len(T))])
         rows[b:, : len(begun)] = begun.T
-    theta, both, reduced, converged = decomposed(form.copy(), rows.numpy())
+    theta, both, reduced, converged = decomposed(form, rows.numpy(), unit)
     if not converged:
         values, vectors = torch.linalg.eigh(T)
         theta, both, reduced = values.flip(0).numpy(), (rows @ vectors.flip(1)).T.numpy(), None

@@ -37,9 +37,9 @@ def conclude(
     eigenvalues, V (max(ranks), n); for each rank the shortfall and whether it is certified. It is not found where an
     eigenvector does not come out, or the basis's rows are not independent.
     """
-    given, once, _ = work
+    _, once, _ = work
     by_rows, m, n = layout[0] == 1, layout[2], layout[3]
-    width, d = (given.shape[0], m) if by_rows else (given.shape[1], n)
+    width, d = (once.shape[1], m) if by_rows else (once.shape[0], n)
     X, image, Y = np.zeros((width, basis.shape[1])), np.empty((width, basis.shape[1])), np.empty((width, d))
     if not _leading(basis, theta, reduced, count, X):
         return False, X, theta, X, theta, np.empty(0, dtype=np.bool_)

@@ -2,8 +2,8 @@
 
 This is what a Krylov space needs of its T = QMQᵀ. LAPACK's routine finds all eigenvectors whole and cannot be called
 from compiled code, which holds no lock. Everything is float64: T = HDHᵀ with D tridiagonal and H a product of
-reflections, then implicit QL steps on D, and inverse iteration for single vectors of D (Parlett 1980, chapters 7, 8
-and 4).
+reflections, band.py's where T is zero far from its diagonal, then implicit QL steps on D, and inverse iteration for
+single vectors of D (Parlett 1980, chapters 7, 8 and 4).
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from .band import VANISHED, WIDTH, far_from_diagonal, reflections, tridiagonal_of_band, turn_back_from_band
 from .copies import copy_row, copy_rows
 from .gram import BLOCK, add_outer_products
 from .jit import ZERO, njit
 from .plain_products import SUMS
 
 _UNIT = 2.0**-53
-# Squares beside which 1 is infinite; entries of T are at most 1.
-_VANISHED = 1e-290
 # Reflections that T is updated with at a time.
 _HELD_BACK = 8
 # QL takes less than two steps a value; after so many it is given up.
@@ -28,6 +27,9 @@ _MOST_STEPS = 40
 # Vectors of values this close, as a share of |D|, are made orthogonal.
 _CLOSE = 1e-3
 _MOST_INVERSE_STEPS = 5
+# Far from its diagonal a space's T has rounding, in norm up to so many units times √m of its largest entry: 0.3 to 1.8
+# were seen.
+_ROUNDINGS = 2.0
 # A vector counts if what D makes of it is its value's multiple to so many roundings of |D|.
 _ACCURATE = 256
 
@@ -121,7 +123,7 @@ def _four_products(one: Any, two: Any, three: Any, four: Any, first: Any, x: Any
 def _reflection(x: Any) -> Any:
     """β and what stays of x under I − βvvᵀ, which makes all but its first entry zero; x becomes v."""
     rest = dot(x[1:], x[1:])
-    if rest < _VANISHED:
+    if rest < VANISHED:
         return 0.0, x[0]
     length = np.sqrt(rest + x[0] ** 2)
     stays = -length if x[0] > 0.0 else length
@@ -213,7 +215,7 @@ def leading_vectors(reduced: Any, values: Any, vectors: Any) -> bool:
 
     reduced, values: `decomposed`'s. False where one is not accurate. `turn_back` makes them T's.
     """
-    _, _, d, e, scale = reduced
+    _, _, d, e, scale, _ = reduced
     theta = values / scale
     count, m = vectors.shape
     size = max(abs(theta[0]), abs(theta[m - 1]))
@@ -256,13 +258,16 @@ def leading_vectors(reduced: Any, values: Any, vectors: Any) -> bool:
 
 @njit(cache=True, nogil=True)
 def turn_back(reduced: Any, vectors: Any) -> None:
-    """Eigenvectors of D, rows (c×m), become those of T in place: times Hᵀ. Reads half of T once."""
-    T, betas, _, _, _ = reduced
-    for k in range(len(T) - 2, -1, -1):
+    """Eigenvectors of D, rows (c×m), become those of T in place: times Hᵀ. Reads the reflections once."""
+    form, betas, _, _, _, banded = reduced
+    if banded:
+        turn_back_from_band(form, betas, vectors)
+        return
+    for k in range(len(form) - 2, -1, -1):
         if betas[k] != 0.0:
             for one in range(len(vectors)):
                 y = vectors[one, k + 1 :]
-                less(y, betas[k] * dot(T[k, k + 1 :], y), T[k, k + 1 :])
+                less(y, betas[k] * dot(form[k, k + 1 :], y), form[k, k + 1 :])
 
 
 @njit(cache=True, nogil=True)
@@ -322,11 +327,14 @@ def _left(d: Any, e: Any, value: float, y: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def decomposed(T: Any, rows: Any) -> Any:
+def decomposed(T: Any, rows: Any, unit: float) -> Any:
     """The eigenvalues of T (m×m), and `rows` (c×m) times its eigenvectors.
 
-    Returns θ (m, descending), g (m×c), whose j-th row belongs to θ_j, what `leading_vectors` takes (T, β, d and e as
-    `tridiagonal` leaves them, and a scale), and whether QL converged. Reads `rows`; T's memory is that form's now.
+    unit: of the arithmetic that T comes from, if it is a block Krylov space's, of blocks of up to WIDTH vectors: what
+    is far from its diagonal then counts as zero, if it is rounding. 0 for any other T.
+
+    Returns θ (m, descending), g (m×c), whose j-th row belongs to θ_j, what `leading_vectors` takes (the reflections and
+    β, d and e, a scale, and whether they are band.py's), and whether QL converged. T and `rows` are only read.
     """
     m = len(T)
     # Squares of T's entries then stay in range; a power of two rounds nothing.
@@ -335,12 +343,19 @@ def decomposed(T: Any, rows: Any) -> Any:
         for j in range(m):
             largest = max(largest, abs(T[i, j]))
     scale = math.ldexp(1.0, min(1020, math.frexp(largest)[1]))
-    T /= scale
-    betas, d, e = np.empty(m), np.empty(m), np.empty(m)
-    tridiagonal(T, d, e, betas)
-    reflected = rows.copy()
-    times_reflections(reflected, T, betas)
-    g = np.ascontiguousarray(reflected.T)
+    scaled = T / scale
+    d, e, g = np.empty(m), np.empty(m), np.ascontiguousarray(rows.T)
+    banded = far_from_diagonal(scaled) <= _ROUNDINGS * unit * math.sqrt(m) * (largest / scale)
+    if banded:
+        form = np.empty((reflections(m), WIDTH))
+        betas = np.empty(len(form))
+        tridiagonal_of_band(scaled, d, e, form, betas, g)
+    else:
+        form, betas = scaled, np.empty(m)
+        tridiagonal(form, d, e, betas)
+        reflected = rows.copy()
+        times_reflections(reflected, form, betas)
+        g = np.ascontiguousarray(reflected.T)
     values, beside = d.copy(), e.copy()
     if abs(d[0]) > abs(d[m - 1]):
         # QL wants the small entries first.
@@ -349,7 +364,7 @@ def decomposed(T: Any, rows: Any) -> Any:
             beside[i] = e[m - 2 - i]
     converged = by_ql(values, beside, g)
     _sort(values, g)
-    return values * scale, g, (T, betas, d, e, scale), converged
+    return values * scale, g, (form, betas, d, e, scale, banded), converged
 
 
 @njit(cache=True, nogil=True)
@@ -369,12 +384,12 @@ def _sort(values: Any, g: Any) -> None:
 @njit(cache=True, nogil=True)
 def leading_pairs(T: Any, count: int) -> Any:
     """The eigenvalues of T (m×m), descending, its first `count` eigenvectors as rows, and whether QL converged."""
-    values, _, reduced, converged = decomposed(T.copy(), np.empty((0, len(T))))
+    values, _, reduced, converged = decomposed(T, np.empty((0, len(T))), 0.0)
     vectors = np.empty((count, len(T)))
     if leading_vectors(reduced, values, vectors):
         turn_back(reduced, vectors)
     else:
-        values, every, _, converged = decomposed(T.copy(), np.eye(len(T)))
+        values, every, _, converged = decomposed(T, np.eye(len(T)), 0.0)
         copy_rows(every, vectors)
     return values, vectors, converged
 
@@ -382,5 +397,5 @@ def leading_pairs(T: Any, count: int) -> Any:
 @njit(cache=True, nogil=True)
 def largest_eigenvalue(T: Any) -> Any:
     """λ_max of T (m×m); NaN where QL does not converge."""
-    theta, _, _, converged = decomposed(T.copy(), np.empty((0, len(T))))
+    theta, _, _, converged = decomposed(T, np.empty((0, len(T))), 0.0)
     return theta[0] if converged else np.nan

@@ -16,6 +16,7 @@ from .jit import njit
 from .orthonormal import PASS, help_project, make_orthonormal
 from .outside import definite
 from .team import WHAT, close, open_round, part_done, take_part, wait_for_part, wait_until_done
+from .widened import COLUMNS
 
 
 @njit(cache=True, nogil=True)
@@ -94,12 +95,7 @@ def multiply(W: Any, layout: Any, work: Any, block: Any, X: Any, job: Any) -> No
     """X (b rounded up, n) = block · WᵀW, by all threads of the job, to the same bits for any number of them."""
     given, _, twice = work
     b, by_rows = len(block), layout[0] == 1
-    for c in range(b):
-        for j in range(block.shape[1]):
-            if by_rows:
-                given[c, j] = block[c, j]
-            else:
-                given[j, c] = block[c, j]
+    _give(block, given, by_rows)
     job[WHAT] = PASS
     open_round(job, len(twice))
     while True:
@@ -117,13 +113,28 @@ def multiply(W: Any, layout: Any, work: Any, block: Any, X: Any, job: Any) -> No
 
 
 @njit(cache=True, nogil=True)
+def _give(block: Any, given: Any, by_rows: bool) -> None:
+    """The block's rows where a pass takes them from, as gram.py has it."""
+    if given.ndim == 3:
+        for c in range(len(block)):
+            for j in range(block.shape[1]):
+                given[j, c // COLUMNS, c % COLUMNS] = block[c, j]
+    elif by_rows:
+        copy_rows(block, given[: len(block), : block.shape[1]])
+    else:
+        for c in range(len(block)):
+            for j in range(block.shape[1]):
+                given[j, c] = block[c, j]
+
+
+@njit(cache=True, nogil=True)
 def _read(W: Any, layout: Any, work: Any, slot: int) -> None:
     by_rows, stride, m, n, step, parts, parts_a_slot = layout
     given, once, twice = work
     first = slot * parts_a_slot
     last = min(first + parts_a_slot, parts)
     if by_rows == 1:
-        row_strips(W, stride, m, n, given, once, once, twice[slot], step, n, first, last)
+        row_strips(W, stride, m, n, given, once, once, twice[slot], step, first, last)
     else:
         column_tiles(W, stride, m, n, given, once, once, twice[slot], step, first, last)
 

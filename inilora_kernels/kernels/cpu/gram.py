@@ -1,9 +1,9 @@
 """XWᵀ and XWᵀW from one pass over W on the CPU: a part of W comes from memory once, and a second time from the cache.
 
 W lies in the checkpoint's own dtype and place, its rows (or, where W is a transposed view, its columns) contiguous;
-X and the products are float32 or float64. In float32 both kernels are made of in_place.py's inner and simd.py's outer
-products, with four columns of X, whose sums stay in registers; in float64 of plain_products.py's. The sums over parts
-of W are kept in slots that depend on the shape alone, so any number of threads gives the same bits.
+X and the products are float32 or float64. Both kernels are made of in_place.py's inner and outer products, with four
+columns of X, whose sums stay in registers; a first product in float64 of widened.py's. The sums over parts of W are
+kept in slots that depend on the shape alone, so any number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .in_place import FETCHES_STRIPS, FILLS_VECTORS, WIDE_LANES, WIDE_ROWS, WIDE
 from .jit import ZERO, njit
 from .plain_products import add_inner_plain, add_outer_plain
 from .simd import CACHE_LINE, LANES, LOADS_FLOAT16, kernel_view
+from .widened import ACROSS, along_columns, along_rows, lines_of
 
 MOST_SLOTS = 12
 # A strip of rows of W, and what of the next one is already fetched, stay in a core's second cache between the two
@@ -32,8 +33,10 @@ MOST_SLOTS = 12
 # of its columns stay in the third. Few columns, or parts, would be slower.
 _STRIP_BYTES, _TILE_BYTES = 3 << (17 if FETCHES_STRIPS else 16), 6 << 20
 _LEAST_COLUMNS, _MOST_COLUMNS = 288, 960
-# Columns of W at a time in float64.
-_WIDE_COLUMNS = 512
+# Rows of W at a time for the first product alone.
+_PART_ROWS = 96
+# So much of the second product's sums stays in a second cache beside a strip.
+_SUMS_BYTES = 1 << 17
 # One slot per this many elements, up to MOST_SLOTS.
 _SLOT_ELEMENTS = 1 << 19
 # Columns of X in a loop, and rows of W.
@@ -145,12 +148,14 @@ class FusedGramReader:
         kind = np.float64 if dtype == torch.float64 else np.float32
         second = np.float32 if image == torch.float32 and W.dtype != torch.float64 else kind
         # Rows a power of two apart would push each other, and W's rows, out of the first cache.
-        along_columns, along_rows = (b, n + CACHE_LINE // np.dtype(kind).itemsize), (m, b)
-        self._given: NDArray[Any] = np.zeros(along_columns if self._by_rows else along_rows, kind)
-        self._once: NDArray[Any] = np.empty(along_rows if self._by_rows else along_columns, kind)
+        across, down = (b, n + CACHE_LINE // np.dtype(kind).itemsize), (m, b)
+        once, twice = (down, across) if self._by_rows else (across, down)
+        by_entries = n if self._by_rows else m, *lines_of(b)
+        self._given: NDArray[Any] = np.zeros(by_entries if dtype == torch.float64 else twice, kind)
+        self._once: NDArray[Any] = np.empty(once, kind)
         # XWᵀ as the second product takes it.
         self._rounded: NDArray[Any] = self._once if second == kind else np.empty(self._once.shape, second)
-        self._twice: NDArray[Any] = np.empty((slots, *self._given.shape), second)
+        self._twice: NDArray[Any] = np.empty((slots, *twice), second)
 
     @property
     def compiled(self) -> tuple[NDArray[np.generic], tuple[int, ...], tuple[NDArray[np.float32], ...]]:
@@ -159,7 +164,9 @@ class FusedGramReader:
         return self._flat, layout, (self._given, self._once, self._twice)
 
     def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        given, once = (self._given, self._once.T) if self._by_rows else (self._given.T, self._once)
+        by_entries = self._given.reshape(len(self._given), -1).T
+        given = self._given if self._by_rows and self._given.ndim == 2 else by_entries
+        once = self._once.T if self._by_rows else self._once
         (m, n), b = self._shape, self._width
         d, k = (m, n) if self._by_rows else (n, m)
         given[:b, :k] = X.numpy()
@@ -177,9 +184,35 @@ class FusedGramReader:
             given, once, twice = self._given, self._once, self._twice[slot]
             shared = self._flat, self._stride, m, n, given, once, self._rounded, twice, self._step
             if self._by_rows:
-                row_strips(*shared, n if self._given.dtype == np.float32 else _WIDE_COLUMNS, first, last)
+                row_strips(*shared, first, last)
             else:
                 column_tiles(*shared, first, last)
+
+
+def wide_product(W: Tensor, X: Tensor, threads: int) -> Tensor:
+    """XWᵀ (s×d) in float64, for X (s×k) in float64: the first product alone. The same bits for any number of threads.
+
+    >>> wide_product(2 * torch.eye(48), torch.ones(1, 48).double(), threads=1)[0, :2]
+    tensor([2., 2.], dtype=torch.float64)
+    """
+    flat, stride, (m, n) = stored(W)
+    by_rows, s = W.stride(1) == 1, len(X)
+    b = round_up(s, BLOCK)
+    given = np.zeros((W.shape[1], *lines_of(b)))
+    given.reshape(len(given), -1)[:, :s] = X.T.numpy()
+    Y = np.empty((m, b) if by_rows else (b, n))
+
+    def multiply(parts: Iterator[slice]) -> None:
+        for part in parts:
+            if by_rows:
+                along_rows(flat, stride, part.start, part.stop, n, given, Y)
+            else:
+                along_columns(flat, stride, m, part.start, part.stop, given, Y)
+
+    step = _PART_ROWS if by_rows else ACROSS
+    parts = [slice(first, min(first + step, W.shape[0])) for first in range(0, W.shape[0], step)]
+    share(multiply, parts, min(threads, len(parts)))
+    return _in_torchs_memory((Y.T if by_rows else Y)[:s])
 
 
 def _in_torchs_memory(rows: NDArray[Any]) -> Tensor:
@@ -251,21 +284,23 @@ def add_outer_by_strips(W: Any, stride: int, m: int, left: int, count: int, X: A
 
 @njit(cache=True, nogil=True)
 def row_strips(
-    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, rounded: Any, Z: Any, strip: int, run: int, first: int,
-    last: int,
+    W: Any, stride: int, m: int, n: int, X: Any, Y: Any, rounded: Any, Z: Any, strip: int, first: int, last: int
 ) -> None:  # fmt: skip
     """Y = WXᵀ for strips [first, last) of `strip` rows of the m×n matrix W, and Z = Σ YᵀW over them.
 
-    X, Z: (b, n). Y: (m, b). rounded: Y itself or, where Z has another dtype, room for Y in that. b: a multiple of 4.
-    run: of columns at a time, so many that X's part of them stays in the second cache. Reads a strip of W from memory
-    once and again from the second cache; reads X, and reads and writes Z, once for four rows, from the caches.
+    Z: (b, n). Y: (m, b). X: (b, n), or as `along_rows` takes it. rounded: Y itself or, where Z has another dtype, room
+    for Y in that. b: a multiple of 4. Reads a strip of W from memory once and again from the second cache; reads X, and
+    reads and writes Z, once for a few rows, from the caches.
     """
+    run = max(RUN, _SUMS_BYTES // (len(Z) * Z.itemsize) // RUN * RUN)
     Z[:] = 0
     for part in range(first, last):
         top, bottom = part * strip, min((part + 1) * strip, m)
-        Y[top:bottom] = 0
-        for left in range(ZERO, n, run):
-            add_inner_products(W, stride, top, bottom, left, min(run, n - left), X, Y, WIDE_ROWS * stride)
+        if X.ndim == 3:
+            along_rows(W, stride, top, bottom, n, X, Y)
+        else:
+            Y[top:bottom] = 0
+            add_inner_products(W, stride, top, bottom, ZERO, n, X, Y, WIDE_ROWS * stride)
         if rounded.itemsize != Y.itemsize:
             for i in range(top, bottom):
                 for c in range(Y.shape[1]):
@@ -280,15 +315,18 @@ def column_tiles(
 ) -> None:  # fmt: skip
     """Y = XᵀW for tiles [first, last) of `tile` columns of the m×n matrix W, and Z = Σ WYᵀ over them.
 
-    X, Z: (m, b). Y: (b, n). rounded: as for `row_strips`. b: a multiple of 4. Reads a tile of W from memory once and
-    again from the second cache; reads X, and reads and writes Z, once a tile.
+    X, Z: (m, b), or X as `along_columns` takes it. Y: (b, n). rounded: as for `row_strips`. b: a multiple of 4. Reads a
+    tile of W from memory once and again from the second cache; reads X, and reads and writes Z, once a tile.
     """
     Z[:] = 0
     for part in range(first, last):
         left = part * tile
         count = min(tile, n - left)
-        Y[:, left : left + count] = 0
-        add_outer_by_strips(W, stride, m, left, count, X, Y)
+        if X.ndim == 3:
+            along_columns(W, stride, m, left, left + count, X, Y)
+        else:
+            Y[:, left : left + count] = 0
+            add_outer_by_strips(W, stride, m, left, count, X, Y)
         if rounded.itemsize != Y.itemsize:
             for c in range(len(Y)):
                 for j in range(left, left + count):

@@ -48,7 +48,7 @@ def search(
     block, begun, leaving = start.copy(), np.empty((b, b)), np.empty((b, b))
     size = passes = kept = ZERO
     target, before, then, bound_then, outside = sizes[0], 0, np.inf, np.inf, np.inf
-    theta, both, reduced, converged = decomposed(np.eye(1), np.zeros((2 * b, 1)))
+    theta, both, reduced, converged = decomposed(np.eye(1), np.zeros((2 * b, 1)), 0.0)
     g = rho = both
     while True:
         ahead = min(math.ceil((min(target, most) - size) / b), (n - size) // b - 1)
@@ -65,7 +65,7 @@ def search(
         ends = np.zeros((2 * b, size))
         copy_rows(leaving, ends[:b, size - b :])
         copy_rows(begun.T, ends[b:, :b])
-        theta, both, reduced, converged = decomposed(T[:size, :size].copy(), ends)
+        theta, both, reduced, converged = decomposed(T[:size, :size], ends, goal[3])
         if not converged or too_coarse(theta, ranks, goal):
             ended = COARSE if converged else LEFT
             break

@@ -32,7 +32,7 @@ def ritz(values: Array, start: Array, passes: int) -> tuple[Array, Array, Array]
     T, leaving, begun = krylov(values, start, passes)
     rows = np.zeros((2 * BLOCK, len(T)))
     rows[:BLOCK, -BLOCK:], rows[BLOCK:, :BLOCK] = leaving, begun.T
-    theta, both, _, converged = decomposed(T.copy(), rows)
+    theta, both, _, converged = decomposed(T, rows, 0.0)
     assert converged
     return theta, both[:, :BLOCK].copy(), both[:, BLOCK:].copy()
 
