@@ -86,6 +86,19 @@ def energy(W: Tensor) -> float:
     return sum(float(torch.linalg.vector_norm(W[rows].double())) ** 2 for rows in strips(W, _STRIP_ELEMENTS // 4))
 
 
+def product(W: Tensor, X: Tensor, threads: int = 1) -> Tensor:
+    """XWᵀ (s×d) in float64 for X (s×k) in float64, to the same bits for any number of threads.
+
+    >>> product(2 * torch.eye(2), torch.ones(1, 2).double())
+    tensor([[2., 2.]], dtype=torch.float64)
+    """
+    if _fused(W, torch.float64):
+        from .cpu.gram import wide_product
+
+        return wide_product(W, X, threads)
+    return torch.cat([X @ W[rows].double().T for rows in strips(W)], dim=1)
+
+
 def products(W: Tensor, X: Tensor, threads: int, image: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """XWᵀ (s×d) in float64 and XWᵀW (s×k) for X (s×k) in float64, to the same bits for any number of threads.
 
@@ -96,12 +109,12 @@ def products(W: Tensor, X: Tensor, threads: int, image: torch.dtype = torch.floa
     """
     if not _fused(W, torch.float64):
         return gram_product(W, X)
-    from .cpu.gram import FusedGramReader, wide_product
+    from .cpu.gram import FusedGramReader
 
     if len(X) <= _FUSED_ROWS[image]:
         return FusedGramReader(W, len(X), threads, torch.float64, image)(X)
     d, k = W.shape
-    Y, Z = wide_product(W, X, threads), torch.empty(len(X), k, dtype=image)
+    Y, Z = product(W, X, threads), torch.empty(len(X), k, dtype=image)
     given = Y.to(image)
 
     def multiply_columns(runs: Iterator[slice]) -> None:
