@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 
-from inilora_kernels.memory import empty, free_memory
+from inilora_kernels.memory import empty, free_memory, reused
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64])
@@ -20,6 +22,44 @@ def test_tensors_small_and_large(shape: tuple[int, int], dtype: torch.dtype) -> 
     assert tensor.data_ptr() % 64 == 0
     tensor.fill_(1)
     assert int(tensor.sum(dtype=torch.int64)) == math.prod(shape)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_memory_is_used_again_while_a_run_lasts_and_only_when_it_is_free() -> None:
+    shape, other = (3000, 1001), (1500, 2003)  # both are some megabytes, rounded up to the same
+    with reused():
+        first = empty(shape, torch.float64)
+        view, place = first[7:].T, _place(first)
+        first.fill_(3.0)
+        del first
+        # A view holds its memory.
+        second = empty(shape, torch.float64)
+        assert _place(second) != place
+        assert float(view.min()) == 3.0
+        del view
+        assert _place(empty(other, torch.float64)) == place
+        assert _place(second) != place
+    # What outlives the run is its own, and what is free then is given back to the system.
+    second.fill_(1.0)
+    assert _place(empty(other, torch.float64)) != _place(second)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read as Linux shows it")
+def test_no_more_is_kept_than_twice_the_largest_block() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    size = 40 << 20
+    before = resident()
+    with reused():
+        blocks = [empty((size,), torch.uint8).fill_(1) for _ in range(5)]
+        assert resident() - before > 4.5 * size
+        blocks.clear()
+        assert 1.5 * size < resident() - before < 2.5 * size
+    assert resident() - before < 0.5 * size
 
 
 def test_some_memory_is_free() -> None:
