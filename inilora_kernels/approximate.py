@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol, cast, overload
 
 from .announcements import announce_found, announce_reading, announce_solving, costs, stopped
@@ -13,7 +12,6 @@ from .errors import OptionError, WeightError
 from .factor_set import FactorSet, loaded
 from .factors import Factors
 from .initializations import settled, solver_of
-from .memory import reused
 from .model.in_memory import MatrixLike, target_in_memory
 from .model.live import Model, open_model
 from .model.survey import start_stds, survey
@@ -157,8 +155,7 @@ def _factorize(
     cached = keeps if options.cache is None else options.cache
     results: dict[str, Factors] = {}
     keys: dict[str, str] = {}
-    again = reused() if len(targets) > 1 else nullcontext()
-    with again, ProgressBar((keeps if options.progress is None else options.progress) and job.rank == 0) as bar:
+    with ProgressBar((keeps if options.progress is None else options.progress) and job.rank == 0) as bar:
         announce_reading(targets, options, bar)
         surveyed = _tasks(targets, options, start, job, bar, in_memory=not keeps and not cached)
         tasks = require_ranks_taken(surveyed, options)

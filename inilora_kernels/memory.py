@@ -42,12 +42,15 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def reused() -> Iterator[None]:
-    """While the block runs, memory of `empty` that is free again is handed out once more, for the next matrix.
+def reused(matrices: int) -> Iterator[None]:
+    """While the block runs, memory of `empty` that is free again is handed out once more, for the next matrix, if any.
 
     New memory is filled with zeros first, a page fault at a time, and on a virtual machine it may be new to that, too:
     a copy of 32 MiB takes 5 to 28 ms then, in place of 3.
     """
+    if matrices < 2:
+        yield
+        return
     _reused.begin()
     try:
         yield

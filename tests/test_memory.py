@@ -30,7 +30,7 @@ def _place(tensor: torch.Tensor) -> int:
 
 def test_memory_is_used_again_while_a_run_lasts_and_only_when_it_is_free() -> None:
     shape, other = (3000, 1001), (1500, 2003)  # both are some megabytes, rounded up to the same
-    with reused():
+    with reused(matrices=2):
         first = empty(shape, torch.float64)
         view, place = first[7:].T, _place(first)
         first.fill_(3.0)
@@ -54,7 +54,7 @@ def test_no_more_is_kept_than_twice_the_largest_block() -> None:
 
     size = 40 << 20
     before = resident()
-    with reused():
+    with reused(matrices=5):
         blocks = [empty((size,), torch.uint8).fill_(1) for _ in range(5)]
         assert resident() - before > 4.5 * size
         blocks.clear()

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..display.progress import ProgressBar
 from ..errors import WeightError
 from ..kernels.threads import at_once, beside, in_groups, one_torch_thread, side_by_side
+from ..memory import reused
 from .files.tensor import tensor_sha256
 from .targets import Target
 
@@ -60,10 +61,11 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
         later = in_memory and (alone > 1 or W.nbytes <= _SHORT)
         found[target.module] = Surveyed(hashed if later else hashed(), std, energy)
 
-    for count, group in in_groups(targets, lambda target: surveyed_together(target, threads)):
-        with closing(side_by_side(surveyed, group, count)) as results:
-            for _ in results:
-                bar.advance(1, matrices=1)
+    with reused(len(targets)):
+        for count, group in in_groups(targets, lambda target: surveyed_together(target, threads)):
+            with closing(side_by_side(surveyed, group, count)) as results:
+                for _ in results:
+                    bar.advance(1, matrices=1)
     return [found[target.module] for target in targets]
 
 

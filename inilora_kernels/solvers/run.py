@@ -20,6 +20,7 @@ from ..kernels.backend import Backend, GramBatch, Problem, Sample, Stored
 from ..kernels.loading import load_backend
 from ..kernels.streaming import losses
 from ..kernels.threads import in_groups, side_by_side
+from ..memory import reused
 from ..model.survey import Hash, together
 from ..model.targets import Target
 from ..options import Options
@@ -149,9 +150,10 @@ def _several(
 ) -> Generator[tuple[int, Result], None, None]:
     """`work` on the tasks of these indices; on a CPU as many at a time as keep all threads busy."""
     threads = torch.get_num_threads() if backend.device.type == "cpu" else 1
-    for count, group in in_groups(chosen, lambda index: together(tasks[index].target, threads)):
-        with closing(side_by_side(work, group, count)) as results:
-            yield from results
+    with reused(len(chosen)):
+        for count, group in in_groups(chosen, lambda index: together(tasks[index].target, threads)):
+            with closing(side_by_side(work, group, count)) as results:
+                yield from results
 
 
 def by_krylov(choose: Choose, tolerance: float) -> Solve:

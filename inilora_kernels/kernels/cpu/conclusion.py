@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from .eigen import dot, leading_vectors, less, turn_back
+from .eigen import leading_vectors, turn_back
 from .expansion import multiply
 from .gram import BLOCK, add_inner_products, add_outer_by_strips
 from .jit import ZERO, njit
 from .judgement import verdict
 from .orthonormal import cholesky, gram_of, solve
 from .team import job
+from .tridiagonal import dot, less
 
 # The shortest over the longest of rows that are orthonormal but for float32's rounding is at least that.
 _ORTHONORMAL = 0.5

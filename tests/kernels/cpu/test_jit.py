@@ -86,7 +86,7 @@ def test_what_is_called_from_another_file_is_not_kept_beyond_that_file(tmp_path:
 BITS = """
 import hashlib
 import numpy as np
-from inilora_kernels.kernels.cpu.eigen import tridiagonal
+from inilora_kernels.kernels.cpu.tridiagonal import tridiagonal
 
 T = np.random.default_rng(0).standard_normal((250, 250))
 T, d, e, betas = T @ T.T, np.zeros(250), np.zeros(250), np.zeros(250)
