@@ -18,6 +18,7 @@ from .adapters.modules import find_starts, is_conv1d, linear_shape
 from .adapters.peft import initialize_peft
 from .adapters.peft_check import require_no_adapters
 from .adapters.plan import common_scaling, lora_config
+from .adapters.rehearsal import WITHOUT_PEFT
 from .adapters.weights import has_weight_of, require_unpacked, with_shared
 from .approximate import approximate_model
 from .choices import TASK_TYPES, Form
@@ -96,8 +97,7 @@ def _with_adapters(model: nn.Module, config: LoraConfig) -> PeftModel:
                     setattr(module, name, child.get_base_layer())
         raise TargetError(
             f"{type(model).__name__}: PEFT does not take these modules ({' '.join(str(error).split())[:300]}); make "
-            f"the factors again without them, or train with `attach`, which needs no PEFT, and write what was learned "
-            f"by `inilora merge`"
+            f"the factors again without them, or {WITHOUT_PEFT}"
         ) from error
     assert isinstance(peft_model, PeftModel)
     return peft_model

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from safetensors import SafetensorError
@@ -21,7 +20,7 @@ from ..errors import FactorFileError
 from ..options import fits
 from ..places import given_path
 from ..storage.atomic import save_tensors
-from ..storage.reading import MOST_JSON, absolute, is_there, read_bytes, reporting, require_regular
+from ..storage.reading import FLOATS, MOST_JSON, absolute, is_there, read_bytes, reporting, require_regular
 from ..storage.schema import AdapterConfig, parse
 from ..suggestions import near_names, some
 from .started import STARTS
@@ -37,7 +36,6 @@ _MERGE_INSTEAD = (
 
 # Kinds of LoRA of which BA is not what is added to W, or not to every input: PEFT's fields of its config.
 _NOT_PLAIN = ("use_dora", "alora_invocation_tokens", "use_qalora", "use_bdlora")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Where huggingface_hub keeps a downloaded model: its id and its commit are in the path.
 _HUB_CACHE = re.compile(r".*[/\\]models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[^/\\]+)")
@@ -142,7 +140,7 @@ def read_adapter(folder: Path) -> Adapter:
     if strange:
         raise FactorFileError(f"{folder / WEIGHTS}: {strange[0]} is neither A nor B; {_MERGE_INSTEAD}")
     # Inf may be meant, in a buffer that masks.
-    broken = [key for key, value in tensors.items() if value.dtype in _FLOATS and value.isnan().any()]
+    broken = [key for key, value in tensors.items() if value.dtype in FLOATS and value.isnan().any()]
     if broken:
         raise FactorFileError(f"{folder / WEIGHTS}: {broken[0]} holds NaN; take an earlier checkpoint")
     return Adapter(settings, factors, tensors)
@@ -167,7 +165,7 @@ def _adapters_in(folder: Path) -> str:
 def require_trained(A: Tensor, B: Tensor, where: str) -> None:
     """Raise FactorFileError unless A and B are finite numbers that were trained. where: names them in the message."""
     for factor in (A, B):
-        if factor.dtype not in _FLOATS:
+        if factor.dtype not in FLOATS:
             kind = str(factor.dtype).removeprefix("torch.")
             raise FactorFileError(f"{where} is stored as {kind}; save A and B in float32, float16 or bfloat16")
         if not factor.isfinite().all():

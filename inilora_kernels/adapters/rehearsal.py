@@ -25,7 +25,7 @@ from .folder import KEY_PREFIX, Adapter
 from .live_model import require_called, require_called_by_kernels
 from .plan import Plan, module_names
 
-_WITHOUT_PEFT = "train with `attach`, which needs no PEFT, and write what was learned by `inilora merge`"
+WITHOUT_PEFT = "train with `attach`, which needs no PEFT, and write what was learned by `inilora merge`"
 
 # Loading and running a model of this size takes a second or two; of larger ones the structure alone is tried.
 _LARGEST_RUN = 1 << 26
@@ -44,7 +44,7 @@ def require_peft_takes(plan: Plan, folder: Path) -> None:
     if plan.architecture is None or not plan.architecture.layers:
         return
     model = plan.architecture.model
-    instead = f"make the factors again without them, or {_WITHOUT_PEFT}"
+    instead = f"make the factors again without them, or {WITHOUT_PEFT}"
     experts = require_peft_loads(model, folder, plan.adapter, f"{plan.checkpoint.path}: ", instead)
     for require in (require_called, require_called_by_kernels):
         require(model, plan.adapter.factors.keys() - experts)
@@ -126,7 +126,7 @@ def require_peft_reads_back(base: nn.Module, config: LoraConfig) -> None:
             _require_resources(error, where)
             raise TargetError(
                 f"{where}: PEFT does not load what it saves of these modules ({' '.join(str(error).split())[:300]}); "
-                f"make the factors again without them, or {_WITHOUT_PEFT}"
+                f"make the factors again without them, or {WITHOUT_PEFT}"
             ) from error
     paths = {key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in result.missing_keys if ".lora_" in key}
     layers = _lora_layers(again.get_base_model())
@@ -134,7 +134,7 @@ def require_peft_reads_back(base: nn.Module, config: LoraConfig) -> None:
     if lost and layers.keys() == _lora_layers(base).keys():
         raise TargetError(
             f"{where}: PEFT saves {some(lost)} under names that it loads into no module, so all that is learned there "
-            f"would be lost; make the factors again without {'it' if len(lost) == 1 else 'them'}, or {_WITHOUT_PEFT}"
+            f"would be lost; make the factors again without {'it' if len(lost) == 1 else 'them'}, or {WITHOUT_PEFT}"
         )
 
 

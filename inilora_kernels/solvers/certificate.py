@@ -37,8 +37,8 @@ residuals Mx_j − θ_j·x_j = N·g_j, g_j = Ls_j; and ρ_j = Rᵀs_j is what Ω
        |Ωᵀu| > ε,     (ε²/2)^(b/2) / Γ(b/2 + 1) = δ,
 
    and again Ωᵀu = F(λ)·t, with the second space's own ϑ, ρ and g, if λ is above the largest ϑ. So |F(λ)| > ε, and every
-   c above the largest ϑ with |F| ≤ ε from c on is a bound on λ_max(C). That |F| ≤ ε on an interval [l, l + x],
-   x < l − ϑ_1, follows from the Taylor series,
+   c above the largest ϑ with |F| ≤ ε from c on is a bound on λ_max(C). That |F| ≤ ε on an interval [l − x, l + x],
+   x < l − ϑ_1, follows from the Taylor series, for |y| ≤ x
 
        |F(l + y)| ≤ Σ_{i<I} x^i·|Σ_j ρ_j·g_jᵀ/(l − ϑ_j)^(i+1)| + (x/(l − ϑ_1))^I·Σ_j |ρ_j|·|g_j|/(l − ϑ_j),
 

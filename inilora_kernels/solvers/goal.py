@@ -96,11 +96,11 @@ class Goal:
         return not self.exact and bool(_judgement().too_coarse(pairs.theta, self.each_rank, self.numbers))
 
     def stops_outside(
-        self, pairs: RitzPairs, factors: Array, expected: float, aims: tuple[float, int, int, float, int], bounds: Array
+        self, pairs: RitzPairs, factors: Array, expected: float, bounds: Array, first: int, missed: float
     ) -> Array:
         """The λ_max at which a second space may end, (passes, 2), as judgement.py has it."""
         found: Array = _judgement().stops_outside(
-            pairs.theta, pairs.g, self.each_rank, self.numbers, factors, expected, aims, bounds
+            pairs.theta, pairs.g, self.each_rank, self.numbers, factors, expected, bounds, first, missed
         )
         return found
 

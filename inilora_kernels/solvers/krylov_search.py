@@ -41,7 +41,7 @@ _MOST_GROWTH = 10
 # The space has converged when its promise is below this share of what the certificate must reach.
 PROMISED = 0.5
 # A second space whose Ritz values come this close to θ_r has found what the first one missed.
-MISSED = 0.985
+_MISSED = 0.985
 # It has found enough where λ_max outside is below so many times θ_r, or what was expected: the first that settles all.
 _BOUNDS = np.array([0.98, 0.96, 0.93, 0.9])
 # Passes of the second space before it may be judged.
@@ -53,8 +53,6 @@ _EXPECTED_PASSES = 14
 _MOST_CERTIFYING = 64
 # A search may take so many bytes an entry of W: 1.25 times W in float32.
 _MOST_BYTES = 5
-# As judgement.py's `stops_outside` takes them.
-_AIMS = PROMISED, _EXPECTED_PASSES, _JUDGED_AFTER, MISSED, _MORE_FOR_FEW
 
 # The sha256 of W's bytes.
 Digest = Callable[[], bytes]
@@ -250,7 +248,8 @@ class _Search:
         """Lower the bound on what lies outside until all is settled. Returns what was missed, if anything."""
         width = min(_NARROW, self._size - self._space.size)
         factors = _expected_factors(self._size, width)
-        stops = self._goal.stops_outside(pairs, factors, self._expected_outside(pairs), _AIMS, _BOUNDS)
+        expected = self._expected_outside(pairs)
+        stops = self._goal.stops_outside(pairs, factors, expected, _BOUNDS, _JUDGED_AFTER, _MISSED)
         other = KrylovSpace(self._multiply, self._random(width), self._stream, fixed=self._space.Q)
         other.grow(math.inf, passes=_MOST_CERTIFYING, stops=stops)
         if other.passes == 0:
@@ -263,10 +262,10 @@ class _Search:
             proven, by_few = self._goal.settled(pairs, self._missed)
             if proven:
                 last = min(last, other.passes + _MORE_FOR_FEW)
-            if by_few or other.passes >= last or not other.room or not (proven or largest < MISSED * highest):
+            if by_few or other.passes >= last or not other.room or not (proven or largest < _MISSED * highest):
                 break
             other.grow(math.inf, passes=1)
-        if largest >= MISSED * highest and not proven:
+        if largest >= _MISSED * highest and not proven:
             return other if self._growing() else None
         self._spent += other.size
         return None

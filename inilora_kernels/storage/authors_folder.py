@@ -19,14 +19,13 @@ from torch import Tensor
 from ..errors import FactorFileError, OptionError
 from ..factors import Certificate, Factors
 from .atomic import whole_folder, write_whole
-from .reading import is_there, reporting, require_regular, require_stored
+from .reading import FLOATS, is_there, reporting, require_regular, require_stored
 
 SUFFIX = ".weight.pt"
 LOSS_SUFFIX = ".weight.loss.pt"
 
 # What the authors' training code takes off a module's name.
 _HEAD = "roberta."
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The most steps that a factor file records.
 _MOST_STEPS = 2**53
 
@@ -91,7 +90,7 @@ def _load(file: Path) -> Factors:
         raise nothing
     for letter, factor in (("A", B), ("B", A)):
         require_stored(factor, file, letter, FactorFileError)
-        if factor.dtype not in _FLOATS or not factor.float().isfinite().all():
+        if factor.dtype not in FLOATS or not factor.float().isfinite().all():
             raise FactorFileError(
                 f"{file}: {letter} holds NaN, Inf or more than float32 does, or {str(factor.dtype).partition('.')[2]}, "
                 f"not float16 to float64; decompose that matrix again"

@@ -23,6 +23,9 @@ from ..memory import empty
 # The index of the largest models takes 15 MB.
 MOST_JSON = 1 << 28
 
+# What A and B may be stored in.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # Opening must not wait for a pipe's other end; on regular files this changes nothing.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .jit import ZERO, njit
 from .judgement import FEW_BEYOND, promised_beyond, rounding
+from .poles import largest_about, numerators, square
 
 # What is left of a Taylor series may be this share of ε.
 _REST = 0.02
@@ -61,7 +62,7 @@ def _outside(theta: Any, g: Any, count: int, mu: float) -> float:
     for k in range(count):
         if not theta[k] > mu:
             return np.inf
-        total += _square(g[k]) / (theta[k] - mu)
+        total += square(g[k]) / (theta[k] - mu)
     return total
 
 
@@ -75,7 +76,7 @@ def level(theta: Any, g: Any, rho: Any, count: int, mu: float, highest: float, l
     # What a cell has below its θ, and above it.
     below, above = np.empty(count), np.empty(count)
     for k in range(count):
-        weights[k] = math.sqrt(_square(rho[k]) * _square(g[k]))
+        weights[k] = math.sqrt(square(rho[k]) * square(g[k]))
     for k in range(count - 1):
         gap, both = theta[k] - theta[k + 1], weights[k] + weights[k + 1]
         if both >= _FAR * least * gap:
@@ -100,40 +101,16 @@ def level(theta: Any, g: Any, rho: Any, count: int, mu: float, highest: float, l
 
 @njit(cache=True, nogil=True)
 def _largest(theta: Any, g: Any, rho: Any, low: float, high: float, least: float) -> float:
-    """A bound on |F| over [low, high], all θ below it, by Taylor series; infinite where far above ε.
-
-    Reads the m products ρ_k·g_kᵀ once for each of some 20 terms of some 15 intervals.
-    """
-    m, b, c = len(theta), rho.shape[1], g.shape[1]
-    products, norms = np.empty((m, b * c)), np.empty(m)
-    for k in range(m):
-        norms[k] = math.sqrt(_square(rho[k]) * _square(g[k]))
-        for i in range(b):
-            for j in range(c):
-                products[k, i * c + j] = rho[k, i] * g[k, j]
-    weights, form = np.empty(m), np.empty(b * c)
+    """A bound on |F| over [low, high], all θ below it; infinite where far above ε. Some 20 terms on 15 intervals."""
+    terms = numerators(rho, g)
     worst = 0.0
-    while low < high:
+    while low < high and worst < np.inf:
         # An interval as long as it is far from the largest θ, whose middle is three times as far from it as its ends.
         radius = (low - theta[0]) / 2
         middle = low + radius
         if not radius > _NEAREST * middle:
             return np.inf
-        rest, total = 0.0, 0.0
-        for k in range(m):
-            weights[k] = 1.0 / (middle - theta[k])
-            rest += weights[k] * norms[k]
-        while rest > _REST * least:
-            form[:] = 0.0
-            for k in range(m):
-                for i in range(b * c):
-                    form[i] += weights[k] * products[k, i]
-                weights[k] *= radius / (middle - theta[k])
-            total += math.sqrt(_square(form))
-            if not total < _FAR * least:
-                return np.inf
-            rest *= radius / (middle - theta[0])
-        worst = max(worst, total + rest)
+        worst = max(worst, largest_about(theta, terms, middle, radius, _REST * least, _FAR * least))
         low = middle + radius
     return worst
 
@@ -151,11 +128,3 @@ def next_count(size: int, block: int, bound: float, before: int, then: float) ->
     if not rate * _SECOND_SPACE > math.log(bound):
         return 0.0
     return size + max(1.0, math.log(bound) / rate)
-
-
-@njit(cache=True, nogil=True)
-def _square(row: Any) -> float:
-    total = 0.0
-    for c in range(len(row)):
-        total += row[c] ** 2
-    return total

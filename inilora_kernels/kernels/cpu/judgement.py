@@ -177,12 +177,13 @@ def bound_to_reach(theta: Any, g: Any, ranks: Any, bounds: Any, goal: Any) -> An
 
 @njit(cache=True, nogil=True)
 def stops_outside(
-    theta: Any, g: Any, ranks: Any, goal: Any, factors: Any, expected: float, aims: Any, bounds: Any
+    theta: Any, g: Any, ranks: Any, goal: Any, factors: Any, expected: float, bounds: Any, first: int, missed: float
 ) -> Any:  # fmt: skip
     """The λ_max of the second space after each pass at which it may end: low enough to settle all, or too high.
 
     factors: `expected_factor` after 1, 2, … passes. expected: the bound on λ_max outside that it is likely to give.
-    aims, bounds: as `search` takes them. Returns (passes, 2), as `expand` takes it.
+    bounds: on λ_max outside, as shares of θ_r, of which the first that settles all is enough. first: the pass after
+    which it may end; missed: a share of θ_r that is too high. Returns (passes, 2), as `expand` takes it.
     """
     highest, off = theta[ranks.max() - 1], rounding(theta, goal)
     tried = np.empty(len(bounds) + 1)
@@ -192,9 +193,9 @@ def stops_outside(
     enough = bound_to_reach(theta, g, ranks, tried, goal)
     stops = np.empty((len(factors), 2))
     for i in range(len(factors)):
-        early = i < aims[2] - 1
+        early = i < first - 1
         stops[i, 0] = 0.0 if early else (enough - off) / factors[i] - off
-        stops[i, 1] = np.inf if early else aims[3] * highest
+        stops[i, 1] = np.inf if early else missed * highest
     return stops
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from .copies import copy_rows
 from .eigen import decomposed
 from .jit import njit
+from .poles import largest_about, numerators
 
 # Intervals are so many halvings of their distance from the largest Ritz value long; of the first of those that will do,
 # the next one is tried, too.
@@ -41,7 +42,7 @@ def bound_outside(T: Any, leaving: Any, begun: Any, passes: int, least: float) -
     theta, both, _, converged = decomposed(T, rows, 0.0)
     if not converged:
         return np.inf, np.inf
-    g, rho = both[:, :b].copy(), both[:, b:].copy()
+    terms = numerators(both[:, b:].copy(), both[:, :b].copy())
     largest = max(theta[0], 0.0)
     longest = 0.0
     for c in range(len(begun)):
@@ -56,43 +57,11 @@ def bound_outside(T: Any, leaving: Any, begun: Any, passes: int, least: float) -
         # Half as long as it is far from the largest value, a quarter, ….
         share = 0.5**halvings
         low = (high + share * largest) / (1.0 + share)
-        if low - largest > _NEAREST * largest and _is_small(theta, rho, g, low, high - low, least):
+        # About the middle of [low, high].
+        radius = (high - low) / 2
+        near = low - largest <= _NEAREST * largest
+        if not near and largest_about(theta, terms, low + radius, radius, _REST * least, least) < least:
             high = low
         else:
             halvings += 1
     return high, largest
-
-
-@njit(cache=True, nogil=True)
-def _is_small(theta: Any, rho: Any, g: Any, low: float, length: float, least: float) -> bool:
-    """Whether |F| is below `least` on all of [low, low + length], low above θ. Reads ρ and g once for each term."""
-    m, b = rho.shape
-    weights, form = np.empty(m), np.empty((b, g.shape[1]))
-    rest = 0.0
-    for k in range(m):
-        weights[k] = 1.0 / (low - theta[k])
-        squares, others = 0.0, 0.0
-        for c in range(b):
-            squares += rho[k, c] ** 2
-        for c in range(g.shape[1]):
-            others += g[k, c] ** 2
-        rest += weights[k] * math.sqrt(squares * others)
-    ratio = length / (low - theta[0])
-    total = 0.0
-    while rest > _REST * least:
-        form[:] = 0.0
-        for k in range(m):
-            for c in range(b):
-                scaled = weights[k] * rho[k, c]
-                for e in range(g.shape[1]):
-                    form[c, e] += scaled * g[k, e]
-            weights[k] *= length / (low - theta[k])
-        squares = 0.0
-        for c in range(b):
-            for e in range(g.shape[1]):
-                squares += form[c, e] ** 2
-        total += math.sqrt(squares)
-        if not total + _REST * least < least:
-            return False
-        rest *= ratio
-    return total + rest < least
