@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from inilora_kernels.kernels.cpu.simd import kernel_view
+from inilora_kernels.kernels.cpu.simd import LOADS_FLOAT16, kernel_view
 from inilora_kernels.kernels.cpu.widened import COLUMNS, along_columns, along_rows, lines_of
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, *([torch.float16] if LOADS_FLOAT16 else [])]
 # A sum of at most 600 products, each rounded once, of numbers of about 1.
 TOLERANCE = 600 * 2.0**-52 * 10
 
@@ -21,7 +22,7 @@ def _given(length: int, columns: int, draw: np.random.Generator) -> tuple[np.nda
     return X, flat[:, :columns]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [4, 8, 12, 40])
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 7), (50, 256), (49, 301), (13, 600)])
 def test_both_products(m: int, n: int, columns: int, dtype: torch.dtype) -> None:
