@@ -49,8 +49,7 @@ def test_memory_is_used_again_while_a_run_lasts_and_only_when_it_is_free() -> No
 
 
 RESIDENT = """
-import subprocess
-import sys
+import resource
 from pathlib import Path
 import torch
 from inilora_kernels.memory import empty, reused
