@@ -33,9 +33,7 @@ def nearest(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> tuple[Ten
     flops = 2 * A.numel() * len(A)
     # One thread for each side, so that the bits do not depend on how many there are.
     with one_torch_thread() as threads:
-        [of_B], [of_A] = both(
-            partial(inner_in_parts, B.T, [B_start.T]), partial(inner_in_parts, A, [A_start]), threads, flops
-        )
+        of_B, of_A = both(partial(inner_in_parts, B.T, B_start.T), partial(inner_in_parts, A, A_start), threads, flops)
         left, _, right = torch.linalg.svd(of_B + of_A)
         G = left @ right
         B_near, A_near = both(partial(_turned, G, B.T), partial(_turned, G, A), threads, flops)

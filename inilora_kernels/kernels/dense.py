@@ -6,7 +6,7 @@ depend on how many there are. On a device all columns are one run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import ceil
 from typing import TypeVar
 
@@ -58,24 +58,19 @@ def inner(left: Tensor, right: Tensor, threads: int) -> Tensor:
     return _sum_of_runs(lambda run: left[:, run] @ right[:, run].T, left, len(left) * len(right), threads)
 
 
-def inner_in_parts(left: Tensor, rights: Sequence[Tensor]) -> list[Tensor]:
-    """left·rightᵀ of r×n rows of any dtype with each of others, in float64 on the left's device, a part at a time.
+def inner_in_parts(left: Tensor, right: Tensor) -> Tensor:
+    """left·rightᵀ of two sets of rows (r×n) of any dtype, in float64 on the left's device, a part at a time.
 
     Whole they might take half of W's bytes. On one thread of torch's the bits depend on the shape alone.
 
-    >>> inner_in_parts(torch.ones(1, 3), [torch.ones(2, 3)])
-    [tensor([[3., 3.]], dtype=torch.float64)]
+    >>> inner_in_parts(torch.ones(1, 3), torch.ones(2, 3))
+    tensor([[3., 3.]], dtype=torch.float64)
     """
-    found: list[Tensor] = []
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for columns in strips(left.T, FEW_ELEMENTS):
         part = left[:, columns].double()
-        others = [part if right is left else right[:, columns].to(part) for right in rights]
-        if found:
-            for total, other in zip(found, others, strict=True):
-                total.addmm_(part, other.T)
-        else:
-            found = [part @ other.T for other in others]
-    return found
+        total.addmm_(part, right[:, columns].to(part).T)
+    return total
 
 
 def few(*rows: Tensor) -> bool:

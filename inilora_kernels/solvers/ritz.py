@@ -77,7 +77,8 @@ def ritz_pairs(T: Tensor, leaving: Tensor, begun: Tensor | None = None, unit: fl
     if begun is not None and known:
         rows = torch.cat([leaving, leaving.new_zeros(begun.shape[1], len(T))])
         rows[b:, : len(begun)] = begun.T
-    theta, both, reduced, converged = decomposed(form, rows.numpy(), unit)
+    # For a part of a larger array numba would compile all of it once more.
+    theta, both, reduced, converged = decomposed(np.ascontiguousarray(form), rows.numpy(), unit)
     if not converged:
         values, vectors = torch.linalg.eigh(T)
         theta, both, reduced = values.flip(0).numpy(), (rows @ vectors.flip(1)).T.numpy(), None

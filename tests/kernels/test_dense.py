@@ -77,7 +77,7 @@ def test_inner_products_in_parts_of_stored_rows(n: int) -> None:
     """With themselves and with transposed ones, in one part and in several. Tolerance: float64's sums of n products."""
     random = torch.Generator().manual_seed(0)
     rows, others = torch.randn(20, n, generator=random), torch.randn(n, 20, generator=random, dtype=torch.float64).T
-    own, other = inner_in_parts(rows, [rows, others])
+    own, other = inner_in_parts(rows, rows), inner_in_parts(rows, others)
     assert own.dtype == other.dtype == torch.float64
     assert torch.allclose(own, rows.double() @ rows.double().T, rtol=0, atol=1e-11)
     assert torch.allclose(other, rows.double() @ others.T, rtol=0, atol=1e-11)

@@ -21,7 +21,7 @@ from .simd import _INT64, _broadcast, _fma, _intrinsic, _load, _pointer, _shuffl
 # Entries further from the diagonal are zero; so many rows has a reflection.
 WIDTH = 8
 # Squares beside which 1 is infinite; entries of T are at most 1.
-VANISHED = 1e-290
+_VANISHED = 1e-290
 # Row i of the band holds columns i − _REACH to i + _REACH, which is as far as the chase fills it.
 _REACH = 2 * WIDTH - 1
 _LANES = 4
@@ -158,11 +158,22 @@ def _reflection(band: Any, at: int, stride: int, v: Any) -> Any:
         v[i] = band[at + i * stride]
         if i:
             rest += v[i] ** 2
-    if rest < VANISHED:
-        return 0.0
-    length = math.sqrt(rest + v[0] ** 2)
-    v[0] += length if v[0] > 0.0 else -length
-    return 2.0 / (rest + v[0] ** 2)
+    beta, stays = reflection(v[0], rest)
+    v[0] -= stays
+    return beta
+
+
+@njit(cache=True, nogil=True)
+def reflection(first: float, rest: float) -> Any:
+    """β and what stays of a vector under I − βvvᵀ, v the vector less that in its first entry.
+
+    first: the vector's first entry; rest: the squares of the others, which become zero.
+    """
+    if rest < _VANISHED:
+        return 0.0, first
+    length = math.sqrt(rest + first**2)
+    stays = -length if first > 0.0 else length
+    return 2.0 / (rest + (first - stays) ** 2), stays
 
 
 @njit(cache=True, nogil=True)

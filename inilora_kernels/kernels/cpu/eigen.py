@@ -214,11 +214,11 @@ def decomposed(T: Any, rows: Any, unit: float) -> Any:
             largest = max(largest, abs(T[i, j]))
     scale = math.ldexp(1.0, min(1020, math.frexp(largest)[1]))
     scaled = T / scale
-    d, e, g = np.empty(m), np.empty(m), np.ascontiguousarray(rows.T)
+    d, e = np.empty(m), np.empty(m)
     banded = far_from_diagonal(scaled) <= _ROUNDINGS * unit * math.sqrt(m) * (largest / scale)
     if banded:
         form = np.empty((reflections(m), WIDTH))
-        betas = np.empty(len(form))
+        betas, g = np.empty(len(form)), np.ascontiguousarray(rows.T)
         tridiagonal_of_band(scaled, d, e, form, betas, g)
     else:
         form, betas = scaled, np.empty(m)

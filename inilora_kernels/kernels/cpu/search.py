@@ -65,7 +65,7 @@ def search(
         ends = np.zeros((2 * b, size))
         copy_rows(leaving, ends[:b, size - b :])
         copy_rows(begun.T, ends[b:, :b])
-        theta, both, reduced, converged = decomposed(T[:size, :size], ends, goal[3])
+        theta, both, reduced, converged = decomposed(T[:size, :size].copy(), ends, goal[3])
         if not converged or too_coarse(theta, ranks, goal):
             ended = COARSE if converged else LEFT
             break

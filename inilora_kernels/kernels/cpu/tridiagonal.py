@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .band import VANISHED
+from .band import reflection
 from .gram import BLOCK, add_outer_products
 from .jit import ZERO, njit
 from .plain_products import SUMS
@@ -103,13 +103,9 @@ def _four_products(one: Any, two: Any, three: Any, four: Any, first: Any, x: Any
 @njit(cache=True, nogil=True)
 def _reflection(x: Any) -> Any:
     """β and what stays of x under I − βvvᵀ, which makes all but its first entry zero; x becomes v."""
-    rest = dot(x[1:], x[1:])
-    if rest < VANISHED:
-        return 0.0, x[0]
-    length = np.sqrt(rest + x[0] ** 2)
-    stays = -length if x[0] > 0.0 else length
+    beta, stays = reflection(x[0], dot(x[1:], x[1:]))
     x[0] -= stays
-    return 2.0 / (rest + x[0] ** 2), stays
+    return beta, stays
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
