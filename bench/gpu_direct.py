@@ -87,7 +87,7 @@ def whole_batch(backend: TritonBackend, weights: Sequence[Tensor]) -> Row:
     found: list[Principal | None] = []
 
     def visit(members: Sequence[int], batch: Batched) -> None:
-        digests = [lambda: bytes(32)] * len(members)
+        digests = [bytes(32)] * len(members)
         found.extend(principals(batch, [ranks] * len(members), TOLERANCE, digests, vectors))
 
     def run() -> None:

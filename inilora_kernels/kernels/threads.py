@@ -6,9 +6,10 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -63,9 +64,13 @@ def _kept() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MOST_KEPT, thread_name_prefix="inilora")
 
 
+# What `meanwhile` has begun, until it is done.
+_meanwhile: set[Future[Any]] = set()
+
 # A forked process has none of its parent's threads.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_kept.cache_clear)
+    os.register_at_fork(after_in_child=_meanwhile.clear)
 
 
 def _begun(work: Callable[[], Result]) -> Future[Result]:
@@ -85,16 +90,28 @@ def helped(help: Callable[[], object], count: int) -> Iterator[None]:
     """Call `help` on up to this many other threads, with one of torch's own each, while the block runs.
 
     A call that has not begun at the end of the block never does; those that have are waited for. So the block must be
-    able to do without them, and may be part of another block's help.
+    able to do without them, and may be part of another block's help. For each thread that has something else to do
+    `meanwhile`, one call begins only when that is done.
     """
+    ended: Future[None] = Future()
+
+    def after(other: Future[Any]) -> None:
+        wait((other, ended), return_when=FIRST_COMPLETED)
+        if not ended.done():
+            help()
+
+    occupied = [other for other in tuple(_meanwhile) if not other.done()][: max(0, count)]
     calls: list[Future[object]] = []
     try:
-        for _ in range(count):
+        for _ in range(count - len(occupied)):
             calls.append(_begun(help))
+        for other in occupied:
+            calls.append(_begun(partial(after, other)))
         if calls:
             processors.give_way()
         yield
     finally:
+        ended.set_result(None)
         begun = [one for one in calls if not one.cancel()]
         wait(begun)
     for one in begun:
@@ -106,9 +123,20 @@ def beside(work: Callable[[], Result], threads: int) -> Callable[[], Result]:
 
     What has not begun by then is done by that call itself, so it never waits for other work than this.
     """
+    return _beside(work, threads, set())
+
+
+def meanwhile(work: Callable[[], Result], threads: int) -> Callable[[], Result]:
+    """`beside`, for what takes as long as much other work, whose `helped` blocks have one thread less for so long."""
+    return _beside(work, threads, _meanwhile)
+
+
+def _beside(work: Callable[[], Result], threads: int, going: set[Future[Any]]) -> Callable[[], Result]:
     if threads <= 1:
         return functools.cache(work)
     begun = _begun(work)
+    going.add(begun)
+    begun.add_done_callback(going.discard)
     processors.give_way()
     return functools.cache(lambda: work() if begun.cancel() else begun.result())
 

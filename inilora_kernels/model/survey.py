@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..display.progress import ProgressBar
 from ..errors import WeightError
-from ..kernels.threads import at_once, beside, in_groups, one_torch_thread, side_by_side
+from ..kernels.threads import at_once, in_groups, meanwhile, one_torch_thread, side_by_side
 from ..memory import reused
 from .files.tensor import tensor_sha256
 from .targets import Target
@@ -55,7 +55,7 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
         W = target.read()
         # A matrix that has all threads to itself has another one for its hash, which takes longer than the rest.
         with one_torch_thread() as alone:
-            hashed = beside(partial(tensor_sha256, W) if target.hashes_values else target.sha256, alone)
+            hashed = meanwhile(partial(tensor_sha256, W) if target.hashes_values else target.sha256, alone)
             std, energy = _deviation_and_energy(W, target.module)
         # What is known does not hold W. Where several are surveyed at once, this is the time for all but short hashes.
         later = in_memory and (alone > 1 or W.nbytes <= _SHORT)

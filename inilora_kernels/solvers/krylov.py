@@ -12,7 +12,6 @@ narrow block does where they are equal, the two are joined.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from ..kernels.dense import combine
 from ..kernels.streaming import energy, products
 from ..kernels.threads import one_torch_thread
 from .goal import Goal
-from .krylov_search import Digest, Searched, expected_vectors, search
+from .krylov_search import Digest, Searched, digest, expected_vectors, search
 from .triplets import LEADING, LastPass, Principal, concluded, proven
 
 # Each rank's proven excess must be below this, or below what float32 factors can show.
@@ -48,7 +47,6 @@ def principal(
     *,
     dtype: torch.dtype = torch.float32,
     tolerance: float = TOLERANCE,
-    digest: Digest | None = None,
     total: float | None = None,
 ) -> Principal:
     """The leading max(ranks) singular triplets of W (d×k) of any float dtype, certified for each of the ranks.
@@ -56,9 +54,10 @@ def principal(
     dtype: of the products with W. Where float32 is too coarse for the certificate (M = WᵀW has the square of W's
         condition), the work is done in float64.
     tolerance: of each rank's excess f/f* − 1.
-    digest: the sha256 of W's bytes, if it is computed anyway. The search's random blocks are drawn from it, so the
-        same W gives the same bits, at any number of threads, and nobody can choose a W against the block.
     total: ||W||_F², where it is known.
+
+    A search's random blocks are drawn from a hash of W, so the same W gives the same bits, at any number of threads,
+    and nobody can choose a W against the blocks.
 
     The space grows until its Ritz residuals promise an excess below `tolerance`, then the certificate is computed.
     If it is not reached, which takes a flat spectrum, a W of up to 2048 on its smaller side is decomposed in full; a
@@ -72,7 +71,7 @@ def principal(
     """
     with one_torch_thread() as threads:
         # Only a search asks for it, and a second attempt in float64 asks once more.
-        key = functools.cache(digest or partial(_sha256, W))
+        key = functools.cache(partial(digest, W))
         return _principal(W, tuple(dict.fromkeys(ranks)), dtype, tolerance, key, total=total, threads=threads)
 
 
@@ -245,8 +244,3 @@ def _nothing(W: Tensor, ranks: Sequence[int]) -> Principal:
         passes=1,
         vectors=0,
     )
-
-
-def _sha256(W: Tensor) -> bytes:
-    stored = W if W.is_contiguous() else W.contiguous()
-    return hashlib.sha256(stored.cpu().view(torch.uint8).numpy().data).digest()

@@ -23,7 +23,7 @@ from ..kernels.streaming import gram_product
 from ..kernels.threads import one_torch_thread, side_by_side
 from .goal import Goal, next_count
 from .krylov import FLOAT32_RANGE, GRAM_SIZE
-from .krylov_search import Digest, gaussian, least_counting, trusted_stream
+from .krylov_search import gaussian, least_counting, trusted_stream
 from .krylov_spaces import UNIT, KrylovSpaces
 from .ritz import RitzPairs, ritz_pairs
 from .triplets import LastPass, Principal, concluded
@@ -97,7 +97,7 @@ class _Searched:
 
 
 def principals(
-    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, digests: Sequence[Digest], vectors: int
+    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, digests: Sequence[bytes], vectors: int
 ) -> list[Principal | None]:
     """The leading singular triplets of each W of the batch, certified for each of its ranks; None where they are not.
 
@@ -134,7 +134,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _principals(
-    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, digests: Sequence[Digest], vectors: int
+    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, digests: Sequence[bytes], vectors: int
 ) -> list[Principal | None]:
     energies = batch.energies.tolist()
     searched = [
@@ -165,7 +165,7 @@ def _starts(batch: GramBatch, blocks: Sequence[Tensor | None]) -> Tensor:
     return starts.to(batch.energies.device)
 
 
-def _proven(batch: GramBatch, searched: Sequence[_Searched], digests: Sequence[Digest], vectors: int) -> KrylovSpaces:
+def _proven(batch: GramBatch, searched: Sequence[_Searched], digests: Sequence[bytes], vectors: int) -> KrylovSpaces:
     """Grow all spaces until each is proven or lost, or at its end."""
 
     def drawn(index: int) -> Tensor | None:

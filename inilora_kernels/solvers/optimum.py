@@ -12,7 +12,6 @@ from ..kernels.dense import few
 from ..kernels.streaming import product
 from ..kernels.threads import one_torch_thread
 from .krylov import GRAM_SIZE, principal
-from .krylov_search import Digest
 from .triplets import LEADING, ROUNDING_SHARE, Principal
 
 # `loss_near`: the loss as a share of ||W||² below which it is read off W, and ||D||² of factors rounded to float32.
@@ -51,8 +50,8 @@ def optimum(W: Tensor, rank: int) -> Optimum:
     return optima(W, [rank])[rank]
 
 
-def optima(W: Tensor, ranks: Sequence[int], digest: Digest | None = None) -> dict[int, Optimum]:
-    """`optimum` for each of several ranks, from the same passes over W. digest: as for `principal`."""
+def optima(W: Tensor, ranks: Sequence[int]) -> dict[int, Optimum]:
+    """`optimum` for each of several ranks, from the same passes over W."""
     if min(W.shape) <= GRAM_SIZE:
         squares, energy = _all_squares(W)
         leading = tuple(squares[:LEADING].sqrt().tolist())
@@ -60,7 +59,7 @@ def optima(W: Tensor, ranks: Sequence[int], digest: Digest | None = None) -> dic
             rank: Optimum(max(0.0, float(squares[rank:].sum()) - ROUNDING_SHARE * energy), energy, leading)
             for rank in ranks
         }
-    return optima_from(principal(W, ranks, digest=digest), ranks)
+    return optima_from(principal(W, ranks), ranks)
 
 
 def optima_from(found: Principal, ranks: Sequence[int]) -> dict[int, Optimum]:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from ..options import Options
 from .adam import Checkpoints, History, adam
 from .krylov import TOLERANCE, principal
 from .krylov_batch import principals, room
+from .krylov_search import digest
 from .optimum import Optimum, loss_near, optima, optima_from
 from .triplets import Principal
 
@@ -55,10 +57,6 @@ class Task:
     def sha256(self) -> str:
         """W's hash, in hexadecimal digits."""
         return self.hash if isinstance(self.hash, str) else self.hash()
-
-    def digest(self) -> bytes:
-        """The bytes that decide the direct solver's random blocks."""
-        return bytes.fromhex(self.sha256)
 
     def random_start(self, draw: RandomStart, rank: int, seed: int) -> Pair:
         """The start from the matrix's own random stream, whatever its place in a model, batch or list."""
@@ -160,9 +158,7 @@ def by_krylov(choose: Choose, tolerance: float) -> Solve:
     """A run of a method that takes W's leading triplets from a Krylov space: in batches where the backend has them."""
 
     def begin(W: Tensor, task: Task, options: Options, backend: Backend) -> Callable[[], dict[int, Factors]]:
-        found = principal(
-            W, task.ranks, dtype=backend.direct_dtype, tolerance=tolerance, digest=task.digest, total=task.energy
-        )
+        found = principal(W, task.ranks, dtype=backend.direct_dtype, tolerance=tolerance, total=task.energy)
 
         def end() -> dict[int, Factors]:
             return against_triplets(W, task, choose(found, task, options), found)
@@ -194,15 +190,23 @@ def _in_batches(
     tasks: Sequence[Task], tolerance: float, backend: Backend, solved: Callable[[int, Tensor, Principal], None]
 ) -> None:
     """Call `solved` with the index, the W and the triplets of each matrix that a batch of the backend's settles."""
+    digests: dict[int, bytes] = {}
+    threads = 1 if backend.device.type == "cpu" else torch.get_num_threads()
+
+    def load(index: int) -> Tensor:
+        W = tasks[index].target.read()
+        digests[index] = digest(W, threads)
+        return W
+
     matrices = [
-        Stored(task.target.read, task.target.shape, task.target.dtype, room(min(task.target.shape), task.ranks))
-        for task in tasks
+        Stored(partial(load, index), task.target.shape, task.target.dtype, room(min(task.target.shape), task.ranks))
+        for index, task in enumerate(tasks)
     ]
 
     def visit(members: Sequence[int], batch: GramBatch) -> None:
         mine = [tasks[index] for index in members]
-        digests = [task.digest for task in mine]
-        triplets = principals(batch, [one.ranks for one in mine], tolerance, digests, matrices[members[0]].vectors)
+        own = [digests[index] for index in members]
+        triplets = principals(batch, [one.ranks for one in mine], tolerance, own, matrices[members[0]].vectors)
         for place, (index, found) in enumerate(zip(members, triplets, strict=True)):
             if found is not None:
                 solved(index, batch.stored(place), found)
@@ -219,7 +223,7 @@ def _report(task: Task, by_rank: Mapping[int, Factors], finished: Finished, bar:
 
 def against_optimum(W: Tensor, task: Task, pairs: Mapping[int, Pair]) -> dict[int, Factors]:
     """The factors of each rank, certified against f* as `optima` finds it: for methods that do not approximate W."""
-    bounds = optima(W, task.ranks, task.digest)
+    bounds = optima(W, task.ranks)
     _, reached = losses(W, list(pairs.values()))
     return _against(task, pairs, reached, bounds)
 
@@ -276,7 +280,7 @@ def _bounds(tasks: Sequence[Task], backend: Backend, bar: ProgressBar) -> list[M
 
     def alone(index: int) -> tuple[int, Mapping[int, Optimum]]:
         task = tasks[index]
-        return index, optima(task.target.read().to(backend.device), task.ranks, task.digest)
+        return index, optima(task.target.read().to(backend.device), task.ranks)
 
     rest = [index for index in range(len(tasks)) if index not in found]
     with closing(_several(alone, rest, tasks, backend)) as results:

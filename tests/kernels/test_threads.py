@@ -19,6 +19,7 @@ from inilora_kernels.kernels.threads import (
     both,
     helped,
     in_groups,
+    meanwhile,
     one_torch_thread,
     share,
     side_by_side,
@@ -231,6 +232,40 @@ def test_what_has_not_begun_beside_is_done_by_who_asks(monkeypatch: pytest.Monke
         goes_on.set()
     assert calls == [threading.get_ident()]
     assert beside(work, 1)() == 7
+
+
+def test_a_thread_helps_when_it_is_done_with_what_it_does_meanwhile() -> None:
+    begun, goes_on, ends = threading.Event(), threading.Event(), threading.Event()
+    all_came = threading.Barrier(3, timeout=60)
+    done_before: list[bool] = []
+
+    def work() -> int:
+        begun.set()
+        goes_on.wait(60)
+        ends.set()
+        return 7
+
+    def help() -> None:
+        done_before.append(ends.is_set())
+        goes_on.set()
+        all_came.wait()
+
+    found = meanwhile(work, 3)
+    assert begun.wait(60)
+    with helped(help, 2):
+        all_came.wait()
+    assert done_before == [False, True]
+    assert found() == 7
+
+
+def test_a_block_does_not_wait_for_what_is_done_meanwhile() -> None:
+    goes_on, calls = threading.Event(), []
+    found = meanwhile(lambda: goes_on.wait(60), 2)
+    with helped(lambda: calls.append(1), 1):
+        pass
+    goes_on.set()
+    assert found()
+    assert calls == []
 
 
 @pytest.mark.parametrize(("threads", "flops", "together"), [(2, 1e9, True), (2, 1e3, False), (1, 1e9, False)])

@@ -19,10 +19,7 @@ from .torch_batch import TorchBatch
 RANKS = (1, 3, 8)
 
 
-def digest() -> bytes:
-    return bytes(range(32))
-
-
+DIGEST = bytes(range(32))
 SPECTRA: dict[str, Tensor] = {
     "decaying slowly": with_spectrum(620, 540, lambda i: i**-0.25),
     "decaying, wide": with_spectrum(540, 620, lambda i: i**-0.5),
@@ -46,7 +43,7 @@ SETTLED = {"decaying slowly", "decaying, wide"}
 def test_the_certificate_holds_or_the_matrix_is_left(names: list[str]) -> None:
     weights = [SPECTRA[name] for name in names]
     batch = TorchBatch(weights, count=4, length=576)
-    found = principals(batch, [RANKS] * len(weights), 1e-8, [digest] * len(weights), room(576, RANKS))
+    found = principals(batch, [RANKS] * len(weights), 1e-8, [DIGEST] * len(weights), room(576, RANKS))
     for name, W, one in zip(names, weights, found, strict=True):
         assert (one is not None) or name not in SETTLED, name
         if one is None:
@@ -75,8 +72,8 @@ def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        alone, *_ = principals(TorchBatch([W], count=4, length=576), [[8]], 1e-8, [digest], 256)
-        *_, among = principals(batch, [[8], [3], [8]], 1e-8, [digest] * 3, 256)
+        alone, *_ = principals(TorchBatch([W], count=4, length=576), [[8]], 1e-8, [DIGEST], 256)
+        *_, among = principals(batch, [[8], [3], [8]], 1e-8, [DIGEST] * 3, 256)
     finally:
         torch.set_num_threads(threads)
     assert alone is not None
@@ -92,7 +89,7 @@ def test_finished_matrices_are_left_out_of_the_products() -> None:
     told: list[set[int]] = []
     keep = batch.keep
     batch.keep = lambda active: (told.append(set(active)), keep(active))[1]  # type: ignore[method-assign]
-    principals(batch, [[1], [8]], 1e-8, [digest] * 2, 256)
+    principals(batch, [[1], [8]], 1e-8, [DIGEST] * 2, 256)
     assert {0, 1} in told
     assert {1} in told
     assert told[-1] == set()
@@ -148,7 +145,7 @@ def test_the_host_waits_for_the_device_only_where_a_look_is_due(monkeypatch: pyt
     here = krylov_batch.KrylovSpaces.here
     monkeypatch.setattr(krylov_batch.KrylovSpaces, "here", lambda self: (events.append("look"), here(self))[1])
     with Reads(events):
-        found = principals(batch, [[8], [8]], 1e-8, [digest] * 2, 256)
+        found = principals(batch, [[8], [8]], 1e-8, [DIGEST] * 2, 256)
     assert all(one is not None for one in found)
     passes = " ".join(events).split("product")[1:]
     quiet = [one for one in passes if "look" not in one]
@@ -170,21 +167,13 @@ def test_a_read_within_a_pass_would_be_counted(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(krylov_spaces, "_orthonormal_rows", asking)
     with Reads(events):
-        principals(batch, [[8]], 1e-8, [digest], 256)
+        principals(batch, [[8]], 1e-8, [DIGEST], 256)
     assert "product __bool__" in " ".join(events)
 
 
 def test_the_stream_of_a_start_is_the_matrixs_own() -> None:
-    weights = [SPECTRA["decaying slowly"]] * 2
-    asked: list[int] = []
-
-    def of(index: int) -> bytes:
-        asked.append(index)
-        return bytes([index + 1] * 32)
-
-    batch = TorchBatch(weights, count=4, length=576)
-    first, second = principals(batch, [[8]] * 2, 1e-8, [lambda: of(0), lambda: of(1)], 256)
-    assert sorted(asked) == [0, 1]
+    batch = TorchBatch([SPECTRA["decaying slowly"]] * 2, count=4, length=576)
+    first, second = principals(batch, [[8]] * 2, 1e-8, [bytes([1] * 32), bytes([2] * 32)], 256)
     assert first is not None
     assert second is not None
     # The same triplets, from other spaces.
@@ -231,6 +220,6 @@ def test_the_users_tf32_is_off_within_and_as_it_was_afterwards(way: str) -> None
             assert not torch.backends.cuda.matmul.allow_tf32
             return super().__call__(X)
 
-    principals(Watched([SPECTRA["decaying fast"]], count=1), [[3]], 1e-8, [digest], 256)
+    principals(Watched([SPECTRA["decaying fast"]], count=1), [[3]], 1e-8, [DIGEST], 256)
     assert set(seen) == {"ieee"}
     assert switches() == before

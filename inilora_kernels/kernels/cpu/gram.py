@@ -29,8 +29,8 @@ from .widened import ACROSS, along_columns, along_rows, lines_of
 
 MOST_SLOTS = 12
 # A strip of rows of W, and what of the next one is already fetched, stay in a core's second cache between the two
-# products: 1 MiB or more beside vectors of a cache line, half of that at most beside narrower ones. All rows of a tile
-# of its columns stay in the third. Few columns, or parts, would be slower.
+# products; where nothing is, half of that is faster. All rows of a tile of its columns stay in the third. Few columns,
+# or parts, would be slower.
 _STRIP_BYTES, _TILE_BYTES = 3 << (17 if FETCHES_STRIPS else 16), 6 << 20
 _LEAST_COLUMNS, _MOST_COLUMNS = 288, 960
 # Rows of W at a time for the first product alone.

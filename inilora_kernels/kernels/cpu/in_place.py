@@ -6,8 +6,10 @@ float64.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -40,9 +42,11 @@ WIDE_VECTORS = VECTORS * GROUP // SMALL_GROUP
 # As many as the products of SMALL_GROUP columns are summed to; where vectors hold fewer, FILLS_VECTORS is False.
 WIDE_LANES = max(LANES // 2, SMALL_GROUP)
 FILLS_VECTORS = WIDE_LANES == LANES // 2
-# Whether `outer_runs`, which leaves most of a row for later, fetches ahead: a third faster with vectors of a cache line
-# (Zen 4), a third slower with those of half a line (Zen 3), where each line would be asked for several times.
-FETCHES_STRIPS = LANES * 4 >= CACHE_LINE
+# Whether `outer_runs`, which leaves most of a row for later, fetches ahead. With vectors of a cache line a pass is then
+# a third faster on AMD's processors (Zen 4), and a fifth to a half slower on Intel's (Cascade Lake); with those of half
+# a line, each of which would be asked for several times, a third slower (Zen 3).
+_PROCESSOR = os.environ.get("NUMBA_CPU_NAME") or llvmlite.binding.get_host_cpu_name()
+FETCHES_STRIPS = LANES * 4 >= CACHE_LINE and _PROCESSOR.startswith("znver")
 
 
 @_intrinsic
