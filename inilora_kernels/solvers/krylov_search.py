@@ -97,9 +97,9 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
 
 def _spread(W: Tensor, rank: int, dtype: torch.dtype, threads: int) -> Tensor:
     """W, or a copy that passes take a tenth less time over, where there is room for it beside what the search takes."""
-    from ..kernels.cpu.gram import crowded, spread, takes
+    from ..kernels.cpu.gram import SPREADS, crowded, spread, takes
 
-    if not takes(W, dtype) or not crowded(W):
+    if not SPREADS or not takes(W, dtype) or not crowded(W):
         return W
     size, vectors = W.shape[1], expected_vectors(rank, W.shape[1])
     # At its peak a search takes twice its basis in float32 and QMQᵀ in float64, in two forms.

@@ -58,6 +58,11 @@ class Task:
         """W's hash, in hexadecimal digits."""
         return self.hash if isinstance(self.hash, str) else self.hash()
 
+    def settle_hash(self) -> None:
+        """Compute the hash in this thread, beside the others' matrices, or wait for the one that does."""
+        if callable(self.hash):
+            self.hash()
+
     def random_start(self, draw: RandomStart, rank: int, seed: int) -> Pair:
         """The start from the matrix's own random stream, whatever its place in a model, batch or list."""
         text = f"{seed} {self.sha256} {self.target.rows}"
@@ -165,6 +170,7 @@ def by_krylov(choose: Choose, tolerance: float) -> Solve:
 
         # The other threads would wait for the interpreter's lock, which few sums and many calls hold most of the time.
         if W.numel() * max(task.ranks) <= _BRIEF:
+            task.settle_hash()
             return end
         ended = end()
         return lambda: ended
@@ -280,7 +286,9 @@ def _bounds(tasks: Sequence[Task], backend: Backend, bar: ProgressBar) -> list[M
 
     def alone(index: int) -> tuple[int, Mapping[int, Optimum]]:
         task = tasks[index]
-        return index, optima(task.target.read().to(backend.device), task.ranks)
+        bounds = optima(task.target.read().to(backend.device), task.ranks)
+        task.settle_hash()
+        return index, bounds
 
     rest = [index for index in range(len(tasks)) if index not in found]
     with closing(_several(alone, rest, tasks, backend)) as results:

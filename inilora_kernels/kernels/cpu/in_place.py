@@ -6,10 +6,8 @@ float64.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -25,6 +23,7 @@ from .simd import (
     ROWS,
     SMALL_GROUP,
     VECTORS,
+    ZEN,
     _add_outer_products,
     _fetch,
     _fma,
@@ -45,8 +44,7 @@ FILLS_VECTORS = WIDE_LANES == LANES // 2
 # Whether `outer_runs`, which leaves most of a row for later, fetches ahead. With vectors of a cache line a pass is then
 # a third faster on AMD's processors (Zen 4), and a fifth to a half slower on Intel's (Cascade Lake); with those of half
 # a line, each of which would be asked for several times, a third slower (Zen 3).
-_PROCESSOR = os.environ.get("NUMBA_CPU_NAME") or llvmlite.binding.get_host_cpu_name()
-FETCHES_STRIPS = LANES * 4 >= CACHE_LINE and _PROCESSOR.startswith("znver")
+FETCHES_STRIPS = LANES * 4 >= CACHE_LINE and ZEN
 
 
 @_intrinsic
