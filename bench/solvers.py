@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+import llvmlite.binding
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
@@ -182,11 +183,10 @@ def in_short(rows: Sequence[Row]) -> list[Row]:
 
 
 def publish_cells(rows: list[Row], command: str, note: str) -> None:
-    """In full and in short; of a machine without AVX-512 as parts of their own, and without a picture."""
-    vectors = torch.backends.cpu.get_cpu_capability()
-    own = "" if vectors == "AVX512" else f", {vectors}"
-    publish("solvers", f"cells in short{own}", in_short(rows), command, note=f"{note} Peers: their time over ours.")
-    publish("solvers", f"cells{own}", rows, command, note=note, figure=None if own else _plot(rows))
+    """In full and in short, as parts of this kind of processor; the picture is of the last one measured."""
+    kind = llvmlite.binding.get_host_cpu_name()
+    publish("solvers", f"cells in short, {kind}", in_short(rows), command, note=f"{note} Peers: their time over ours.")
+    publish("solvers", f"cells, {kind}", rows, command, note=note, figure=_plot(rows))
 
 
 def table5_row(model: Model, sample: int | None, models: Path | None) -> Row:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from inilora_kernels.kernels import threads
 from inilora_kernels.kernels.streaming import energy
 from inilora_kernels.model.in_memory import target_in_memory
 from inilora_kernels.options import Options
+from inilora_kernels.solvers import run
 from inilora_kernels.solvers.run import Solve, Task
 
 
@@ -52,6 +57,34 @@ def test_every_rank_of_every_matrix_is_finished_once(method: str, solver: str, m
         assert factors.certificate.optimum == pytest.approx(float(squares[rank:].sum()), rel=2e-8)
         loss = float((W - factors.B.double() @ factors.A.double()).square().sum())
         assert factors.certificate.loss == pytest.approx(loss, rel=1e-9)
+
+
+def test_a_matrix_is_hashed_after_its_search_by_the_same_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search does not wait for the sha256; nor do those of small matrices wait for the thread that asks for all."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    threads_of: dict[int, int] = {}
+    principal = run.principal
+
+    def noting(W: Tensor, *arguments: Any, **options: Any) -> Any:
+        found = principal(W, *arguments, **options)
+        threads_of[len(W)] = threading.get_ident()
+        return found
+
+    monkeypatch.setattr(run, "principal", noting)
+
+    def hashed_later(rows: int) -> Task:
+        @functools.cache
+        def sha256() -> str:
+            assert threads_of[rows] == threading.get_ident()
+            return str(rows)
+
+        W = weight(rows, 600)
+        return Task(target_in_memory(str(rows), W), sha256, (2,), std=0.05, energy=energy(W))
+
+    found = solve("inilora", "krylov", [hashed_later(rows) for rows in (610, 620, 630, 640)])
+    assert {name: factors.source_sha256 for (name, _), factors in found.items()} == {
+        str(rows): str(rows) for rows in (610, 620, 630, 640)
+    }
 
 
 def test_the_random_stream_is_the_matrix_and_the_seeds_alone() -> None:
