@@ -21,17 +21,20 @@ from torch import Tensor
 from ...memory import empty
 from ..rounding import round_up
 from ..threads import share
-from .in_place import FETCHES_STRIPS, FILLS_VECTORS, WIDE_LANES, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
+from .in_place import FETCHES, FILLS_VECTORS, WIDE_LANES, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
 from .jit import ZERO, njit
 from .plain_products import add_inner_plain, add_outer_plain
 from .simd import CACHE_LINE, LANES, LOADS_FLOAT16, ZEN, kernel_view
 from .widened import ACROSS, along_columns, along_rows, lines_of
 
 MOST_SLOTS = 12
+# Whether the second product of a strip of rows of W fetches the next strip: a pass is a third faster then on a Zen 4,
+# and a fifth to a half slower on a Cascade Lake.
+_FETCHES_STRIPS = FETCHES and ZEN
 # A strip of rows of W, and what of the next one is already fetched, stay in a core's second cache between the two
 # products; where nothing is, half of that is faster. All rows of a tile of its columns stay in the third. Few columns,
 # or parts, would be slower.
-_STRIP_BYTES, _TILE_BYTES = 3 << (17 if FETCHES_STRIPS else 16), 6 << 20
+_STRIP_BYTES, _TILE_BYTES = 3 << (17 if _FETCHES_STRIPS else 16), 6 << 20
 _LEAST_COLUMNS, _MOST_COLUMNS = 288, 960
 # Rows of W at a time for the first product alone.
 _PART_ROWS = 96
@@ -295,6 +298,7 @@ def row_strips(
     for Y in that. b: a multiple of 4. Reads a strip of W from memory once and again from the second cache; reads X, and
     reads and writes Z, once for a few rows, from the caches.
     """
+    ahead = strip * stride if _FETCHES_STRIPS else ZERO
     run = max(RUN, _SUMS_BYTES // (len(Z) * Z.itemsize) // RUN * RUN)
     Z[:] = 0
     for part in range(first, last):
@@ -309,7 +313,7 @@ def row_strips(
                 for c in range(Y.shape[1]):
                     rounded[i, c] = Y[i, c]
         for left in range(ZERO, n, run):
-            add_outer_products(W, stride, top, bottom, left, min(run, n - left), rounded, Z, strip * stride)
+            add_outer_products(W, stride, top, bottom, left, min(run, n - left), rounded, Z, ahead)
 
 
 @njit(cache=True, nogil=True)

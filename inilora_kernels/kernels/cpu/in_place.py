@@ -23,7 +23,6 @@ from .simd import (
     ROWS,
     SMALL_GROUP,
     VECTORS,
-    ZEN,
     _add_outer_products,
     _fetch,
     _fma,
@@ -41,10 +40,9 @@ WIDE_VECTORS = VECTORS * GROUP // SMALL_GROUP
 # As many as the products of SMALL_GROUP columns are summed to; where vectors hold fewer, FILLS_VECTORS is False.
 WIDE_LANES = max(LANES // 2, SMALL_GROUP)
 FILLS_VECTORS = WIDE_LANES == LANES // 2
-# Whether `outer_runs`, which leaves most of a row for later, fetches ahead. With vectors of a cache line a pass is then
-# a third faster on AMD's processors (Zen 4), and a fifth to a half slower on Intel's (Cascade Lake); with those of half
-# a line, each of which would be asked for several times, a third slower (Zen 3).
-FETCHES_STRIPS = LANES * 4 >= CACHE_LINE and ZEN
+# Whether `outer_runs`, which leaves most of a row for later, fetches ahead: with vectors of half a cache line each line
+# would be asked for several times, and a pass is a third slower (Zen 3).
+FETCHES = LANES * 4 >= CACHE_LINE
 
 
 @_intrinsic
@@ -66,7 +64,7 @@ def outer_runs(
         out_, out_0, out_row, x_, x_0, x_i, W_, W_0, W_i, n, beyond, _ = arguments
         given = out_, out_0, out_row, x_, x_0, x_i, _INT64(1), W_, W_0, W_i, n
         block = SMALL_GROUP, _lanes(out), vectors.literal_value
-        _add_outer_products(context, builder, (out, x, W), given, block, beyond if FETCHES_STRIPS else None)
+        _add_outer_products(context, builder, (out, x, W), given, block, beyond if FETCHES else None)
         return context.get_dummy_value()
 
     at = types.int64
