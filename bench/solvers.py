@@ -246,6 +246,8 @@ def _plot(rows: list[Row]) -> Figure:
     for axes, case in zip(panels, cases, strict=False):
         for place, (solver, marker) in enumerate(zip(DRAWN, "oPsDv^", strict=True)):
             own = [row for row in rows if row["case"] == case and row["solver"] == solver]
+            if not own:
+                continue
             ranks, times = [row["rank"] for row in own], [row["ms"] for row in own]
             wide = 2.5 if solver == OURS else 1.2
             axes.plot(ranks, times, color=f"C{place}", linewidth=wide, zorder=3 if solver == OURS else 2)
@@ -262,8 +264,11 @@ def _plot(rows: list[Row]) -> Figure:
         axes.set_xlabel("rank")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     figure.supylabel(f"time a matrix (ms), {rows[0]['dtype']}", fontsize=10)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    named = {}
+    for axes in panels[: len(cases)]:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 

@@ -91,7 +91,7 @@ def helped(help: Callable[[], object], count: int) -> Iterator[None]:
 
     A call that has not begun at the end of the block never does; those that have are waited for. So the block must be
     able to do without them, and may be part of another block's help. For each thread that has something else to do
-    `meanwhile`, one call begins only when that is done.
+    `meanwhile`, one call begins only when that is done, or never, if the block ends first.
     """
     ended: Future[None] = Future()
 
@@ -127,16 +127,16 @@ def beside(work: Callable[[], Result], threads: int) -> Callable[[], Result]:
 
 
 def meanwhile(work: Callable[[], Result], threads: int) -> Callable[[], Result]:
-    """`beside`, for what takes as long as much other work, whose `helped` blocks have one thread less for so long."""
+    """`beside`, for work that takes long: until it is done, each `helped` block begins one of its calls later."""
     return _beside(work, threads, _meanwhile)
 
 
-def _beside(work: Callable[[], Result], threads: int, going: set[Future[Any]]) -> Callable[[], Result]:
+def _beside(work: Callable[[], Result], threads: int, until_done: set[Future[Any]]) -> Callable[[], Result]:
     if threads <= 1:
         return functools.cache(work)
     begun = _begun(work)
-    going.add(begun)
-    begun.add_done_callback(going.discard)
+    until_done.add(begun)
+    begun.add_done_callback(until_done.discard)
     processors.give_way()
     return functools.cache(lambda: work() if begun.cancel() else begun.result())
 

@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import WeightError
+from .files.tensor import tensor_bytes
 from .targets import FLOAT_DTYPES, Target
+
+# Of a matrix, hashed at a time.
+_HASHED_BYTES = 1 << 20
 
 # What may be given as a matrix W (d×k); a linear layer stands for its weight.
 MatrixLike = Tensor | NDArray[np.floating] | nn.Linear
@@ -51,4 +55,9 @@ def _on_cpu(W: Tensor) -> Tensor:
 
 
 def _sha256(W: Tensor) -> str:
-    return hashlib.sha256(_on_cpu(W).view(torch.uint8).numpy().data).hexdigest()
+    """Of W's rows, a few at a time: a copy of a W on a GPU, or of columns, would be as large as W."""
+    digest = hashlib.sha256()
+    step = max(1, _HASHED_BYTES // max(1, W.shape[1] * W.element_size()))
+    for first in range(0, len(W), step):
+        digest.update(tensor_bytes(_on_cpu(W[first : first + step])))
+    return digest.hexdigest()

@@ -25,7 +25,7 @@ from ..kernels.dense import combine
 from ..kernels.streaming import energy, products
 from ..kernels.threads import one_torch_thread
 from .goal import Goal
-from .krylov_search import Digest, Searched, digest, expected_vectors, search
+from .krylov_search import Key, Searched, digest, expected_vectors, search
 from .triplets import LEADING, LastPass, Principal, concluded, proven
 
 # Each rank's proven excess must be below this, or below what float32 factors can show.
@@ -80,7 +80,7 @@ def _principal(
     ranks: Sequence[int],
     dtype: torch.dtype,
     tolerance: float,
-    key: Digest,
+    key: Key,
     *,
     total: float | None,
     threads: int,
@@ -117,7 +117,7 @@ def _principal(
     return found if upright else replace(found, U=found.V, V=found.U)
 
 
-def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int) -> Principal | None:
+def _searched(W: Tensor, goal: Goal, dtype: torch.dtype, key: Key, threads: int) -> Principal | None:
     """The triplets of W (d×k, d ≥ k) by products in this dtype, and one more pass in float64; None if it is too coarse.
 
     On the last pass the loss and the certificate rest.

@@ -55,8 +55,10 @@ _MOST_CERTIFYING = 64
 # A search may take so many bytes an entry of W: 1.25 times W in float32.
 _MOST_BYTES = 5
 
-# What a search's random blocks are drawn from: `digest` of W.
-Digest = Callable[[], bytes]
+# A call for what a search's random blocks are drawn from: `digest` of W.
+Key = Callable[[], bytes]
+# For `digest`: as many as it likes.
+ALL_THREADS = blake3.AUTO
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class Searched:
     small: Tensor | None = None
 
 
-def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int) -> Searched | None:
+def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Key, threads: int) -> Searched | None:
     """The Ritz pairs of W (d×k, d ≥ k) that reach the goal, or all that were worth looking for.
 
     key: W's hash, which decides the random blocks. None if products in this dtype turn out to be too coarse.
@@ -96,7 +98,7 @@ def search(W: Tensor, goal: Goal, dtype: torch.dtype, key: Digest, threads: int)
 
 
 def _spread(W: Tensor, rank: int, dtype: torch.dtype, threads: int) -> Tensor:
-    """W, or a copy that passes take a tenth less time over, where there is room for it beside what the search takes."""
+    """W, or a copy that passes take a tenth less time over, where they do and there is room for it."""
     from ..kernels.cpu.gram import SPREADS, crowded, spread, takes
 
     if not SPREADS or not takes(W, dtype) or not crowded(W):
@@ -162,7 +164,7 @@ def trusted_stream(key: bytes) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
 
 
-def _in_one_call(W: Tensor, goal: Goal, key: Digest) -> tuple[bool, Searched | None]:
+def _in_one_call(W: Tensor, goal: Goal, key: Key) -> tuple[bool, Searched | None]:
     """The search by one compiled call; and whether it left it to the search step by step. W: float32."""
     from ..kernels.cpu import search as compiled
     from ..kernels.cpu.gram import FusedGramReaders
@@ -188,7 +190,7 @@ def _in_one_call(W: Tensor, goal: Goal, key: Digest) -> tuple[bool, Searched | N
 class _Search:
     """The search step by step, for any device and dtype."""
 
-    def __init__(self, W: Tensor, goal: Goal, multiply: GramReader, dtype: torch.dtype, key: Digest) -> None:
+    def __init__(self, W: Tensor, goal: Goal, multiply: GramReader, dtype: torch.dtype, key: Key) -> None:
         self._device, self._size, self._dtype, self._multiply = W.device, W.shape[1], dtype, multiply
         self._goal = goal
         self._stream = trusted_stream(key())

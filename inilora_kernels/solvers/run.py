@@ -28,7 +28,7 @@ from ..options import Options
 from .adam import Checkpoints, History, adam
 from .krylov import TOLERANCE, principal
 from .krylov_batch import principals, room
-from .krylov_search import digest
+from .krylov_search import ALL_THREADS, digest
 from .optimum import Optimum, loss_near, optima, optima_from
 from .triplets import Principal
 
@@ -59,7 +59,7 @@ class Task:
         return self.hash if isinstance(self.hash, str) else self.hash()
 
     def settle_hash(self) -> None:
-        """Compute the hash in this thread, beside the others' matrices, or wait for the one that does."""
+        """Have the hash by now: computed by this thread, which others work beside, or waited for if one is at it."""
         if callable(self.hash):
             self.hash()
 
@@ -197,7 +197,8 @@ def _in_batches(
 ) -> None:
     """Call `solved` with the index, the W and the triplets of each matrix that a batch of the backend's settles."""
     digests: dict[int, bytes] = {}
-    threads = 1 if backend.device.type == "cpu" else torch.get_num_threads()
+    # Not on a CPU: a forked process would wait for its parent's threads.
+    threads = 1 if backend.device.type == "cpu" else ALL_THREADS
 
     def load(index: int) -> Tensor:
         W = tasks[index].target.read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from inilora_kernels.solvers.goal import Goal
-from inilora_kernels.solvers.krylov_search import Searched, expected_vectors, search
+from inilora_kernels.solvers.krylov_search import ALL_THREADS, Searched, digest, expected_vectors, search
 
 from .test_krylov import with_spectrum
 
@@ -32,3 +32,15 @@ def test_the_space_holds_its_pairs() -> None:
         assert found.settled
         assert len(Q) == found.vectors < 2 * expected_vectors(8, shape[1])
         assert found.passes * 4 == found.vectors
+
+
+def test_a_start_is_decided_by_every_entry_wherever_it_lies() -> None:
+    """Enough entries that several threads have something to do; columns as they lie, and a transposed matrix."""
+    W = torch.randn(700, 600, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    own = digest(W)
+    assert own == digest(W.T.contiguous().T) == digest(W, ALL_THREADS)
+    for place in ((0, 0), (350, 299), (699, 599)):
+        other = W.clone()
+        other[place] = -other[place]
+        assert digest(other) != own
+    assert digest(W.T) != own != digest(W.float())

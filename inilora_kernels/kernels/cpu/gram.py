@@ -24,15 +24,15 @@ from ..threads import share
 from .in_place import FETCHES, FILLS_VECTORS, WIDE_LANES, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
 from .jit import ZERO, njit
 from .plain_products import add_inner_plain, add_outer_plain
-from .simd import CACHE_LINE, LANES, LOADS_FLOAT16, ZEN, kernel_view
+from .simd import AMD, CACHE_LINE, LANES, LOADS_FLOAT16, kernel_view
 from .widened import ACROSS, along_columns, along_rows, lines_of
 
 MOST_SLOTS = 12
 # Whether the second product of a strip of rows of W fetches the next strip: a pass is a third faster then on a Zen 4,
 # and a fifth to a half slower on a Cascade Lake.
-_FETCHES_STRIPS = FETCHES and ZEN
+_FETCHES_STRIPS = FETCHES and AMD
 # A strip of rows of W, and what of the next one is already fetched, stay in a core's second cache between the two
-# products; where nothing is, half of that is faster. All rows of a tile of its columns stay in the third. Few columns,
+# products; where nothing is, half of that is faster. Of a tile of W's columns, all rows stay in the third. Few columns,
 # or parts, would be slower.
 _STRIP_BYTES, _TILE_BYTES = 3 << (17 if _FETCHES_STRIPS else 16), 6 << 20
 _LEAST_COLUMNS, _MOST_COLUMNS = 288, 960
@@ -53,8 +53,8 @@ _FLOPS_A_THREAD = 1e7
 # Rows a multiple of so many bytes apart begin on an eighth of a first cache's sets of lines or fewer.
 _CROWDED_BYTES = 512
 # Whether a copy of W whose rows lie otherwise is worth its time: on a Zen 3 a call takes 3 to 8 % less then, on a
-# Cascade Lake up to a tenth more.
-SPREADS = ZEN
+# Cascade Lake, which has more registers, up to a tenth more.
+SPREADS = AMD or not FETCHES
 # A thread copies so many at a time.
 _COPIED_BYTES = 1 << 20
 
@@ -252,7 +252,7 @@ def add_inner_products(
 def add_outer_products(
     W: Any, stride: int, top: int, bottom: int, left: int, count: int, X: Any, out: Any, ahead: int
 ) -> None:  # fmt: skip
-    """out[c, left + j] += Σ_i X[i, c]·W[i, left + j] for rows [top, bottom) of W and all c. ahead: as above."""
+    """out[c, left + j] += Σ_i X[i, c]·W[i, left + j] for rows [top, bottom) of W and all c. ahead: as above, or 0."""
     b, n = out.shape
     X_flat, out_flat = X.reshape(-1), out.reshape(-1)
     lanes = _vector_of(out)

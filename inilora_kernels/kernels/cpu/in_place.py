@@ -40,8 +40,9 @@ WIDE_VECTORS = VECTORS * GROUP // SMALL_GROUP
 # As many as the products of SMALL_GROUP columns are summed to; where vectors hold fewer, FILLS_VECTORS is False.
 WIDE_LANES = max(LANES // 2, SMALL_GROUP)
 FILLS_VECTORS = WIDE_LANES == LANES // 2
-# Whether `outer_runs`, which leaves most of a row for later, fetches ahead: with vectors of half a cache line each line
-# would be asked for several times, and a pass is a third slower (Zen 3).
+# Whether `outer_runs`, which leaves most of a row for later, fetches ahead. With vectors of a cache line a pass over
+# tiles of columns takes half the time then (1024×4096, Cascade Lake); with those of half a line, each of which would be
+# asked for several times, a pass is a third slower (Zen 3).
 FETCHES = LANES * 4 >= CACHE_LINE
 
 

@@ -31,8 +31,8 @@ elif "+neon" in _features.split(","):
 else:
     LANES, VECTORS, ROWS, GROUP = 4, 3, 3, 4
 SMALL_GROUP = 4
-# AMD's processors since 2017, as LLVM calls them.
-ZEN = (os.environ.get("NUMBA_CPU_NAME") or llvmlite.binding.get_host_cpu_name()).startswith("znver")
+# Whether this is one of AMD's processors, which alone have these instructions.
+AMD = "+sse4a" in _features.split(",")
 # Without an instruction for it, LLVM would call a library function that does not exist here.
 LOADS_FLOAT16 = "+f16c" in _features.split(",") or "+neon" in _features.split(",")
 # LLVM's name of the instruction that picks sixteen bytes of sixteen; "" where there is none.
