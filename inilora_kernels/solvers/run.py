@@ -151,11 +151,17 @@ def _one_by_one(begin: Begin) -> Solve:
 def _several(
     work: Callable[[int], tuple[int, Result]], chosen: Sequence[int], tasks: Sequence[Task], backend: Backend
 ) -> Generator[tuple[int, Result], None, None]:
-    """`work` on the tasks of these indices; on a CPU as many at a time as keep all threads busy."""
+    """`work` on the tasks of these indices, then their hashes; on a CPU as many at a time as keep all threads busy."""
     threads = torch.get_num_threads() if backend.device.type == "cpu" else 1
+
+    def then_hashed(index: int) -> tuple[int, Result]:
+        result = work(index)
+        tasks[index].settle_hash()
+        return result
+
     with reused(len(chosen)):
         for count, group in in_groups(chosen, lambda index: together(tasks[index].target, threads)):
-            with closing(side_by_side(work, group, count)) as results:
+            with closing(side_by_side(then_hashed, group, count)) as results:
                 yield from results
 
 
@@ -170,7 +176,6 @@ def by_krylov(choose: Choose, tolerance: float) -> Solve:
 
         # The other threads would wait for the interpreter's lock, which few sums and many calls hold most of the time.
         if W.numel() * max(task.ranks) <= _BRIEF:
-            task.settle_hash()
             return end
         ended = end()
         return lambda: ended
@@ -287,9 +292,7 @@ def _bounds(tasks: Sequence[Task], backend: Backend, bar: ProgressBar) -> list[M
 
     def alone(index: int) -> tuple[int, Mapping[int, Optimum]]:
         task = tasks[index]
-        bounds = optima(task.target.read().to(backend.device), task.ranks)
-        task.settle_hash()
-        return index, bounds
+        return index, optima(task.target.read().to(backend.device), task.ranks)
 
     rest = [index for index in range(len(tasks)) if index not in found]
     with closing(_several(alone, rest, tasks, backend)) as results:
