@@ -56,7 +56,7 @@ class Sizes:
     window: float
     waves: int
     most: int
-    direct: tuple[tuple[Shape, torch.dtype], ...]
+    direct: tuple[tuple[Shape, torch.dtype, int], ...]
     batch: int
     whole: tuple[Shape, torch.dtype, int, int]
     table5: tuple[Model, ...]
@@ -76,7 +76,12 @@ FULL = Sizes(
     window=0.1,
     waves=3,
     most=64,
-    direct=(((4096, 4096), torch.bfloat16), ((1024, 1024), torch.float32), ((1024, 4096), torch.float16)),
+    direct=(
+        ((4096, 4096), torch.bfloat16, 8),
+        ((1024, 1024), torch.float32, 8),
+        ((1024, 4096), torch.float16, 8),
+        ((4096, 4096), torch.bfloat16, 32),
+    ),
     batch=16,
     whole=((4096, 4096), torch.bfloat16, 16, 2_000),
     table5=MODELS,
@@ -89,7 +94,7 @@ TOY = Sizes(
     window=0.0,
     waves=2,
     most=2,
-    direct=(((530, 520), torch.bfloat16),),
+    direct=(((530, 520), torch.bfloat16, 8),),
     batch=1,
     whole=((40, 24), torch.bfloat16, 2, 1),
     table5=(),
@@ -265,11 +270,12 @@ def direct(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
     for dtype in DTYPES:
         weights = [synthetic(shape, dtype, seed) for seed, shape in enumerate(sizes.ragged)]
         yield gpu_direct.products(backend, weights)
-    for shape, dtype in sizes.direct:
+    for shape, dtype, rank in sizes.direct:
         weights = [synthetic(shape, dtype, seed) for seed in range(sizes.batch)]
-        yield gpu_direct.one_pass(backend, weights, sizes.window)
-        yield gpu_direct.whole_batch(backend, weights)
-    shape, dtype = sizes.direct[0]
+        if rank == sizes.direct[0][2]:
+            yield gpu_direct.one_pass(backend, weights, sizes.window)
+        yield from gpu_direct.whole_batch(backend, weights, rank)
+    shape, dtype, _ = sizes.direct[0]
     yield gpu_direct.on_the_processor(synthetic(shape, dtype, 0))
 
 

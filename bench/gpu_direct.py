@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from inilora_kernels.kernels.gpu.forecast import DirectWork, direct_seconds, pas
 from inilora_kernels.kernels.gpu.gram_batch import GramBatch
 from inilora_kernels.kernels.gpu.gram_layout import gram_layout_on
 from inilora_kernels.solvers.krylov import TOLERANCE, principal
-from inilora_kernels.solvers.krylov_batch import PRODUCT_UNIT, passes_expected, principals, room
+from inilora_kernels.solvers.krylov_batch import PRODUCT_UNIT, passes_expected, principals, room, start_of
 from inilora_kernels.solvers.triplets import Principal
 
 from .gpu_timing import distance, duration
@@ -79,34 +79,58 @@ def one_pass(backend: TritonBackend, weights: Sequence[Tensor], window: float) -
     }
 
 
-def whole_batch(backend: TritonBackend, weights: Sequence[Tensor]) -> Row:
-    """The leading 8 triplets of every matrix with their certificates."""
-    ranks, W = [8], weights[0]
+def whole_batch(backend: TritonBackend, weights: Sequence[Tensor], rank: int) -> Iterator[Row]:
+    """The leading triplets of every matrix with their certificates; and by torch's own randomized SVD."""
+    ranks, W = [rank], weights[0]
     shape = (W.shape[0], W.shape[1])
     vectors = room(min(shape), ranks)
     found: list[Principal | None] = []
 
     def visit(members: Sequence[int], batch: Batched) -> None:
-        digests = [bytes(32)] * len(members)
-        found.extend(principals(batch, [ranks] * len(members), TOLERANCE, digests, vectors))
+        starts = [start_of(weights[index], torch.get_num_threads()) for index in members]
+        found.extend(principals(batch, [ranks] * len(members), TOLERANCE, starts, vectors))
 
     def run() -> None:
         found.clear()
-        matrices = [Stored(lambda W=W: W, shape, W.dtype, vectors) for W in weights]
+        matrices = [Stored(lambda W=W: W, shape, W.dtype, max(ranks), vectors) for W in weights]
         backend.gram_batches(matrices, visit)
 
     run()
     taken = seconds(run, backend.device.type)
-    work = DirectWork(shape, W.element_size(), vectors, passes_expected(8), 16)
+    work = DirectWork(shape, W.element_size(), vectors, passes_expected(rank), 2 * rank)
     model = direct_seconds([work] * len(weights), backend.gpu(), factors=False)
-    return {
-        "solve": f"{len(weights)}×{shape[0]}×{shape[1]} {W.dtype}",
+    solved = [one for one in found if one is not None]
+    name = f"{len(weights)}×{shape[0]}×{shape[1]} {W.dtype}, rank {rank}"
+    yield {
+        "solve": name,
         "s": taken,
         "predicted s": model,
         "measured / predicted": taken / model,
-        "certified": sum(one is not None for one in found),
-        "passes": max((one.passes for one in found if one is not None), default=None),
+        "certified": len(solved),
+        "excess": max((one.shortfalls[rank] / one.optimum(rank) for one in solved), default=None),
+        "passes": max((one.passes for one in solved), default=None),
     }
+    for q, iterations in ((rank, 16), (4 * rank, 8)):
+        bases: list[Tensor] = []
+
+        def peer(q: int = q, iterations: int = iterations, bases: list[Tensor] = bases) -> None:
+            bases[:] = [
+                torch.svd_lowrank(W.to(backend.device).float(), q=q, niter=iterations)[2][:, :rank] for W in weights
+            ]
+
+        peer()
+        yield {
+            "solve": f"{name}, torch.svd_lowrank of {q} columns, {iterations} iterations",
+            "s": seconds(peer, backend.device.type),
+            "excess": max(map(_excess, weights, bases, [one and one.optimum(rank) for one in found])),
+        }
+
+
+def _excess(W: Tensor, V: Tensor, optimum: float | None) -> float:
+    """f/f* − 1 of the best product with this row space (orthonormal columns V); 0 where f* is not known."""
+    wide = W.to(V.device).double()
+    loss = float(torch.linalg.vector_norm(wide - wide @ V.double() @ V.double().T).square())
+    return loss / optimum - 1.0 if optimum else 0.0
 
 
 def on_the_processor(W: Tensor) -> Row:

@@ -102,12 +102,24 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A matrix W to decompose. load, shape, dtype: as in Problem. vectors: that its search may take; 0: none."""
+    """A matrix W to decompose. load, shape, dtype: as in Problem.
+
+    rank: of the leading triplets that are wanted, the largest. vectors: that its search may take; 0: none.
+    """
 
     load: Callable[[], Tensor]
     shape: tuple[int, int]
     dtype: torch.dtype
+    rank: int
     vectors: int
+
+
+# The launches that a call makes, as one graph to replay; None where they have to be made one by one.
+Captured = Callable[[Callable[[], None]], Callable[[], None] | None]
+
+
+def no_graph(launch: Callable[[], None]) -> None:
+    """`Captured` of a device without graphs."""
 
 
 class GramBatch(Protocol):
@@ -119,7 +131,7 @@ class GramBatch(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the blocks that `__call__` takes: (matrices or more, rows, n or more)."""
+        """Of the blocks that `__call__` takes: (matrices or more, rows, n or more, a multiple of 64)."""
 
     @property
     def energies(self) -> Tensor:
@@ -130,6 +142,10 @@ class GramBatch(Protocol):
 
         The next call overwrites it.
         """
+
+    @property
+    def captured(self) -> Captured:
+        """Makes graphs of launches, products among them."""
 
     def keep(self, active: Collection[int]) -> None:
         """Go on with these matrices alone; the products of the others mean nothing."""

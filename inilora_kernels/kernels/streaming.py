@@ -17,6 +17,8 @@ from .threads import one_torch_thread, share
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
 _STRIP_ELEMENTS = 1 << 21
+# On a device the host would take longer to ask for short strips than they do: 128 MiB in float64.
+_DEVICE_STRIP_ELEMENTS = 1 << 24
 # What is held beside others at a time: 256 KiB in float64.
 FEW_ELEMENTS = 1 << 15
 # Up to so many rows of X the fused kernels are faster than torch, in float64 and where the second product is float32's.
@@ -68,13 +70,13 @@ def gram_product(W: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     """
     # torch multiplies a few rows several times as fast as a few columns.
     X = X.contiguous()
-    Y, Z = X.new_empty(X.shape[0], W.shape[0]), torch.zeros_like(X)
-    for rows in strips(W):
+    parts: list[Tensor] = []
+    Z = X
+    for rows in strips(W, _STRIP_ELEMENTS if W.device.type == "cpu" else _DEVICE_STRIP_ELEMENTS):
         strip = W[rows].to(X.dtype)
-        part = X @ strip.T
-        Y[:, rows] = part
-        Z.addmm_(part, strip)
-    return Y, Z
+        parts.append(X @ strip.T)
+        Z = Z.addmm_(parts[-1], strip) if len(parts) > 1 else parts[-1] @ strip
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), Z
 
 
 def energy(W: Tensor) -> float:

@@ -147,6 +147,16 @@ def both(left: Callable[[], Result], right: Callable[[], Other], threads: int, f
     return left(), other()
 
 
+def each_of(work: Callable[[Item], Result], items: Sequence[Item], flops: float) -> list[Result]:
+    """`work` of about so many FLOPs on each item, side by side; on one of torch's threads each.
+
+    Short work is left to few threads: each takes the interpreter's lock from the others for longer than it helps.
+    """
+    with one_torch_thread() as threads:
+        enough = 1 + int(len(items) * flops / (2 * _FLOPS_WORTH_A_THREAD))
+        return list(side_by_side(work, items, min(threads, enough)))
+
+
 def worth(threads: int, flops: float) -> int:
     """All of the threads for so many FLOPs that sharing them pays, otherwise one.
 

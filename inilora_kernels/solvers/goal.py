@@ -75,6 +75,12 @@ class Goal:
         kept, outside, bound = counted(pairs.theta, pairs.g, pairs.rho, self.each_rank, self.numbers, least)
         return int(kept), float(outside), float(bound)
 
+    def separable(self, pairs: RitzPairs) -> bool:
+        """Whether the count could prove every rank if the Ritz values were exact."""
+        from ..kernels.cpu import counting
+
+        return bool(counting.separable(pairs.theta, self.each_rank, self.numbers))
+
     def settled(self, pairs: RitzPairs, missed: float) -> tuple[bool, bool]:
         """Whether every rank is proven, if the last pass finds no more noise than is expected; and by few vectors."""
         found: tuple[bool, bool] = _judgement().settled(pairs.theta, pairs.g, self.each_rank, missed, self.numbers)

@@ -11,31 +11,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor
 
 from ..kernels.backend import GramBatch
-from ..kernels.dense import combine
-from ..kernels.streaming import gram_product
-from ..kernels.threads import one_torch_thread, side_by_side
+from ..kernels.threads import each_of
 from .goal import Goal, next_count
 from .krylov import FLOAT32_RANGE, GRAM_SIZE
-from .krylov_search import gaussian, least_counting, trusted_stream
-from .krylov_spaces import UNIT, KrylovSpaces
+from .krylov_search import digest, gaussian, least_counting, trusted_stream
+from .krylov_spaces import UNIT, KrylovSpaces, host_memory
+from .last_passes import Promise, proven_together
 from .ritz import RitzPairs, ritz_pairs
-from .triplets import LastPass, Principal, concluded
+from .triplets import Principal
 
 # A tensor core's product of float32 parts, with what it drops and truncates, is within a few units of float32's; one
 # more is the random part of krylov_spaces.py. bench/gpu.py measures it.
 PRODUCT_UNIT = 5 * UNIT
+# As gram_layout.py's WIDTH.
+_BLOCK = 16
 # Vectors that a real spectrum needs to be proven by blocks of 16: so many times the rank, plus a constant, whichever
 # pair gives fewer.
 _VECTORS = ((6.0, 96), (3.5, 160))
 # The space may grow to this many times that.
-_GROWTH = 2
+_GROWTH = 3
+# Where nothing says how many more it takes, so large a share of them.
+_FURTHER = 0.2
+# Beside many vectors a look takes as long as several passes: so large a share more than is expected.
+_MARGIN = 1 / 256
 
 
 def expected_vectors(rank: int) -> int:
@@ -44,23 +49,31 @@ def expected_vectors(rank: int) -> int:
     >>> expected_vectors(8), expected_vectors(128)
     (144, 608)
     """
-    return 16 * ceil(min(a_rank * rank + more for a_rank, more in _VECTORS) / 16)
+    return _BLOCK * ceil(min(a_rank * rank + more for a_rank, more in _VECTORS) / _BLOCK)
 
 
 def room(n: int, ranks: Sequence[int]) -> int:
     """Vectors that a search may take for matrices whose smaller side is n, or is rounded up to n; 0: no search.
 
     >>> room(4096, [8]), room(384, [8]), room(768, [128])
-    (288, 0, 0)
+    (432, 0, 0)
     """
     expected = expected_vectors(max(ranks))
-    most = min(_GROWTH * expected, n // 2 // 16 * 16)
+    most = min(_GROWTH * expected, n // 2 // _BLOCK * _BLOCK)
     return most if n > GRAM_SIZE and most >= expected else 0
 
 
 def passes_expected(rank: int) -> int:
     """Products with W, to the first look, at which a real spectrum is proven."""
-    return expected_vectors(rank) // 16
+    return expected_vectors(rank) // _BLOCK
+
+
+def start_of(W: Tensor, threads: int) -> Tensor:
+    """The block (16×n) that a search for W begins with, n its smaller side: drawn by the stream that W's hash decides.
+
+    threads: for the hash.
+    """
+    return gaussian(_BLOCK, min(W.shape), trusted_stream(digest(W, threads)))
 
 
 @dataclass
@@ -86,25 +99,27 @@ class _Searched:
         if self.goal.too_coarse(pairs):
             self.lost = True
             return
-        kept, self.outside, bound = self.goal.counted(pairs, least_counting(16, self.goal.rank))
+        kept, self.outside, bound = self.goal.counted(pairs, least_counting(_BLOCK, self.goal.rank))
         if kept > 0:
             self.pairs, self.kept, self.vectors = pairs, kept, size
         else:
-            target = next_count(size, 16, bound, self.before, self.then)
-            self.lost = target == 0
-            self.look = max(self.look + 1, ceil(target / 16))
+            self.lost = bound == math.inf and not self.goal.separable(pairs)
+            # Alone with the GPU, it would take far longer than a few passes more.
+            target = next_count(size, _BLOCK, bound, self.before, self.then) or size * (1 + _FURTHER)
+            self.look = max(self.look + 1, ceil(target * (1 + _MARGIN) / _BLOCK))
             self.before, self.then = size, bound
 
 
 def principals(
-    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, digests: Sequence[bytes], vectors: int
+    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, starts: Sequence[Tensor], vectors: int
 ) -> list[Principal | None]:
     """The leading singular triplets of each W of the batch, certified for each of its ranks; None where they are not.
 
-    vectors: what `room` allows each of them. The rest as for `principal`.
+    starts: `start_of` each. vectors: what `room` allows each of them. The triplets are on the CPU, the rest as for
+    `principal`.
     """
     with full_precision():
-        return _principals(batch, ranks, tolerance, digests, vectors)
+        return _principals(batch, ranks, tolerance, starts, vectors)
 
 
 @contextmanager
@@ -134,7 +149,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _principals(
-    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, digests: Sequence[bytes], vectors: int
+    batch: GramBatch, ranks: Sequence[Sequence[int]], tolerance: float, starts: Sequence[Tensor], vectors: int
 ) -> list[Principal | None]:
     energies = batch.energies.tolist()
     searched = [
@@ -147,41 +162,38 @@ def _principals(
     ]
     for one in searched:
         one.lost = not FLOAT32_RANGE[0] < one.goal.energy < FLOAT32_RANGE[1]
-    spaces = _proven(batch, searched, digests, vectors)
-    # What is computed on the CPU has the same bits for any number of threads, which MKL changes with the load.
-    with one_torch_thread():
-        return [
-            _finished(batch, index, one, spaces.Q[index]) if one.pairs is not None and not one.lost else None
-            for index, one in enumerate(searched)
-        ]
+    spaces = _proven(batch, searched, starts, vectors)
+    promises = [
+        Promise(index, one.goal, one.pairs, one.kept, one.vectors, one.outside)
+        for index, one in enumerate(searched)
+        if one.pairs is not None
+    ]
+    found = proven_together(batch, spaces, promises, max(map(max, ranks)))
+    return [found.get(index) for index in range(len(searched))]
 
 
-def _starts(batch: GramBatch, blocks: Sequence[Tensor | None]) -> Tensor:
-    """These blocks, zero beyond each matrix's own size; where there is none, and no matrix, ones."""
-    starts = torch.ones(batch.shape, dtype=torch.float32)
-    for index, (n, block) in enumerate(zip(batch.sizes, blocks, strict=False)):
-        starts[index] = 0.0
-        starts[index, :, :n] = 1.0 if block is None else block
-    return starts.to(batch.energies.device)
+def _dense(batch: GramBatch, starts: Sequence[Tensor]) -> Tensor:
+    """These blocks, zero beyond each matrix's own size; ones where there is no matrix."""
+    device = batch.energies.device
+    dense = host_memory(batch.shape, torch.float32, device).fill_(1.0)
+    for index, (n, start) in enumerate(zip(batch.sizes, starts, strict=False)):
+        dense[index, :, n:] = 0.0
+        dense[index, :, :n] = start
+    return dense.to(device, non_blocking=True)
 
 
-def _proven(batch: GramBatch, searched: Sequence[_Searched], digests: Sequence[bytes], vectors: int) -> KrylovSpaces:
+def _proven(batch: GramBatch, searched: Sequence[_Searched], starts: Sequence[Tensor], vectors: int) -> KrylovSpaces:
     """Grow all spaces until each is proven or lost, or at its end."""
-
-    def drawn(index: int) -> Tensor | None:
-        if searched[index].lost:
-            return None
-        return gaussian(batch.shape[1], batch.sizes[index], trusted_stream(digests[index]))
-
-    with one_torch_thread() as threads:
-        starts = list(side_by_side(drawn, range(len(searched)), threads))
-    spaces = KrylovSpaces(batch, _starts(batch, starts), vectors)
+    # As many as the first look needs, and that many more at a time.
+    first = _BLOCK * max(one.look for one in searched)
+    spaces = KrylovSpaces(batch, _dense(batch, starts), [*range(first, vectors, first), vectors], batch.captured)
     begun = spaces.begun.cpu()
     going = {index for index, one in enumerate(searched) if not one.lost}
     batch.keep(going)
-    while going and spaces.size + 16 <= vectors:
+    while going and spaces.size + _BLOCK <= vectors:
         spaces.expand()
-        due = [index for index in sorted(going) if searched[index].look <= spaces.passes]
+        full = spaces.size + _BLOCK > vectors
+        due = [index for index in sorted(going) if full or searched[index].look <= spaces.passes]
         if not due:
             continue
         T, coupling = spaces.here()
@@ -189,28 +201,7 @@ def _proven(batch: GramBatch, searched: Sequence[_Searched], digests: Sequence[b
         def look(index: int, T: Tensor = T, coupling: Tensor = coupling) -> None:
             searched[index].judge(ritz_pairs(T[index], spaces.leaving(coupling[index]), begun[index]), spaces.size)
 
-        # On one thread each: MKL's bits change with the number.
-        with one_torch_thread() as threads:
-            list(side_by_side(look, due, threads))
+        each_of(look, due, flops=2 * spaces.size**3)
         going -= {index for index in due if searched[index].lost or searched[index].pairs is not None}
         batch.keep(going)
     return spaces
-
-
-def _finished(batch: GramBatch, index: int, one: _Searched, Q: Tensor) -> Principal | None:
-    """The triplets from one more product in float64; None where they are not certified for all."""
-    assert one.pairs is not None
-    pairs, W = one.pairs, batch.tall(index)
-    X = combine(Q[: one.vectors, : one.n], pairs.vectors(one.kept), threads=1)
-    Y, image = gram_product(W, X)
-    found = concluded(
-        one.goal,
-        pairs,
-        one.outside,
-        LastPass(X, Y, image),
-        passes=one.vectors // 16 + 1,
-        vectors=one.vectors + one.kept,
-    )
-    if not all(found.certified.values()):
-        return None
-    return found if W.shape == batch.stored(index).shape else replace(found, U=found.V, V=found.U)

@@ -20,15 +20,15 @@ from ..factors import Certificate, Factors
 from ..kernels.backend import Backend, GramBatch, Problem, Sample, Stored
 from ..kernels.loading import load_backend
 from ..kernels.streaming import losses
-from ..kernels.threads import in_groups, side_by_side
+from ..kernels.threads import each_of, in_groups, side_by_side
 from ..memory import reused
 from ..model.survey import Hash, together
 from ..model.targets import Target
 from ..options import Options
 from .adam import Checkpoints, History, adam
 from .krylov import TOLERANCE, principal
-from .krylov_batch import principals, room
-from .krylov_search import ALL_THREADS, digest
+from .krylov_batch import principals, room, start_of
+from .krylov_search import ALL_THREADS
 from .optimum import Optimum, loss_near, optima, optima_from
 from .triplets import Principal
 
@@ -117,6 +117,8 @@ Choose = Callable[[Principal, Task, Options], dict[int, Pair]]
 # As Factorize; the call that it returns gives the factors, and may still have some of the work to do.
 Begin = Callable[[Tensor, Task, Options, Backend], Callable[[], dict[int, Factors]]]
 Result = TypeVar("Result")
+# An entry of a factor takes about so many of them times the rank, from the triplets to its loss.
+_FLOPS = 10
 # Up to so many entries times rank, what follows the triplets takes longer in calls than in sums.
 _BRIEF = 1e7
 
@@ -186,9 +188,14 @@ def by_krylov(choose: Choose, tolerance: float) -> Solve:
         bar.phase("solving", len(tasks), len(tasks))
         rest = dict(enumerate(tasks))
 
-        def solved(index: int, W: Tensor, found: Principal) -> None:
-            task = rest.pop(index)
-            _report(task, against_triplets(W, task, choose(found, task, options), found), finished, bar)
+        def factors_of(one: Settled) -> tuple[Task, dict[int, Factors]]:
+            task = rest.pop(one.index)
+            return task, against_triplets(one.W, task, choose(one.found, task, options), one.found)
+
+        def solved(several: Sequence[Settled]) -> None:
+            flops = max((_FLOPS * one.found.U.numel() * max(tasks[one.index].ranks) for one in several), default=0)
+            for task, by_rank in each_of(factors_of, several, flops):
+                _report(task, by_rank, finished, bar)
 
         _in_batches(tasks, tolerance, load_backend(options.backend, options.device), solved)
         if rest:
@@ -197,33 +204,53 @@ def by_krylov(choose: Choose, tolerance: float) -> Solve:
     return solve
 
 
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """The task at `index`: its W on the backend's device, and its triplets on the CPU."""
+
+    index: int
+    W: Tensor
+    found: Principal
+
+
 def _in_batches(
-    tasks: Sequence[Task], tolerance: float, backend: Backend, solved: Callable[[int, Tensor, Principal], None]
+    tasks: Sequence[Task], tolerance: float, backend: Backend, solved: Callable[[Sequence[Settled]], None]
 ) -> None:
-    """Call `solved` with the index, the W and the triplets of each matrix that a batch of the backend's settles."""
-    digests: dict[int, bytes] = {}
+    """Call `solved` with those of each batch of the backend's that the batch settles."""
+    starts: dict[int, Tensor] = {}
     # Not on a CPU: a forked process would wait for its parent's threads.
     threads = 1 if backend.device.type == "cpu" else ALL_THREADS
 
     def load(index: int) -> Tensor:
         W = tasks[index].target.read()
-        digests[index] = digest(W, threads)
+        starts[index] = start_of(W, threads)
         return W
 
     matrices = [
-        Stored(partial(load, index), task.target.shape, task.target.dtype, room(min(task.target.shape), task.ranks))
+        Stored(
+            partial(load, index),
+            task.target.shape,
+            task.target.dtype,
+            max(task.ranks),
+            room(min(task.target.shape), task.ranks),
+        )
         for index, task in enumerate(tasks)
     ]
 
     def visit(members: Sequence[int], batch: GramBatch) -> None:
         mine = [tasks[index] for index in members]
-        own = [digests[index] for index in members]
+        own = [starts.pop(index) for index in members]
         triplets = principals(batch, [one.ranks for one in mine], tolerance, own, matrices[members[0]].vectors)
-        for place, (index, found) in enumerate(zip(members, triplets, strict=True)):
-            if found is not None:
-                solved(index, batch.stored(place), found)
+        solved(
+            [
+                Settled(index, batch.stored(place), found)
+                for place, (index, found) in enumerate(zip(members, triplets, strict=True))
+                if found is not None
+            ]
+        )
 
-    backend.gram_batches(matrices, visit)
+    with reused(len(tasks)):
+        backend.gram_batches(matrices, visit)
 
 
 def _report(task: Task, by_rank: Mapping[int, Factors], finished: Finished, bar: ProgressBar) -> None:
@@ -283,12 +310,11 @@ def _bounds(tasks: Sequence[Task], backend: Backend, bar: ProgressBar) -> list[M
         found[index] = bounds
         bar.advance(1, matrices=1)
 
-    _in_batches(
-        tasks,
-        TOLERANCE,
-        backend,
-        lambda index, W, triplets: bounded(index, optima_from(triplets, tasks[index].ranks)),
-    )
+    def solved(several: Sequence[Settled]) -> None:
+        for one in several:
+            bounded(one.index, optima_from(one.found, tasks[one.index].ranks))
+
+    _in_batches(tasks, TOLERANCE, backend, solved)
 
     def alone(index: int) -> tuple[int, Mapping[int, Optimum]]:
         task = tasks[index]

@@ -29,7 +29,7 @@ from .atomic import write_whole
 from .reading import read_bytes
 
 # Raised whenever a kernel or solver gives different bits for the same options.
-RESULT_VERSION = 26
+RESULT_VERSION = 27
 
 _ENTRY = "matrix"
 

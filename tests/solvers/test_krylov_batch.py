@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from inilora_kernels.solvers import krylov_batch, krylov_spaces
-from inilora_kernels.solvers.krylov_batch import principals, room
+from inilora_kernels.solvers.krylov_batch import principals, room, start_of
 
 from .test_krylov import with_spectrum
 from .torch_batch import TorchBatch
@@ -19,7 +19,10 @@ from .torch_batch import TorchBatch
 RANKS = (1, 3, 8)
 
 
-DIGEST = bytes(range(32))
+def starts(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [start_of(W, 1) for W in weights]
+
+
 SPECTRA: dict[str, Tensor] = {
     "decaying slowly": with_spectrum(620, 540, lambda i: i**-0.25),
     "decaying, wide": with_spectrum(540, 620, lambda i: i**-0.5),
@@ -43,7 +46,7 @@ SETTLED = {"decaying slowly", "decaying, wide"}
 def test_the_certificate_holds_or_the_matrix_is_left(names: list[str]) -> None:
     weights = [SPECTRA[name] for name in names]
     batch = TorchBatch(weights, count=4, length=576)
-    found = principals(batch, [RANKS] * len(weights), 1e-8, [DIGEST] * len(weights), room(576, RANKS))
+    found = principals(batch, [RANKS] * len(weights), 1e-8, starts(weights), room(576, RANKS))
     for name, W, one in zip(names, weights, found, strict=True):
         assert (one is not None) or name not in SETTLED, name
         if one is None:
@@ -72,8 +75,8 @@ def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        alone, *_ = principals(TorchBatch([W], count=4, length=576), [[8]], 1e-8, [DIGEST], 256)
-        *_, among = principals(batch, [[8], [3], [8]], 1e-8, [DIGEST] * 3, 256)
+        alone, *_ = principals(TorchBatch([W], count=4, length=576), [[8]], 1e-8, starts([W]), 256)
+        *_, among = principals(batch, [[8], [3], [8]], 1e-8, starts(weights), 256)
     finally:
         torch.set_num_threads(threads)
     assert alone is not None
@@ -85,11 +88,12 @@ def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours() -> None:
 
 
 def test_finished_matrices_are_left_out_of_the_products() -> None:
-    batch = TorchBatch([SPECTRA["decaying, wide"], SPECTRA["decaying slowly"]], count=4, length=576)
+    weights = [SPECTRA["decaying, wide"], SPECTRA["decaying slowly"]]
+    batch = TorchBatch(weights, count=4, length=576)
     told: list[set[int]] = []
     keep = batch.keep
     batch.keep = lambda active: (told.append(set(active)), keep(active))[1]  # type: ignore[method-assign]
-    principals(batch, [[1], [8]], 1e-8, [DIGEST] * 2, 256)
+    principals(batch, [[1], [8]], 1e-8, starts(weights), 256)
     assert {0, 1} in told
     assert {1} in told
     assert told[-1] == set()
@@ -140,12 +144,13 @@ class Noting(TorchBatch):
 
 def test_the_host_waits_for_the_device_only_where_a_look_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted over whole searches: from look to look, the host reads nothing."""
-    batch = Noting([SPECTRA["decaying, wide"], SPECTRA["decaying slowly"]], count=4, length=576)
+    weights = [SPECTRA["decaying, wide"], SPECTRA["decaying slowly"]]
+    batch = Noting(weights, count=4, length=576)
     batch.events = events = []
     here = krylov_batch.KrylovSpaces.here
     monkeypatch.setattr(krylov_batch.KrylovSpaces, "here", lambda self: (events.append("look"), here(self))[1])
     with Reads(events):
-        found = principals(batch, [[8], [8]], 1e-8, [DIGEST] * 2, 256)
+        found = principals(batch, [[8], [8]], 1e-8, starts(weights), 256)
     assert all(one is not None for one in found)
     passes = " ".join(events).split("product")[1:]
     quiet = [one for one in passes if "look" not in one]
@@ -159,21 +164,25 @@ def test_the_host_waits_for_the_device_only_where_a_look_is_due(monkeypatch: pyt
 def test_a_read_within_a_pass_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Noting([SPECTRA["decaying slowly"]], count=4, length=576)
     batch.events = events = []
-    rows = krylov_spaces._orthonormal_rows
+    gram = krylov_spaces._gram
 
-    def asking(Z: Tensor) -> tuple[Tensor, Tensor]:
-        assert not bool(Z.isnan().any())
-        return rows(Z)
+    def asking(X: Tensor) -> Tensor:
+        assert not bool(X.isnan().any())
+        return gram(X)
 
-    monkeypatch.setattr(krylov_spaces, "_orthonormal_rows", asking)
+    monkeypatch.setattr(krylov_spaces, "_gram", asking)
     with Reads(events):
-        principals(batch, [[8]], 1e-8, [DIGEST], 256)
+        principals(batch, [[8]], 1e-8, starts([SPECTRA["decaying slowly"]]), 256)
     assert "product __bool__" in " ".join(events)
 
 
-def test_the_stream_of_a_start_is_the_matrixs_own() -> None:
-    batch = TorchBatch([SPECTRA["decaying slowly"]] * 2, count=4, length=576)
-    first, second = principals(batch, [[8]] * 2, 1e-8, [bytes([1] * 32), bytes([2] * 32)], 256)
+def test_a_start_is_the_matrixs_own() -> None:
+    W = SPECTRA["decaying slowly"]
+    own, other = start_of(W, 1), start_of(-W, 1)
+    assert own.shape == (16, min(W.shape))
+    assert torch.equal(own, start_of(W.clone(), 2))
+    assert not torch.equal(own, other)
+    first, second = principals(TorchBatch([W, W], count=4, length=576), [[8]] * 2, 1e-8, [own, other], 256)
     assert first is not None
     assert second is not None
     # The same triplets, from other spaces.
@@ -220,6 +229,6 @@ def test_the_users_tf32_is_off_within_and_as_it_was_afterwards(way: str) -> None
             assert not torch.backends.cuda.matmul.allow_tf32
             return super().__call__(X)
 
-    principals(Watched([SPECTRA["decaying fast"]], count=1), [[3]], 1e-8, [DIGEST], 256)
+    principals(Watched([SPECTRA["decaying fast"]], count=1), [[3]], 1e-8, starts([SPECTRA["decaying fast"]]), 256)
     assert set(seen) == {"ieee"}
     assert switches() == before

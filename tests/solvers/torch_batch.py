@@ -7,14 +7,19 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from inilora_kernels.kernels.backend import Captured, no_graph
+from inilora_kernels.kernels.rounding import round_up
+
 
 class TorchBatch:
     """See GramBatch of kernels/backend.py. products: how many there were. active: as `keep` was last told."""
 
+    captured: Captured = staticmethod(no_graph)
+
     def __init__(self, weights: Sequence[Tensor], count: int = 4, length: int | None = None) -> None:
         self._weights = weights
         self._tall = [W if W.shape[0] >= W.shape[1] else W.T for W in weights]
-        self.shape = (count, 16, length or max(self.sizes))
+        self.shape = (count, 16, length or round_up(max(self.sizes), 64))
         self.energies = torch.zeros(count, dtype=torch.float64)
         self.energies[: len(weights)] = torch.tensor(
             [float(W.double().square().sum()) for W in weights], dtype=torch.float64

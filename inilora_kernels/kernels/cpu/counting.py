@@ -56,6 +56,21 @@ def counted(theta: Any, g: Any, rho: Any, ranks: Any, goal: Any, least: float) -
 
 
 @njit(cache=True, nogil=True)
+def separable(theta: Any, ranks: Any, goal: Any) -> bool:
+    """Whether the count could prove all ranks if these θ were exact: whether rounding leaves a gap behind them."""
+    exact, off = np.zeros((len(theta), 1)), rounding(theta, goal)
+    for beyond in range(FEW_BEYOND + 1):
+        count = ranks.max() + beyond
+        if count >= len(theta):
+            break
+        for place in _PLACES:
+            mu = theta[count] + place * (theta[count - 1] - theta[count])
+            if promised_beyond(theta, exact, ranks, count, mu + 2.0 * off, goal):
+                return True
+    return False
+
+
+@njit(cache=True, nogil=True)
 def _outside(theta: Any, g: Any, count: int, mu: float) -> float:
     """c' ≥ λ_max(C'), if no more than `count` eigenvalues of M are above μ."""
     total = mu

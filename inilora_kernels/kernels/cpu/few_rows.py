@@ -19,7 +19,7 @@ _MOST_SWEEPS = 30
 _ORTHOGONAL, _INDEPENDENT = 4e-16, 1e-10
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def balanced(U: Any, S: Any, V: Any) -> Any:
     """√S·U (r×d) and √S·V (r×k) in float32, of rows U and V."""
     B, A = np.empty(U.shape, np.float32), np.empty(V.shape, np.float32)
@@ -32,7 +32,7 @@ def balanced(U: Any, S: Any, V: Any) -> Any:
     return B, A
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def nearest(B: Any, A: Any, B_start: Any, A_start: Any) -> Any:
     """GᵀB (r×d) and GᵀA (r×k) of `gauge.nearest`, in float32, and whether G was found.
 
@@ -49,7 +49,7 @@ def nearest(B: Any, A: Any, B_start: Any, A_start: Any) -> Any:
     return _turned(G, B), _turned(G, A), found
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def apart(B: Any, A: Any, U: Any, S: Any, V: Any) -> float:
     """||D||² of `optimum.loss_near`: D = BᵀA − Uᵀ·diag(S)·V, of rows."""
     total = 0.0
@@ -79,7 +79,7 @@ def _inner(left: Any, right: Any) -> Any:
     return found
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _turned(G: Any, rows: Any) -> Any:
     """Gᵀ·rows (r×n) of float32 rows, rounded once."""
     r, n = rows.shape
@@ -95,7 +95,7 @@ def _turned(G: Any, rows: Any) -> Any:
     return found
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _orthogonal(M: Any) -> Any:
     """Rows X, Y with M (r×r) = Σ_j σ_j·X_jᵀY_j, by one-sided Jacobi rotations; and whether all σ are clearly above 0.
 

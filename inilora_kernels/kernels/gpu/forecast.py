@@ -32,10 +32,11 @@ _REACHED_VECTOR, _REACHED_DOUBLE = 0.12, 0.17
 # The device waits for the host: at a milestone, for a launch, two copies and what observes them; for a wave to begin,
 # for two copies and three fills; for the graphs of a layout, 222 launches at 55 µs (measured) and three instantiations.
 MILESTONE_SECONDS, WAVE_SECONDS, GRAPHS_SECONDS = 1e-4, 2e-4, 1.4e-2
-# The direct solver: operations of torch in a pass, each so long on the host; passes over the basis that they make; the
-# looks at one matrix at a basis of 128 vectors, 10 ms on one core (measured), four sharing the work; the host's part of
-# its last products.
-_DENSE_CALLS, _CALL_SECONDS, _BASIS_READ, _LOOK_SECONDS, _FINISH_SECONDS = 75, 8e-6, 6, 2.5e-3, 3e-3
+# The direct solver, measured on an H100 with 16 threads: operations of torch in a pass, each so long in a graph; passes
+# over the basis that they make; what a batch takes before its first graph; the look at one matrix at a basis of 144
+# vectors, with how much longer it takes beside more, of which more threads share the work; the host's part of its end.
+_DENSE_CALLS, _CALL_SECONDS, _BASIS_READ = 80, 5e-6, 6
+_BATCH_SECONDS, _LOOK_SECONDS, _LOOK_POWER, _FINISH_SECONDS = 1.5e-2, 1e-3, 1.2, 1.5e-3
 # Small matrices are decomposed one after the other, through WᵀW.
 _SMALL_SECONDS = 2e-2
 
@@ -190,7 +191,7 @@ def direct_seconds(works: Sequence[DirectWork], gpu: Gpu, *, factors: bool) -> f
     """Predicted seconds of the direct solver on a GPU. factors: with those and their loss, not f* alone."""
     taken = [work for work in works if work.vectors]
     small = _SMALL_SECONDS * (len(works) - len(taken))
-    wanted = [Wanted(work.shape, work.itemsize, work.vectors) for work in taken]
+    wanted = [Wanted(work.shape, work.itemsize, work.kept, work.vectors) for work in taken]
     groups = batches(wanted, [(work.itemsize, work.passes) for work in taken], 0.5 * gpu.memory)
     running, uploads = [], []
     for members in groups:
@@ -199,8 +200,9 @@ def direct_seconds(works: Sequence[DirectWork], gpu: Gpu, *, factors: bool) -> f
         shapes = [work.shape for work in batch]
         layout = gram_layout_on(gpu, shapes, itemsize)
         passes = batch[0].passes
-        dense = _dense_seconds(layout, passes * WIDTH / 2, gpu)
-        looks = len(batch) * _LOOK_SECONDS * (passes * WIDTH / 128) ** 2
+        dense = _dense_seconds(layout, passes * WIDTH, gpu)
+        look = _LOOK_SECONDS * math.pow(passes * WIDTH / 144, _LOOK_POWER)
+        looks = _BATCH_SECONDS + len(batch) * look
         finish = sum(_finish_seconds(work, gpu, factors=factors) for work in batch)
         running.append(passes * (pass_seconds(layout, itemsize, gpu) + dense) + finish + looks)
         uploads.append(layout.weights * itemsize / HOST_BANDWIDTH)
@@ -221,9 +223,9 @@ def pass_seconds(layout: GramLayout, itemsize: int, gpu: Gpu) -> float:
 
 
 def _dense_seconds(layout: GramLayout, vectors: float, gpu: Gpu) -> float:
-    """torch's algebra of one pass with a basis of that many vectors; enqueueing it on the host may take longer."""
+    """torch's algebra of one pass, in a graph, with room for that many vectors."""
     moved = _BASIS_READ * 4.0 * BATCH * vectors * layout.N + 30 * 8.0 * BATCH * WIDTH * layout.N
-    return max(_DENSE_CALLS * _CALL_SECONDS, moved / (gpu.dram * reached(gpu).dram))
+    return _DENSE_CALLS * _CALL_SECONDS + moved / (gpu.dram * reached(gpu).dram)
 
 
 def _finish_seconds(work: DirectWork, gpu: Gpu, *, factors: bool) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
+from ..backend import Captured, no_graph
 from .gram import gram_kernel
 from .gram_layout import BATCH, WIDTH, GramField, GramLayout
 
@@ -19,11 +20,13 @@ class GramBatch:
 
     energies: ||W||_F² of each, float64, after `measure`. X, Z (BATCH, WIDTH, N) and Y (BATCH, WIDTH, D), float32: the
         blocks given, XWᵀW and XWᵀ; zero beyond each matrix's own sizes and beyond the batch's matrices.
-    run: launches the products; a captured graph of the same may take its place.
+    captured: as GramBatch of kernels/backend.py has it.
     """
 
-    def __init__(self, layout: GramLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: GramLayout, dtype: torch.dtype, device: torch.device, captured: Captured = no_graph
+    ) -> None:
+        self.layout, self.captured = layout, captured
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -33,9 +36,9 @@ class GramBatch:
         self.exponents = zeros(2, BATCH)
         self.X, self.Z = zeros(BATCH, WIDTH, layout.N), zeros(BATCH, WIDTH, layout.N)
         self.Y = zeros(BATCH, WIDTH, layout.D)
+        self._active = set(range(len(layout.places)))
         self._whole = [layout.work(along_rows=along_rows) for along_rows in (True, False)]
         self._work = [torch.tensor(work, device=device) for work, _ in self._whole]
-        self.run: Callable[[], None] = self.launch
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,6 +74,9 @@ class GramBatch:
 
     def keep(self, active: Collection[int]) -> None:
         """Go on with these matrices alone; the grid stays the same, so that a captured graph stays valid."""
+        if self._active == set(active):
+            return
+        self._active = set(active)
         for (work, _), buffer in zip(self._whole, self._work, strict=True):
             rest = work.copy()
             idle = [index for index in range(len(self.layout.places)) if index not in active]
@@ -81,7 +87,7 @@ class GramBatch:
     def __call__(self, X: Tensor) -> Tensor:
         """XWᵀW (BATCH, WIDTH, N), which the next call overwrites, for vectors X of at most unit length."""
         self.X.copy_(X)
-        self.run()
+        self.launch()
         return self.Z
 
     def launch(self) -> None:

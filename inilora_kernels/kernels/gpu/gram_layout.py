@@ -26,6 +26,8 @@ from .tiles import ALIGNMENT, GramTile, aligned, gram_tile
 WIDTH = 16
 # Matrices whose dense algebra is one call.
 BATCH = 16
+# The last pass has so many float64 tensors of rows as long as W's sides, and so many rows beyond the rank.
+_LAST_PASS, _MOST_BEYOND = 5, 4
 
 
 class GramField(IntEnum):
@@ -151,31 +153,34 @@ def _groups(sizes: Sequence[int], cache: float) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One matrix to decompose: W's shape (d, k), the bytes of an element, and how many basis vectors it may take."""
+    """One matrix to decompose: W's shape (d, k), bytes of an element, rank, and how many basis vectors it may take."""
 
     shape: tuple[int, int]
     itemsize: int
+    rank: int
     vectors: int
 
     @property
     def dense_bytes(self) -> int:
-        """Of the basis and its matrix QMQᵀ, which any batch holds BATCH times, filled or not."""
-        return 4 * self.vectors * dense_length(min(self.shape)) + 8 * self.vectors**2
+        """Of the basis, its matrix QMQᵀ and the last pass's, which any batch holds BATCH times, filled or not."""
+        length = dense_length(min(self.shape))
+        last = _LAST_PASS * 8 * (self.rank + _MOST_BEYOND) * max(length, *self.shape)
+        return 4 * self.vectors * length + 8 * self.vectors**2 + last
 
     @property
     def bytes(self) -> int:
-        """The weight, a float64 strip for the last product, and a share of the dense tensors."""
+        """Of the weight."""
         return weight_bytes((max(self.shape), min(self.shape)), self.itemsize)
 
 
 def batches(wanted: Sequence[Wanted], kinds: Sequence[Hashable], memory: float) -> list[tuple[int, ...]]:
-    """Which matrices go together: of one kind (the weights' dtype), dense length and number of vectors.
+    """Which matrices go together: of one kind (the weights' dtype), dense length, rank and number of vectors.
 
     At most BATCH, and at most `memory` bytes; a matrix that does not fit is in none of them. Larger ones first.
     """
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, (one, kind) in enumerate(zip(wanted, kinds, strict=True)):
-        groups[kind, dense_length(min(one.shape)), one.vectors].append(index)
+        groups[kind, dense_length(min(one.shape)), one.rank, one.vectors].append(index)
     found: list[tuple[int, ...]] = []
     for members in sorted(groups.values(), key=lambda members: -math.prod(wanted[members[0]].shape)):
         fixed = BATCH * wanted[members[0]].dense_bytes

@@ -1,16 +1,17 @@
-"""The direct solver's batches on a GPU: each is read and copied by a thread while the one before it is solved."""
+"""The direct solver's batches on a GPU: each is read and copied by threads while the one before it is solved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 
 import torch
 import triton
 from torch import Tensor
 
 from ...errors import BackendError
-from ..backend import Stored, Visit
+from ..backend import Stored, Visit, no_graph
 from .device import Device
 from .gpus import Gpu
 from .gram_batch import GramBatch
@@ -19,6 +20,8 @@ from .tiles import gram_tile
 
 # Two batches may be on the device at once.
 _SHARE = 0.5
+# Matrices that are read at once, each through a buffer of its own: one thread reads some 2 GB/s, a GPU takes 50.
+_READERS = 4
 
 
 def visit_batches(
@@ -26,35 +29,45 @@ def visit_batches(
 ) -> None:
     """Call `visit` with each batch of the matrices that may take vectors and fit in memory. See `Backend`."""
     taken = [index for index, one in enumerate(matrices) if one.vectors]
-    wanted = [Wanted(matrices[i].shape, dtypes[i].itemsize, matrices[i].vectors) for i in taken]
+    wanted = [Wanted(matrices[i].shape, dtypes[i].itemsize, matrices[i].rank, matrices[i].vectors) for i in taken]
     found = batches(wanted, [dtypes[i] for i in taken], _SHARE * place.free_memory())
     planned = [tuple(taken[index] for index in members) for members in found]
     if not planned:
         return
     largest = max(_padded_bytes(matrices[i].shape, dtypes[i]) for i in taken)
-    staging = [place.staging(largest, torch.uint8) for _ in range(2)]
-    with ThreadPoolExecutor(1) as reader:
+    staging: SimpleQueue[Tensor] = SimpleQueue()
+    readers = min(_READERS, max(map(len, planned)))
+    for _ in range(readers):
+        staging.put(place.staging(largest, torch.uint8))
+    with ThreadPoolExecutor(readers) as reader:
 
-        def coming(number: int) -> tuple[GramBatch, Future[None]]:
+        def coming(number: int) -> tuple[GramBatch, list[Future[None]]]:
             members = planned[number]
             dtype = dtypes[members[0]]
             layout = gram_layout_on(gpu, [matrices[i].shape for i in members], dtype.itemsize)
-            batch = GramBatch(layout, dtype, place.device)
+            batch = GramBatch(layout, dtype, place.device, place.captured if place.captures else no_graph)
             # The copies must not overtake what fills the batch with zeros.
             place.copying_waits()
-            return batch, reader.submit(_read, place, batch, [matrices[i] for i in members], staging)
+            return batch, [
+                reader.submit(_read, place, batch, index, matrices[i], staging) for index, i in enumerate(members)
+            ]
 
         following = coming(0)
-        for number, members in enumerate(planned):
-            batch, read = following
-            read.result()
-            place.computing_waits()
-            if number + 1 < len(planned):
-                following = coming(number + 1)
-            batch.measure()
-            launched = _launched(place, batch)
-            batch.run = launched
-            visit(members, batch)
+        try:
+            for number, members in enumerate(planned):
+                batch, reads = following
+                for read in reads:
+                    read.result()
+                place.computing_waits()
+                if number + 1 < len(planned):
+                    following = coming(number + 1)
+                batch.measure()
+                first_launch(batch.launch)
+                visit(members, batch)
+        except BaseException:
+            # Nobody wants what is not begun yet.
+            reader.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _padded_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
@@ -62,32 +75,21 @@ def _padded_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
     return place.rows * place.stride * dtype.itemsize
 
 
-def _read(place: Device, batch: GramBatch, matrices: Sequence[Stored], staging: Sequence[Tensor]) -> None:
-    """Load a batch's weights onto the device through two host buffers in turn; runs in the reader's thread."""
-    copied: list[object] = [None, None]
-    for number, matrix in enumerate(matrices):
-        W = matrix.load()
-        if W.dtype != matrix.dtype or tuple(W.shape) != matrix.shape:
-            raise BackendError(
-                f"a matrix announced as {matrix.dtype} {matrix.shape} was read as {W.dtype} {tuple(W.shape)}"
-            )
-        if copied[number % 2] is not None:
-            place.wait(copied[number % 2])
-        target = batch.padded(number)
-        rows = staging[number % 2].view(target.dtype)[: target.numel()].view(target.shape)
-        columns = batch.sizes[number]
+def _read(place: Device, batch: GramBatch, index: int, matrix: Stored, staging: SimpleQueue[Tensor]) -> None:
+    """Load one of a batch's weights onto the device through a buffer on the host; runs in a reader's thread."""
+    W = matrix.load()
+    if W.dtype != matrix.dtype or tuple(W.shape) != matrix.shape:
+        raise BackendError(
+            f"a matrix announced as {matrix.dtype} {matrix.shape} was read as {W.dtype} {tuple(W.shape)}"
+        )
+    target, columns, buffer = batch.padded(index), batch.sizes[index], staging.get()
+    try:
+        rows = buffer.view(target.dtype)[: target.numel()].view(target.shape)
         rows[:, :columns].copy_(W if W.shape[0] >= W.shape[1] else W.T)
         rows[:, columns:].zero_()
-        copied[number % 2] = place.copy(target, rows)
-    for ticket in copied:
-        if ticket is not None:
-            place.wait(ticket)
-
-
-def _launched(place: Device, batch: GramBatch) -> Callable[[], None]:
-    """The batch's launches, compiled; as a graph where they can be captured."""
-    first_launch(batch.launch)
-    return (place.captured(batch.launch) if place.captures else None) or batch.launch
+        place.wait(place.copy(target, rows))
+    finally:
+        staging.put(buffer)
 
 
 def first_launch(launch: Callable[[], None]) -> None:

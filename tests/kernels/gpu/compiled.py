@@ -148,7 +148,7 @@ def gram_launches(target: str, dtype: torch.dtype) -> tuple[list[Launch], GramTi
     batch = triton_gram_batch.GramBatch(gram_layout([(300, 272)], dtype.itemsize, tile, 1e9), dtype, CPU)
     launches: list[Launch] = []
     with mock.patch.object(triton_gram_batch, "gram_kernel", Recorder(triton_gram.gram_kernel, launches)):
-        batch.run()
+        batch.launch()
     return launches, tile
 
 

@@ -52,9 +52,9 @@ def test_a_pass_waits_for_nothing(dtype: torch.dtype) -> None:
     layout = gram_layout(SHAPES, dtype.itemsize, SMALL, math.inf)
     batch = GramBatch(layout, dtype, torch.device("meta"))
     launched: list[int] = []
-    batch.run = lambda: launched.append(1)
+    batch.launch = lambda: launched.append(1)  # type: ignore[method-assign]
     batch.measure()
-    spaces = KrylovSpaces(batch, torch.ones(batch.shape, device="meta"), 64)
+    spaces = KrylovSpaces(batch, torch.ones(batch.shape, device="meta"), [32, 64])
     for _ in range(3):
         spaces.expand()
     assert launched == [1] * 3

@@ -42,7 +42,7 @@ def test_groups_that_would_leave_the_gpu_idle_are_a_single_one() -> None:
 
 
 def test_batches_are_of_one_kind_and_length_and_fit_the_memory() -> None:
-    small, large, other = Wanted((96, 80), 2, 60), Wanted((400, 300), 2, 60), Wanted((90, 100), 2, 60)
+    small, large, other = Wanted((96, 80), 2, 8, 60), Wanted((400, 300), 2, 8, 60), Wanted((90, 100), 2, 8, 60)
     wanted = [small, large, other, small]
     assert batches(wanted, "aaaa", 1e12) == [(1,), (0, 2, 3)]
     assert batches(wanted, "aaab", 1e12) == [(1,), (0, 2), (3,)]
