@@ -56,7 +56,7 @@ class Sizes:
     window: float
     waves: int
     most: int
-    direct: tuple[tuple[Shape, torch.dtype, int], ...]
+    direct: tuple[gpu_direct.Cell, ...]
     batch: int
     whole: tuple[Shape, torch.dtype, int, int]
     table5: tuple[Model, ...]
@@ -76,12 +76,7 @@ FULL = Sizes(
     window=0.1,
     waves=3,
     most=64,
-    direct=(
-        ((4096, 4096), torch.bfloat16, 8),
-        ((1024, 1024), torch.float32, 8),
-        ((1024, 4096), torch.float16, 8),
-        ((4096, 4096), torch.bfloat16, 32),
-    ),
+    direct=gpu_direct.CELLS,
     batch=16,
     whole=((4096, 4096), torch.bfloat16, 16, 2_000),
     table5=MODELS,
@@ -272,8 +267,7 @@ def direct(backend: TritonBackend, sizes: Sizes) -> Iterator[Row]:
         yield gpu_direct.products(backend, weights)
     for shape, dtype, rank in sizes.direct:
         weights = [synthetic(shape, dtype, seed) for seed in range(sizes.batch)]
-        if rank == sizes.direct[0][2]:
-            yield gpu_direct.one_pass(backend, weights, sizes.window)
+        yield gpu_direct.one_pass(backend, weights, sizes.window)
         yield from gpu_direct.whole_batch(backend, weights, rank)
     shape, dtype, _ = sizes.direct[0]
     yield gpu_direct.on_the_processor(synthetic(shape, dtype, 0))

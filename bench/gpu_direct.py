@@ -20,6 +20,15 @@ from inilora_kernels.solvers.triplets import Principal
 from .gpu_timing import distance, duration
 from .harness import Row, seconds
 
+# Shape, dtype and rank of the matrices of a batch.
+Cell = tuple[tuple[int, int], torch.dtype, int]
+CELLS: tuple[Cell, ...] = (
+    ((4096, 4096), torch.bfloat16, 8),
+    ((1024, 1024), torch.float32, 8),
+    ((1024, 4096), torch.float16, 8),
+    ((4096, 4096), torch.bfloat16, 32),
+)
+
 
 def gram_batch_of(weights: Sequence[Tensor], backend: TritonBackend) -> GramBatch:
     """The matrices as a batch on the backend's device."""

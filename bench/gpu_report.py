@@ -76,7 +76,7 @@ def plot(measured: Mapping[str, Sequence[dict[str, Any]]], device: str) -> Figur
         axes.loglog(ends, ends, color="grey", linewidth=0.8, label="equal")
         low, high = [end / _BAND for end in ends], [end * _BAND for end in ends]
         axes.fill_between(ends, low, high, color="grey", alpha=0.15, linewidth=0, label=f"within {_BAND} times")
-    axes.set_title(f"{device}: matrices of a wave or batch, ranks as numbers")
+    axes.set_title(f"{device}\nmatrices of a wave or batch, ranks as numbers")
     axes.set_xlabel("predicted, µs")
     axes.set_ylabel("measured, µs")
     axes.legend(fontsize=8)

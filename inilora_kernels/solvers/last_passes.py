@@ -1,4 +1,4 @@
-"""The last products of many searches on a GPU, in float64, and what they prove: few launches, and three waits for it.
+"""The last products of many searches on a GPU, in float64, and what they prove: few launches, and two waits for it.
 
 As `combine` and `concluded` do it for one matrix. What is batched has shapes that follow from a matrix alone, so that
 its bits do not depend on its neighbours.
