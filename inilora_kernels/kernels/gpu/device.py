@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 MEMORY_SHARE = 0.95  # of the free device memory that a wave may take
-# Devices on which a capture has failed in this process: what a driver refuses once, it refuses again.
+# Devices on which a capture has failed in this process: what a driver refuses once, it refuses again. What a library
+# refuses within one says nothing of our own kernels.
 _WITHOUT_CAPTURE: set[torch.device] = set()
+_WITHOUT_LIBRARIES: set[torch.device] = set()
 
 
 class Device(Protocol):
@@ -56,6 +58,9 @@ class Device(Protocol):
     def captured(self, launch: Callable[[], None]) -> Callable[[], None] | None:
         """The launches as one graph to replay; None if they have to be made one by one."""
 
+    def captured_with_libraries(self, launch: Callable[[], None]) -> Callable[[], None] | None:
+        """`captured` of launches some of which libraries make."""
+
     def mark(self) -> Any:
         """A point on the compute stream for `wait` to wait for."""
 
@@ -88,6 +93,9 @@ class HostDevice:
 
     def captured(self, launch: Callable[[], None]) -> Callable[[], None] | None:
         return None
+
+    def captured_with_libraries(self, launch: Callable[[], None]) -> Callable[[], None] | None:
+        return self.captured(launch)
 
     def mark(self) -> Any:
         return None
@@ -137,7 +145,31 @@ class CudaDevice:
         self.copying.wait_stream(self.computing)
 
     def captured(self, launch: Callable[[], None]) -> Callable[[], None] | None:
-        """Capture on the compute stream. Raises torch.OutOfMemoryError; warns once of any other failure and its cause.
+        """Capture on the compute stream. Raises torch.OutOfMemoryError; warns once of another failure and its cause."""
+        graph = self._graph(launch)
+        if not isinstance(graph, Exception):
+            return graph.replay
+        _WITHOUT_CAPTURE.add(self.device)
+        warnings.warn(
+            f"{torch.cuda.get_device_name(self.device)}: capturing a CUDA graph failed "
+            f"({type(graph).__name__}: {str(graph).splitlines()[0] if str(graph) else 'no message'}); every kernel "
+            "is launched on its own instead: the same results, slower",
+            stacklevel=2,
+        )
+        return None
+
+    def captured_with_libraries(self, launch: Callable[[], None]) -> Callable[[], None] | None:
+        """As `captured`, but in silence."""
+        if not self.captures or self.device in _WITHOUT_LIBRARIES:
+            return None
+        graph = self._graph(launch)
+        if not isinstance(graph, Exception):
+            return graph.replay
+        _WITHOUT_LIBRARIES.add(self.device)
+        return None
+
+    def _graph(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph | Exception:
+        """The launches as a graph, or why there is none.
 
         capture_error_mode: "thread_local", as another thread reads and pins the next wave's weights in the meantime.
         """
@@ -154,18 +186,11 @@ class CudaDevice:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            cause: BaseException = error.__context__ if isinstance(error.__context__, Exception) else error
+            cause: Exception = error.__context__ if isinstance(error.__context__, Exception) else error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            _WITHOUT_CAPTURE.add(self.device)
-            warnings.warn(
-                f"{torch.cuda.get_device_name(self.device)}: capturing a CUDA graph failed "
-                f"({type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}); every kernel "
-                "is launched on its own instead: the same results, slower",
-                stacklevel=2,
-            )
-            return None
-        return graph.replay
+            return cause
+        return graph
 
     def mark(self) -> Any:
         return self._event(self.computing)

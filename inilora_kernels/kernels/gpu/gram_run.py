@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ...errors import BackendError
-from ..backend import Stored, Visit, no_graph
+from ..backend import Stored, Visit
 from .device import Device
 from .gpus import Gpu
 from .gram_batch import GramBatch
@@ -45,7 +45,7 @@ def visit_batches(
             members = planned[number]
             dtype = dtypes[members[0]]
             layout = gram_layout_on(gpu, [matrices[i].shape for i in members], dtype.itemsize)
-            batch = GramBatch(layout, dtype, place.device, place.captured if place.captures else no_graph)
+            batch = GramBatch(layout, dtype, place.device, place.captured_with_libraries)
             # The copies must not overtake what fills the batch with zeros.
             place.copying_waits()
             return batch, [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,6 +59,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
     LOG.clear()
     Graph.broken = False
     monkeypatch.setattr(gpu_device, "_WITHOUT_CAPTURE", set())
+    monkeypatch.setattr(gpu_device, "_WITHOUT_LIBRARIES", set())
     for name, stand_in in {
         "Stream": Stream,
         "CUDAGraph": Graph,
@@ -102,6 +104,22 @@ def test_a_failed_capture_restores_the_stream_says_why_and_is_not_tried_again(de
     assert not device.captures
     assert not CudaDevice(torch.device("cuda", 1)).captures
     assert CudaDevice(torch.device("cuda", 0)).captures
+
+
+def test_what_a_library_refuses_in_a_capture_costs_our_kernels_no_graph(device: CudaDevice) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert device.captured_with_libraries(failing) is None
+        assert LOG[-2:] == ["leave stream 0 of cuda:1", "leave cuda:1"]
+        Graph.broken = False
+        LOG.clear()
+        assert device.captured_with_libraries(lambda: LOG.append("launch")) is None
+        assert LOG == []
+        assert device.captured(lambda: LOG.append("launch")) is not None
+    other = CudaDevice(torch.device("cuda", 0)).captured_with_libraries(lambda: LOG.append("launch"))
+    assert other is not None
+    other()
+    assert LOG[-1] == "replay"
 
 
 def test_out_of_memory_in_a_capture_is_not_swallowed(device: CudaDevice) -> None:
