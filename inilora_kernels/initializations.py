@@ -24,6 +24,7 @@ from .factors import Factors
 from .gauge import nearest
 from .kernels.backend import Backend
 from .kernels.dense import few
+from .kernels.streaming import FEW_ELEMENTS, strips
 from .options import Options
 from .solvers.krylov import TOLERANCE, dense
 from .solvers.run import (
@@ -59,8 +60,8 @@ def gaussian(shape: Shape, rank: int, std: float, generator: torch.Generator) ->
     (torch.Size([2, 4]), torch.Size([6, 2]))
     """
     d, k = shape
-    A = torch.randn(rank, k, generator=generator, dtype=torch.float32) * std
-    B = torch.randn(d, rank, generator=generator, dtype=torch.float32) * std
+    A = torch.randn(rank, k, generator=generator, dtype=torch.float32).mul_(std)
+    B = torch.randn(d, rank, generator=generator, dtype=torch.float32).mul_(std)
     return A, B
 
 
@@ -218,7 +219,15 @@ def pissa(U: Tensor, S: Tensor, V: Tensor) -> Pair:
         B, A = few_rows.balanced(*(side.contiguous().numpy() for side in (U.T, S, V.T)))
         return torch.from_numpy(A), torch.from_numpy(B).T
     root = S.double().sqrt()
-    return (V.double() * root).T.float().contiguous(), (U.double() * root).float()
+    return _scaled(V, root).T.contiguous(), _scaled(U, root)
+
+
+def _scaled(columns: Tensor, factors: Tensor) -> Tensor:
+    """Each column times its factor, in float32, a part at a time: whole they would be there in float64, too."""
+    scaled = torch.empty_like(columns, dtype=torch.float32)
+    for rows in strips(columns, FEW_ELEMENTS):
+        scaled[rows] = columns[rows].double() * factors
+    return scaled
 
 
 def milora(U: Tensor, S: Tensor, V: Tensor) -> Pair:

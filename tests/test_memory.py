@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inilora_kernels.memory import empty, free_memory, reused
+from inilora_kernels.memory import empty, free_memory, returned, reused
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64])
@@ -66,6 +66,46 @@ with reused(matrices=5):
 seen.append(resident() - before)
 print(*map(round, seen))
 """
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 3), (5, 7), (1300, 1001)])
+def test_returned_tensors_small_and_large(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The last one has pages of its own in any dtype but the first, and more than huge pages hold."""
+    tensor = returned(shape, dtype)
+    assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
+    assert tensor.is_contiguous()
+    assert tensor.data_ptr() % 64 == 0
+    tensor.fill_(1)
+    assert int(tensor.sum(dtype=torch.int64)) == math.prod(shape)
+
+
+RETURNED = """
+import resource
+from pathlib import Path
+import torch
+from inilora_kernels.memory import returned
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / (8 << 20)
+
+# A freed tensor of 16 MiB: from here on malloc has no pages of their own for smaller ones.
+large = torch.ones(4 << 20)
+del large
+before, seen = resident(), []
+tensors = [returned((8 << 20,), torch.uint8).fill_(1) for _ in range(5)]
+seen.append(resident() - before)
+# The last one stays: the heap would keep all that lies before it.
+del tensors[:-1]
+seen.append(resident() - before)
+print(*map(round, seen))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux shows it")
+def test_memory_goes_back_whatever_lives_behind_it() -> None:
+    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    assert done.stdout == "5 1\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read as Linux shows it")

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..memory import returned
 from .rounding import round_up
 from .streaming import FEW_ELEMENTS, strips
 from .threads import share, worth
@@ -35,7 +36,7 @@ def combine(rows: Tensor, coefficients: Tensor, threads: int) -> Tensor:
     tensor([[0.6000, 0.8000, 0.0000]], dtype=torch.float64)
     """
     weights = coefficients.to(rows.device, rows.dtype, copy=True)
-    X = torch.empty(len(weights), rows.shape[1], dtype=torch.float64, device=rows.device)
+    X = returned((len(weights), rows.shape[1]), torch.float64, rows.device)
 
     def combine_run(run: slice) -> None:
         X[:, run] = weights @ rows[:, run].clone()

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..memory import returned
 from .threads import one_torch_thread, share
 
 # A strip of W in float32 is 8 MiB: long enough for the matrix product, short enough for a last-level cache.
@@ -116,15 +117,23 @@ def products(W: Tensor, X: Tensor, threads: int, image: torch.dtype = torch.floa
     if len(X) <= _FUSED_ROWS[image]:
         return FusedGramReader(W, len(X), threads, torch.float64, image)(X)
     d, k = W.shape
-    Y, Z = product(W, X, threads), torch.empty(len(X), k, dtype=image)
-    given = Y.to(image)
+    Y, Z = product(W, X, threads), returned((len(X), k), image)
+    given = returned(Y.shape, image).copy_(Y)
 
-    def multiply_columns(runs: Iterator[slice]) -> None:
-        for columns in runs:
-            # Copies, also of float32: what torch makes of numbers may depend on where in a cache line they begin.
-            torch.mm(given, W[:, columns].to(image, copy=True), out=Z[:, columns])
+    runs = _runs(k, d, image)
 
-    share(multiply_columns, _runs(k, d, image), threads)
+    def multiply_columns(mine: Iterator[slice]) -> None:
+        # Copies, also of float32: what torch makes of numbers may depend on where in a cache line they begin. They lie
+        # as W does, one after the other in the same place.
+        room = returned((runs[0].stop * d,), image)
+        for columns in mine:
+            part = W[:, columns]
+            count = part.shape[1]
+            by_rows = room[: d * count].view(d, count)
+            copy = by_rows if part.stride(1) == 1 else room[: d * count].view(count, d).T
+            torch.mm(given, copy.copy_(part), out=Z[:, columns])
+
+    share(multiply_columns, runs, threads)
     return Y, Z
 
 

@@ -214,6 +214,7 @@ class _Search:
             if other is not None:
                 self._space.take(other)
                 self._missed = math.inf
+                del pairs, other
             elif settled or not self._growing():
                 kept = self._goal.kept(pairs, self._missed)
                 return self._found(pairs, kept, self._goal.outside(pairs, kept, self._missed), settled)
@@ -258,6 +259,8 @@ class _Search:
             if target == 0 or not self._growing():
                 return pairs, 0, math.inf
             before, then, bound_then = size, promised, bound
+            # They hold as much as QMQᵀ twice, beside which the next ones would be made.
+            del pairs
 
     def _look_outside(self, pairs: RitzPairs) -> KrylovSpace | None:
         """Lower the bound on what lies outside until all is settled. Returns what was missed, if anything."""

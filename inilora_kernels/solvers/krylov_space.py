@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.streaming import GramReader
 from ..kernels.threads import helped
+from ..memory import returned
 from .certificate import bound_outside
 from .ritz import RitzPairs, largest_eigenvalue, ritz_pairs
 
@@ -195,12 +196,13 @@ class KrylovSpace:
     def _hold(self, size: int) -> None:
         if size > len(self._rows):
             # Rows that are never written take no memory on a CPU, and copies would take it twice.
-            wider = self._rows.new_empty(size + max(_ROWS_AT_ONCE, size // 2), self._rows.shape[1])
+            shape = size + max(_ROWS_AT_ONCE, size // 2), self._rows.shape[1]
+            wider = returned(shape, self._rows.dtype, self._rows.device)
             wider[: self.size] = self.Q
             self._rows = wider
         if size > len(self._T):
             side = size + size // 8
-            T = self._T.new_zeros(side, side)
+            T = returned((side, side), self._T.dtype)
             T[: self.size, : self.size] = self.T
             self._T = T
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.threads import share, worth
+from ..memory import returned
 
 # Vectors that a thread turns at a time.
 _ROWS_AT_ONCE = 16
@@ -78,7 +79,8 @@ def ritz_pairs(T: Tensor, leaving: Tensor, begun: Tensor | None = None, unit: fl
         rows = torch.cat([leaving, leaving.new_zeros(begun.shape[1], len(T))])
         rows[b:, : len(begun)] = begun.T
     # For a part of a larger array numba would compile all of it once more.
-    theta, both, reduced, converged = decomposed(np.ascontiguousarray(form), rows.numpy(), unit)
+    copy = returned((len(T), len(T)), T.dtype).copy_(T)
+    theta, both, reduced, converged = decomposed(copy.numpy(), rows.numpy(), unit)
     if not converged:
         values, vectors = torch.linalg.eigh(T)
         theta, both, reduced = values.flip(0).numpy(), (rows @ vectors.flip(1)).T.numpy(), None

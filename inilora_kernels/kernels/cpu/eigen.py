@@ -204,7 +204,8 @@ def decomposed(T: Any, rows: Any, unit: float) -> Any:
     is far from its diagonal then counts as zero, if it is rounding. 0 for any other T.
 
     Returns θ (m, descending), g (m×c), whose j-th row belongs to θ_j, what `leading_vectors` takes (the reflections and
-    β, d and e, a scale, and whether they are band.py's), and whether QL converged. T and `rows` are only read.
+    β, d and e, a scale, and whether they are band.py's), and whether QL converged. T is used up, as a large one would
+    otherwise be there twice; `rows` are only read.
     """
     m = len(T)
     # Squares of T's entries then stay in range; a power of two rounds nothing.
@@ -213,15 +214,15 @@ def decomposed(T: Any, rows: Any, unit: float) -> Any:
         for j in range(m):
             largest = max(largest, abs(T[i, j]))
     scale = math.ldexp(1.0, min(1020, math.frexp(largest)[1]))
-    scaled = T / scale
+    T /= scale
     d, e = np.empty(m), np.empty(m)
-    banded = far_from_diagonal(scaled) <= _ROUNDINGS * unit * math.sqrt(m) * (largest / scale)
+    banded = far_from_diagonal(T) <= _ROUNDINGS * unit * math.sqrt(m) * (largest / scale)
     if banded:
         form = np.empty((reflections(m), WIDTH))
         betas, g = np.empty(len(form)), np.ascontiguousarray(rows.T)
-        tridiagonal_of_band(scaled, d, e, form, betas, g)
+        tridiagonal_of_band(T, d, e, form, betas, g)
     else:
-        form, betas = scaled, np.empty(m)
+        form, betas = T, np.empty(m)
         tridiagonal(form, d, e, betas)
         reflected = rows.copy()
         times_reflections(reflected, form, betas)
@@ -254,12 +255,12 @@ def _sort(values: Any, g: Any) -> None:
 @njit(cache=True, nogil=True)
 def leading_pairs(T: Any, count: int) -> Any:
     """The eigenvalues of T (m×m), descending, its first `count` eigenvectors as rows, and whether QL converged."""
-    values, _, reduced, converged = decomposed(T, np.empty((0, len(T))), 0.0)
+    values, _, reduced, converged = decomposed(T.copy(), np.empty((0, len(T))), 0.0)
     vectors = np.empty((count, len(T)))
     if leading_vectors(reduced, values, vectors):
         turn_back(reduced, vectors)
     else:
-        values, every, _, converged = decomposed(T, np.eye(len(T)), 0.0)
+        values, every, _, converged = decomposed(T.copy(), np.eye(len(T)), 0.0)
         copy_rows(every, vectors)
     return values, vectors, converged
 
@@ -267,5 +268,5 @@ def leading_pairs(T: Any, count: int) -> Any:
 @njit(cache=True, nogil=True)
 def largest_eigenvalue(T: Any) -> Any:
     """λ_max of T (m×m); NaN where QL does not converge."""
-    theta, _, _, converged = decomposed(T, np.empty((0, len(T))), 0.0)
+    theta, _, _, converged = decomposed(T.copy(), np.empty((0, len(T))), 0.0)
     return theta[0] if converged else np.nan

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...memory import empty
+from ...memory import empty, returned
 from ..rounding import round_up
 from ..threads import share
 from .in_place import FETCHES, FILLS_VECTORS, WIDE_LANES, WIDE_ROWS, WIDE_VECTORS, inner_runs, outer_runs
@@ -204,9 +204,9 @@ def wide_product(W: Tensor, X: Tensor, threads: int) -> Tensor:
     flat, stride, (m, n) = stored(W)
     by_rows, s = W.stride(1) == 1, len(X)
     b = round_up(s, BLOCK)
-    given = np.zeros((W.shape[1], *lines_of(b)))
+    given = returned((W.shape[1], *lines_of(b)), torch.float64).zero_().numpy()
     given.reshape(len(given), -1)[:, :s] = X.T.numpy()
-    Y = np.empty((m, b) if by_rows else (b, n))
+    Y = returned((m, b) if by_rows else (b, n), torch.float64).numpy()
 
     def multiply(parts: Iterator[slice]) -> None:
         for part in parts:
@@ -223,7 +223,8 @@ def wide_product(W: Tensor, X: Tensor, threads: int) -> Tensor:
 
 def _in_torchs_memory(rows: NDArray[Any]) -> Tensor:
     """A copy: what torch makes of numbers may depend on where in a cache line they begin."""
-    return torch.from_numpy(rows).clone(memory_format=torch.contiguous_format)
+    given = torch.from_numpy(rows)
+    return returned(rows.shape, given.dtype).copy_(given)
 
 
 @njit(cache=True, nogil=True)

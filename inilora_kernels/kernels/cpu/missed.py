@@ -39,7 +39,7 @@ def bound_outside(T: Any, leaving: Any, begun: Any, passes: int, least: float) -
     rows = np.zeros((b + len(begun), m))
     copy_rows(leaving, rows[:b, m - leaving.shape[1] :])
     copy_rows(begun.T, rows[b:, : len(begun)])
-    theta, both, _, converged = decomposed(T, rows, 0.0)
+    theta, both, _, converged = decomposed(T.copy(), rows, 0.0)
     if not converged:
         return np.inf, np.inf
     terms = numerators(both[:, b:].copy(), both[:, :b].copy())
