@@ -39,8 +39,8 @@ _VECTORS = ((6.0, 96), (3.5, 160))
 _GROWTH = 3
 # Where nothing says how many more it takes, so large a share of them.
 _FURTHER = 0.2
-# Beside many vectors a look takes as long as several passes: so large a share more than is expected.
-_MARGIN = 1 / 256
+# Beside so many vectors a look takes longer than a pass: one more than is expected for each time as many.
+_VECTORS_A_PASS = 256
 
 
 def expected_vectors(rank: int) -> int:
@@ -106,7 +106,7 @@ class _Searched:
             self.lost = bound == math.inf and not self.goal.separable(pairs)
             # Alone with the GPU, it would take far longer than a few passes more.
             target = next_count(size, _BLOCK, bound, self.before, self.then) or size * (1 + _FURTHER)
-            self.look = max(self.look + 1, ceil(target * (1 + _MARGIN) / _BLOCK))
+            self.look = max(self.look + 1, ceil(target / _BLOCK) + size // _VECTORS_A_PASS)
             self.before, self.then = size, bound
 
 
