@@ -106,7 +106,7 @@ def whole_batch(backend: TritonBackend, weights: Sequence[Tensor], rank: int) ->
 
     run()
     taken = seconds(run, backend.device.type)
-    work = DirectWork(shape, W.element_size(), vectors, passes_expected(rank), 2 * rank)
+    work = DirectWork(shape, W.element_size(), vectors, passes_expected(rank, min(shape)), 2 * rank)
     model = direct_seconds([work] * len(weights), backend.gpu(), factors=False)
     solved = [one for one in found if one is not None]
     name = f"{len(weights)}×{shape[0]}×{shape[1]} {W.dtype}, rank {rank}"

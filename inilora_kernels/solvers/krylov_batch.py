@@ -35,37 +35,40 @@ _BLOCK = 16
 # Vectors that a real spectrum needs to be proven by blocks of 16: so many times the rank, plus a constant, whichever
 # pair gives fewer.
 _VECTORS = ((6.0, 96), (3.5, 160))
-# The space may grow to this many times that.
-_GROWTH = 3
+# And by how much less, as they come to be a large share of W's smaller side, since its spectrum has an end.
+_LESS = 0.22
+# The space may grow to this many times that, and this share of the smaller side.
+_GROWTH, _MOST = 3, 7 / 8
 # Where nothing says how many more it takes, so large a share of them.
 _FURTHER = 0.2
 # Beside so many vectors a look takes longer than a pass: one more than is expected for each time as many.
 _VECTORS_A_PASS = 256
 
 
-def expected_vectors(rank: int) -> int:
-    """Vectors that a search of this rank is expected to take, in whole blocks of 16.
+def expected_vectors(rank: int, n: int) -> int:
+    """Vectors that a search of this rank is expected to take for W of this smaller side, in whole blocks of 16.
 
-    >>> expected_vectors(8), expected_vectors(128)
-    (144, 608)
+    >>> expected_vectors(8, 4096), expected_vectors(128, 4096), expected_vectors(128, 768)
+    (144, 608, 544)
     """
-    return _BLOCK * ceil(min(a_rank * rank + more for a_rank, more in _VECTORS) / _BLOCK)
+    vectors = min(a_rank * rank + more for a_rank, more in _VECTORS)
+    return _BLOCK * ceil(vectors / (1 + _LESS * (vectors / n) ** 2) / _BLOCK)
 
 
 def room(n: int, ranks: Sequence[int]) -> int:
-    """Vectors that a search may take for matrices whose smaller side is n, or is rounded up to n; 0: no search.
+    """Vectors that a search may take for a matrix of this smaller side; 0: no search.
 
     >>> room(4096, [8]), room(384, [8]), room(768, [128])
-    (432, 0, 0)
+    (432, 0, 672)
     """
-    expected = expected_vectors(max(ranks))
-    most = min(_GROWTH * expected, n // 2 // _BLOCK * _BLOCK)
+    expected = expected_vectors(max(ranks), n)
+    most = min(_GROWTH * expected, int(_MOST * n) // _BLOCK * _BLOCK)
     return most if n > GRAM_SIZE and most >= expected else 0
 
 
-def passes_expected(rank: int) -> int:
+def passes_expected(rank: int, n: int) -> int:
     """Products with W, to the first look, at which a real spectrum is proven."""
-    return expected_vectors(rank) // _BLOCK
+    return expected_vectors(rank, n) // _BLOCK
 
 
 def start_of(W: Tensor, threads: int) -> Tensor:
@@ -156,7 +159,8 @@ def _principals(
         _Searched(
             Goal(energy, tuple(dict.fromkeys(wanted)), tolerance, PRODUCT_UNIT, exact=False),
             n,
-            passes_expected(max(wanted)),
+            # The basis has this length for all matrices of the batch: what decides its shapes is theirs alone.
+            min(passes_expected(max(wanted), batch.shape[2]), vectors // _BLOCK),
         )
         for energy, wanted, n in zip(energies, ranks, batch.sizes, strict=False)
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from inilora_kernels.solvers import krylov_batch, krylov_spaces
-from inilora_kernels.solvers.krylov_batch import principals, room, start_of
+from inilora_kernels.solvers.krylov_batch import passes_expected, principals, room, start_of
 
 from .test_krylov import with_spectrum
 from .torch_batch import TorchBatch
@@ -64,6 +64,27 @@ def test_the_certificate_holds_or_the_matrix_is_left(names: list[str]) -> None:
         # The longer side's vectors are the images of the shorter side's.
         tall, V, U = (W, one.V, one.U) if W.shape[0] >= W.shape[1] else (W.T, one.U, one.V)
         assert float((tall.double() @ V - U * one.S).norm()) < 1e-10 * float(one.S[0])
+
+
+@pytest.mark.parametrize("name", ["decaying slowly", "white noise"])
+def test_a_rank_that_is_a_large_share_of_a_small_matrix_is_certified(name: str) -> None:
+    """Most of the spectrum is in the space then, and its end makes the search short."""
+    W, rank = SPECTRA[name], 64
+    (found,) = principals(TorchBatch([W], count=1, length=576), [[rank]], 1e-8, starts([W]), room(540, [rank]))
+    assert found is not None
+    squares = torch.linalg.svdvals(W.double()).square()
+    best, least = float(squares[:rank].sum()), float(squares[rank:].sum())
+    captured = float((W.double() @ found.V).square().sum())
+    assert -1e-14 * float(squares.sum()) <= best - captured <= found.shortfalls[rank] + 1e-14 * float(squares.sum())
+    assert found.shortfalls[rank] <= 1e-8 * least
+    assert found.vectors < 540
+
+
+def test_values_that_rounding_cannot_part_are_given_up_at_the_first_look() -> None:
+    W = SPECTRA["forty equal"]
+    batch = TorchBatch([W], count=1, length=576)
+    assert principals(batch, [[8]], 1e-8, starts([W]), room(540, [8])) == [None]
+    assert batch.products == passes_expected(8, 576)
 
 
 def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours() -> None:
