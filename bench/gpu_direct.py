@@ -89,7 +89,7 @@ def one_pass(backend: TritonBackend, weights: Sequence[Tensor], window: float) -
 
 
 def whole_batch(backend: TritonBackend, weights: Sequence[Tensor], rank: int) -> Iterator[Row]:
-    """The leading triplets of every matrix with their certificates; and by torch's own randomized SVD."""
+    """The leading triplets of every matrix with their certificates; and by torch's own randomized SVD, one by one."""
     ranks, W = [rank], weights[0]
     shape = (W.shape[0], W.shape[1])
     vectors = room(min(shape), ranks)
@@ -106,7 +106,7 @@ def whole_batch(backend: TritonBackend, weights: Sequence[Tensor], rank: int) ->
 
     run()
     taken = seconds(run, backend.device.type)
-    work = DirectWork(shape, W.element_size(), vectors, passes_expected(rank, min(shape)), 2 * rank)
+    work = DirectWork(shape, W.element_size(), rank, vectors, passes_expected(rank, min(shape)))
     model = direct_seconds([work] * len(weights), backend.gpu(), factors=False)
     solved = [one for one in found if one is not None]
     name = f"{len(weights)}×{shape[0]}×{shape[1]} {W.dtype}, rank {rank}"
@@ -131,15 +131,18 @@ def whole_batch(backend: TritonBackend, weights: Sequence[Tensor], rank: int) ->
         yield {
             "solve": f"{name}, torch.svd_lowrank of {q} columns, {iterations} iterations",
             "s": seconds(peer, backend.device.type),
-            "excess": max(map(_excess, weights, bases, [one and one.optimum(rank) for one in found])),
+            "excess": max(
+                (_excess(W, V, one.optimum(rank)) for W, V, one in zip(weights, bases, found, strict=True) if one),
+                default=None,
+            ),
         }
 
 
-def _excess(W: Tensor, V: Tensor, optimum: float | None) -> float:
-    """f/f* − 1 of the best product with this row space (orthonormal columns V); 0 where f* is not known."""
+def _excess(W: Tensor, V: Tensor, optimum: float) -> float:
+    """f/f* − 1 of the best product with this row space (orthonormal columns V)."""
     wide = W.to(V.device).double()
     loss = float(torch.linalg.vector_norm(wide - wide @ V.double() @ V.double().T).square())
-    return loss / optimum - 1.0 if optimum else 0.0
+    return loss / optimum - 1.0
 
 
 def on_the_processor(W: Tensor) -> Row:

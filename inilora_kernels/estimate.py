@@ -81,9 +81,9 @@ def direct_on_card(works: Sequence[Work], card: Gpu, *, factors: bool) -> float:
             forecast.DirectWork(
                 work.shape,
                 work.on_card().itemsize,
+                work.rank,
                 room(min(work.shape), [work.rank]) if work.itemsize <= 4 else 0,
                 passes_expected(work.rank, min(work.shape)),
-                work.rank + 8,
             )
             for work in works
         ],

@@ -203,7 +203,10 @@ def _proven(batch: GramBatch, searched: Sequence[_Searched], starts: Sequence[Te
         T, coupling = spaces.here()
 
         def look(index: int, T: Tensor = T, coupling: Tensor = coupling) -> None:
-            searched[index].judge(ritz_pairs(T[index], spaces.leaving(coupling[index]), begun[index]), spaces.size)
+            # A copy of its own, as the pairs may be kept.
+            searched[index].judge(
+                ritz_pairs(T[index].clone(), spaces.leaving(coupling[index]), begun[index]), spaces.size
+            )
 
         each_of(look, due, flops=2 * spaces.size**3)
         going -= {index for index in due if searched[index].lost or searched[index].pairs is not None}

@@ -1,4 +1,4 @@
-"""Many block Krylov spaces that grow in step, on a GPU: the host only enqueues, and waits for nothing.
+"""Many block Krylov spaces that grow in step, on a GPU: the host only enqueues, and reads nothing back.
 
 `KrylovSpace` for one matrix asks after each pass what was new and repeats what was not; each answer would keep a GPU
 waiting. Here every pass does the same work whatever it finds:
@@ -61,7 +61,10 @@ class KrylovSpaces:
         # The places of the next block.
         self._places = torch.arange(block, device=device)
         self.size = self.passes = 0
-        self._room, self._pass = rooms[0], self._grow
+        # The graph of a pass, once there is one. Not `_grow` itself: an object that holds its own method dies late, and
+        # with it the batch's weights.
+        self._room = rooms[0]
+        self._graph: Callable[[], None] | None = None
         # Ω is begunᵀ times the first rows of the basis.
         self._next, self.begun, _ = self._orthonormal(_in_parts(start))
         self._coupling = torch.zeros_like(self.begun)
@@ -93,22 +96,19 @@ class KrylovSpaces:
         return self._rows.device
 
     def expand(self) -> None:
-        """Take the next block of every space into its basis: one product with every W, and no wait for the device."""
+        """Take the next block of every space into its basis: one product with every W. Reads nothing back."""
         block, first = len(self._places), self.size in (0, *self._rooms)
         self.size += block
         self.passes += 1
         if first:
             # Not as a graph: what libraries set up when they are called first is no part of one.
-            self._room = next(room for room in self._rooms if room >= self.size)
-            self._grow()
+            self._room, self._graph = next(room for room in self._rooms if room >= self.size), None
         elif self.size - 2 * block in (0, *self._rooms):
-            self._pass = self._captured(self._grow) or self._grow
-            self._pass()
-        else:
-            self._pass()
+            self._graph = self._captured(self._grow)
+        (self._graph or self._grow)()
 
     def here(self) -> tuple[Tensor, Tensor]:
-        """T and the β (c×b×b) of the last block, on the CPU: the host waits for the device here, and nowhere else."""
+        """T and the β (c×b×b) of the last block, on the CPU: the host waits for the device here."""
         return on_host(self.T), on_host(self._coupling)
 
     def leaving(self, coupling: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def proven_together(
         images[one.index], image[one.index, :, :n] = gram_product(W, X[one.index, :, :n])
         forms[one.index] = images[one.index] @ images[one.index].T
     residuals = torch.baddbmm(image, forms, X, alpha=-1)
-    verdicts = _verdicts(promises, on_host(forms), on_host(torch.bmm(residuals, residuals.mT)))
+    forms, grams = on_host(torch.stack([forms, torch.bmm(residuals, residuals.mT)]))
+    verdicts = _verdicts(promises, forms, grams)
     certified = [one for one in verdicts if one.certified.all()]
     return _principals(batch, X, images, certified)
 
@@ -107,20 +108,20 @@ def _principals(
     for one in verdicts:
         coefficients[one.promise.index, : len(one.chosen), : one.promise.kept] = torch.from_numpy(one.chosen)
     weights = coefficients.to(X.device, non_blocking=True)
-    V = on_host(torch.bmm(weights, X))
+    right = torch.bmm(weights, X)
     # The rows of U are as long as a matrix's longer side, so that batched their bits would depend on the others.
     parts = [weights[one.promise.index, : len(one.chosen)] @ images[one.promise.index] for one in verdicts]
-    U = torch.split(on_host(torch.cat([part.flatten() for part in parts])), [part.numel() for part in parts])
+    joined = torch.cat([part.flatten() for part in parts])
+    V, U = on_host(right), torch.split(on_host(joined), [part.numel() for part in parts])
 
     def conclude(place: int) -> tuple[int, Principal]:
         verdict, left = verdicts[place], U[place].view(parts[place].shape)
         one, n = verdict.promise, batch.sizes[verdict.promise.index]
         lengths = torch.linalg.vector_norm(left, dim=1, keepdim=True)
-        right = V[one.index, : len(left), :n].clone()
         found = proven(
             one.goal,
             one.pairs,
-            (left / torch.where(lengths > 0, lengths, 1.0), verdict.squares, right),
+            (left / torch.where(lengths > 0, lengths, 1.0), verdict.squares, V[one.index, : len(left), :n].clone()),
             (verdict.shortfalls, verdict.certified),
             passes=one.vectors // batch.shape[1] + 1,
             vectors=one.vectors + one.kept,

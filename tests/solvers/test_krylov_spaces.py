@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -77,3 +80,33 @@ def test_growing_never_waits_for_the_device() -> None:
     for _ in range(3):
         spaces.expand()
     assert spaces.T.shape == (2, 48, 48)
+
+
+def test_a_pass_works_in_the_same_memory_each_time() -> None:
+    """As a graph does, which is replayed without any of the code that was captured."""
+    batch = TorchBatch(CASES, count=8, length=128)
+    spaces = KrylovSpaces(batch, starts(batch), [32, 80])
+
+    def places() -> dict[str, int]:
+        return {name: value.data_ptr() for name, value in vars(spaces).items() if isinstance(value, Tensor)}
+
+    before = places()
+    assert len(before) >= 9
+    for _ in range(4):
+        spaces.expand()
+        assert places() == before
+
+
+def test_spaces_die_with_their_last_user_and_the_batch_with_them() -> None:
+    """Where there are no graphs, too: a cycle would hold the batch's weights until the garbage is collected."""
+    batch = TorchBatch(CASES[:1], count=1)
+    spaces = KrylovSpaces(batch, starts(batch), [32, 80])
+    for _ in range(3):
+        spaces.expand()
+    gone = weakref.ref(spaces)
+    gc.disable()
+    try:
+        del spaces
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -159,10 +159,13 @@ class CudaDevice:
         return None
 
     def captured_with_libraries(self, launch: Callable[[], None]) -> Callable[[], None] | None:
-        """As `captured`, but in silence."""
+        """As `captured`, but in silence, and None where the graph's own memory is too much."""
         if not self.captures or self.device in _WITHOUT_LIBRARIES:
             return None
-        graph = self._graph(launch)
+        try:
+            graph = self._graph(launch)
+        except torch.OutOfMemoryError:
+            return None
         if not isinstance(graph, Exception):
             return graph.replay
         _WITHOUT_LIBRARIES.add(self.device)

@@ -6,7 +6,7 @@
             +  the first upload and what is not hidden of the others
 
 The device's times are the cost model's. Those of the host are counted: launches, copies and synchronizations at what
-they cost on a usual processor. Nothing here was measured on a GPU.
+they cost on a usual processor, or were measured where a constant says so.
 """
 
 from __future__ import annotations
@@ -176,22 +176,21 @@ def _loss_seconds(wave: Sequence[Matrix], gpu: Gpu, *, wide: bool) -> float:
 class DirectWork:
     """One matrix for the direct solver: shape, bytes of an element; what it may take and is expected to take.
 
-    vectors, passes: as krylov_batch.py's `room` and `passes_expected`; 0 vectors for a matrix that no batch takes.
-    kept: columns of the last product, in float64.
+    rank: the largest wanted. vectors, passes: as krylov_batch.py's `room` and `passes_expected`; 0 vectors for a matrix that no batch takes.
     """
 
     shape: tuple[int, int]
     itemsize: int
+    rank: int
     vectors: int
     passes: int
-    kept: int
 
 
 def direct_seconds(works: Sequence[DirectWork], gpu: Gpu, *, factors: bool) -> float:
     """Predicted seconds of the direct solver on a GPU. factors: with those and their loss, not f* alone."""
     taken = [work for work in works if work.vectors]
     small = _SMALL_SECONDS * (len(works) - len(taken))
-    wanted = [Wanted(work.shape, work.itemsize, work.kept, work.vectors) for work in taken]
+    wanted = [Wanted(work.shape, work.itemsize, work.rank, work.vectors) for work in taken]
     groups = batches(wanted, [(work.itemsize, work.passes) for work in taken], 0.5 * gpu.memory)
     running, uploads = [], []
     for members in groups:
@@ -233,5 +232,5 @@ def _finish_seconds(work: DirectWork, gpu: Gpu, *, factors: bool) -> float:
     products = 3 if factors else 2
     entries = float(math.prod(work.shape))
     moved = entries * ((2 if factors else 1) * (work.itemsize + 8) + 8 * products)
-    flops = products * 2.0 * entries * work.kept
+    flops = products * 2.0 * entries * work.rank
     return _FINISH_SECONDS + max(moved / (gpu.dram * reached(gpu).dram), flops / (gpu.double * 0.5))

@@ -21,7 +21,8 @@ from .tiles import gram_tile
 # Two batches may be on the device at once.
 _SHARE = 0.5
 # Matrices that are read at once, each through a buffer of its own: one thread reads some 2 GB/s, a GPU takes 50.
-_READERS = 4
+# And at most so many bytes of buffers, or one: they are pinned, and each reader holds a matrix beside its own.
+_READERS, _BUFFER_BYTES = 4, 1 << 27
 
 
 def visit_batches(
@@ -36,7 +37,7 @@ def visit_batches(
         return
     largest = max(_padded_bytes(matrices[i].shape, dtypes[i]) for i in taken)
     staging: SimpleQueue[Tensor] = SimpleQueue()
-    readers = min(_READERS, max(map(len, planned)))
+    readers = max(1, min(_READERS, max(map(len, planned)), _BUFFER_BYTES // largest))
     for _ in range(readers):
         staging.put(place.staging(largest, torch.uint8))
     with ThreadPoolExecutor(readers) as reader:

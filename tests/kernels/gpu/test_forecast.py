@@ -126,7 +126,7 @@ def test_waves_are_those_that_will_run() -> None:
 
 
 def direct_work(shape: tuple[int, int], rank: int) -> DirectWork:
-    return DirectWork(shape, 2, room(min(shape), [rank]), passes_expected(rank, min(shape)), rank + 8)
+    return DirectWork(shape, 2, rank, room(min(shape), [rank]), passes_expected(rank, min(shape)))
 
 
 def test_a_pass_of_the_direct_solver_reads_w_from_memory_once_where_it_fits_the_cache() -> None:
