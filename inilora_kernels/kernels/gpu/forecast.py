@@ -176,7 +176,7 @@ def _loss_seconds(wave: Sequence[Matrix], gpu: Gpu, *, wide: bool) -> float:
 class DirectWork:
     """One matrix for the direct solver: shape, bytes of an element; what it may take and is expected to take.
 
-    rank: the largest wanted. vectors, passes: krylov_batch.py's `room` and `passes_expected`; 0 vectors: no batch takes it.
+    rank: the largest wanted. vectors, passes: of krylov_batch.py; 0 vectors: no batch takes it.
     """
 
     shape: tuple[int, int]
