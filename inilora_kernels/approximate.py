@@ -33,7 +33,7 @@ from .refusals import (
 from .solvers.optimum import rank_for_energy
 from .solvers.run import Task
 from .storage import cache, factor_file
-from .torch_defaults import created_on_the_cpu
+from .torch_defaults import ordinary_tensors
 from .version import __version__
 
 
@@ -88,7 +88,7 @@ def approximate_each(
     path: Model, options: ModelOptions, room: Callable[[int], None] = lambda size: None
 ) -> dict[int, FactorSet]:
     """Return a FactorSet for each rank, a single one under 0. room: called with the bytes of them all, once known."""
-    with created_on_the_cpu(), shared_run() as job:
+    with ordinary_tensors(), shared_run() as job:
         modules, parameters = options.target_modules, options.target_parameters
         checkpoint = open_model(path, options.revision, options.token, tensors_of(modules, parameters))
         targets = find_targets(checkpoint, modules, lambda module: max(options.ranks_of(module) or (1,)), parameters)
@@ -122,7 +122,7 @@ def _approximate(W: Any, options: Options) -> Any:
         raise WeightError("no matrix was given; give a tensor or a list of them")
     starts: Any = [options.start] if isinstance(options.start, Factors) else options.start
     named = None if starts is None else {_name(place): one for place, one in enumerate(starts)}
-    with created_on_the_cpu():
+    with ordinary_tensors():
         found = list(_factorize(targets, options, named, Job(), keeps=False)[0].values())
     return found[0] if alone else found
 

@@ -25,8 +25,10 @@ from .choices import TASK_TYPES, Form
 from .errors import InitializationError, OptionError, TargetError
 from .factor_set import FactorSet, factor_set
 from .suggestions import require_choice
+from .torch_defaults import trainable_tensors
 
 
+@trainable_tensors()
 def lora_model(
     model: nn.Module,
     factors: FactorSet | str | Path | int | None = None,

@@ -15,6 +15,7 @@ from ..errors import OptionError, TargetError
 from ..factor_set import FactorSet, factor_set
 from ..model.experts import parameter_of_expert
 from ..suggestions import require_choice
+from ..torch_defaults import trainable_tensors
 from .attached_model import adapters, save_as_before, save_as_trained
 from .base import require_original
 from .layer import LoRALinear
@@ -38,6 +39,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _FROZEN = "_inilora_trained_before"
 
 
+@trainable_tensors()
 def attach(
     model: Model,
     factors: FactorSet | str | Path,

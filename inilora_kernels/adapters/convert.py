@@ -27,7 +27,7 @@ from ..model.experts import ExpertParameter
 from ..storage.atomic import require_new_folder, whole_folder
 from ..storage.reading import is_there
 from ..suggestions import some
-from ..torch_defaults import created_on_the_cpu
+from ..torch_defaults import ordinary_tensors
 from .base import expert_parameters, find_original
 from .diffusers_folder import named_as, read_diffusers, write_for
 from .expert_folder import unwrapped
@@ -47,7 +47,7 @@ _ABOUT = (
 _UNRELATED = 0.5
 
 
-@created_on_the_cpu()
+@ordinary_tensors()
 def convert(
     trained: str | Path,
     factors: FactorSet | str | Path,
@@ -123,7 +123,7 @@ def convert(
     return errors
 
 
-@created_on_the_cpu()
+@ordinary_tensors()
 def export_merged(
     trained: str | Path,
     factors: FactorSet | str | Path,

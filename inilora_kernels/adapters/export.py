@@ -26,7 +26,7 @@ from ..model.fused import row_index
 from ..storage.atomic import whole_folder
 from ..storage.reading import absolute
 from ..suggestions import some
-from ..torch_defaults import created_on_the_cpu
+from ..torch_defaults import ordinary_tensors
 from .attached_model import adapters
 from .base import write_residual_record
 from .diffusers_folder import write_for
@@ -97,7 +97,7 @@ class _Residual:
         warn_if_rounded_away(torch.ones(1, dtype=self.dtype), torch.full((1,), growth), name)
 
 
-@created_on_the_cpu()
+@ordinary_tensors()
 def export_residual(
     base: str | Path,
     factors: FactorSet | str | Path,
@@ -167,7 +167,7 @@ def export_residual(
         require_same_start(plan, folder / "base", folder / "adapter")
 
 
-@created_on_the_cpu()
+@ordinary_tensors()
 def export_delta(
     base: str | Path,
     factors: FactorSet | str | Path,
@@ -208,7 +208,7 @@ def export_delta(
         require_same_start(plan, None, folder / "adapter")
 
 
-@created_on_the_cpu()
+@ordinary_tensors()
 def save_adapter(
     model: nn.Module, out: str | Path, base: str | Path, task_type: TaskType | None = None, lora_dropout: float = 0.0
 ) -> None:

@@ -16,6 +16,7 @@ from ..errors import FactorFileError, OptionError, TargetError, WeightError
 from ..factor_set import FactorSet, factor_set
 from ..storage.reading import is_there
 from ..suggestions import require_choice, some
+from ..torch_defaults import trainable_tensors
 from .base import require_original, require_residual, sha256_of_file
 from .experts import expert_shapes, name_of, require_expert_parameter, stacks, start_experts
 from .folder import WEIGHTS, adapter_path, named_base, read_adapter
@@ -45,6 +46,7 @@ _GO_ON = (
 _GIVE = "give the folder that export_delta, or a model started from factors, has saved"
 
 
+@trainable_tensors()
 def initialize_peft(
     peft_model: PeftModel,
     factors: FactorSet | str | Path,
@@ -116,6 +118,7 @@ def initialize_peft(
     return peft_model
 
 
+@trainable_tensors()
 def load_delta(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
     """Load what `export_delta` wrote, ready to train: a PeftModel whose output is still that of `model`.
 
@@ -180,6 +183,7 @@ def _require_difference(stored: Mapping[str, tuple[Tensor, Tensor]], folder: Pat
         )
 
 
+@trainable_tensors()
 def load_residual(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
     """Load the adapter of what `export_residual` wrote, ready to train, so that the model is the original without it.
 
@@ -328,15 +332,10 @@ def _require_plain_lora(layer: Layer, name: str, start: Start, adapter_name: str
     _require_supported(layer, name, adapter_name)
     rank = layer.r[adapter_name]
     if rank != start.rank:
+        saved = f". What a model started from factors has saved has twice their rank: it is trained, and {_GO_ON}"
         raise OptionError(
             f"{name}: the LoraConfig sets rank {rank}, the factors ({', '.join(start.names)}) have {start.rank}; "
-            f"set r={start.rank}, or rank_pattern for this module alone"
-            + (
-                f". A folder that a model started from factors has saved has twice their rank: it is trained, and "
-                f"{_GO_ON}"
-                if rank == 2 * start.rank
-                else ""
-            )
+            f"set r={start.rank}, or rank_pattern for this module alone{saved if rank == 2 * start.rank else ''}"
         )
 
 
