@@ -13,6 +13,7 @@ from inilora_kernels.kernels.gpu.backend import TritonBackend
 from inilora_kernels.kernels.gpu.forecast import DirectWork, direct_seconds, pass_seconds
 from inilora_kernels.kernels.gpu.gram_batch import GramBatch
 from inilora_kernels.kernels.gpu.gram_layout import gram_layout_on
+from inilora_kernels.kernels.streaming import losses
 from inilora_kernels.solvers.krylov import TOLERANCE, principal
 from inilora_kernels.solvers.krylov_batch import PRODUCT_UNIT, passes_expected, principals, room, start_of
 from inilora_kernels.solvers.triplets import Principal
@@ -140,8 +141,8 @@ def whole_batch(backend: TritonBackend, weights: Sequence[Tensor], rank: int) ->
 
 def _excess(W: Tensor, V: Tensor, optimum: float) -> float:
     """f/f* − 1 of the best product with this row space (orthonormal columns V)."""
-    wide = W.to(V.device).double()
-    loss = float(torch.linalg.vector_norm(wide - wide @ V.double() @ V.double().T).square())
+    W, wide = W.to(V.device), V.double()
+    _, [loss] = losses(W, [(wide.T, W.double() @ wide)])
     return loss / optimum - 1.0
 
 

@@ -114,6 +114,9 @@ class Stored:
     vectors: int
 
 
+# Vectors that a batch is multiplied with at a time: as many as the matrix instructions want, free where memory is the
+# limit.
+WIDTH = 16
 # The launches that a call makes, as one graph to replay; None where they have to be made one by one.
 Captured = Callable[[Callable[[], None]], Callable[[], None] | None]
 

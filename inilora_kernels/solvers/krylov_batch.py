@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from ..kernels.backend import GramBatch
+from ..kernels.backend import WIDTH, GramBatch
 from ..kernels.threads import each_of
 from .goal import Goal, next_count
 from .krylov import FLOAT32_RANGE, GRAM_SIZE
@@ -30,8 +30,6 @@ from .triplets import Principal
 # A tensor core's product of float32 parts, with what it drops and truncates, is within a few units of float32's; one
 # more is the random part of krylov_spaces.py. bench/gpu.py measures it.
 PRODUCT_UNIT = 5 * UNIT
-# As gram_layout.py's WIDTH.
-_BLOCK = 16
 # Vectors that a real spectrum needs to be proven by blocks of 16: so many times the rank, plus a constant, whichever
 # pair gives fewer.
 _VECTORS = ((6.0, 96), (3.5, 160))
@@ -52,7 +50,7 @@ def expected_vectors(rank: int, n: int) -> int:
     (144, 608, 544)
     """
     vectors = min(a_rank * rank + more for a_rank, more in _VECTORS)
-    return _BLOCK * ceil(vectors / (1 + _LESS * (vectors / n) ** 2) / _BLOCK)
+    return WIDTH * ceil(vectors / (1 + _LESS * (vectors / n) ** 2) / WIDTH)
 
 
 def room(n: int, ranks: Sequence[int]) -> int:
@@ -62,13 +60,13 @@ def room(n: int, ranks: Sequence[int]) -> int:
     (432, 0, 672)
     """
     expected = expected_vectors(max(ranks), n)
-    most = min(_GROWTH * expected, int(_MOST * n) // _BLOCK * _BLOCK)
+    most = min(_GROWTH * expected, int(_MOST * n) // WIDTH * WIDTH)
     return most if n > GRAM_SIZE and most >= expected else 0
 
 
 def passes_expected(rank: int, n: int) -> int:
     """Products with W, to the first look, at which a real spectrum is proven."""
-    return expected_vectors(rank, n) // _BLOCK
+    return expected_vectors(rank, n) // WIDTH
 
 
 def start_of(W: Tensor, threads: int) -> Tensor:
@@ -76,23 +74,17 @@ def start_of(W: Tensor, threads: int) -> Tensor:
 
     threads: for the hash.
     """
-    return gaussian(_BLOCK, min(W.shape), trusted_stream(digest(W, threads)))
+    return gaussian(WIDTH, min(W.shape), trusted_stream(digest(W, threads)))
 
 
 @dataclass
 class _Searched:
-    """One matrix. look: after so many passes. pairs: of its space of so many vectors, once that is proven by `kept`.
+    """The matrix at `index`. look: after so many passes. promise: if there is one. lost: the batch cannot settle it."""
 
-    outside: c' of certificate.py. lost: whether the batch cannot settle it.
-    """
-
+    index: int
     goal: Goal
-    n: int
     look: int
-    pairs: RitzPairs | None = None
-    vectors: int = 0
-    kept: int = 0
-    outside: float = math.inf
+    promise: Promise | None = None
     lost: bool = False
     before: int = 0
     then: float = math.inf
@@ -102,14 +94,16 @@ class _Searched:
         if self.goal.too_coarse(pairs):
             self.lost = True
             return
-        kept, self.outside, bound = self.goal.counted(pairs, least_counting(_BLOCK, self.goal.rank))
+        kept, outside, bound = self.goal.counted(pairs, least_counting(WIDTH, self.goal.rank))
         if kept > 0:
-            self.pairs, self.kept, self.vectors = pairs, kept, size
+            # A copy, since T is a part of all the batch's.
+            pairs = replace(pairs, T=pairs.T.copy())
+            self.promise = Promise(self.index, self.goal, pairs, kept, size, outside)
         else:
             self.lost = bound == math.inf and not self.goal.separable(pairs)
             # Alone with the GPU, it would take far longer than a few passes more.
-            target = next_count(size, _BLOCK, bound, self.before, self.then) or size * (1 + _FURTHER)
-            self.look = max(self.look + 1, ceil(target / _BLOCK) + size // _VECTORS_A_PASS)
+            target = next_count(size, WIDTH, bound, self.before, self.then) or size * (1 + _FURTHER)
+            self.look = max(self.look + 1, ceil(target / WIDTH) + size // _VECTORS_A_PASS)
             self.before, self.then = size, bound
 
 
@@ -157,21 +151,17 @@ def _principals(
     energies = batch.energies.tolist()
     searched = [
         _Searched(
+            index,
             Goal(energy, tuple(dict.fromkeys(wanted)), tolerance, PRODUCT_UNIT, exact=False),
-            n,
             # The basis has this length for all matrices of the batch: what decides its shapes is theirs alone.
-            min(passes_expected(max(wanted), batch.shape[2]), vectors // _BLOCK),
+            min(passes_expected(max(wanted), batch.shape[2]), vectors // WIDTH),
         )
-        for energy, wanted, n in zip(energies, ranks, batch.sizes, strict=False)
+        for index, (energy, wanted) in enumerate(zip(energies, ranks, strict=False))
     ]
     for one in searched:
         one.lost = not FLOAT32_RANGE[0] < one.goal.energy < FLOAT32_RANGE[1]
     spaces = _proven(batch, searched, starts, vectors)
-    promises = [
-        Promise(index, one.goal, one.pairs, one.kept, one.vectors, one.outside)
-        for index, one in enumerate(searched)
-        if one.pairs is not None
-    ]
+    promises = [one.promise for one in searched if one.promise is not None]
     found = proven_together(batch, spaces, promises, max(map(max, ranks)))
     return [found.get(index) for index in range(len(searched))]
 
@@ -189,26 +179,23 @@ def _dense(batch: GramBatch, starts: Sequence[Tensor]) -> Tensor:
 def _proven(batch: GramBatch, searched: Sequence[_Searched], starts: Sequence[Tensor], vectors: int) -> KrylovSpaces:
     """Grow all spaces until each is proven or lost, or at its end."""
     # As many as the first look needs, and that many more at a time.
-    first = _BLOCK * max(one.look for one in searched)
+    first = WIDTH * max(one.look for one in searched)
     spaces = KrylovSpaces(batch, _dense(batch, starts), [*range(first, vectors, first), vectors], batch.captured)
     begun = spaces.begun.cpu()
     going = {index for index, one in enumerate(searched) if not one.lost}
     batch.keep(going)
-    while going and spaces.size + _BLOCK <= vectors:
+    while going and spaces.size + WIDTH <= vectors:
         spaces.expand()
-        full = spaces.size + _BLOCK > vectors
+        full = spaces.size + WIDTH > vectors
         due = [index for index in sorted(going) if full or searched[index].look <= spaces.passes]
         if not due:
             continue
         T, coupling = spaces.here()
 
         def look(index: int, T: Tensor = T, coupling: Tensor = coupling) -> None:
-            # A copy of its own, as the pairs may be kept.
-            searched[index].judge(
-                ritz_pairs(T[index].clone(), spaces.leaving(coupling[index]), begun[index]), spaces.size
-            )
+            searched[index].judge(ritz_pairs(T[index], spaces.leaving(coupling[index]), begun[index]), spaces.size)
 
         each_of(look, due, flops=2 * spaces.size**3)
-        going -= {index for index in due if searched[index].lost or searched[index].pairs is not None}
+        going -= {index for index in due if searched[index].lost or searched[index].promise is not None}
         batch.keep(going)
     return spaces

@@ -20,7 +20,7 @@ from ..kernels.threads import each_of
 from .goal import Goal
 from .krylov_spaces import KrylovSpaces, host_memory, on_host
 from .ritz import Array, RitzPairs
-from .triplets import Principal, proven
+from .triplets import Principal, make_unit, proven
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +115,13 @@ def _principals(
     V, U = on_host(right), torch.split(on_host(joined), [part.numel() for part in parts])
 
     def conclude(place: int) -> tuple[int, Principal]:
-        verdict, left = verdicts[place], U[place].view(parts[place].shape)
+        verdict, left = verdicts[place], U[place].view(parts[place].shape).clone()
         one, n = verdict.promise, batch.sizes[verdict.promise.index]
-        lengths = torch.linalg.vector_norm(left, dim=1, keepdim=True)
+        make_unit(left)
         found = proven(
             one.goal,
             one.pairs,
-            (left / torch.where(lengths > 0, lengths, 1.0), verdict.squares, V[one.index, : len(left), :n].clone()),
+            (left, verdict.squares, V[one.index, : len(left), :n].clone()),
             (verdict.shortfalls, verdict.certified),
             passes=one.vectors // batch.shape[1] + 1,
             vectors=one.vectors + one.kept,

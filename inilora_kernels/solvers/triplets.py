@@ -78,9 +78,14 @@ def concluded(
     )
     turned = torch.from_numpy(chosen)
     V, U = turn(last.X, turned, threads), turn(last.Y, turned, threads)
-    lengths = torch.linalg.vector_norm(U, dim=1, keepdim=True)
-    U /= torch.where(lengths > 0, lengths, 1.0)
+    make_unit(U)
     return proven(goal, pairs, (U, values, V), (shortfalls, certified), passes=passes, vectors=vectors)
+
+
+def make_unit(rows: Tensor) -> None:
+    """Give each row the length 1, in place; a row of zeros stays so."""
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    rows /= torch.where(lengths > 0, lengths, 1.0)
 
 
 def proven(

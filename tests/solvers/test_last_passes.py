@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inilora_kernels.kernels.dense import combine
 from inilora_kernels.kernels.streaming import gram_product
+from inilora_kernels.solvers import krylov_batch
 from inilora_kernels.solvers.goal import Goal
 from inilora_kernels.solvers.krylov_batch import PRODUCT_UNIT, start_of
 from inilora_kernels.solvers.krylov_spaces import UNIT, KrylovSpaces
@@ -27,11 +28,7 @@ WEIGHTS = [with_spectrum(300, 200, lambda i: i**-1.0), with_spectrum(180, 260, l
 def grown(weights: list[Tensor]) -> tuple[TorchBatch, KrylovSpaces, list[Promise]]:
     """Spaces of these matrices, and a promise for each whose c' is far above what lies outside."""
     batch = TorchBatch(weights, count=3, length=256)
-    start = torch.ones(batch.shape)
-    for index, (n, W) in enumerate(zip(batch.sizes, weights, strict=True)):
-        start[index] = 0.0
-        start[index, :, :n] = start_of(W, 1)
-    spaces = KrylovSpaces(batch, start, [64, 160])
+    spaces = KrylovSpaces(batch, krylov_batch._dense(batch, [start_of(W, 1) for W in weights]), [64, 160])
     while spaces.size < VECTORS:
         spaces.expand()
     T, coupling = spaces.here()

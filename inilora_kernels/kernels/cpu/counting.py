@@ -42,32 +42,37 @@ def counted(theta: Any, g: Any, rho: Any, ranks: Any, goal: Any, least: float) -
         count = ranks.max() + beyond
         if count >= len(theta) or tried == _MOST_TRIED:
             break
-        for place in _PLACES:
-            mu = theta[count] + place * (theta[count - 1] - theta[count])
-            outside = _outside(theta, g, count, mu) + 2.0 * off
-            if promised_beyond(theta, g, ranks, count, outside, goal):
-                found = level(theta, g, rho, count, mu, goal[0] + off, least)
-                if found <= least:
-                    return count, outside, found / least
-                best = min(best, found / least)
-                tried += 1
-                break
+        mu, outside = _promising(theta, g, ranks, count, goal)
+        if outside < np.inf:
+            found = level(theta, g, rho, count, mu, goal[0] + off, least)
+            if found <= least:
+                return count, outside, found / least
+            best = min(best, found / least)
+            tried += 1
     return ZERO, np.inf, best
 
 
 @njit(cache=True, nogil=True)
 def separable(theta: Any, ranks: Any, goal: Any) -> bool:
     """Whether the count could prove all ranks if these θ were exact: whether rounding leaves a gap behind them."""
-    exact, off = np.zeros((len(theta), 1)), rounding(theta, goal)
+    exact = np.zeros((len(theta), 1))
     for beyond in range(FEW_BEYOND + 1):
         count = ranks.max() + beyond
-        if count >= len(theta):
-            break
-        for place in _PLACES:
-            mu = theta[count] + place * (theta[count - 1] - theta[count])
-            if promised_beyond(theta, exact, ranks, count, mu + 2.0 * off, goal):
-                return True
+        if count < len(theta) and _promising(theta, exact, ranks, count, goal)[1] < np.inf:
+            return True
     return False
+
+
+@njit(cache=True, nogil=True)
+def _promising(theta: Any, g: Any, ranks: Any, count: int, goal: Any) -> Any:
+    """The first μ behind `count` values at which they promise to prove all ranks, and c'; infinite where none does."""
+    off = rounding(theta, goal)
+    for place in _PLACES:
+        mu = theta[count] + place * (theta[count - 1] - theta[count])
+        outside = _outside(theta, g, count, mu) + 2.0 * off
+        if promised_beyond(theta, g, ranks, count, outside, goal):
+            return mu, outside
+    return np.inf, np.inf
 
 
 @njit(cache=True, nogil=True)

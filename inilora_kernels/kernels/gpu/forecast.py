@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ...errors import OptionError
+from ..backend import WIDTH
 from .cost_model import Matrix, Step, choose, product_rate, reached, wave_step
 from .gpus import Gpu
-from .gram_layout import BATCH, WIDTH, GramLayout, Wanted, batches, gram_layout_on
+from .gram_layout import BATCH, GramLayout, Wanted, batches, gram_layout_on
 from .layout import Layout
 from .tiles import padded_rank
 from .waves import PlannedWave, divide

@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gram_layout import WIDTH, GramField
+from ..backend import WIDTH
+from .gram_layout import GramField
 
 GRAM_FIELDS = tl.constexpr(len(GramField))
 GRAM_W_OFFSET = tl.constexpr(int(GramField.W_OFFSET))

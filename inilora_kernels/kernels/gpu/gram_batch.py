@@ -7,9 +7,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..backend import Captured, no_graph
+from ..backend import WIDTH, Captured, no_graph
 from .gram import gram_kernel
-from .gram_layout import BATCH, WIDTH, GramField, GramLayout
+from .gram_layout import BATCH, GramField, GramLayout
 
 # float16 ends at 2¹⁶: unit vectors, and their images of norm at most ||W||, are scaled to just below that.
 _FLOAT16_EXPONENT = 14

@@ -17,16 +17,16 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..backend import WIDTH
 from ..rounding import round_up
 from .gpus import Gpu
 from .layout import WorkList, weight_bytes
 from .tiles import ALIGNMENT, GramTile, aligned, gram_tile
 
-# Vectors that W is multiplied with at a time: as many as the matrix instructions want, free where memory is the limit.
-WIDTH = 16
 # Matrices whose dense algebra is one call.
 BATCH = 16
-# The last pass has so many float64 tensors of rows as long as W's sides, and so many rows beyond the rank.
+# The last pass has so many float64 tensors of rows as long as W's sides, and so many rows beyond the rank: FEW_BEYOND
+# of judgement.py, with which numba would be imported.
 _LAST_PASS, _MOST_BEYOND = 5, 4
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from inilora_kernels.kernels.backend import WIDTH
 from inilora_kernels.kernels.gpu.gram_batch import GramBatch
-from inilora_kernels.kernels.gpu.gram_layout import WIDTH, gram_layout
+from inilora_kernels.kernels.gpu.gram_layout import gram_layout
 from inilora_kernels.kernels.gpu.tiles import GramTile
 
 from .cases import CPU

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from inilora_kernels.kernels.gpu.gram_layout import WIDTH
+from inilora_kernels.kernels.backend import WIDTH
 from inilora_kernels.kernels.gpu.tiles import RANKS, StripTile, tiles
 
 from .cases import make, make_wave
