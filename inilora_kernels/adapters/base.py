@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,25 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
                 f"{name}: these factors do not record which weight they were computed from; "
                 f"load them with their base: FactorSet.load(folder, base), or --base"
             )
-    found: dict[str, str] = {}
+    # Parts of a fused weight record the whole one's.
+    recorded: dict[str, set[str]] = {}
+
+    def compare(tensor: str, sha256: str, recorded: Collection[str]) -> None:
+        for other in set(recorded) - {sha256}:
+            raise FactorFileError(
+                f"{checkpoint.path}: {tensor} is not the weight that these factors were computed from "
+                f"(sha256 {sha256[:12]}… here, {other[:12]}… in the factors); give the base model that "
+                f"`inilora approximate` read, in the same dtype, or compute factors from this one"
+            )
+
     for name, part in factors.items():
         tensor = tensors[module_of(name)]
         if parameter_of_expert(name):
             sha256 = experts[module_of(name)].sha256(int(name.rpartition(":")[2]))
+            compare(tensor, sha256, [part.source_sha256])
         else:
-            sha256 = found.setdefault(tensor, found.get(tensor) or checkpoint.sha256(tensor))
-        if sha256 != part.source_sha256:
-            raise FactorFileError(
-                f"{checkpoint.path}: {tensor} is not the weight that these factors were computed from "
-                f"(sha256 {sha256[:12]}… here, {part.source_sha256[:12]}… in the factors); give the base model that "
-                f"`inilora approximate` read, in the same dtype, or compute factors from this one"
-            )
+            recorded.setdefault(tensor, set()).add(part.source_sha256)
+    checkpoint.hash_each(recorded, lambda tensor, sha256: compare(tensor, sha256, recorded[tensor]))
     return tensors
 
 

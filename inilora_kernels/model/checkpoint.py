@@ -7,14 +7,17 @@ tensor; quantized weights are dequantized one at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..kernels.threads import side_by_side
 from ..storage.factor_file import METADATA_KEY
 from ..storage.reading import absolute, reporting, require_regular
 from ..suggestions import some
@@ -22,10 +25,11 @@ from .config import read_config
 from .files.distributed import open_distributed
 from .files.gguf import open_gguf
 from .files.safetensors import open_safetensors
-from .files.tensor import StoredTensor
+from .files.tensor import ContiguousTensor, StoredTensor
 from .files.torch_file import open_torch_file
 from .formats.find import find_weights
 from .formats.weight import StoredWeight
+from .hashes import Hashed, hash_in_lanes, in_lanes
 from .hub import Choose, fetch
 from .layout import Component, find_components
 from .location import TORCH_SUFFIXES, located
@@ -86,6 +90,23 @@ class Checkpoint:
         """
         weight = self.weights.get(name)
         return weight.sha256() if weight is not None else self.tensors[name].sha256()
+
+    def hash_each(self, names: Collection[str], found: Callable[[str, str], None]) -> None:
+        """Call `found` with each name and its `sha256`, in any order and from any thread; what that raises ends it."""
+        threads = torch.get_num_threads()
+        whole: list[Hashed] = []
+        for name in names:
+            weight = self.weights.get(name)
+            stored = self.tensors[name] if weight is None else weight.plain
+            if isinstance(stored, ContiguousTensor):
+                whole.append(Hashed(name, stored.size, stored.blocks))
+        if lanes := in_lanes(whole, threads):
+            hash_in_lanes(whole, lanes, threads, found)
+            names = set(names).difference(one.name for one in whole)
+        left = list(names)
+        with closing(side_by_side(self.sha256, left, threads)) as hashes:
+            for name, sha256 in zip(left, hashes, strict=True):
+                found(name, sha256)
 
 
 def open_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -11,11 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import WeightError
-from .files.tensor import tensor_bytes
+from .files.tensor import blocks_of_rows, tensor_bytes
 from .targets import FLOAT_DTYPES, Target
-
-# Of a matrix, hashed at a time.
-_HASHED_BYTES = 1 << 20
 
 # What may be given as a matrix W (d×k); a linear layer stands for its weight.
 MatrixLike = Tensor | NDArray[np.floating] | nn.Linear
@@ -36,6 +34,8 @@ def target_in_memory(name: str, matrix: MatrixLike) -> Target:
         dtype=W.dtype,
         read=partial(_on_cpu, W),
         sha256=partial(_sha256, W),
+        # From a device, a few copies take less time than many.
+        blocks=partial(_blocks, W) if W.device.type == "cpu" else None,
     )
 
 
@@ -57,7 +57,11 @@ def _on_cpu(W: Tensor) -> Tensor:
 def _sha256(W: Tensor) -> str:
     """Of W's rows, a few at a time: a copy of a W on a GPU, or of columns, would be as large as W."""
     digest = hashlib.sha256()
-    step = max(1, _HASHED_BYTES // max(1, W.shape[1] * W.element_size()))
-    for first in range(0, len(W), step):
-        digest.update(tensor_bytes(_on_cpu(W[first : first + step])))
+    for block in _blocks(W):
+        digest.update(tensor_bytes(block))
     return digest.hexdigest()
+
+
+def _blocks(W: Tensor) -> Iterator[Tensor]:
+    for rows in blocks_of_rows((W.shape[0], W.shape[1]), W.dtype):
+        yield _on_cpu(W[rows])

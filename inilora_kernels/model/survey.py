@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +19,11 @@ from ..errors import WeightError
 from ..kernels.threads import at_once, in_groups, meanwhile, one_torch_thread, side_by_side
 from ..memory import reused
 from .files.tensor import tensor_sha256
+from .hashes import Hashed, hash_in_lanes, in_lanes
 from .targets import Target
+
+if TYPE_CHECKING:
+    from ..kernels.cpu.moments import Moments
 
 _FLOAT32 = torch.finfo(torch.float32)
 # A random start of the same deviation may reach 6 times as far.
@@ -26,6 +32,8 @@ _LARGEST = _FLOAT32.max / 16
 Hash = str | Callable[[], str]
 # Of a matrix in memory for each thread that surveys: what two threads may hold in any case.
 _BYTES_A_THREAD = 32 << 20
+# Several rows are held of each matrix that is hashed together with others.
+_LONGEST_ROW = 1 << 17
 # The hash of so many bytes takes less than a millisecond.
 _SHORT = 1 << 20
 
@@ -49,14 +57,18 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
     """
     bar.phase("reading", len(targets), len(targets))
     threads = torch.get_num_threads()
-    found: dict[str, Surveyed] = {}
+    found = _in_lanes(targets, threads, bar)
+    targets, every = [target for target in targets if target.module not in found], targets
+
+    # Brings numba.
+    from ..kernels.cpu.moments import moments
 
     def surveyed(target: Target) -> None:
         W = target.read()
         # A matrix that has all threads to itself has another one for its hash, which takes longer than the rest.
         with one_torch_thread() as alone:
             hashed = meanwhile(partial(tensor_sha256, W) if target.hashes_values else target.sha256, alone)
-            std, energy = _deviation_and_energy(W, target.module)
+            std, energy = _deviation_and_energy(moments(W), target)
         # What is known does not hold W. Where several are surveyed at once, this is the time for all but short hashes.
         later = in_memory and (alone > 1 or W.nbytes <= _SHORT)
         found[target.module] = Surveyed(hashed if later else hashed(), std, energy)
@@ -66,7 +78,37 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
             with closing(side_by_side(surveyed, group, count)) as results:
                 for _ in results:
                     bar.advance(1, matrices=1)
-    return [found[target.module] for target in targets]
+    return [found[target.module] for target in every]
+
+
+def _in_lanes(targets: Sequence[Target], threads: int, bar: ProgressBar) -> dict[str, Surveyed]:
+    """What is known of those that are hashed together: each is read, measured and hashed a block at a time."""
+    measured: dict[str, tuple[float, float]] = {}
+    found: dict[str, Surveyed] = {}
+    lock = threading.Lock()
+
+    def parts(target: Target, blocks: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+        from ..kernels.cpu.moments import NOTHING, moments
+
+        so_far = NOTHING
+        for block in blocks():
+            so_far = moments(block, so_far)
+            yield block
+        measured[target.module] = _deviation_and_energy(so_far, target)
+
+    def finished(module: str, sha256: str) -> None:
+        with lock:
+            found[module] = Surveyed(sha256, *measured[module])
+            bar.advance(1, matrices=1)
+
+    items = [
+        Hashed(target.module, math.prod(target.shape) * target.dtype.itemsize, partial(parts, target, target.blocks))
+        for target in targets
+        if target.blocks is not None and target.shape[1] * target.dtype.itemsize <= _LONGEST_ROW
+    ]
+    if lanes := in_lanes(items, threads):
+        hash_in_lanes(items, lanes, threads, finished)
+    return found
 
 
 def together(target: Target, threads: int) -> int:
@@ -83,14 +125,11 @@ def surveyed_together(target: Target, threads: int) -> int:
     return max(together(target, threads), min(threads, threads * _BYTES_A_THREAD // held))
 
 
-def _deviation_and_energy(W: Tensor, module: str) -> tuple[float, float]:
-    """W's unbiased standard deviation, and ||W||_F²."""
-    # Brings numba.
-    from ..kernels.cpu.moments import moments
-
-    found = moments(W)
+def _deviation_and_energy(found: Moments, target: Target) -> tuple[float, float]:
+    """W's unbiased standard deviation, and ||W||_F². Raises WeightError for entries that factors cannot stand for."""
+    module = target.module
     if not math.isfinite(found.largest):
-        _refuse(W, module)
+        _refuse(target.read(), module)
     if found.largest > _LARGEST:
         raise WeightError(
             f"{module}: an entry of {found.largest:.3g} leaves no room in float32, in which factors are stored; divide "
@@ -101,7 +140,7 @@ def _deviation_and_energy(W: Tensor, module: str) -> tuple[float, float]:
             f"{module}: its largest entry, {found.largest:.3g}, is too small for float32, in which factors are stored; "
             f"multiply the weights by a number first"
         )
-    count, square = W.numel(), found.squares
+    count, square = math.prod(target.shape), found.squares
     variance = max(0.0, square - found.total**2 / count) / max(1, count - 1)
     # A constant matrix has no deviation, and Adam would never leave a start of zeros: its root mean square stands in.
     # Whatever variance rounding leaves of a constant counts as none.

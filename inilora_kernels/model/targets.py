@@ -25,6 +25,7 @@ from .experts import (
     rearranged_experts,
     selected,
 )
+from .files.tensor import ContiguousTensor
 from .formats.find import module_and_part
 from .formats.weight import StoredWeight
 from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index, thirds
@@ -76,6 +77,8 @@ class Target:
     read: W, contiguous, in its own dtype and memory. Raises CheckpointError if the file changed since it was opened.
     sha256: of the stored tensor's bytes; of the whole tensor for a part of it.
     hashes_values: the sha256 is that of the bytes of W as `read` returns it.
+    blocks: W some rows at a time in order, the bytes that `sha256` is of; a block may be overwritten by the next one.
+        None where they are not W's, or reading so takes longer.
     unchanged: whether it still has a sha256 that was computed before; see `watch`.
     transposed: the tensor is stored as (in_features, out_features), as GPT-2's Conv1D does.
     dequantization: how W is computed from a quantized weight; "" for a plain one.
@@ -92,6 +95,7 @@ class Target:
     dequantization: str = ""
     rows: Rows | None = None
     hashes_values: bool = False
+    blocks: Callable[[], Iterator[Tensor]] | None = field(default=None, compare=False)
     unchanged: Callable[[str], bool] = field(default=lambda sha256: True, compare=False)
 
 
@@ -307,6 +311,7 @@ def _target(
     last = last_part(module.name)
     kind = part or ("query" if last in QUERIES else "value" if last in VALUES else last)
     tensor, shape = f"{module.name}.weight", (row_count(rows, d), k)
+    hashes_values = not (entry.is_quantized or transposed or rows)
     return Target(
         module=f"{module.name}:{part}" if part else module.name,
         kind=kind,
@@ -317,7 +322,8 @@ def _target(
         transposed=transposed,
         dequantization=entry.dequantization,
         rows=rows,
-        hashes_values=not (entry.is_quantized or transposed or rows),
+        hashes_values=hashes_values,
+        blocks=entry.plain.blocks if hashes_values and isinstance(entry.plain, ContiguousTensor) else None,
         unchanged=watch((part.file for part in entry.stored.values()), partial(checkpoint.sha256, tensor)),
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from inilora_kernels.errors import WeightError
-from inilora_kernels.model import in_memory
+from inilora_kernels.model.files import tensor
 from inilora_kernels.model.in_memory import target_in_memory
 
 W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -30,9 +30,11 @@ def test_views_are_read_and_hashed_by_their_values(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("at_a_time", [1, 40, 1 << 20])
 def test_rows_are_hashed_a_few_at_a_time(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_memory, "_HASHED_BYTES", at_a_time)
-    expected = hashlib.sha256(W.T.contiguous().numpy().tobytes()).hexdigest()
-    assert target_in_memory("it", W.T).sha256() == expected
+    monkeypatch.setattr(tensor, "_BLOCK", at_a_time)
+    target = target_in_memory("it", W.T)
+    assert target.blocks is not None
+    assert torch.equal(torch.cat([block.clone() for block in target.blocks()]), W.T)
+    assert target.sha256() == hashlib.sha256(W.T.contiguous().numpy().tobytes()).hexdigest()
 
 
 def test_a_layer_stands_for_its_weight_and_an_array_for_itself() -> None:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from inilora_kernels import approximate
 from inilora_kernels.display.progress import ProgressBar
-from inilora_kernels.errors import WeightError
+from inilora_kernels.errors import CheckpointError, WeightError
+from inilora_kernels.kernels.cpu import sha256 as lanes
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.files import tensor as tensor_file
 from inilora_kernels.model.in_memory import target_in_memory
-from inilora_kernels.model.survey import survey, surveyed_together, together
+from inilora_kernels.model.survey import Surveyed, survey, surveyed_together, together
 from inilora_kernels.model.targets import Target, find_targets
 
 from ..matrices import W
@@ -100,3 +102,71 @@ def test_the_hash_of_a_matrix_in_memory_need_not_be_waited_for() -> None:
         assert found.hash() == "ab" == found.hash()
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A file of matrices of several shapes and dtypes, some of which are no matrix's bytes as they lie."""
+    drawn = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{number}.q_proj.weight": torch.randn(shape, generator=drawn).to(dtype)
+        for number, (shape, dtype) in enumerate(
+            (shape, dtype)
+            for shape in [(40, 70), (300, 9), (1, 64), (128, 128)]
+            for dtype in [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+        )
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def surveyed(targets: list[Target], *, in_memory: bool = False) -> list[Surveyed]:
+    with ProgressBar(False) as bar:
+        return survey(targets, bar, in_memory=in_memory)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices are hashed together, whatever this processor has, and read in small blocks of rows."""
+    monkeypatch.setattr(lanes, "pays", lambda messages, size: messages > 1)
+    monkeypatch.setattr(tensor_file, "_BLOCK", 4096)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_hashed_together_or_one_by_one(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same hash, deviation and energy, to the last bit; of the file, and of the same matrices in memory."""
+    targets = find_targets(open_checkpoint(many), ["q_proj"])
+    together = surveyed([dataclasses.replace(one, read=lambda: pytest.fail("read whole")) for one in targets])
+    in_memory = [target_in_memory(one.module, one.read()) for one in targets]
+    assert surveyed(in_memory, in_memory=True) == together
+    monkeypatch.setattr(lanes, "pays", lambda messages, size: False)
+    assert surveyed(targets) == together
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), 3e38])
+def test_an_entry_that_is_refused_among_many(spoiled: float, many: Path) -> None:
+    targets = find_targets(open_checkpoint(many), ["q_proj"])
+    W = targets[4].read().float()
+    W[299, 8] = spoiled
+    targets[4] = target_in_memory("the one", W)
+    with pytest.raises(WeightError, match=r"the one: .*(NaN or Inf, the first at \(299, 8\)|no room in float32)"):
+        surveyed(targets)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_a_file_that_is_cut_while_it_is_read(many: Path) -> None:
+    targets = find_targets(open_checkpoint(many), ["q_proj"])
+    file = many / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match="the file has changed since it was opened"):
+        surveyed(targets)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_rows_too_long_to_hold_several_of(many: Path) -> None:
+    """Of many matrices at a time; they are read whole, one by one."""
+    long = [target_in_memory(f"long {number}", torch.randn(2, 1 << 16)) for number in range(3)]
+    short = find_targets(open_checkpoint(many), ["q_proj"])
+    found = surveyed([*long, *short])
+    assert [one.hash for one in found] == [target.sha256() for target in [*long, *short]]

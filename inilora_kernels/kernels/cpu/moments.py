@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,13 @@ class Moments:
     squares: float
 
 
-def moments(W: Tensor) -> Moments:
+NOTHING = Moments(0.0, 0.0, 0.0)
+
+
+def moments(W: Tensor, above: Moments = NOTHING) -> Moments:
     """The moments of W (d×k), of any float dtype, on the CPU, summed in float64.
+
+    above: of the rows above W's, to be counted as well: the same bits as if all of them were given at once.
 
     >>> moments(torch.tensor([[1.0, -3.0], [0.5, 0.0]]))
     Moments(largest=3.0, total=-1.5, squares=10.25)
@@ -38,18 +44,19 @@ def moments(W: Tensor) -> Moments:
         W = W.float()
     flat, stride, (m, n) = stored(W)
     kind = _BITS[flat.itemsize]
-    largest, total, squares = _moments(flat, flat.view(kind), stride, m, n)
+    largest, total, squares = _moments(flat, flat.view(kind), stride, m, n, above.total, above.squares)
     entry = torch.from_numpy(np.array([largest], dtype=kind)).view(W.dtype)
-    return Moments(float(entry), float(total), float(squares))
+    larger = above.largest if float(entry) <= above.largest or math.isnan(above.largest) else float(entry)
+    return Moments(larger, float(total), float(squares))
 
 
 @njit(cache=True, nogil=True, fastmath=SUMS)
-def _moments(W: Any, bits: Any, stride: int, m: int, n: int) -> Any:
-    """The largest bits without the sign, Σ W and Σ W² of the stored m×n matrix. Reads W once."""
+def _moments(W: Any, bits: Any, stride: int, m: int, n: int, total: float, squares: float) -> Any:
+    """The largest bits without the sign of the stored m×n matrix, and Σ W and Σ W² added to the sums. Reads W once."""
     kind = bits.dtype.type
     # A numpy scalar as an argument would take numba longer than a small matrix.
     all_but_sign = kind((1 << (8 * bits.itemsize - 1)) - 1)
-    largest, total, squares = kind(0), 0.0, 0.0
+    largest = kind(0)
     for i in range(m):
         row, its_bits = W[i * stride : i * stride + n], bits[i * stride : i * stride + n]
         part, square = 0.0, 0.0

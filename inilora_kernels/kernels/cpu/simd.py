@@ -21,26 +21,29 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-_features = os.environ.get("NUMBA_CPU_FEATURES") or llvmlite.binding.get_host_cpu_features().flatten()
-if "+avx512f" in _features.split(","):
+# What this processor has, in LLVM's names.
+FEATURES = frozenset(
+    (os.environ.get("NUMBA_CPU_FEATURES") or llvmlite.binding.get_host_cpu_features().flatten()).split(",")
+)
+if "+avx512f" in FEATURES:
     LANES, VECTORS, ROWS, GROUP = 16, 3, 3, 8
-elif "+avx2" in _features.split(","):
+elif "+avx2" in FEATURES:
     LANES, VECTORS, ROWS, GROUP = 8, 3, 3, 4
-elif "+neon" in _features.split(","):
+elif "+neon" in FEATURES:
     LANES, VECTORS, ROWS, GROUP = 4, 6, 6, 4
 else:
     LANES, VECTORS, ROWS, GROUP = 4, 3, 3, 4
 SMALL_GROUP = 4
 # Whether this is one of AMD's processors, which alone have these instructions.
-AMD = "+sse4a" in _features.split(",")
+AMD = "+sse4a" in FEATURES
 # Without an instruction for it, LLVM would call a library function that does not exist here.
-LOADS_FLOAT16 = "+f16c" in _features.split(",") or "+neon" in _features.split(",")
+LOADS_FLOAT16 = "+f16c" in FEATURES or "+neon" in FEATURES
 # LLVM's name of the instruction that picks sixteen bytes of sixteen; "" where there is none.
 BYTE_SHUFFLE = (
     "llvm.x86.ssse3.pshuf.b.128"
-    if "+ssse3" in _features.split(",")
+    if "+ssse3" in FEATURES
     else "llvm.aarch64.neon.tbl1.v16i8"
-    if "+neon" in _features.split(",") and platform.machine() in ("aarch64", "arm64")
+    if "+neon" in FEATURES and platform.machine() in ("aarch64", "arm64")
     else ""
 )
 PANEL = LANES * VECTORS

@@ -19,6 +19,10 @@ from ...errors import CheckpointError
 from ...storage.reading import empty_tensor, opened
 
 _HASH_CHUNK = 1 << 20
+# Bytes of the blocks that SHA-256 takes.
+_HASHED = 64
+# Bytes of the blocks of rows that a tensor is read in. The calls of one take some 0.1 ms between others...
+_BLOCK = 1 << 20
 
 
 class StoredTensor(Protocol):
@@ -64,6 +68,11 @@ class ContiguousTensor:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self, rows: slice = slice(None)) -> Tensor:
         start, shape = self._range(rows)
         tensor = empty_tensor(self.file, self.name, shape, self.dtype)
@@ -93,6 +102,14 @@ class ContiguousTensor:
 
             yield read
 
+    def blocks(self) -> Iterator[Tensor]:
+        """`read`, some rows at a time in order, in a multiple of 64 bytes but for the last.
+
+        A block is overwritten by the next one.
+        """
+        with self.reader() as read:
+            yield from map(read, blocks_of_rows(self.shape, self.dtype))
+
     def _range(self, rows: slice) -> tuple[int, tuple[int, ...]]:
         """Where in the file these rows begin, and their shape."""
         if not self.shape:
@@ -104,7 +121,7 @@ class ContiguousTensor:
     def sha256(self) -> str:
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_HASH_CHUNK))
-        left = math.prod(self.shape) * self.dtype.itemsize
+        left = self.size
         with opened(self.file, part=self.name) as stream:
             stream.seek(self.offset)
             while left:
@@ -125,6 +142,18 @@ class ContiguousTensor:
 def reader(tensor: StoredTensor) -> AbstractContextManager[Callable[[slice], Tensor]]:
     """`tensor.read`, for one range of rows after another; what it returns may be overwritten by the next range."""
     return tensor.reader() if isinstance(tensor, ContiguousTensor) else contextlib.nullcontext(tensor.read)
+
+
+def blocks_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[slice]:
+    """The rows of a tensor (at least one axis), some at a time in order, as `Target.blocks` reads them.
+
+    >>> list(blocks_of_rows((300, 2048), torch.float32))
+    [slice(0, 128, None), slice(128, 256, None), slice(256, 300, None)]
+    """
+    row = max(1, math.prod(shape[1:]) * dtype.itemsize)
+    least = _HASHED // math.gcd(row, _HASHED)
+    step = max(1, _BLOCK // (row * least)) * least
+    return (slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

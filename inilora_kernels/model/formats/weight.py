@@ -56,6 +56,11 @@ class StoredWeight:
         return next(iter(self.stored.values())).name.endswith("in_proj_weight")
 
     @property
+    def plain(self) -> StoredTensor | None:
+        """The tensor that holds the values as they are; None for a quantized weight."""
+        return next(iter(self.stored.values())) if self.dequantize is None else None
+
+    @property
     def is_quantized(self) -> bool:
         return self.dequantization != ""
 

@@ -130,7 +130,7 @@ def test_narrower_vector_units(cpu: str, tmp_path: Path) -> None:
     if "x86" not in os.uname().machine:
         pytest.skip("builds for x86 run on x86")
     features = {"haswell": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2", "x86-64": "+sse2"}[cpu]
-    tests = "test_trajectory or test_gradient_products or test_any_number"
+    tests = "test_trajectory or test_gradient_products or test_any_number or test_against_hashlib"
     environment = {
         **os.environ,
         "NUMBA_CPU_NAME": cpu,

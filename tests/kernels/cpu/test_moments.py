@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inilora_kernels.kernels.cpu.moments import moments
+from inilora_kernels.kernels.cpu.moments import NOTHING, moments
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -28,6 +28,26 @@ def test_against_float64(d: int, k: int, dtype: torch.dtype, layout: str, scale:
     # Sums of n float64, each rounded once: n·2⁻⁵³ of the sum of magnitudes, with room.
     assert found.total == pytest.approx(float(wide.sum()), rel=0, abs=1e-12 * float(wide.abs().sum()))
     assert found.squares == pytest.approx(float(wide.square().sum()), rel=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    d=st.integers(1, 60),
+    k=st.integers(1, 90),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 20),
+    spoiled=st.sampled_from([None, math.nan, math.inf]),
+    seed=st.integers(0, 9),
+)
+def test_rows_given_in_parts(d: int, k: int, dtype: torch.dtype, rows: int, spoiled: float | None, seed: int) -> None:
+    W = torch.randn(d, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if spoiled is not None:
+        W[seed % d, seed % k] = spoiled
+    found = NOTHING
+    for part in W.split(rows):
+        found = moments(part, found)
+    # The same bits; NaN is no number's equal.
+    assert repr(found) == repr(moments(W))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,78 @@
+"""The hashes of many tensors, in the lanes of a vector or one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from inilora_kernels.kernels.cpu import sha256
+from inilora_kernels.model.checkpoint import Checkpoint, open_checkpoint
+from inilora_kernels.model.files import tensor as tensor_file
+from inilora_kernels.model.hashes import Hashed, hash_in_lanes, in_lanes
+
+SHAPES = {"a": (300, 700), "b": (1, 9), "c": (33, 1), "d": (2000, 300), "e": (7,), "f": (3, 4, 5)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8)
+
+
+@pytest.fixture(autouse=True)
+def lanes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(sha256, "pays", lambda messages, size: messages > 1)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    drawn = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.{number}": torch.randn(shape, generator=drawn).mul(50).to(dtype)
+        for name, shape in SHAPES.items()
+        for number, dtype in enumerate(DTYPES)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    return open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_tensor_of_a_file(checkpoint: Checkpoint, threads: int) -> None:
+    tensors: dict[str, Any] = dict(checkpoint.tensors)
+    items = [Hashed(name, tensor.size, tensor.blocks) for name, tensor in tensors.items()]
+    lanes = in_lanes(items, threads)
+    assert lanes == {1: 8, 2: 6, 5: 5}[threads]
+    found: dict[str, str] = {}
+    hash_in_lanes(items, lanes, threads, found.__setitem__)
+    assert found == {name: tensor.sha256() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_checkpoint_hashes_each(checkpoint: Checkpoint, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sha256, "pays", lambda messages, size: pays)
+    names = list(checkpoint.tensors)[3:]
+    found: list[tuple[str, str]] = []
+    checkpoint.hash_each(names, lambda *one: found.append(one))
+    assert sorted(found) == sorted((name, checkpoint.sha256(name)) for name in names)
+
+
+def test_what_its_finder_raises_ends_it(checkpoint: Checkpoint) -> None:
+    def refuse(name: str, sha256: str) -> None:
+        raise ValueError(name)
+
+    with pytest.raises(ValueError, match=r"\.\d"):
+        checkpoint.hash_each(checkpoint.tensors, refuse)
+
+
+def test_a_file_that_was_cut_meanwhile(checkpoint: Checkpoint) -> None:
+    file = checkpoint.path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(Exception, match="the file has changed since it was opened"):
+        checkpoint.hash_each(checkpoint.tensors, lambda name, sha256: None)
+
+
+def test_few_are_hashed_one_by_one() -> None:
+    items = [Hashed(str(place), 1 << 30, list) for place in range(4)]
+    assert in_lanes(items[:1], threads=1) == 0
+    assert in_lanes(items, threads=4) == 0
+    assert in_lanes(items, threads=2) == 2
