@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inilora_kernels import estimate
-from inilora_kernels.kernels.cpu.cost_model import speed_of_torch_mm
+from inilora_kernels.kernels.cpu.cost_model import this_machine
 from inilora_kernels.kernels.gpu.backend import TritonBackend
 
 from .harness import Row, seconds
@@ -56,7 +56,7 @@ def public_function(backend: TritonBackend, weights: Sequence[Tensor], adam_step
                 certified[:] = [one.certificate.certified for one in found.values()]
 
             first, second = seconds(run, backend.device.type), seconds(run, backend.device.type)
-            model = estimate.seconds(works, solver, steps, speed=speed_of_torch_mm(), card=backend.gpu())
+            model = estimate.seconds(works, solver, steps, machine=this_machine(), card=backend.gpu())
             W = weights[0]
             yield {
                 "whole run": f"{len(weights)}×{W.shape[0]}×{W.shape[1]} {W.dtype}, {solver}, {steps} steps",

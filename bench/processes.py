@@ -29,7 +29,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from inilora_kernels import FactorSet, approximate_model, processes
-from inilora_kernels.estimate import USUAL_SPEED, Work, costs, seconds
+from inilora_kernels.estimate import Work, costs, seconds
+from inilora_kernels.kernels.cpu.cost_model import USUAL
 from inilora_kernels.kernels.gpu.gpus import gpu_named
 from inilora_kernels.processes import Job, shared_run, shares
 
@@ -198,7 +199,7 @@ def simulate(folder: Path) -> None:
         weights = costs([[work] for work in works], solver, steps, card)
         for count in GPUS:
             parts = [[works[place] for place in part] for part in shares(weights, count)]
-            taken = [seconds(part, solver, steps, speed=USUAL_SPEED, card=card) if part else 0.0 for part in parts]
+            taken = [seconds(part, solver, steps, machine=USUAL, card=card) if part else 0.0 for part in parts]
             rows.append(
                 {
                     "solver": solver,

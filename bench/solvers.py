@@ -297,7 +297,8 @@ def main() -> None:
     if options.part in ("all", "files"):
         models = [name for name in file_to_file.MODELS if not options.models or name in options.models]
         rows = [row for name in models for row in file_to_file.measure(name)]
-        publish("solvers", "files", rows, command, note=f"{note} {file_to_file.NOTE}")
+        kind = llvmlite.binding.get_host_cpu_name()
+        publish("solvers", f"files, {kind}", rows, command, note=f"{note} {file_to_file.NOTE}")
     if options.part in ("all", "table5"):
         chosen = [model for model in MODELS if not options.models or model.name in options.models]
         publish(

@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from . import estimate
 from .display.progress import ProgressBar
 from .estimate import Work
-from .kernels.cpu.cost_model import speed_of_torch_mm
+from .kernels.cpu.cost_model import USUAL, Machine, this_machine
 from .kernels.loading import card_of
 from .model.targets import Target
 from .options import Options
 from .places import cache_folder
 from .solvers.run import Task
 
-# FLOPs a second that any machine reaches: torch.mm is timed only if a run might be worth announcing at that speed.
-_SLOW = 1e10
+# What any machine reaches: the one at hand is timed only if a run might be worth announcing on this one.
+_SLOW = Machine(1e10, 2e8)
 
 
 def announce_reading(targets: Sequence[Target], options: Options, bar: ProgressBar) -> None:
     """Tell the bar of the first pass over all matrices, and of the whole run as if the cache held none of them."""
     works = [_work(target, rank) for target in targets for rank in options.ranks_of(target.module) or (8,)]
-    bar.expect("reading", len(targets), sum(map(estimate.reading_seconds, works)), len(targets))
-    _expect(works, len(targets), options, estimate.USUAL_SPEED, bar)
+    bar.expect("reading", len(targets), estimate.reading_seconds(works, USUAL), len(targets))
+    _expect(works, len(targets), options, USUAL, bar)
 
 
 def announce_found(found: int, matrices: int, bar: ProgressBar) -> None:
@@ -41,14 +41,14 @@ def announce_solving(missing: Sequence[Task], options: Options, bar: ProgressBar
         _announce_compiling(bar)
     works = [_work(task.target, rank) for task in missing for rank in task.ranks]
     steps, solver = options.adam_steps, options.solver or ""
-    worth_timing = estimate.seconds(works, solver, steps, speed=_SLOW) > estimate.WORTH_SAYING
-    speed = speed_of_torch_mm() if worth_timing else estimate.USUAL_SPEED
+    worth_timing = estimate.seconds(works, solver, steps, machine=_SLOW) > estimate.WORTH_SAYING
+    machine = this_machine() if worth_timing else USUAL
     card = card_of(options.backend, options.device)
     if aloud and options.backend != "reference":
-        notice = estimate.notice(works, solver, steps, speed=speed, card=card)
+        notice = estimate.notice(works, solver, steps, machine=machine, card=card)
         if notice:
             warnings.warn(notice, stacklevel=4)
-    _expect(works, len(missing), options, speed, bar)
+    _expect(works, len(missing), options, machine, bar)
 
 
 def _announce_compiling(bar: ProgressBar) -> None:
@@ -59,12 +59,12 @@ def _announce_compiling(bar: ProgressBar) -> None:
         bar.note("the first run compiles its kernels too: a minute or two, once")
 
 
-def _expect(works: Sequence[Work], matrices: int, options: Options, speed: float, bar: ProgressBar) -> None:
-    certifying = sum(estimate.direct_seconds(work, options.solver or "", speed) for work in works)
+def _expect(works: Sequence[Work], matrices: int, options: Options, machine: Machine, bar: ProgressBar) -> None:
+    certifying = sum(estimate.direct_seconds(work, options.solver or "", machine) for work in works)
     if steps := options.adam_steps:
         card = card_of(options.backend, options.device)
         bar.expect("certifying", matrices, certifying, matrices)
-        bar.expect("solving", len(works) * steps, estimate.adam_seconds(works, steps, speed, card), len(works))
+        bar.expect("solving", len(works) * steps, estimate.adam_seconds(works, steps, machine, card), len(works))
     else:
         bar.expect("solving", matrices, certifying, matrices)
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from .display.sentences import duration_in_words
 from .kernels.cpu import cost_model as cpu
+from .kernels.cpu.cost_model import Machine
 from .kernels.gpu import forecast
 from .kernels.gpu.cost_model import WAVE_MATRICES, Matrix
 from .kernels.gpu.gpus import Gpu
 
 # Runs that are predicted to be shorter are not announced.
 WORTH_SAYING = 30.0
-# FLOPs a second of torch.mm on a typical processor, for when the machine at hand is not worth timing.
-USUAL_SPEED = 1e11
 
 
 @dataclass(frozen=True)
@@ -30,42 +29,41 @@ class Work:
         return Matrix(self.shape, min(4, self.itemsize), self.rank)
 
 
-def seconds(works: Sequence[Work], solver: str, steps: int, *, speed: float, card: Gpu | None = None) -> float:
+def seconds(works: Sequence[Work], solver: str, steps: int, *, machine: Machine, card: Gpu | None = None) -> float:
     """Predicted seconds of a whole run.
 
     solver: "adam", "krylov", "exact", or "" for a random start, for which only f* is computed.
     steps: Adam's; 0 for any other solver.
-    speed: FLOPs a second of this machine's torch.mm.
+    machine: the processor.
     card: the GPU that Adam's steps, the direct solver and Adam's f* run on; None for the processor.
 
     >>> seven_billion = [Work((4096, 4096), 2, 8)] * 64
-    >>> [round(seconds(seven_billion, *run, speed=188e9)) for run in (("adam", 20_000), ("krylov", 0))]
-    [4882, 6]
+    >>> zen4 = Machine(flops=188e9, reading=1.8e9)
+    >>> [round(seconds(seven_billion, *run, machine=zen4)) for run in (("adam", 20_000), ("krylov", 0))]
+    [4881, 7]
     """
-    reading = sum(reading_seconds(work) for work in works)
+    total = reading_seconds(works, machine)
     if card is not None and solver and solver not in cpu.DIRECT_SECONDS:
-        total = reading + direct_on_card(works, card, factors=not steps)
+        total += direct_on_card(works, card, factors=not steps)
     else:
-        direct = sum(direct_seconds(work, solver, speed) for work in works)
-        # Where nothing has to know all matrices before it starts, they are read and hashed during the solving.
-        total = reading + direct if steps else max(reading, direct)
-    return total + (adam_seconds(works, steps, speed, card) if steps else 0.0)
+        total += sum(direct_seconds(work, solver, machine) for work in works)
+    return total + (adam_seconds(works, steps, machine, card) if steps else 0.0)
 
 
-def reading_seconds(work: Work) -> float:
-    """Reading and hashing the stored weight."""
-    return cpu.reading_seconds(work.shape[0] * work.shape[1] * work.itemsize)
+def reading_seconds(works: Sequence[Work], machine: Machine) -> float:
+    """Reading and hashing the stored weights."""
+    return sum(work.shape[0] * work.shape[1] * work.itemsize for work in works) / machine.reading
 
 
-def direct_seconds(work: Work, solver: str, speed: float) -> float:
+def direct_seconds(work: Work, solver: str, machine: Machine) -> float:
     """A full SVD for "exact"; otherwise a Krylov space, which Adam and random starts need for f*."""
-    return cpu.DIRECT_SECONDS.get(solver, cpu.krylov_seconds)(work.shape, work.rank, speed)
+    return cpu.DIRECT_SECONDS.get(solver, cpu.krylov_seconds)(work.shape, work.rank, machine.flops)
 
 
-def adam_seconds(works: Sequence[Work], steps: int, speed: float, card: Gpu | None = None) -> float:
+def adam_seconds(works: Sequence[Work], steps: int, machine: Machine, card: Gpu | None = None) -> float:
     """The steps of all matrices, on the processor or on a GPU."""
     if card is None:
-        return sum(cpu.adam_seconds(work.shape, work.rank, steps, speed) for work in works)
+        return sum(cpu.adam_seconds(work.shape, work.rank, steps, machine.flops) for work in works)
     if not works:
         return 0.0
     matrices = [work.on_card() for work in works]
@@ -102,7 +100,7 @@ def costs(matrices: Sequence[Sequence[Work]], solver: str, steps: int, card: Gpu
     among = WAVE_MATRICES if card is not None else 1
     known: dict[Work, float] = {}
     for work in {work for works in matrices for work in works}:
-        known[work] = seconds([work] * among, solver, steps, speed=USUAL_SPEED, card=card) / among
+        known[work] = seconds([work] * among, solver, steps, machine=cpu.USUAL, card=card) / among
     return [sum(known[work] for work in works) for works in matrices]
 
 
@@ -113,9 +111,9 @@ def memory(works: Sequence[Work]) -> int:
     return 3 * largest + 3 * factors + (10 << 20)
 
 
-def notice(works: Sequence[Work], solver: str, steps: int, *, speed: float, card: Gpu | None = None) -> str | None:
+def notice(works: Sequence[Work], solver: str, steps: int, *, machine: Machine, card: Gpu | None = None) -> str | None:
     """One sentence about a run of more than half a minute, and the solver that finds the same product sooner."""
-    takes = seconds(works, solver, steps, speed=speed, card=card)
+    takes = seconds(works, solver, steps, machine=machine, card=card)
     if takes < WORTH_SAYING:
         return None
     where = "this processor" if card is None else card.name
@@ -123,7 +121,7 @@ def notice(works: Sequence[Work], solver: str, steps: int, *, speed: float, card
     count = f"{len(works)} {'matrix' if len(works) == 1 else 'matrices'}"
     sentence = f"this run will take about {duration_in_words(takes)} on {where} ({what}, {count}; an estimate)"
     if steps or solver in cpu.DIRECT_SECONDS:
-        krylov = seconds(works, "krylov", 0, speed=speed)
+        krylov = seconds(works, "krylov", 0, machine=machine)
         if krylov < takes / 2:
             soon = f"{'about ' if krylov >= 1 else ''}{duration_in_words(krylov)}"
             sentence += f"; solver krylov finds the same product BA in {soon}"

@@ -15,7 +15,7 @@ from .. import estimate
 from ..display.sentences import duration_in_words, size_in_words
 from ..errors import OptionError
 from ..estimate import Work
-from ..kernels.cpu.cost_model import speed_of_torch_mm
+from ..kernels.cpu.cost_model import Machine, this_machine
 from ..kernels.gpu.forecast import Plan
 from ..kernels.gpu.forecast import plan as predict
 from ..kernels.gpu.gpus import Gpu
@@ -73,30 +73,30 @@ def show_plan(
     # A GPU more than there are matrices has nothing to do.
     dealt = shares(estimate.costs([[work] for work in works], "adam", steps, card), min(gpus, len(works)))
     parts = [[works[place] for place in part] for part in dealt if part]
-    speed = speed_of_torch_mm()
-    on_cards = None if card is None else _on_cards(parts, steps, speed, card)
+    machine = this_machine()
+    on_cards = None if card is None else _on_cards(parts, steps, machine, card)
     if as_json:
-        print(json.dumps(_json(works, steps, speed, on_cards), indent=2))
+        print(json.dumps(_json(works, steps, machine, on_cards), indent=2))
     elif kernels and on_cards is not None:
         print_table(_kernels_table(on_cards.first))
     else:
-        print_table(_table(works, steps, speed, on_cards))
+        print_table(_table(works, steps, machine, on_cards))
 
 
-def _on_cards(parts: Sequence[Sequence[Work]], steps: int, speed: float, card: Gpu) -> _OnCards:
+def _on_cards(parts: Sequence[Sequence[Work]], steps: int, machine: Machine, card: Gpu) -> _OnCards:
     # The processes on one machine, eight at most, share its processor.
-    each = speed / min(len(parts), 8)
+    each = machine.shared_by(min(len(parts), 8))
     taken, direct = (
-        tuple(estimate.seconds(part, solver, steps, speed=each, card=card) for part in parts)
+        tuple(estimate.seconds(part, solver, steps, machine=each, card=card) for part in parts)
         for solver in ("adam", "krylov")
     )
     most = parts[taken.index(max(taken))]
     return _OnCards(taken, direct, predict([work.on_card() for work in most], card, steps))
 
 
-def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | None) -> Table:
+def _table(works: Sequence[Work], steps: int, machine: Machine, on_cards: _OnCards | None) -> Table:
     count = f"{len(works)} {'matrix' if len(works) == 1 else 'matrices'}"
-    caption = f"An estimate, from this processor's {speed / 1e9:.0f} GFLOP/s in torch.mm."
+    caption = f"An estimate, from this processor's {machine.flops / 1e9:.0f} GFLOP/s in torch.mm."
     if on_cards is not None and len(on_cards.seconds) > 1:
         busy = statistics.fmean(on_cards.seconds) / max(on_cards.seconds)
         caption += f"\n{len(on_cards.seconds)} processes, one a GPU, busy {busy:.0%} of the time of the longest."
@@ -109,7 +109,7 @@ def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards |
     table.add_column("memory", justify="right", no_wrap=True)
     for solver, finds in _SOLVERS.items():
         own = steps_of(solver, steps)
-        here = estimate.seconds(works, solver, own, speed=speed)
+        here = estimate.seconds(works, solver, own, machine=machine)
         row = [solver, f"{finds}, {own:,} steps" if own else finds, duration_in_words(here)]
         memory = size_in_words(estimate.memory(works))
         if on_cards is not None:
@@ -120,15 +120,16 @@ def _table(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards |
     return table
 
 
-def _json(works: Sequence[Work], steps: int, speed: float, on_cards: _OnCards | None) -> dict[str, Any]:
+def _json(works: Sequence[Work], steps: int, machine: Machine, on_cards: _OnCards | None) -> dict[str, Any]:
     return {
         "predicted": True,
         "matrices": len(works),
         "rank": works[0].rank,
         "steps": steps,
-        "torch_mm_flops": speed,
+        "torch_mm_flops": machine.flops,
+        "read_and_hashed": machine.reading,
         "seconds": {
-            solver: estimate.seconds(works, solver, steps_of(solver, steps), speed=speed) for solver in _SOLVERS
+            solver: estimate.seconds(works, solver, steps_of(solver, steps), machine=machine) for solver in _SOLVERS
         },
         "memory": estimate.memory(works),
         "seconds_by_gpu": None if on_cards is None else list(on_cards.seconds),

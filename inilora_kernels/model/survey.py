@@ -55,13 +55,13 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
 
     Raises WeightError for a matrix that cannot be factorized.
     """
+    # Brings numba, which is there then for what may do without.
+    from ..kernels.cpu.moments import moments
+
     bar.phase("reading", len(targets), len(targets))
     threads = torch.get_num_threads()
     found = _in_lanes(targets, threads, bar)
     targets, every = [target for target in targets if target.module not in found], targets
-
-    # Brings numba.
-    from ..kernels.cpu.moments import moments
 
     def surveyed(target: Target) -> None:
         W = target.read()

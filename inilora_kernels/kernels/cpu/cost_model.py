@@ -1,23 +1,26 @@
-"""How long a run will take on this machine's processor, predicted from the speed of its matrix product.
+"""How long a run will take on this machine's processor, predicted from the speed of its matrix product and of its hash.
 
     Adam:    4·d·k·r FLOPs a step, at REACHED_ADAM of torch.mm's speed
     Krylov:  v = 6.5·r + 60 vectors: 4·d·k·v FLOPs for the products, at REACHED_KRYLOV of it, and 4·n·v² to keep them
              orthonormal, n = min(d, k), at REACHED_BASIS; and a fixed call time
     exact:   FULL_SVD·max(d, k)·min(d, k)² FLOPs
-    all:     W's bytes once from the file, hashed; a run without steps hides that behind the solving
+    all:     W's bytes once from the file, measured and hashed, before the first is solved
 
 The shares were fitted to measurements on 2 Zen 4 cores, where torch.mm reaches 188 GFLOP/s; torch.mm is timed on the
 machine at hand. Krylov's: to bench/results/solvers.md, Table 5 from file to file and the cells of ranks 8, 32 and 64,
 the vectors as counted there. They are within a third of those, but for 1024×4096, which takes two to three times
-as long as predicted. Rank 128 is not in the fit.
+as long as predicted. Rank 128 is not in the fit. sha256 is timed, too.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -29,15 +32,54 @@ REACHED_BASIS = 0.2
 VECTORS_A_RANK, VECTORS_MORE = 6.5, 60
 CALLS_SECONDS = 0.004
 FULL_SVD = 32
-# Bytes a second read from the page cache and hashed.
-HASHED = 0.9e9
+# Bytes a second that a thread takes from the page cache and measures; and hashes where it has no instructions for that
+# but x86's vectors (sha256.py), on a Cascade Lake. hashlib is slower there than the last.
+_READ, _HASHED_IN_LANES, _SLOWLY = 2.5e9, 2e9, 0.8e9
+_X86 = ("x86_64", "AMD64")
+# sha256 is timed on so many bytes.
+_HASHED_BYTES = 1 << 18
 # torch.mm is timed on matrices of this size for this long: enough to reach its speed, too short to be noticed.
 _SIDE = 1024
 _SECONDS = 0.05
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A processor, by what all its threads do a second.
+
+    flops: of torch.mm. reading: bytes of weights, read, measured and hashed.
+    """
+
+    flops: float
+    reading: float
+
+    def shared_by(self, processes: int) -> Machine:
+        """What each of several processes has of it."""
+        return Machine(self.flops / processes, self.reading / processes)
+
+
+# A typical one, for when the machine at hand is not worth timing.
+USUAL = Machine(1e11, 1.5e9)
+
+
 @functools.cache
-def speed_of_torch_mm() -> float:
+def this_machine() -> Machine:
+    """The processor at hand with torch's current threads, timed: a twentieth of a second."""
+    return Machine(_speed_of_torch_mm(), torch.get_num_threads() / (1 / _READ + 1 / _speed_of_hashing()))
+
+
+def _speed_of_hashing() -> float:
+    """Bytes a second of sha256 on one thread, of several matrices at a time where that is faster."""
+    content, best = bytes(_HASHED_BYTES), math.inf
+    for _ in range(3):
+        before = time.perf_counter()
+        hashlib.sha256(content).digest()
+        best = min(best, time.perf_counter() - before)
+    alone = _HASHED_BYTES / best
+    return _HASHED_IN_LANES if alone < _SLOWLY and platform.machine() in _X86 else alone
+
+
+def _speed_of_torch_mm() -> float:
     """FLOPs a second of a float32 matrix product on torch's current threads; the best of a few."""
     W = torch.ones(_SIDE, _SIDE, dtype=torch.float32)
     best, started = math.inf, time.perf_counter()
@@ -81,7 +123,3 @@ def full_svd_seconds(shape: Shape, rank: int, speed: float) -> float:
 
 # By the solver's name; all others need f*, which a Krylov space finds.
 DIRECT_SECONDS: Mapping[str, Callable[[Shape, int, float], float]] = {"exact": full_svd_seconds}
-
-
-def reading_seconds(weight_bytes: int) -> float:
-    return weight_bytes / HASHED

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from inilora_kernels.kernels.cpu import cost_model
 from inilora_kernels.kernels.cpu.cost_model import (
     CALLS_SECONDS,
+    Machine,
     adam_seconds,
     full_svd_seconds,
     krylov_seconds,
-    reading_seconds,
-    speed_of_torch_mm,
+    this_machine,
 )
 
 SPEED = 1e11
@@ -36,10 +37,29 @@ def test_a_transposed_matrix_costs_the_same() -> None:
     assert full_svd_seconds((300, 900), 8, SPEED) == full_svd_seconds((900, 300), 8, SPEED)
 
 
-def test_reading_grows_with_the_bytes() -> None:
-    assert reading_seconds(2_000) == pytest.approx(2 * reading_seconds(1_000))
+def test_the_machine_is_measured_once() -> None:
+    assert 1e8 < this_machine().flops < 1e15
+    assert 1e7 < this_machine().reading < 1e12
+    assert this_machine() is this_machine()
 
 
-def test_the_speed_is_measured_once() -> None:
-    assert 1e8 < speed_of_torch_mm() < 1e15
-    assert speed_of_torch_mm() == speed_of_torch_mm()
+def test_processes_share_a_machine() -> None:
+    assert Machine(8.0, 4.0).shared_by(4) == Machine(2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "machine", "expected"),
+    [
+        (1e-4, "x86_64", 2.6e9),
+        # No instructions for it: several at a time in x86's vectors, or as slow as it is.
+        (1e-3, "x86_64", 2e9),
+        (1e-3, "riscv64", 2.6e8),
+    ],
+)
+def test_the_hash_is_as_fast_as_the_processor_has_it(
+    seconds: float, machine: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(seconds * tick for tick in range(99))
+    monkeypatch.setattr(cost_model.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cost_model.platform, "machine", lambda: machine)
+    assert cost_model._speed_of_hashing() == pytest.approx(expected, rel=0.02)

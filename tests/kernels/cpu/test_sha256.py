@@ -93,6 +93,13 @@ def test_what_fails_in_reading_ends_it() -> None:
         list(digests(((place, parts()) for place in count()), 2))
 
 
+def test_what_does_not_agree_with_hashlib_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sha256, "_MAY_PAY", True)
+    monkeypatch.setattr(sha256, "_START", sha256._START + 1)
+    monkeypatch.setattr(sha256, "_seconds", sha256._seconds.__wrapped__)
+    assert not pays(MOST, 1 << 30)
+
+
 def test_it_pays_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(together: float, alone: float) -> Any:
         return lambda: (together, alone)

@@ -15,6 +15,7 @@ from bench.six_models import MODELS, Model, predicted
 from inilora_kernels import estimate
 from inilora_kernels.cli.main import application
 from inilora_kernels.errors import OptionError
+from inilora_kernels.kernels.cpu.cost_model import Machine
 from inilora_kernels.kernels.gpu.cost_model import Matrix, reached
 from inilora_kernels.kernels.gpu.forecast import HOST_BANDWIDTH, DirectWork, direct_seconds, pass_seconds, plan
 from inilora_kernels.kernels.gpu.gpus import GPUS
@@ -153,12 +154,12 @@ def test_the_direct_solver_is_predicted_far_below_the_steps() -> None:
 
 def test_a_plan_takes_the_optimum_and_the_direct_solver_from_the_card() -> None:
     works = [estimate.Work((4096, 4096), 2, 8)] * 64
-    slow = 1e9
-    on_card = estimate.seconds(works, "krylov", 0, speed=slow, card=ADA)
-    assert on_card < 0.01 * estimate.seconds(works, "krylov", 0, speed=slow)
-    adam = estimate.seconds(works, "adam", 20_000, speed=slow, card=ADA)
+    slow = Machine(1e9, 1e9)
+    on_card = estimate.seconds(works, "krylov", 0, machine=slow, card=ADA)
+    assert on_card < 0.01 * estimate.seconds(works, "krylov", 0, machine=slow)
+    adam = estimate.seconds(works, "adam", 20_000, machine=slow, card=ADA)
     assert adam == pytest.approx(
-        sum(map(estimate.reading_seconds, works))
+        estimate.reading_seconds(works, slow)
         + estimate.direct_on_card(works, ADA, factors=False)
         + plan(LLAMA, ADA, 20_000).seconds
     )
