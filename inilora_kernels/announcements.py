@@ -16,7 +16,7 @@ from .places import cache_folder
 from .solvers.run import Task
 
 # What any machine reaches: the one at hand is timed only if a run might be worth announcing on this one.
-_SLOW = Machine(1e10, 2e8)
+_SLOW = Machine(1e10, 1e8, 1e8, 1)
 
 
 def announce_reading(targets: Sequence[Target], options: Options, bar: ProgressBar) -> None:

@@ -38,7 +38,7 @@ def seconds(works: Sequence[Work], solver: str, steps: int, *, machine: Machine,
     card: the GPU that Adam's steps, the direct solver and Adam's f* run on; None for the processor.
 
     >>> seven_billion = [Work((4096, 4096), 2, 8)] * 64
-    >>> zen4 = Machine(flops=188e9, reading=1.8e9)
+    >>> zen4 = Machine(flops=188e9, alone=0.9e9, together=0.9e9, threads=2)
     >>> [round(seconds(seven_billion, *run, machine=zen4)) for run in (("adam", 20_000), ("krylov", 0))]
     [4881, 7]
     """
@@ -52,7 +52,7 @@ def seconds(works: Sequence[Work], solver: str, steps: int, *, machine: Machine,
 
 def reading_seconds(works: Sequence[Work], machine: Machine) -> float:
     """Reading and hashing the stored weights."""
-    return sum(work.shape[0] * work.shape[1] * work.itemsize for work in works) / machine.reading
+    return cpu.reading_seconds([work.shape[0] * work.shape[1] * work.itemsize for work in works], machine)
 
 
 def direct_seconds(work: Work, solver: str, machine: Machine) -> float:

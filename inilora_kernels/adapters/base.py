@@ -46,8 +46,8 @@ def require_same_base(checkpoint: Checkpoint, factors: FactorSet) -> dict[str, s
     # Parts of a fused weight record the whole one's.
     recorded: dict[str, set[str]] = {}
 
-    def compare(tensor: str, sha256: str, recorded: Collection[str]) -> None:
-        for other in set(recorded) - {sha256}:
+    def compare(tensor: str, sha256: str, expected: Collection[str]) -> None:
+        for other in set(expected) - {sha256}:
             raise FactorFileError(
                 f"{checkpoint.path}: {tensor} is not the weight that these factors were computed from "
                 f"(sha256 {sha256[:12]}… here, {other[:12]}… in the factors); give the base model that "

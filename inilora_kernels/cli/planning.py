@@ -127,7 +127,6 @@ def _json(works: Sequence[Work], steps: int, machine: Machine, on_cards: _OnCard
         "rank": works[0].rank,
         "steps": steps,
         "torch_mm_flops": machine.flops,
-        "read_and_hashed": machine.reading,
         "seconds": {
             solver: estimate.seconds(works, solver, steps_of(solver, steps), machine=machine) for solver in _SOLVERS
         },

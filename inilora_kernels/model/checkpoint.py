@@ -94,19 +94,22 @@ class Checkpoint:
     def hash_each(self, names: Collection[str], found: Callable[[str, str], None]) -> None:
         """Call `found` with each name and its `sha256`, in any order and from any thread; what that raises ends it."""
         threads = torch.get_num_threads()
-        whole: list[Hashed] = []
+        whole: dict[str, Hashed] = {}
         for name in names:
             weight = self.weights.get(name)
             stored = self.tensors[name] if weight is None else weight.plain
-            if isinstance(stored, ContiguousTensor):
-                whole.append(Hashed(name, stored.size, stored.blocks))
-        if lanes := in_lanes(whole, threads):
-            hash_in_lanes(whole, lanes, threads, found)
-            names = set(names).difference(one.name for one in whole)
-        left = list(names)
-        with closing(side_by_side(self.sha256, left, threads)) as hashes:
-            for name, sha256 in zip(left, hashes, strict=True):
-                found(name, sha256)
+            if isinstance(stored, ContiguousTensor) and stored.shape:
+                whole[name] = Hashed(name, stored.size, stored.blocks)
+        if lanes := in_lanes(list(whole.values()), threads):
+            hash_in_lanes(list(whole.values()), lanes, threads, found)
+        else:
+            with closing(side_by_side(self.sha256, list(whole), threads)) as hashes:
+                for name, sha256 in zip(whole, hashes, strict=True):
+                    found(name, sha256)
+        # Any other is whole in memory meanwhile, or its reader is not for several threads.
+        for name in names:
+            if name not in whole:
+                found(name, self.sha256(name))
 
 
 def open_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -37,8 +38,19 @@ def in_lanes(items: Sequence[Hashed], threads: int) -> int:
 
     each = math.ceil(len(items) / threads)
     # The same number in each round: the last one takes no less time for fewer.
-    lanes = math.ceil(each / math.ceil(each / sha256.MOST))
-    return lanes if sha256.pays(lanes, size // threads) else 0
+    lanes = min(math.ceil(each / math.ceil(each / sha256.MOST)), _open_files() // threads)
+    # A lane is slower than hashlib, and the largest has one for itself.
+    busy = size // max(1, threads * max(item.size for item in items))
+    return lanes if sha256.pays(min(lanes, busy), size // threads) else 0
+
+
+def _open_files() -> int:
+    """How many files to have open at once, each lane one: a quarter of what the process may."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 128
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
 
 def hash_in_lanes(items: Sequence[Hashed], lanes: int, threads: int, finished: Callable[[str, str], None]) -> None:
@@ -46,8 +58,9 @@ def hash_in_lanes(items: Sequence[Hashed], lanes: int, threads: int, finished: C
     from ..kernels.cpu.sha256 import digests
 
     def work(todo: Iterator[Hashed]) -> None:
-        for name, sha256 in digests(((item.name, item.parts()) for item in todo), lanes):
-            finished(name, sha256)
+        with closing(digests(((item.name, item.parts()) for item in todo), lanes)) as hashes:
+            for name, sha256 in hashes:
+                finished(name, sha256)
 
     # The largest first, so that no lane is left with one at the end.
     share(work, sorted(items, key=lambda item: -item.size), threads)

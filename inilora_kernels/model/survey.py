@@ -68,7 +68,7 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
         # A matrix that has all threads to itself has another one for its hash, which takes longer than the rest.
         with one_torch_thread() as alone:
             hashed = meanwhile(partial(tensor_sha256, W) if target.hashes_values else target.sha256, alone)
-            std, energy = _deviation_and_energy(moments(W), target)
+            std, energy = _deviation_and_energy(moments(W), target, lambda: W)
         # What is known does not hold W. Where several are surveyed at once, this is the time for all but short hashes.
         later = in_memory and (alone > 1 or W.nbytes <= _SHORT)
         found[target.module] = Surveyed(hashed if later else hashed(), std, energy)
@@ -94,7 +94,7 @@ def _in_lanes(targets: Sequence[Target], threads: int, bar: ProgressBar) -> dict
         for block in blocks():
             so_far = moments(block, so_far)
             yield block
-        measured[target.module] = _deviation_and_energy(so_far, target)
+        measured[target.module] = _deviation_and_energy(so_far, target, target.read)
 
     def finished(module: str, sha256: str) -> None:
         with lock:
@@ -125,11 +125,11 @@ def surveyed_together(target: Target, threads: int) -> int:
     return max(together(target, threads), min(threads, threads * _BYTES_A_THREAD // held))
 
 
-def _deviation_and_energy(found: Moments, target: Target) -> tuple[float, float]:
+def _deviation_and_energy(found: Moments, target: Target, read: Callable[[], Tensor]) -> tuple[float, float]:
     """W's unbiased standard deviation, and ||W||_F². Raises WeightError for entries that factors cannot stand for."""
     module = target.module
     if not math.isfinite(found.largest):
-        _refuse(target.read(), module)
+        _refuse(read(), module)
     if found.largest > _LARGEST:
         raise WeightError(
             f"{module}: an entry of {found.largest:.3g} leaves no room in float32, in which factors are stored; divide "
@@ -149,6 +149,8 @@ def _deviation_and_energy(found: Moments, target: Target) -> tuple[float, float]
 
 def _refuse(W: Tensor, module: str) -> None:
     where = (~torch.isfinite(W)).nonzero()
+    if not len(where):
+        raise WeightError(f"{module}: an entry was NaN or Inf and is no longer; do not write to it during a run")
     raise WeightError(
         f"{module}: {len(where)} of its {W.numel()} entries are NaN or Inf, the first at "
         f"{tuple(where[0].tolist())}; the checkpoint is damaged or was saved after a diverged run"

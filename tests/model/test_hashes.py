@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from inilora_kernels.kernels.cpu import sha256
+from inilora_kernels.model import hashes
 from inilora_kernels.model.checkpoint import Checkpoint, open_checkpoint
 from inilora_kernels.model.files import tensor as tensor_file
 from inilora_kernels.model.hashes import Hashed, hash_in_lanes, in_lanes
@@ -36,12 +37,10 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_tensor_of_a_file(checkpoint: Checkpoint, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "lanes"), [(1, 8), (2, 6), (5, 5)])
+def test_every_tensor_of_a_file(checkpoint: Checkpoint, threads: int, lanes: int) -> None:
     tensors: dict[str, Any] = dict(checkpoint.tensors)
     items = [Hashed(name, tensor.size, tensor.blocks) for name, tensor in tensors.items()]
-    lanes = in_lanes(items, threads)
-    assert lanes == {1: 8, 2: 6, 5: 5}[threads]
     found: dict[str, str] = {}
     hash_in_lanes(items, lanes, threads, found.__setitem__)
     assert found == {name: tensor.sha256() for name, tensor in tensors.items()}
@@ -69,6 +68,28 @@ def test_a_file_that_was_cut_meanwhile(checkpoint: Checkpoint) -> None:
     file.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(Exception, match="the file has changed since it was opened"):
         checkpoint.hash_each(checkpoint.tensors, lambda name, sha256: None)
+
+
+def test_tensors_without_axes_and_without_entries(tmp_path: Path) -> None:
+    save_file({str(n): torch.full((0, 3) if n % 2 else (), n) for n in range(9)}, tmp_path / "model.safetensors")
+    opened = open_checkpoint(tmp_path)
+    found: dict[str, str] = {}
+    opened.hash_each(opened.tensors, found.__setitem__)
+    assert found == {name: opened.sha256(name) for name in opened.tensors}
+
+
+def test_no_more_files_are_open_than_the_process_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [Hashed(str(place), 1 << 30, list) for place in range(64)]
+    assert in_lanes(items, threads=8) == 8
+    monkeypatch.setattr(hashes, "_open_files", lambda: 16)
+    assert in_lanes(items, threads=8) == 2
+    assert in_lanes(items, threads=20) == 0
+
+
+def test_one_that_is_larger_than_all_others_is_hashed_alone() -> None:
+    items = [Hashed(str(place), 1 << 16, list) for place in range(60)]
+    assert in_lanes(items, threads=2) == 8
+    assert in_lanes([*items, Hashed("large", 1 << 26, list)], threads=2) == 0
 
 
 def test_few_are_hashed_one_by_one() -> None:

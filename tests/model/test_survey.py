@@ -106,7 +106,7 @@ def test_the_hash_of_a_matrix_in_memory_need_not_be_waited_for() -> None:
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    """A file of matrices of several shapes and dtypes, some of which are no matrix's bytes as they lie."""
+    """A file of matrices of several shapes and dtypes, and of experts, which are no matrices' bytes as they lie."""
     drawn = torch.Generator().manual_seed(0)
     tensors = {
         f"{number}.q_proj.weight": torch.randn(shape, generator=drawn).to(dtype)
@@ -116,6 +116,7 @@ def many(tmp_path: Path) -> Path:
             for dtype in [torch.float32, torch.bfloat16, torch.float16, torch.float64]
         )
     }
+    tensors["layers.0.experts.down_proj"] = torch.randn(3, 4, 6, generator=drawn)
     save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path
 
@@ -135,8 +136,14 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("in_blocks")
 def test_hashed_together_or_one_by_one(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same hash, deviation and energy, to the last bit; of the file, and of the same matrices in memory."""
-    targets = find_targets(open_checkpoint(many), ["q_proj"])
-    together = surveyed([dataclasses.replace(one, read=lambda: pytest.fail("read whole")) for one in targets])
+    targets = find_targets(open_checkpoint(many), ["q_proj"], None, ["down_proj"])
+    assert [one.blocks is None for one in targets] == 16 * [False] + 3 * [True]
+    together = surveyed(
+        [
+            one if one.blocks is None else dataclasses.replace(one, read=lambda: pytest.fail("read whole"))
+            for one in targets
+        ]
+    )
     in_memory = [target_in_memory(one.module, one.read()) for one in targets]
     assert surveyed(in_memory, in_memory=True) == together
     monkeypatch.setattr(lanes, "pays", lambda messages, size: False)

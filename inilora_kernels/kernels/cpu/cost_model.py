@@ -19,8 +19,8 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,38 +45,42 @@ _SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Machine:
-    """A processor, by what all its threads do a second.
+    """A processor.
 
-    flops: of torch.mm. reading: bytes of weights, read, measured and hashed.
+    flops: of torch.mm, a second, by all threads. alone, together: bytes of weights that a thread reads, measures and
+    hashes a second, one matrix after the other, and several at a time.
     """
 
     flops: float
-    reading: float
+    alone: float
+    together: float
+    threads: int
 
     def shared_by(self, processes: int) -> Machine:
         """What each of several processes has of it."""
-        return Machine(self.flops / processes, self.reading / processes)
+        return replace(self, flops=self.flops / processes, threads=max(1, self.threads // processes))
 
 
 # A typical one, for when the machine at hand is not worth timing.
-USUAL = Machine(1e11, 1.5e9)
+USUAL = Machine(1e11, 0.75e9, 0.75e9, 2)
 
 
 @functools.cache
 def this_machine() -> Machine:
     """The processor at hand with torch's current threads, timed: a twentieth of a second."""
-    return Machine(_speed_of_torch_mm(), torch.get_num_threads() / (1 / _READ + 1 / _speed_of_hashing()))
+    alone, together = (1 / (1 / _READ + 1 / speed) for speed in _speeds_of_hashing())
+    return Machine(_speed_of_torch_mm(), alone, together, torch.get_num_threads())
 
 
-def _speed_of_hashing() -> float:
-    """Bytes a second of sha256 on one thread, of several matrices at a time where that is faster."""
+def _speeds_of_hashing() -> tuple[float, float]:
+    """Bytes a second of sha256 on one thread, of one matrix and of several at a time."""
     content, best = bytes(_HASHED_BYTES), math.inf
     for _ in range(3):
         before = time.perf_counter()
         hashlib.sha256(content).digest()
         best = min(best, time.perf_counter() - before)
     alone = _HASHED_BYTES / best
-    return _HASHED_IN_LANES if alone < _SLOWLY and platform.machine() in _X86 else alone
+    return alone, _HASHED_IN_LANES if alone < _SLOWLY and platform.machine() in _X86 else alone
 
 
 def _speed_of_torch_mm() -> float:
@@ -110,6 +114,18 @@ def krylov_seconds(shape: Shape, rank: int, speed: float) -> float:
     vectors = min(VECTORS_A_RANK * rank + VECTORS_MORE, n)
     products = 4 * math.prod(shape) * vectors / REACHED_KRYLOV
     return CALLS_SECONDS + (products + 4 * n * vectors**2 / REACHED_BASIS) / speed
+
+
+def reading_seconds(sizes: Sequence[int], machine: Machine) -> float:
+    """Of weights of so many bytes each. The largest is one thread's work.
+
+    >>> reading_seconds([100] * 64, Machine(1e11, alone=1.0, together=2.0, threads=16))
+    200.0
+    """
+    if not sizes:
+        return 0.0
+    among = machine.together if len(sizes) > 2 * machine.threads else machine.alone
+    return max(sum(sizes) / (among * machine.threads), max(sizes) / among)
 
 
 def full_svd_seconds(shape: Shape, rank: int, speed: float) -> float:

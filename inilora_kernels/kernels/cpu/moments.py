@@ -39,6 +39,9 @@ def moments(W: Tensor, above: Moments = NOTHING) -> Moments:
     >>> moments(torch.tensor([[1.0, -3.0], [0.5, 0.0]]))
     Moments(largest=3.0, total=-1.5, squares=10.25)
     """
+    if W.shape[1] == 1:
+        # However far torch says that its columns are apart: rows of one entry, as in a part of it.
+        W = W.as_strided(W.shape, (W.stride(0), 1))
     W = W if 1 in W.stride() else W.contiguous()
     if W.dtype == torch.float16 and not LOADS_FLOAT16:
         W = W.float()

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,7 +53,9 @@ _ROUNDS = [_fraction(prime, 3) for prime in _PRIMES]
 
 
 def pays(messages: int, size: int) -> bool:
-    """Whether `digests` of so many messages at a time is faster than hashlib, one by one. size: bytes of them all.
+    """Whether a thread's `digests` of so many messages at a time are faster than hashlib, one by one.
+
+    size: of all that the thread has to hash, in bytes.
 
     >>> pays(1, 1 << 30)
     False
@@ -64,7 +66,7 @@ def pays(messages: int, size: int) -> bool:
     return _CLEARLY * together < min(messages, MOST) * alone
 
 
-def digests(messages: Iterator[tuple[Key, Iterable[Tensor]]], count: int) -> Iterator[tuple[Key, str]]:
+def digests(messages: Iterator[tuple[Key, Iterable[Tensor]]], count: int) -> Generator[tuple[Key, str], None, None]:
     """The sha256 (hex) of each message, `count` of them at a time, as they end. count: at most MOST.
 
     messages: each with a key, and its bytes in order, in parts: contiguous tensors on the CPU, all but the last one of
@@ -77,48 +79,57 @@ def digests(messages: Iterator[tuple[Key, Iterable[Tensor]]], count: int) -> Ite
     """
     state = np.zeros((len(_START), MOST), np.uint32)
     places, left = np.zeros(MOST, np.int64), [0] * count
-    begun: dict[int, tuple[Key, Iterator[NDArray[np.uint8]]]] = {}
+    begun: dict[int, tuple[Key, Generator[NDArray[np.uint8], None, None]]] = {}
     # What the places point into.
     held: dict[int, NDArray[np.uint8]] = {}
-    while True:
-        for lane in range(count):
-            while not left[lane]:
-                if lane in begun:
-                    key, parts = begun[lane]
-                    if (part := next(parts, None)) is not None:
-                        held[lane], places[lane], left[lane] = part, part.ctypes.data, len(part) // BLOCK
+    try:
+        while True:
+            for lane in range(count):
+                while not left[lane]:
+                    if lane in begun:
+                        key, parts = begun[lane]
+                        if (part := next(parts, None)) is not None:
+                            held[lane], places[lane], left[lane] = part, part.ctypes.data, len(part) // BLOCK
+                            break
+                        del begun[lane]
+                        yield key, state[:, lane].astype(">u4").tobytes().hex()
+                    if (message := next(messages, None)) is None:
                         break
-                    del begun[lane]
-                    yield key, state[:, lane].astype(">u4").tobytes().hex()
-                if (message := next(messages, None)) is None:
-                    break
-                begun[lane] = message[0], _in_whole_blocks(message[1])
-                state[:, lane] = _START
-        if not begun:
-            return
-        blocks = min(left[lane] for lane in begun)
-        # Lanes without a message read another's.
-        idle = [lane for lane in range(MOST) if lane not in begun]
-        places[idle] = places[next(iter(begun))]
-        _advance(state, places, blocks)
-        places += BLOCK * blocks
-        for lane in begun:
-            left[lane] -= blocks
+                    begun[lane] = message[0], _in_whole_blocks(message[1])
+                    state[:, lane] = _START
+            if not begun:
+                return
+            blocks = min(left[lane] for lane in begun)
+            # Lanes without a message read another's.
+            idle = [lane for lane in range(MOST) if lane not in begun]
+            places[idle] = places[next(iter(begun))]
+            _advance(state, places, blocks)
+            places += BLOCK * blocks
+            for lane in begun:
+                left[lane] -= blocks
+    finally:
+        for _, parts in begun.values():
+            parts.close()
 
 
-def _in_whole_blocks(parts: Iterable[Tensor]) -> Iterator[NDArray[np.uint8]]:
+def _in_whole_blocks(parts: Iterable[Tensor]) -> Generator[NDArray[np.uint8], None, None]:
     """A message's bytes, and its padding (FIPS 180-4, 5.1.1): a one, zeros, and its length in bits."""
     size, rest = 0, b""
-    for part in parts:
-        assert not rest, "a part before the last one has no whole number of blocks"
-        data = part.reshape(-1).view(torch.uint8).numpy()
-        size += len(data)
-        whole = len(data) // BLOCK * BLOCK
-        if whole:
-            yield data[:whole]
-        rest = data[whole:].tobytes()
-    zeros = bytes(-(len(rest) + 9) % BLOCK)
-    yield np.frombuffer(rest + b"\x80" + zeros + (8 * size).to_bytes(8, "big"), np.uint8)
+    try:
+        for part in parts:
+            assert not rest, "a part before the last one has no whole number of blocks"
+            data = part.reshape(-1).view(torch.uint8).numpy()
+            size += len(data)
+            whole = len(data) // BLOCK * BLOCK
+            if whole:
+                yield data[:whole]
+            rest = data[whole:].tobytes()
+        zeros = bytes(-(len(rest) + 9) % BLOCK)
+        yield np.frombuffer(rest + b"\x80" + zeros + (8 * size).to_bytes(8, "big"), np.uint8)
+    finally:
+        # Whoever holds an error would hold open what is read.
+        if isinstance(parts, Generator):
+            parts.close()
 
 
 @functools.cache
@@ -127,17 +138,15 @@ def _seconds() -> tuple[float, float]:
 
     Infinite for the first where the two do not agree: a wrong name would be found long after the run.
     """
-    message = torch.zeros(_TIMED, dtype=torch.uint8)
-    content = message.numpy().data
+    messages = [(torch.arange(_TIMED) % (256 - lane)).to(torch.uint8) for lane in range(MOST)]
 
-    def together() -> str:
-        ((_, digest),) = digests(iter([(0, [message])]), 1)
-        return digest
+    def together() -> dict[int, str]:
+        return dict(digests(((lane, [message]) for lane, message in enumerate(messages)), MOST))
 
-    def alone() -> str:
-        return hashlib.sha256(content).hexdigest()
+    def alone(lane: int = 0) -> str:
+        return hashlib.sha256(messages[lane].numpy().data).hexdigest()
 
-    if together() != alone():  # and loads the kernel
+    if together() != {lane: alone(lane) for lane in range(MOST)}:  # and loads the kernel
         return math.inf, 1.0
     taken: dict[Any, list[float]] = {together: [], alone: []}
     for _ in range(3):

@@ -19,9 +19,9 @@ from ...errors import CheckpointError
 from ...storage.reading import empty_tensor, opened
 
 _HASH_CHUNK = 1 << 20
-# Bytes of the blocks that SHA-256 takes.
+# Bytes of the blocks that SHA-256 takes (kernels/cpu/sha256.py, which brings numba).
 _HASHED = 64
-# Bytes of the blocks of rows that a tensor is read in. The calls of one take some 0.1 ms between others...
+# Bytes of the blocks of rows that a tensor is read in. The calls for one take some 0.1 ms.
 _BLOCK = 1 << 20
 
 

@@ -57,7 +57,7 @@ class StoredWeight:
 
     @property
     def plain(self) -> StoredTensor | None:
-        """The tensor that holds the values as they are; None for a quantized weight."""
+        """The tensor that holds the values as they are; None where they have to be dequantized."""
         return next(iter(self.stored.values())) if self.dequantize is None else None
 
     @property

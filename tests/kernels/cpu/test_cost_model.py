@@ -11,6 +11,7 @@ from inilora_kernels.kernels.cpu.cost_model import (
     adam_seconds,
     full_svd_seconds,
     krylov_seconds,
+    reading_seconds,
     this_machine,
 )
 
@@ -39,27 +40,36 @@ def test_a_transposed_matrix_costs_the_same() -> None:
 
 def test_the_machine_is_measured_once() -> None:
     assert 1e8 < this_machine().flops < 1e15
-    assert 1e7 < this_machine().reading < 1e12
+    assert 1e7 < this_machine().alone <= this_machine().together < 1e12
     assert this_machine() is this_machine()
 
 
 def test_processes_share_a_machine() -> None:
-    assert Machine(8.0, 4.0).shared_by(4) == Machine(2.0, 1.0)
+    assert Machine(8.0, 4.0, 5.0, 8).shared_by(4) == Machine(2.0, 4.0, 5.0, 2)
+    assert Machine(8.0, 4.0, 5.0, 1).shared_by(4).threads == 1
+
+
+def test_reading_is_shared_by_the_threads_but_for_the_largest() -> None:
+    machine = Machine(1.0, alone=10.0, together=20.0, threads=4)
+    assert reading_seconds([], machine) == 0.0
+    assert reading_seconds([40] * 4, machine) == pytest.approx(4.0)
+    assert reading_seconds([40] * 16, machine) == pytest.approx(8.0)
+    assert reading_seconds([400, 1, 1], machine) == pytest.approx(40.0)
 
 
 @pytest.mark.parametrize(
     ("seconds", "machine", "expected"),
     [
-        (1e-4, "x86_64", 2.6e9),
+        (1e-4, "x86_64", (2.6e9, 2.6e9)),
         # No instructions for it: several at a time in x86's vectors, or as slow as it is.
-        (1e-3, "x86_64", 2e9),
-        (1e-3, "riscv64", 2.6e8),
+        (1e-3, "x86_64", (2.6e8, 2e9)),
+        (1e-3, "riscv64", (2.6e8, 2.6e8)),
     ],
 )
 def test_the_hash_is_as_fast_as_the_processor_has_it(
-    seconds: float, machine: str, expected: float, monkeypatch: pytest.MonkeyPatch
+    seconds: float, machine: str, expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(seconds * tick for tick in range(99))
     monkeypatch.setattr(cost_model.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(cost_model.platform, "machine", lambda: machine)
-    assert cost_model._speed_of_hashing() == pytest.approx(expected, rel=0.02)
+    assert cost_model._speeds_of_hashing() == pytest.approx(expected, rel=0.02)

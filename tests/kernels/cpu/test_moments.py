@@ -48,6 +48,8 @@ def test_rows_given_in_parts(d: int, k: int, dtype: torch.dtype, rows: int, spoi
         found = moments(part, found)
     # The same bits; NaN is no number's equal.
     assert repr(found) == repr(moments(W))
+    # Laid out as torch has the column of a row.
+    assert repr(moments(W[:, :1])) == repr(moments(W[:, 0][None].clone().T))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

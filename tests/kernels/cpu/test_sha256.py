@@ -93,9 +93,41 @@ def test_what_fails_in_reading_ends_it() -> None:
         list(digests(((place, parts()) for place in count()), 2))
 
 
-def test_what_does_not_agree_with_hashlib_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_was_begun_is_closed(fails: bool) -> None:
+    """Whether one fails or nobody asks for more; though the error is still held."""
+    closed: list[int] = []
+
+    def parts(place: int) -> Iterator[Tensor]:
+        try:
+            yield torch.zeros(BLOCK)
+            if fails and place == 2:
+                raise OSError("gone")
+            yield torch.zeros(BLOCK * (1 if place == 0 else 1000))
+        finally:
+            closed.append(place)
+
+    found = digests(((place, parts(place)) for place in range(4)), 4)
+    try:
+        next(found)
+    except OSError as error:
+        assert fails
+        held = error  # noqa: F841
+    found.close()
+    assert sorted(closed) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("lane", [0, MOST - 1])
+def test_what_does_not_agree_with_hashlib_is_never_used(lane: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = sha256._advance
+
+    def wrong(state: Any, places: Any, blocks: int) -> None:
+        advance(state, places, blocks)
+        state[0, lane] ^= 1
+
     monkeypatch.setattr(sha256, "_MAY_PAY", True)
-    monkeypatch.setattr(sha256, "_START", sha256._START + 1)
+    monkeypatch.setattr(sha256, "_advance", wrong)
+    monkeypatch.setattr(wrong, "overloads", advance.overloads, raising=False)
     monkeypatch.setattr(sha256, "_seconds", sha256._seconds.__wrapped__)
     assert not pays(MOST, 1 << 30)
 

@@ -154,7 +154,7 @@ def test_the_direct_solver_is_predicted_far_below_the_steps() -> None:
 
 def test_a_plan_takes_the_optimum_and_the_direct_solver_from_the_card() -> None:
     works = [estimate.Work((4096, 4096), 2, 8)] * 64
-    slow = Machine(1e9, 1e9)
+    slow = Machine(1e9, 1e9, 1e9, 1)
     on_card = estimate.seconds(works, "krylov", 0, machine=slow, card=ADA)
     assert on_card < 0.01 * estimate.seconds(works, "krylov", 0, machine=slow)
     adam = estimate.seconds(works, "adam", 20_000, machine=slow, card=ADA)
