@@ -18,7 +18,7 @@ from ..display.progress import ProgressBar
 from ..errors import WeightError
 from ..kernels.threads import at_once, in_groups, meanwhile, one_torch_thread, side_by_side
 from ..memory import reused
-from .files.tensor import tensor_sha256
+from .files.tensor import has_short_rows, tensor_sha256
 from .hashes import Hashed, hash_in_lanes, in_lanes
 from .targets import Target
 
@@ -32,8 +32,6 @@ _LARGEST = _FLOAT32.max / 16
 Hash = str | Callable[[], str]
 # Of a matrix in memory for each thread that surveys: what two threads may hold in any case.
 _BYTES_A_THREAD = 32 << 20
-# Several rows are held of each matrix that is hashed together with others.
-_LONGEST_ROW = 1 << 17
 # The hash of so many bytes takes less than a millisecond.
 _SHORT = 1 << 20
 
@@ -104,7 +102,7 @@ def _in_lanes(targets: Sequence[Target], threads: int, bar: ProgressBar) -> dict
     items = [
         Hashed(target.module, math.prod(target.shape) * target.dtype.itemsize, partial(parts, target, target.blocks))
         for target in targets
-        if target.blocks is not None and target.shape[1] * target.dtype.itemsize <= _LONGEST_ROW
+        if target.blocks is not None and has_short_rows(target.shape, target.dtype)
     ]
     if lanes := in_lanes(items, threads):
         hash_in_lanes(items, lanes, threads, finished)

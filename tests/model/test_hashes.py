@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from inilora_kernels.errors import CheckpointError
 from inilora_kernels.kernels.cpu import sha256
 from inilora_kernels.model import hashes
 from inilora_kernels.model.checkpoint import Checkpoint, open_checkpoint
@@ -66,7 +67,7 @@ def test_what_its_finder_raises_ends_it(checkpoint: Checkpoint) -> None:
 def test_a_file_that_was_cut_meanwhile(checkpoint: Checkpoint) -> None:
     file = checkpoint.path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(Exception, match="the file has changed since it was opened"):
+    with pytest.raises(CheckpointError, match="the file has changed since it was opened"):
         checkpoint.hash_each(checkpoint.tensors, lambda name, sha256: None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pickle
+import threading
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -142,10 +143,14 @@ def _reader(folder: Path) -> Any:
     return Reader(folder)
 
 
+# Two threads' filters would be put back in the wrong order, and warnings be silenced for good.
+_filtering = threading.Lock()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch's warning that it reads in one process, which is intended here."""
-    with warnings.catch_warnings():
+    """Silence torch's warning that it reads in one process, which is intended here; by one thread at a time."""
+    with _filtering, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

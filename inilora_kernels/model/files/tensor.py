@@ -23,6 +23,8 @@ _HASH_CHUNK = 1 << 20
 _HASHED = 64
 # Bytes of the blocks of rows that a tensor is read in. The calls for one take some 0.1 ms.
 _BLOCK = 1 << 20
+# A block of odd rows is 32 of them or 64.
+_LONGEST_ROW = 1 << 17
 
 
 class StoredTensor(Protocol):
@@ -142,6 +144,11 @@ class ContiguousTensor:
 def reader(tensor: StoredTensor) -> AbstractContextManager[Callable[[slice], Tensor]]:
     """`tensor.read`, for one range of rows after another; what it returns may be overwritten by the next range."""
     return tensor.reader() if isinstance(tensor, ContiguousTensor) else contextlib.nullcontext(tensor.read)
+
+
+def has_short_rows(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether blocks of a tensor's rows are small enough for several tensors at a time to be read so."""
+    return len(shape) > 0 and math.prod(shape[1:]) * dtype.itemsize <= _LONGEST_ROW
 
 
 def blocks_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[slice]:

@@ -13,6 +13,7 @@ import importlib
 import re
 import struct
 import sys
+import threading
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -160,7 +161,8 @@ def _is_zip(file: Path) -> bool:
 def _load(file: Path) -> Mapping[str, Tensor]:
     if _is_zip(file):
         return _load_checked(file, "cpu", mmap=True)
-    return _load_old(file, file.stat().st_mtime_ns)
+    with _loading:
+        return _load_old(file, file.stat().st_mtime_ns)
 
 
 def _require_memory(file: Path) -> None:
@@ -172,6 +174,10 @@ def _require_memory(file: Path) -> None:
             f"{free / 1e9:.1f} GB of memory are free; take the model's .safetensors file, or save the file again with "
             f"a newer torch where it fits"
         )
+
+
+# Several threads that miss at once would each load a whole file.
+_loading = threading.Lock()
 
 
 @functools.lru_cache(maxsize=1)

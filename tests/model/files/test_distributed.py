@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,28 @@ def test_distributed_checkpoint(tmp_path: Path, inner: str) -> None:
     save_file(TENSORS, tmp_path.parent / f"{tmp_path.name}.safetensors")
     same = open_checkpoint(tmp_path.parent / f"{tmp_path.name}.safetensors")
     assert checkpoint.sha256(name) == same.sha256(name)
+
+
+def test_threads_that_read_it_leave_the_warnings_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"{number}.weight": torch.randn(30, 20) for number in range(24)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(tensors, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint = open_checkpoint(tmp_path)
+    all_at_once, load = threading.Barrier(4), dcp.load
+
+    def load_among_others(*arguments: Any, **options: Any) -> None:
+        # Whoever is alone goes on in a moment, and so do all that follow.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            all_at_once.wait(0.2)
+        load(*arguments, **options)
+
+    monkeypatch.setattr(dcp, "load", load_among_others)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as threads:
+        read = list(threads.map(checkpoint.read, tensors))
+    assert list(warnings.filters) == before
+    assert all(map(torch.equal, read, tensors.values()))
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import threading
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from inilora_kernels.memory import free_memory
 from inilora_kernels.model.checkpoint import open_checkpoint
+from inilora_kernels.model.files import torch_file
 
 from ..checkpoints import MIXED, assert_holds, refusal
 
@@ -68,6 +73,29 @@ def test_a_file_of_the_older_format_beyond_the_free_memory_is_refused(tmp_path: 
     torch.save({"w": torch.ones(50, 50)}, path, _use_new_zipfile_serialization=False)
     os.truncate(path, 2 * int(free_memory()))
     assert "format before 1.6" in refusal(tmp_path)
+
+
+def test_threads_load_a_file_of_the_older_format_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"{number}.weight": torch.randn(30, 20) for number in range(24)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    checkpoint = open_checkpoint(tmp_path)
+    torch_file._load_old.cache_clear()
+    loads: list[Path] = []
+    load = torch_file._load_checked
+    two_at_once = threading.Barrier(2)
+
+    def load_beside_another(file: Path, *rest: Any) -> Any:
+        loads.append(file)
+        # Whoever is alone goes on in a moment.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            two_at_once.wait(0.2)
+        return load(file, *rest)
+
+    monkeypatch.setattr(torch_file, "_load_checked", load_beside_another)
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(checkpoint.read, tensors))
+    assert len(loads) == 1
+    assert all(map(torch.equal, read, tensors.values()))
 
 
 def test_torch_file_that_is_no_state_dict(tmp_path: Path) -> None:
