@@ -114,7 +114,7 @@ ask = dispatcher._compile_for_args
 dispatcher._compile_for_args = lambda *values: asked.append(values) or ask(*values)
 bits = np.zeros(4, np.uint16)
 for _ in range(3):
-    dispatcher(bits, bits, 2, 2, 2)
+    dispatcher(bits, bits, 2, 2, 2, 0.0, 0.0)
 print(len(asked))
 """
 
