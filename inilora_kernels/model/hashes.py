@@ -14,6 +14,8 @@ from ..kernels.threads import share
 
 # Importing numba takes as long as hashlib on so many bytes.
 _WORTH_NUMBA = 1 << 28
+# What a process may have open where the system does not say.
+_FILES = 512
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def _open_files() -> int:
     try:
         import resource
     except ImportError:  # on Windows
-        return 128
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        return _FILES // 4
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (_FILES if soft == resource.RLIM_INFINITY else soft) // 4
 
 
 def hash_in_lanes(items: Sequence[Hashed], lanes: int, threads: int, finished: Callable[[str, str], None]) -> None:

@@ -87,6 +87,13 @@ def test_no_more_files_are_open_than_the_process_may(monkeypatch: pytest.MonkeyP
     assert in_lanes(items, threads=20) == 0
 
 
+@pytest.mark.parametrize(("soft", "expected"), [(-1, 128), (1024, 256), (40, 10)])
+def test_a_quarter_of_the_files_that_may_be_open(soft: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY if soft < 0 else soft, soft))
+    assert hashes._open_files() == expected
+
+
 def test_one_that_is_larger_than_all_others_is_hashed_alone() -> None:
     items = [Hashed(str(place), 1 << 16, list) for place in range(60)]
     assert in_lanes(items, threads=2) == 8
