@@ -25,7 +25,7 @@ from .config import read_config
 from .files.distributed import open_distributed
 from .files.gguf import open_gguf
 from .files.safetensors import open_safetensors
-from .files.tensor import ContiguousTensor, StoredTensor, has_short_rows
+from .files.tensor import StoredTensor, blocks_of, size_of
 from .files.torch_file import open_torch_file
 from .formats.find import find_weights
 from .formats.weight import StoredWeight
@@ -98,8 +98,8 @@ class Checkpoint:
         for name in names:
             weight = self.weights.get(name)
             stored = self.tensors[name] if weight is None else weight.plain
-            if isinstance(stored, ContiguousTensor) and has_short_rows(stored.shape, stored.dtype):
-                whole[name] = Hashed(name, stored.size, stored.blocks)
+            if stored is not None and (blocks := blocks_of(stored)) is not None:
+                whole[name] = Hashed(name, size_of(stored.shape, stored.dtype), blocks)
         if lanes := in_lanes(list(whole.values()), threads):
             hash_in_lanes(list(whole.values()), lanes, threads, found)
         else:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import WeightError
-from .files.tensor import blocks_of_rows, tensor_bytes
+from .files.tensor import blocks_of_rows, has_short_rows, tensor_bytes
 from .targets import FLOAT_DTYPES, Target
 
 # What may be given as a matrix W (d×k); a linear layer stands for its weight.
@@ -35,7 +35,7 @@ def target_in_memory(name: str, matrix: MatrixLike) -> Target:
         read=partial(_on_cpu, W),
         sha256=partial(_sha256, W),
         # From a device, a few copies take less time than many.
-        blocks=partial(_blocks, W) if W.device.type == "cpu" else None,
+        blocks=partial(_blocks, W) if W.device.type == "cpu" and has_short_rows(tuple(W.shape), W.dtype) else None,
     )
 
 

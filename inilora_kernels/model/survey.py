@@ -18,7 +18,7 @@ from ..display.progress import ProgressBar
 from ..errors import WeightError
 from ..kernels.threads import at_once, in_groups, meanwhile, one_torch_thread, side_by_side
 from ..memory import reused
-from .files.tensor import has_short_rows, tensor_sha256
+from .files.tensor import size_of, tensor_sha256
 from .hashes import Hashed, hash_in_lanes, in_lanes
 from .targets import Target
 
@@ -81,13 +81,13 @@ def survey(targets: Sequence[Target], bar: ProgressBar, *, in_memory: bool = Fal
 
 def _in_lanes(targets: Sequence[Target], threads: int, bar: ProgressBar) -> dict[str, Surveyed]:
     """What is known of those that are hashed together: each is read, measured and hashed a block at a time."""
+    from ..kernels.cpu.moments import NOTHING, moments
+
     measured: dict[str, tuple[float, float]] = {}
     found: dict[str, Surveyed] = {}
     lock = threading.Lock()
 
     def parts(target: Target, blocks: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
-        from ..kernels.cpu.moments import NOTHING, moments
-
         so_far = NOTHING
         for block in blocks():
             so_far = moments(block, so_far)
@@ -100,9 +100,9 @@ def _in_lanes(targets: Sequence[Target], threads: int, bar: ProgressBar) -> dict
             bar.advance(1, matrices=1)
 
     items = [
-        Hashed(target.module, math.prod(target.shape) * target.dtype.itemsize, partial(parts, target, target.blocks))
+        Hashed(target.module, size_of(target.shape, target.dtype), partial(parts, target, target.blocks))
         for target in targets
-        if target.blocks is not None and has_short_rows(target.shape, target.dtype)
+        if target.blocks is not None
     ]
     if lanes := in_lanes(items, threads):
         hash_in_lanes(items, lanes, threads, finished)
@@ -119,7 +119,7 @@ def surveyed_together(target: Target, threads: int) -> int:
 
     More than `together` where there are many threads, as next to a GPU: one matrix's hash is one thread's work.
     """
-    held = math.prod(target.shape) * target.dtype.itemsize
+    held = size_of(target.shape, target.dtype)
     return max(together(target, threads), min(threads, threads * _BYTES_A_THREAD // held))
 
 

@@ -25,7 +25,7 @@ from .experts import (
     rearranged_experts,
     selected,
 )
-from .files.tensor import ContiguousTensor
+from .files.tensor import blocks_of
 from .formats.find import module_and_part
 from .formats.weight import StoredWeight
 from .fused import FUSED, Parts, Rows, fused_parts, row_count, row_index, thirds
@@ -78,7 +78,7 @@ class Target:
     sha256: of the stored tensor's bytes; of the whole tensor for a part of it.
     hashes_values: the sha256 is that of the bytes of W as `read` returns it.
     blocks: W some rows at a time in order, the bytes that `sha256` is of; a block may be overwritten by the next one.
-        None where they are not W's, or reading so takes longer.
+        None where they are not W's, rows are long, or reading so takes longer.
     unchanged: whether it still has a sha256 that was computed before; see `watch`.
     transposed: the tensor is stored as (in_features, out_features), as GPT-2's Conv1D does.
     dequantization: how W is computed from a quantized weight; "" for a plain one.
@@ -323,7 +323,7 @@ def _target(
         dequantization=entry.dequantization,
         rows=rows,
         hashes_values=hashes_values,
-        blocks=entry.plain.blocks if hashes_values and isinstance(entry.plain, ContiguousTensor) else None,
+        blocks=blocks_of(entry.plain) if hashes_values and entry.plain else None,
         unchanged=watch((part.file for part in entry.stored.values()), partial(checkpoint.sha256, tensor)),
     )
 

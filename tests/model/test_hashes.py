@@ -14,6 +14,7 @@ from inilora_kernels.kernels.cpu import sha256
 from inilora_kernels.model import hashes
 from inilora_kernels.model.checkpoint import Checkpoint, open_checkpoint
 from inilora_kernels.model.files import tensor as tensor_file
+from inilora_kernels.model.files.tensor import size_of
 from inilora_kernels.model.hashes import Hashed, hash_in_lanes, in_lanes
 
 SHAPES = {"a": (300, 700), "b": (1, 9), "c": (33, 1), "d": (2000, 300), "e": (7,), "f": (3, 4, 5)}
@@ -41,7 +42,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 @pytest.mark.parametrize(("threads", "lanes"), [(1, 8), (2, 6), (5, 5)])
 def test_every_tensor_of_a_file(checkpoint: Checkpoint, threads: int, lanes: int) -> None:
     tensors: dict[str, Any] = dict(checkpoint.tensors)
-    items = [Hashed(name, tensor.size, tensor.blocks) for name, tensor in tensors.items()]
+    items = [Hashed(name, size_of(tensor.shape, tensor.dtype), tensor.blocks) for name, tensor in tensors.items()]
     found: dict[str, str] = {}
     hash_in_lanes(items, lanes, threads, found.__setitem__)
     assert found == {name: tensor.sha256() for name, tensor in tensors.items()}

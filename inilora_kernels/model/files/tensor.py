@@ -70,11 +70,6 @@ class ContiguousTensor:
     shape: tuple[int, ...]
     offset: int
 
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def read(self, rows: slice = slice(None)) -> Tensor:
         start, shape = self._range(rows)
         tensor = empty_tensor(self.file, self.name, shape, self.dtype)
@@ -118,12 +113,12 @@ class ContiguousTensor:
             return self.offset, ()
         start, stop, _ = rows.indices(self.shape[0])
         shape = (max(stop - start, 0), *self.shape[1:])
-        return self.offset + start * math.prod(shape[1:]) * self.dtype.itemsize, shape
+        return self.offset + start * size_of(shape[1:], self.dtype), shape
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_HASH_CHUNK))
-        left = self.size
+        left = size_of(self.shape, self.dtype)
         with opened(self.file, part=self.name) as stream:
             stream.seek(self.offset)
             while left:
@@ -146,9 +141,21 @@ def reader(tensor: StoredTensor) -> AbstractContextManager[Callable[[slice], Ten
     return tensor.reader() if isinstance(tensor, ContiguousTensor) else contextlib.nullcontext(tensor.read)
 
 
+def blocks_of(stored: StoredTensor) -> Callable[[], Iterator[Tensor]] | None:
+    """`blocks` of a tensor that has them, where several tensors at a time can be read so; None for any other."""
+    if isinstance(stored, ContiguousTensor) and has_short_rows(stored.shape, stored.dtype):
+        return stored.blocks
+    return None
+
+
 def has_short_rows(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether blocks of a tensor's rows are small enough for several tensors at a time to be read so."""
-    return len(shape) > 0 and math.prod(shape[1:]) * dtype.itemsize <= _LONGEST_ROW
+    return len(shape) > 0 and size_of(shape[1:], dtype) <= _LONGEST_ROW
+
+
+def size_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """In bytes."""
+    return math.prod(shape) * dtype.itemsize
 
 
 def blocks_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[slice]:
@@ -157,7 +164,7 @@ def blocks_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[slice
     >>> list(blocks_of_rows((300, 2048), torch.float32))
     [slice(0, 128, None), slice(128, 256, None), slice(256, 300, None)]
     """
-    row = max(1, math.prod(shape[1:]) * dtype.itemsize)
+    row = max(1, size_of(shape[1:], dtype))
     least = _HASHED // math.gcd(row, _HASHED)
     step = max(1, _BLOCK // (row * least)) * least
     return (slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))

@@ -51,14 +51,18 @@ class StoredWeight:
     refusal: str = ""
 
     @property
+    def _first(self) -> StoredTensor:
+        return next(iter(self.stored.values()))
+
+    @property
     def is_fused_attention(self) -> bool:
         """Whether it is `in_proj_weight` of torch's MultiheadAttention, which no layer has."""
-        return next(iter(self.stored.values())).name.endswith("in_proj_weight")
+        return self._first.name.endswith("in_proj_weight")
 
     @property
     def plain(self) -> StoredTensor | None:
         """The tensor that holds the values as they are; None where they have to be dequantized."""
-        return next(iter(self.stored.values())) if self.dequantize is None else None
+        return self._first if self.dequantize is None else None
 
     @property
     def is_quantized(self) -> bool:
@@ -67,9 +71,9 @@ class StoredWeight:
     def read(self, rows: slice = slice(None)) -> Tensor:
         """The values, or rows of them (no step), contiguous and in their own memory. Raises CheckpointError."""
         if self.dequantize is None:
-            return next(iter(self.stored.values())).read(rows)
+            return self._first.read(rows)
         start, stop, _ = rows.indices(self.shape[0])
-        file = next(iter(self.stored.values())).file
+        file = self._first.file
         try:
             with reporting(file, part=self.name):
                 return self.dequantize(slice(start, max(start, stop)))
@@ -89,7 +93,7 @@ class StoredWeight:
         sha256, one line each: equal hashes mean equal matrices.
         """
         if self.dequantize is None:
-            return next(iter(self.stored.values())).sha256()
+            return self._first.sha256()
         lines = [self.dequantization, *(f"{part} {tensor.sha256()}" for part, tensor in sorted(self.stored.items()))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
